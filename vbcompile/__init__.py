@@ -1,0 +1,64 @@
+"""Virtual Blackwell: the ``torch.compile`` backend ``vblackwell`` and its tools.
+
+Public names load on first use, so that importing the package costs nothing and never imports torch:
+``torch`` itself may import this package half-way through its own start-up (for ``TORCH_LOGS=+vbcompile``).
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir():  # a checkout without symbolic links (Windows): both folders lie beside this one
+    __path__.append(str(_here.parent))
+
+_HOME = {
+    "backend": ("vblackwell",),
+    "config": ("Config", "ConfigError", "resolve_config"),
+    "device": (
+        "DeviceBackend",
+        "UnifiedDeviceManager",
+        "get_accelerator_type",
+        "get_device",
+        "get_device_info",
+        "get_device_manager",
+        "get_memory_info",
+        "get_unified_backend",
+        "is_cuda_available",
+        "is_hpu_available",
+        "is_npu_available",
+        "is_xpu_available",
+        "memory_cleanup",
+        "set_seed",
+    ),
+    "enable": (
+        "disable",
+        "enable",
+        "enable_balanced_mode",
+        "enable_full_optimization",
+        "enable_memory_mode",
+        "enable_speed_mode",
+        "is_enabled",
+        "print_stats",
+    ),
+    "explain": ("explain",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    # `vbcompile.enable` and `vbcompile.explain` are functions that live in modules of the same name: the name in this
+    # package must be the function, also after the import system has bound the module to it.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
