@@ -33,7 +33,7 @@ _HOME = {
         "memory_cleanup",
         "set_seed",
     ),
-    "enable": (
+    "global_switch": (
         "disable",
         "enable",
         "enable_balanced_mode",
@@ -43,7 +43,7 @@ _HOME = {
         "is_enabled",
         "print_stats",
     ),
-    "explain": ("explain",),
+    "explainer": ("explain",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -54,8 +54,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    # `vbcompile.enable` and `vbcompile.explain` are functions that live in modules of the same name: the name in this
-    # package must be the function, also after the import system has bound the module to it.
     globals()[name] = value
     return value
 
