@@ -105,6 +105,8 @@ class ScoreFunction:
                 raise ValueError(f"unknown instruction {name!r}; known: {sorted(LEAVES | POINTWISE.keys())}")
             if len(arguments) != POINTWISE[name][0] or any(not 0 <= a < position for a in arguments):
                 raise ValueError(f"instruction {position} is malformed: {(name, *arguments)}")
+        if any(p is not None and not 0 <= p < len(self.program) for p in (self.score, self.mask, self.sink)):
+            raise ValueError(f"score {self.score}, mask {self.mask} or sink {self.sink} is outside the program")
         if self.empty_rows not in ("nan", "zero"):
             raise ValueError(f"empty_rows must be 'nan' or 'zero', not {self.empty_rows!r}")
 

@@ -1,7 +1,8 @@
-"""Derivatives of score functions, as programs of the same kind (reverse-mode differentiation of a pointwise program)."""
+"""Derivatives of score functions, as programs of the same kind: reverse-mode differentiation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from vbcompile.kernels.score_function import LEAVES, Builder, Instruction, ScoreFunction
 
@@ -13,8 +14,8 @@ class ScoreGradient:
     Attributes:
         function: holds the instructions; its own ``score`` and ``mask`` have no meaning here.
         score: position of the gradient with respect to the scaled score; None where it is zero.
-        captured: ``(number of the captured tensor, position of its elementwise gradient)``; the tensor's gradient is the
-            sum over the axes that it broadcasts along.
+        captured: ``(number of the captured tensor, position of its elementwise gradient)``; the tensor's gradient is
+            the sum over the axes that it broadcasts along.
     """
 
     function: ScoreFunction
@@ -24,7 +25,7 @@ class ScoreGradient:
 
 @lru_cache(maxsize=1024)
 def differentiate(function: ScoreFunction, output: int) -> ScoreGradient:
-    """Gradient of instruction ``output``. Subgradients follow PyTorch's autograd (ties of ``maximum`` share equally)."""
+    """Gradient of instruction ``output``. Subgradients are those of PyTorch (ties of ``maximum`` share)."""
     builder = Builder()
     position = [builder.emit(name, *arguments) for name, *arguments in _merged(function)]
     emit = builder.emit
@@ -65,9 +66,7 @@ def _contributions(
 ) -> list[tuple[int, int]]:
     """``(argument, gradient)`` pairs of one instruction; instructions that are flat almost everywhere give none."""
     emit = builder.emit
-    const = lambda c: emit("const", c)
-    mul = lambda a, b: emit("mul", a, b)
-    sub = lambda a, b: emit("sub", a, b)
+    const, mul, sub = partial(emit, "const"), partial(emit, "mul"), partial(emit, "sub")
     x = arguments[0]
     y = arguments[1] if len(arguments) > 1 else x
     match name:
@@ -118,6 +117,6 @@ def _contributions(
     return [(x, unary[name]())] if name in unary else []
 
 
-def _step(emit, x: int, comparison: str) -> int:
+def _step(emit: Callable[..., int], x: int, comparison: str) -> int:
     """1.0 where ``x`` compares so with zero, else 0.0."""
     return emit("where", emit(comparison, x, emit("const", 0.0)), emit("const", 1.0), emit("const", 0.0))

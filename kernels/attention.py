@@ -1,0 +1,325 @@
+"""The logical operator ``vblackwell::attention``: its meaning, its case description, fake and autograd.
+
+    s      = scale * q @ k^T                      accumulated in float32 (float64 for float64)
+    logits = score_function(s, captured, indices)  -inf where its mask is False
+    p      = dropout(softmax(logits))              the sink takes part in the softmax's sum only
+    out    = p @ v,   lse = logsumexp(logits and sink)
+
+Shapes: ``q [*lead, Q, D]``, ``k [*lead, K, D]``, ``v [*lead, K, Dv]``, captured tensors ``[*lead, Q, K]``; all of one
+rank, with one to four leading axes that broadcast as in PyTorch. Grouped-query attention is ``q [B, Hkv, G, Q, D]``
+with ``k, v [B, Hkv, 1, K, D]``. Results: ``out [*lead, Q, Dv]`` in the dtype of q, ``lse [*lead, Q]`` in the
+accumulation type, natural logarithm.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vbcompile.device import Target, get_target
+from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
+from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.score_function import (
+    ScoreFunction,
+    accumulation_dtype,
+    evaluate,
+)
+from vbcompile.kernels.score_gradient import differentiate
+
+
+# ------------------------------------------------------------------------------------------- reference
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    score_function: str,
+) -> tuple[Tensor, Tensor]:
+    """The meaning of the operator in plain PyTorch; every implementation is tested against it."""
+    function = ScoreFunction.loads(score_function)
+    q = q.expand(*lead_shape(q, k, v, captured), *q.shape[-2:])
+    p, lse = _probabilities(q, k, captured, scale, function)
+    if dropout_p > 0:
+        p = p * _keep(p, dropout_p, seed)
+    out = (p @ v.to(p.dtype)).to(q.dtype)
+    return arrange(out, function.rows_first), lse
+
+
+def _keep(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if seed is None:
+        raise ValueError("attention with dropout needs a seed tensor")
+    from vbcompile.kernels.dropout import dropout_keep
+
+    return dropout_keep(seed, p.shape, dropout_p, p.device).to(p.dtype) / (1.0 - dropout_p)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, captured: Sequence[Tensor], scale: float, function: ScoreFunction
+) -> tuple[Tensor, Tensor]:
+    """``softmax`` and ``logsumexp`` of the logits, in the accumulation type."""
+    logits, keep, sink = _logits(q, k, captured, scale, function)
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    row = logits if sink is None else torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1)
+    lse = torch.logsumexp(row, -1)
+    p = torch.softmax(row, -1)[..., : logits.shape[-1]]
+    if function.empty_rows == "zero":
+        p = p.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+    return p, lse
+
+
+def _logits(
+    q: Tensor, k: Tensor, captured: Sequence[Tensor], scale: float, function: ScoreFunction
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype = accumulation_dtype(q.dtype)
+    score = (q.to(dtype) @ k.to(dtype).mT) * scale
+    logits, keep, sink = _evaluate(function, (function.score, function.mask, function.sink), score, captured)
+    assert logits is not None
+    return logits.to(dtype).expand(score.shape), keep, None if sink is None else sink.to(dtype)
+
+
+def _evaluate(
+    function: ScoreFunction,
+    positions: Sequence[int | None],
+    score: Tensor,
+    captured: Sequence[Tensor],
+    upstream: Tensor | None = None,
+) -> list[Tensor | None]:
+    *lead, q_length, k_length = score.shape
+    return evaluate(
+        function,
+        positions,
+        score=score,
+        captured=captured,
+        lead=lead,
+        q_length=q_length,
+        k_length=k_length,
+        device=score.device,
+        dtype=score.dtype,
+        upstream=upstream,
+    )
+
+
+def attention_backward_reference(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    score_function: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``(q, k, v, *captured)`` in plain PyTorch; None where not needed."""
+    function = ScoreFunction.loads(score_function)
+    dtype = accumulation_dtype(q.dtype)
+    inputs = [q, k, v, *captured]
+    q = q.expand(*lead_shape(q, k, v, captured), *q.shape[-2:])
+    p, _ = _probabilities(q, k, captured, scale, function)
+    keep = _keep(p, dropout_p, seed) if dropout_p > 0 else None
+    grad = grad_out.to(dtype)
+    dp = grad @ v.to(dtype).mT
+    weights = p if keep is None else p * keep
+    dv = weights.mT @ grad
+    delta = (grad * out.to(dtype)).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(dtype).unsqueeze(-1)
+    d_logits = p * ((dp if keep is None else dp * keep) - delta)
+    d_score, d_captured = _score_gradients(q, k, captured, scale, function, d_logits, delta, lse)
+    d_score = d_score * scale
+    grads = [d_score @ k.to(dtype), d_score.mT @ q.to(dtype), dv, *d_captured]
+    return [
+        reduce_to(g, t.shape).to(t.dtype) if need and g is not None else None
+        for g, t, need in zip(grads, inputs, needs, strict=True)
+    ]
+
+
+def _score_gradients(
+    q: Tensor,
+    k: Tensor,
+    captured: Sequence[Tensor],
+    scale: float,
+    function: ScoreFunction,
+    d_logits: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of the scaled score ``[*lead, Q, K]`` and, summed to their shapes, of the captured tensors."""
+    function = function.pruned()
+    (keep,) = _evaluate(function, (function.mask,), d_logits, captured)
+    if keep is not None:
+        d_logits = torch.where(keep, d_logits, 0.0)  # also in rows without a key, as masked_fill's gradient does
+    score = (q.to(d_logits.dtype) @ k.to(d_logits.dtype).mT) * scale
+    d_captured: list[Tensor | None] = [None] * len(captured)
+
+    def add(output: int, upstream: Tensor) -> Tensor | None:
+        gradient = differentiate(function, output)
+        positions = [gradient.score, *(position for _, position in gradient.captured)]
+        d_score, *others = _evaluate(gradient.function, positions, score, captured, upstream)
+        for (number, _), value in zip(gradient.captured, others, strict=True):
+            if captured[number].is_floating_point() and value is not None:
+                value = reduce_to(value.to(score.dtype).expand(upstream.shape), captured[number].shape)
+                previous = d_captured[number]
+                d_captured[number] = value if previous is None else previous + value
+        return d_score
+
+    d_score = add(function.score, d_logits)
+    if function.sink is not None:
+        (_, _, sink) = _logits(q, k, captured, scale, function)
+        assert sink is not None
+        add(function.sink, -torch.exp(sink - lse.unsqueeze(-1)) * delta)
+    zero = torch.zeros_like(score)
+    return (zero if d_score is None else d_score.to(score.dtype).expand(score.shape)), d_captured
+
+
+def reduce_to(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sum over the axes along which a tensor of ``shape`` was broadcast."""
+    axes = [d for d, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if want == 1 and have != 1]
+    return gradient.sum(axes, keepdim=True) if axes else gradient
+
+
+def arrange(out: Tensor, rows_first: bool) -> Tensor:
+    """Give ``[*lead, Q, Dv]`` the promised memory order."""
+    if not rows_first:
+        return out.contiguous()
+    return out.movedim(-2, 1).contiguous().movedim(1, -2)
+
+
+# -------------------------------------------------------------------------------------------- operator
+@torch.library.custom_op("vblackwell::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    score_function: str,
+) -> tuple[Tensor, Tensor]:
+    """Run the cheapest implementation that takes this case; see the module's docstring for the meaning.
+
+    Raises:
+        ValueError: ranks, devices, dtypes or shapes that do not fit together.
+    """
+    check(q, k, v, captured, dropout_p, seed)
+    case = make_case(q, k, v, captured, dropout_p, score_function)
+    choice = operator("attention").choose(get_target(q.device), case)
+    return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
+
+
+@attention.register_fake
+def _(q, k, v, captured, scale, dropout_p, seed, score_function):
+    lead = lead_shape(q, k, v, captured)
+    out = q.new_empty([*lead, q.shape[-2], v.shape[-1]])
+    lse = q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
+    return arrange_fake(out, ScoreFunction.loads(score_function).rows_first), lse
+
+
+def arrange_fake(out: Tensor, rows_first: bool) -> Tensor:
+    """An uninitialised tensor of the shape of ``out`` in the promised memory order."""
+    if not rows_first:
+        return out
+    *lead, q_length, features = out.shape
+    return out.new_empty([lead[0], q_length, *lead[1:], features]).movedim(1, -2)
+
+
+@torch.library.custom_op("vblackwell::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    score_function: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of ``(q, k, v, *captured)``; an empty tensor where ``needs`` is False."""
+    case = make_case(q, k, v, captured, dropout_p, score_function, needs, grad_lse is not None)
+    choice = operator("attention_backward").choose(get_target(q.device), case)
+    grads = choice.implementation.run(
+        grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
+    )
+    inputs = (q, k, v, *captured)
+    return [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
+
+
+def _like(gradient: Tensor | None, t: Tensor) -> Tensor:
+    """The gradient with the strides that the fake promised."""
+    promised = torch.empty_like(t)
+    if gradient is None:
+        return promised.zero_()
+    same = gradient.stride() == promised.stride() and gradient.dtype == t.dtype
+    return gradient if same else promised.copy_(gradient)
+
+
+@attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+    return [
+        torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((q, k, v, *captured), needs, strict=True)
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, captured, ctx.scale, ctx.dropout_p, seed, ctx.score_function = inputs
+    ctx.captured_count = len(captured)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *captured, *output, *([] if seed is None else [seed]))
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, *rest = ctx.saved_tensors
+    captured, (out, lse, *seed) = rest[: ctx.captured_count], rest[ctx.captured_count :]
+    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = attention_backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        captured,
+        out,
+        lse,
+        ctx.scale,
+        ctx.dropout_p,
+        seed[0] if seed else None,
+        ctx.score_function,
+        needs,
+    )
+    grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return *grads[:3], grads[3:], None, None, None, None
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------- implementations
+def _never_refuses(target: Target, case: AttentionCase | None) -> None:
+    return None
+
+
+def _reference_cost(target: Target, case: AttentionCase) -> float:
+    return 100.0
+
+
+operator("attention").register(
+    Implementation("reference", attention_reference, _never_refuses, _reference_cost),
+)
+operator("attention_backward").register(
+    Implementation("reference", attention_backward_reference, _never_refuses, _reference_cost),
+)

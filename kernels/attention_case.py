@@ -1,0 +1,110 @@
+"""What an implementation must know to accept or refuse a call of attention: shapes, dtypes, features, no tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vbcompile.kernels.score_function import ScoreFunction, additive_bias, causal_offset
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """What an implementation must know to accept or refuse, without the tensors.
+
+    Attributes:
+        q, k, v: shapes.
+        captured: ``(shape, dtype)`` of each captured tensor.
+        contiguous_rows: whether the last axis of q, k and v has stride 1.
+        needs: for the backward, which of ``(q, k, v, *captured)`` want a gradient; empty for the forward.
+        lse_gradient: whether a gradient with respect to ``lse`` comes in.
+    """
+
+    dtype: torch.dtype
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    captured: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    dropout: bool
+    function: str
+    contiguous_rows: bool = True
+    needs: tuple[bool, ...] = ()
+    lse_gradient: bool = False
+
+    @property
+    def score_function(self) -> ScoreFunction:
+        return ScoreFunction.loads(self.function)
+
+    @property
+    def q_length(self) -> int:
+        return self.q[-2]
+
+    @property
+    def k_length(self) -> int:
+        return self.k[-2]
+
+    @property
+    def causal_offset(self) -> int | None:
+        """``c`` where the only thing that happens to the scores is the mask ``j <= i + c``."""
+        return causal_offset(self.score_function, self.q_length, self.k_length)
+
+    @property
+    def form(self) -> str:
+        """``plain``, ``causal``, ``additive`` (bias and mask that do not read the score) or ``general``."""
+        function = self.score_function
+        if function.program[function.score] == ("score",) and function.mask is None and function.sink is None:
+            return "plain"
+        if self.causal_offset is not None:
+            return "causal"
+        return "additive" if function.sink is None and additive_bias(function) else "general"
+
+
+def make_case(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    dropout_p: float,
+    function: str,
+    needs: Sequence[bool] = (),
+    lse_gradient: bool = False,
+) -> AttentionCase:
+    """Describe a call; works on fake tensors with known sizes too."""
+    return AttentionCase(
+        q.dtype,
+        tuple(map(int, q.shape)),
+        tuple(map(int, k.shape)),
+        tuple(map(int, v.shape)),
+        tuple((tuple(map(int, c.shape)), c.dtype) for c in captured),
+        dropout_p > 0,
+        function,
+        all(t.stride(-1) == 1 for t in (q, k, v)),
+        tuple(needs),
+        lse_gradient,
+    )
+
+
+def lead_shape(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> torch.Size:
+    """The broadcast leading axes."""
+    return torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v, *captured)))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], dropout_p: float, seed: Tensor | None) -> None:
+    """Raise ValueError, naming the tensor, for inputs that do not fit together."""
+    named = {"q": q, "k": k, "v": v, **{f"captured[{n}]": c for n, c in enumerate(captured)}}
+    for name, t in named.items():
+        if t.dim() != q.dim() or not 3 <= t.dim() <= 6:
+            raise ValueError(f"attention: {name} has shape {tuple(t.shape)}; all need one rank from 3 to 6")
+        if t.device != q.device:
+            raise ValueError(f"attention: {name} is on {t.device}, q on {q.device}")
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q, k, v need one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"attention: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"attention: dropout probability {dropout_p} is not in [0, 1]")
+    if dropout_p > 0 and seed is None:
+        raise ValueError("attention: dropout needs a seed tensor")

@@ -1,0 +1,260 @@
+"""Attention through the fused kernels that PyTorch ships: cuDNN and FlashAttention-2 on GPUs, flash attention on CPU.
+
+They are called one by one, not through ``scaled_dot_product_attention``, because the operator needs the logarithm of
+the softmax's sum and because forward and backward must agree on the kernel.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vbcompile.device import Target
+from vbcompile.kernels.attention import arrange, reduce_to
+from vbcompile.kernels.attention_case import AttentionCase, lead_shape
+from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.score_function import (
+    ScoreFunction,
+    accumulation_dtype,
+    additive_bias,
+    causal_offset,
+    evaluate,
+)
+
+aten = torch.ops.aten
+
+
+# ---------------------------------------------------------------------------------- 4-D view of a case
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the last leading axis of k and v is shared by a group of query heads."""
+    return q.dim() == 5 and k.shape[-3] == v.shape[-3] == 1 and q.shape[-3] > 1
+
+
+def _fold(t: Tensor, lead: Sequence[int], heads: int) -> Tensor:
+    """``[*lead, S, D] -> [batch, heads, S, D]``: the last axes of ``lead`` become the heads, the others the batch."""
+    t = t.expand(*lead, *t.shape[-2:])
+    return t.reshape(-1, heads, *t.shape[-2:])
+
+
+def _heads(lead: Sequence[int]) -> int:
+    """Heads of the 4-D view: all leading axes after the first (a single one counts as the batch)."""
+    heads = 1
+    for size in lead[1:]:
+        heads *= size
+    return heads
+
+
+# -------------------------------------------------------------------------------------------- refusals
+def _refuses_common(case: AttentionCase) -> str | None:
+    if case.dropout:
+        return "dropout needs a seed that forward and backward share"
+    if case.lse_gradient:
+        return "has no gradient for the logarithm of the softmax's sum"
+    if 0 in (*case.q, *case.k, *case.v):
+        return "a tensor is empty"
+    if case.q[-1] != case.v[-1]:
+        return f"head dimensions {case.q[-1]} and {case.v[-1]} differ"
+    if len({len(case.q), len(case.k), len(case.v)}) != 1:
+        return "ranks differ"
+    return None
+
+
+def _refuses_structure(case: AttentionCase) -> str | None:
+    """The GPU kernels know no mask but the causal one."""
+    if case.form == "plain":
+        return None
+    if case.form != "causal":
+        return "knows no bias, mask or score function"
+    if case.causal_offset != 0 or case.q_length != case.k_length:
+        return "its causal mask needs as many queries as keys"
+    return None
+
+
+def _refuses_cuda(target: Target | None, case: AttentionCase | None) -> str | None:
+    if target is not None and target.vendor != "nvidia":
+        return "needs an NVIDIA GPU"
+    if case is None:
+        return None
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {case.dtype}"
+    if case.q[-1] % 8 or case.q[-1] > 256:
+        return f"head dimension {case.q[-1]} is no multiple of 8 up to 256"
+    if not case.contiguous_rows:
+        return "the last axis is not contiguous"
+    return _refuses_common(case) or _refuses_structure(case)
+
+
+def _refuses_cudnn(target: Target, case: AttentionCase | None) -> str | None:
+    if target.vendor == "nvidia" and target.arch not in ("sm_90", "sm_100"):
+        return f"is slower than FlashAttention-2 on {target.arch}"
+    if target.vendor == "nvidia" and not torch.backends.cudnn.is_available():
+        return "cuDNN is not available"
+    if case is not None and (case.q[-1] > 128 or min(case.q_length, case.k_length) < 64):
+        return "head dimension above 128 or fewer than 64 queries or keys"
+    return _refuses_cuda(target, case)
+
+
+def _refuses_cpu(target: Target, case: AttentionCase | None) -> str | None:
+    if target.device_type != "cpu":
+        return "runs on CPU only"
+    if case is None:
+        return None
+    if case.form == "general":
+        return "knows no score function beyond an additive bias and a mask"
+    if case.needs and any(case.needs[3:]):
+        return "has no gradient for the bias"
+    return _refuses_common(case)
+
+
+# ------------------------------------------------------------------------------------ GPU: cuDNN, FA-2
+def _gpu_forward(kernel: str):
+    def run(q, k, v, captured, scale, dropout_p, seed, score_function):
+        function = ScoreFunction.loads(score_function)
+        lead = lead_shape(q, k, v, captured)
+        q4, k4, v4 = _gpu_views(q, k, v, lead)
+        causal = function.mask is not None
+        if kernel == "cudnn":
+            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q4, k4, v4, None, True, 0.0, causal, scale=scale)
+        else:
+            out, lse, *_ = aten._scaled_dot_product_flash_attention(q4, k4, v4, 0.0, causal, scale=scale)
+        out = arrange(out.reshape(*lead, *out.shape[-2:]), function.rows_first)
+        return out, lse.reshape(*lead, q.shape[-2])
+
+    return run
+
+
+def _gpu_views(q: Tensor, k: Tensor, v: Tensor, lead: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """4-D views; grouped keys and values keep their own number of heads, which both kernels understand."""
+    heads = _heads(lead)
+    if _grouped(q, k, v):
+        shared = (*lead[:-1], 1)
+        return (_fold(q, lead, heads), *(_fold(t, shared, heads // lead[-1]) for t in (k, v)))
+    return _fold(q, lead, heads), _fold(k, lead, heads), _fold(v, lead, heads)
+
+
+def _gpu_backward(kernel: str):
+    def run(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+        function = ScoreFunction.loads(score_function)
+        lead = lead_shape(q, k, v, captured)
+        q4, k4, v4 = _gpu_views(q, k, v, lead)
+        heads, causal = _heads(lead), function.mask is not None
+        out4, grad4 = _fold(out, lead, heads), _fold(grad_out, lead, heads)
+        lse4 = lse.reshape(-1, heads, lse.shape[-1])
+        none = torch.zeros((), dtype=torch.int64, device=q.device)
+        lengths = (None, None, q4.shape[-2], k4.shape[-2], 0.0, causal)
+        if kernel == "cudnn":
+            grads = aten._scaled_dot_product_cudnn_attention_backward(
+                grad4, q4, k4, v4, out4, lse4.unsqueeze(-1), none, none, None, *lengths, scale=scale
+            )
+        else:
+            grads = aten._scaled_dot_product_flash_attention_backward(
+                grad4, q4, k4, v4, out4, lse4, *lengths, none, none, scale=scale
+            )
+        return _unfold(grads, (q, k, v), lead, captured)
+
+    return run
+
+
+def _unfold(grads: Sequence[Tensor], inputs: Sequence[Tensor], lead: Sequence[int], captured: Sequence[Tensor]) -> list:
+    """Gradients of the 4-D views, as gradients of the operator's inputs."""
+    result: list[Tensor | None] = []
+    for gradient, t in zip(grads, inputs, strict=True):
+        full = gradient.numel() == t.shape[-2] * t.shape[-1] * torch.Size(lead).numel()
+        gradient = gradient.reshape(*(lead if full else (*lead[:-1], 1)), *t.shape[-2:])
+        result.append(reduce_to(gradient, t.shape))
+    return [*result, *(None for _ in captured)]
+
+
+# ------------------------------------------------------------------------------------------------- CPU
+class _CpuCall:
+    """4-D inputs, causal flag and additive mask of a call, and the rows in which no key takes part.
+
+    Attributes:
+        empty: rows without a key, ``[*lead, Q]``; None where there can be none.
+        poisoned: empty rows whose scores still get a gradient (NaN, as softmax gives): emptied by a bias, not a mask.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
+        self.lead = lead_shape(q, k, v, captured)
+        self.heads = _heads(self.lead)
+        self.tensors = [_fold(t, self.lead, self.heads) for t in (q, k, v)]
+        self.causal = causal_offset(function, q.shape[-2], k.shape[-2]) == 0
+        self.bias = self.empty = self.poisoned = None
+        if not self.causal and (function.mask is not None or function.program[function.score] != ("score",)):
+            self._set_bias(q, k, captured, function)
+
+    def _set_bias(self, q: Tensor, k: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
+        split = additive_bias(function)
+        assert split is not None  # _refuses_cpu asked
+        extended, position = split
+        dtype = accumulation_dtype(q.dtype)
+        bias, keep = evaluate(
+            extended,
+            (position, function.mask),
+            score=None,
+            captured=captured,
+            lead=self.lead,
+            q_length=q.shape[-2],
+            k_length=k.shape[-2],
+            device=q.device,
+            dtype=dtype,
+        )
+        size = (1,) * len(self.lead) + (q.shape[-2], k.shape[-2])
+        total = torch.zeros((), dtype=dtype, device=q.device) if bias is None else bias.to(dtype)
+        total = total if keep is None else torch.where(keep, total, -torch.inf)
+        total = total.broadcast_to(torch.broadcast_shapes(total.shape, size))
+        rows = (*self.lead, q.shape[-2])
+        self.empty = (total == -torch.inf).all(-1).expand(rows)
+        if function.empty_rows == "nan":
+            self.poisoned = self.empty if keep is None else self.empty & keep.broadcast_to(total.shape).any(-1)
+        shared = total.shape[:-2].numel() == 1
+        self.bias = (total.reshape(1, 1, *size[-2:]) if shared else _fold(total, self.lead, self.heads)).to(q.dtype)
+
+
+def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
+    function = ScoreFunction.loads(score_function)
+    call = _CpuCall(q, k, v, captured, function)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *call.tensors, 0.0, call.causal, attn_mask=call.bias, scale=scale
+    )
+    out = out.reshape(*call.lead, *out.shape[-2:])
+    lse = lse.reshape(*call.lead, q.shape[-2]).to(accumulation_dtype(q.dtype))
+    if call.empty is not None:
+        lse = lse.masked_fill(call.empty, -torch.inf)
+    if call.empty is not None and function.empty_rows == "nan":
+        out = out.masked_fill(call.empty.unsqueeze(-1), torch.nan)
+    return arrange(out, function.rows_first), lse.contiguous()
+
+
+def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+    function = ScoreFunction.loads(score_function)
+    call = _CpuCall(q, k, v, captured, function)
+    out4, grad4 = (_fold(t, call.lead, call.heads) for t in (out, grad_out))
+    lse4 = lse.reshape(-1, call.heads, lse.shape[-1])
+    if call.empty is not None:  # such a row would spoil the kernel's sums over rows
+        rows = call.empty.reshape(lse4.shape)
+        out4, lse4 = out4.masked_fill(rows.unsqueeze(-1), 0.0), lse4.masked_fill(rows, 0.0)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=call.bias, scale=scale
+    )
+    if call.poisoned is not None:
+        poisoned = call.poisoned.expand(*call.lead, -1).reshape(lse4.shape)
+        dq = dq.masked_fill(poisoned.unsqueeze(-1), torch.nan)
+        dk = dk.masked_fill(poisoned.any(-1)[..., None, None], torch.nan)
+        dv = dv.masked_fill(rows.any(-1)[..., None, None], torch.nan)
+    return _unfold((dq, dk, dv), (q, k, v), call.lead, captured)
+
+
+# ---------------------------------------------------------------------------------------- registration
+def _cost(kernel: str):
+    costs = {"cpu_flash": 1.0, "cudnn": 1.0, "flash_attention_2": 1.7}
+    return lambda target, case: costs[kernel]
+
+
+for _operator, _cudnn, _flash, _cpu in (
+    ("attention", _gpu_forward("cudnn"), _gpu_forward("flash"), _cpu_forward),
+    ("attention_backward", _gpu_backward("cudnn"), _gpu_backward("flash"), _cpu_backward),
+):
+    operator(_operator).register(Implementation("cudnn", _cudnn, _refuses_cudnn, _cost("cudnn")))
+    operator(_operator).register(Implementation("flash_attention_2", _flash, _refuses_cuda, _cost("flash_attention_2")))
+    operator(_operator).register(Implementation("cpu_flash", _cpu, _refuses_cpu, _cost("cpu_flash")))

@@ -1,0 +1,107 @@
+"""Implementations of the logical operators: who can run a case on a target, at what cost, and why others cannot.
+
+An operator (``attention``) has one meaning and several implementations. Each states its refusals as sentences, so that
+a user who asks why a kernel does not run gets an answer. The reference refuses nothing, so a choice always exists.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from vbcompile.device import Target
+
+# operator -> modules whose import registers its implementations; imported when a choice is first asked for
+_ATTENTION = ("vbcompile.kernels.attention", "vbcompile.kernels.attention_sdpa")
+MODULES = {"attention": _ATTENTION, "attention_backward": _ATTENTION}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an operator.
+
+    Attributes:
+        name: unique within the operator.
+        run: called with the operator's arguments.
+        refuses: ``(target, case) -> reason`` or None where it can run; ``case`` None asks about the target alone.
+        cost: ``(target, case) -> relative time``; the lowest that does not refuse is chosen, ties by registration.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[[Target, Any], str | None]
+    cost: Callable[[Target, Any], float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation chosen for a case, and why the others were not."""
+
+    implementation: Implementation
+    refused: tuple[tuple[str, str], ...]
+
+    def explain(self) -> str:
+        refusals = "; ".join(f"{name}: {reason}" for name, reason in self.refused)
+        return self.implementation.name + (f" (not {refusals})" if refusals else "")
+
+
+@dataclass
+class Operator:
+    """A logical operator and its implementations."""
+
+    name: str
+    implementations: list[Implementation] = field(default_factory=list)
+
+    def load(self) -> None:
+        """Import the modules that register this operator's implementations."""
+        for module in MODULES[self.name]:
+            import_module(module)
+
+    def register(self, implementation: Implementation) -> None:
+        """Add an implementation; a second one of the same name is an error."""
+        if any(i.name == implementation.name for i in self.implementations):
+            raise ValueError(f"operator {self.name!r} already has an implementation {implementation.name!r}")
+        self.implementations.append(implementation)
+        _choose.cache_clear()
+
+    def choose(self, target: Target, case: Hashable) -> Choice:
+        """The cheapest implementation that takes ``case`` on ``target``; remembered per case."""
+        return _choose(self.name, target, case)
+
+
+_OPERATORS = {name: Operator(name) for name in MODULES}
+
+
+def operator(name: str) -> Operator:
+    """The operator of that name; raises KeyError with the known ones."""
+    if name not in _OPERATORS:
+        raise KeyError(f"unknown operator {name!r}; known: {', '.join(_OPERATORS)}")
+    return _OPERATORS[name]
+
+
+@lru_cache(maxsize=4096)
+def _choose(name: str, target: Target, case: Any) -> Choice:
+    _OPERATORS[name].load()
+    costs: list[tuple[float, int, Implementation]] = []
+    refused: list[tuple[str, str]] = []
+    for order, implementation in enumerate(_OPERATORS[name].implementations):
+        reason = implementation.refuses(target, case)
+        if reason is None:
+            costs.append((implementation.cost(target, case), order, implementation))
+        else:
+            refused.append((implementation.name, reason))
+    if not costs:
+        raise RuntimeError(f"no implementation of {name} runs this: {refused}")
+    cost, _, chosen = min(costs, key=lambda c: c[:2])
+    slower = [(i.name, f"costs {c / cost:.2g} times as much") for c, _, i in costs if i is not chosen]
+    return Choice(chosen, (*refused, *slower))
+
+
+def describe(target: Target) -> list[tuple[str, str, str]]:
+    """``(operator, implementation, reason)`` for every implementation; the reason is empty where it can run."""
+    rows = []
+    for name in MODULES:
+        operator(name).load()
+        rows += [(name, i.name, i.refuses(target, None) or "") for i in operator(name).implementations]
+    return rows

@@ -1,0 +1,252 @@
+"""The logical operator: meaning, gradients and implementations against plain PyTorch in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vbcompile.device import Target
+from vbcompile.kernels import attention as op_module
+from vbcompile.kernels.attention_case import make_case
+from vbcompile.kernels.registry import describe, operator
+from vbcompile.kernels.score_function import Builder, ScoreFunction, additive_bias, causal_offset
+
+INF = math.inf
+
+
+def causal(extra=lambda b, position: position, **fields) -> ScoreFunction:
+    b = Builder()
+    score = extra(b, b.emit("score"))
+    mask = b.emit("ge", b.emit("q_index"), b.emit("k_index"))
+    return ScoreFunction(b.program, score, mask, **fields)
+
+
+def with_score(make, mask=None, sink=None, **fields) -> ScoreFunction:
+    b = Builder()
+    score = make(b, b.emit("score"))
+    mask, sink = mask and mask(b), sink and sink(b)
+    return ScoreFunction(b.program, score, mask, sink, **fields)
+
+
+def softcap(b, s):
+    return b.emit("mul", b.emit("tanh", b.emit("div", s, b.emit("const", 2.0))), b.emit("const", 2.0))
+
+
+def plus(b, s):
+    return b.emit("add", s, b.emit("captured", 0))
+
+
+# name -> (function, shapes of captured tensors, the same written by hand on scaled scores [.., Q, K])
+FORMS = {
+    "plain": (ScoreFunction(), [], lambda s, c: s),
+    "causal": (causal(), [], lambda s, c: s.masked_fill(_upper(s), -INF)),
+    "bias": (with_score(plus), [(1, 3, 7, 7)], lambda s, c: s + c[0]),
+    "bias_causal": (causal(plus), [(2, 1, 1, 7)], lambda s, c: (s + c[0]).masked_fill(_upper(s), -INF)),
+    "softcap": (with_score(softcap), [], lambda s, c: 2 * torch.tanh(s / 2)),
+    "temperature": (
+        with_score(lambda b, s: b.emit("mul", s, b.emit("captured", 0))),
+        [(1, 3, 1, 1)],
+        lambda s, c: s * c[0],
+    ),
+    "bool_mask": (
+        with_score(lambda b, s: s, mask=lambda b: b.emit("gt", b.emit("captured", 0), b.emit("const", -0.5))),
+        [(2, 1, 1, 7)],
+        lambda s, c: s.masked_fill(c[0] <= -0.5, -INF),
+    ),
+    "sink": (
+        with_score(lambda b, s: s, sink=lambda b: b.emit("captured", 0)),
+        [(1, 3, 1, 1)],
+        lambda s, c: torch.cat([s, c[0].expand(*s.shape[:-1], 1)], -1),
+    ),
+}
+
+
+def _upper(s: Tensor) -> Tensor:
+    return torch.ones(s.shape[-2:], dtype=torch.bool).triu(1)
+
+
+def make_inputs(shapes, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lead, kv_lead = (2, 3), (2, 3)
+    sizes = [(*lead, 7, 8), (*kv_lead, 7, 8), (*kv_lead, 7, 8), *shapes]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes]
+
+
+def by_hand(form, q, k, v, captured, scale):
+    s = form((q @ k.mT) * scale, captured)
+    p = torch.softmax(s, -1)[..., : k.shape[-2]]
+    return p @ v
+
+
+def run_op(inputs, scale, function):
+    q, k, v, *captured = inputs
+    return torch.ops.vblackwell.attention(q, k, v, captured, scale, 0.0, None, function.dumps())
+
+
+def gradients(out: Tensor, inputs, seed=1):
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.autograd.grad((out.double() * weights).sum(), inputs, materialize_grads=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_forward_and_gradients(name, dtype):
+    function, shapes, form = FORMS[name]
+    inputs = make_inputs(shapes, dtype)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    scale = 0.3
+    want = by_hand(form, *exact[:3], exact[3:], scale)
+    plain = by_hand(form, *inputs[:3], inputs[3:], scale)
+    out, _ = run_op(inputs, scale, function)
+    assert out.dtype == dtype
+    floor = 4 * torch.finfo(dtype).eps
+    pairs = [(out, plain, want)]
+    pairs += list(zip(gradients(out, inputs), gradients(plain, inputs), gradients(want, exact), strict=True))
+    for ours, theirs, truth in pairs:
+        bound = 2 * (theirs.double() - truth).abs().max() + floor * truth.abs().max()
+        assert (ours.double() - truth).abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_opcheck(name):
+    function, shapes, _ = FORMS[name]
+    q, k, v, *captured = make_inputs(shapes, torch.float32)
+    arguments = (q, k, v, captured, 0.3, 0.0, None, function.dumps())
+    torch.library.opcheck(torch.ops.vblackwell.attention.default, arguments)
+
+
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_memory_order_is_the_promised_one(rows_first):
+    inputs = make_inputs([], torch.float32)
+    out, lse = run_op(inputs, 1.0, ScoreFunction(rows_first=rows_first))
+    order = out.transpose(1, 2) if rows_first else out
+    assert order.is_contiguous() and lse.is_contiguous()
+
+
+def test_grouped_queries_share_keys_without_a_copy():
+    q = torch.randn(2, 2, 3, 5, 8, requires_grad=True)
+    k, v = (torch.randn(2, 2, 1, 5, 8, requires_grad=True) for _ in range(2))
+    out, _ = run_op([q, k, v], 0.5, causal())
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), is_causal=True, scale=0.5, enable_gqa=True
+    ).unflatten(1, (2, 3))
+    torch.testing.assert_close(out, want)
+    for ours, theirs in zip(gradients(out, (q, k, v)), gradients(want, (q, k, v)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("empty_rows", ["nan", "zero"])
+def test_rows_without_a_key(empty_rows):
+    keep = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    keep[..., 2, :] = False
+    function = ScoreFunction((("score",), ("captured", 0)), 0, 1, empty_rows=empty_rows)
+    inputs = [torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3)]
+    out, lse = run_op([*inputs, keep], 1.0, function)
+    if empty_rows == "zero":
+        want = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=keep, scale=1.0)
+    else:
+        want = by_hand(lambda s, c: s.masked_fill(~keep, -INF), *inputs, [], 1.0)
+    torch.testing.assert_close(out, want, equal_nan=True)
+    assert (lse[..., 2] == -INF).all()
+    for ours, theirs in zip(gradients(out, inputs), gradients(want, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_gradient_of_lse():
+    q, k, v = (torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    _, lse = run_op([q, k, v], 0.7, causal())
+    want = torch.logsumexp((q @ k.mT * 0.7).masked_fill(_upper(torch.empty(4, 4)), -INF), -1)
+    torch.testing.assert_close(lse, want)
+    for ours, theirs in zip(gradients(lse, (q, k)), gradients(want, (q, k)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 8), (2, 2, 0, 8)])
+def test_empty_batch_and_empty_rows(shape):
+    q = torch.randn(shape, requires_grad=True)
+    k, v = (torch.randn(shape[0], 2, 4, 8, requires_grad=True) for _ in range(2))
+    out, lse = run_op([q, k, v], 1.0, ScoreFunction())
+    assert out.shape == shape and lse.shape == shape[:-1]
+    out.sum().backward()
+    assert k.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q.long(), k.long(), v.long()), "floating dtype"),
+        (lambda q, k, v: (q, k[0], v), "one rank"),
+        (lambda q, k, v: (q, k[..., :4], v), "do not fit"),
+        (lambda q, k, v: (q, k.double(), v), "one floating dtype"),
+    ],
+)
+def test_bad_input_names_the_problem(change, message):
+    q, k, v = change(*(torch.randn(1, 2, 4, 8) for _ in range(3)))
+    with pytest.raises(ValueError, match=message):
+        run_op([q, k, v], 1.0, ScoreFunction())
+
+
+def test_dropout_without_seed_is_an_error():
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="seed"):
+        torch.ops.vblackwell.attention(q, q, q, [], 1.0, 0.5, None, ScoreFunction().dumps())
+
+
+# ------------------------------------------------------------------------------------------------ score functions
+def test_score_function_text_round_trip():
+    b = Builder()
+    value = b.emit("where", b.emit("to_bool", b.emit("captured", 0)), b.emit("score"), b.emit("const", -INF))
+    function = ScoreFunction(b.program, value, rows_first=True)
+    assert ScoreFunction.loads(function.dumps()) == function
+    assert "Infinity" not in function.dumps()
+
+
+@pytest.mark.parametrize("program", [(("score",), ("nothing", 0)), (("score",), ("add", 0)), (("score",), ("neg", 1))])
+def test_malformed_programs_are_refused(program):
+    with pytest.raises(ValueError, match=r"unknown instruction|malformed"):
+        ScoreFunction(program)
+
+
+def test_causal_offset_is_found_in_any_spelling():
+    for q, k, expected in [(4, 4, 0), (4, 9, 5)]:
+        b = Builder()
+        shift = b.emit("sub", b.emit("k_length"), b.emit("q_length"))
+        mask = b.emit("le", b.emit("k_index"), b.emit("add", shift, b.emit("q_index")))
+        assert causal_offset(ScoreFunction((*b.program, ("score",)), len(b.program), mask), q, k) == expected
+    assert causal_offset(causal(softcap), 4, 4) is None
+
+
+def test_additive_bias_refuses_what_is_not_additive():
+    assert additive_bias(with_score(softcap)) is None
+    assert additive_bias(with_score(lambda b, s: b.emit("sub", b.emit("captured", 0), s))) is None
+    assert additive_bias(with_score(lambda b, s: b.emit("add", s, s))) is None
+    assert additive_bias(with_score(plus)) is not None
+
+
+# ------------------------------------------------------------------------------------------------------- choice
+def target(vendor, device_type, arch):
+    return Target(vendor=vendor, device_type=device_type, arch=arch, name=arch)
+
+
+def test_choice_is_explained_for_machines_one_does_not_have():
+    q = torch.empty(2, 4, 128, 64, dtype=torch.bfloat16)
+    case = make_case(q, q, q, [], 0.0, causal().dumps())
+    hopper = operator("attention").choose(target("nvidia", "cuda", "sm_90"), case)
+    ampere = operator("attention").choose(target("nvidia", "cuda", "sm_80"), case)
+    assert ampere.implementation.name != "cudnn"
+    assert "cpu_flash: runs on CPU only" in hopper.explain()
+    assert operator("attention").choose(target("cpu", "cpu", "cpu"), case).implementation.name == "cpu_flash"
+
+
+def test_describe_lists_every_implementation():
+    rows = describe(target("cpu", "cpu", "cpu"))
+    assert ("attention", "reference", "") in rows
+    assert ("attention", "cudnn", "needs an NVIDIA GPU") in rows
+
+
+def test_reference_is_the_last_resort():
+    q = torch.randn(1, 2, 4, 8)
+    case = make_case(q, q, q, [], 0.0, with_score(softcap).dumps())
+    chosen = operator("attention").choose(target("cpu", "cpu", "cpu"), case)
+    assert chosen.implementation.run is op_module.attention_reference
