@@ -94,8 +94,8 @@ def get_target(device: str | torch.device | None = None) -> Target:
     Raises:
         DeviceError: unknown device, or one that cannot be used, with the repair.
     """
-    if isinstance(device, torch.device) and device.index is not None:  # kernels ask at every call
-        return _read_target(device.type, device.index)
+    if isinstance(device, torch.device) and (device.index is not None or device.type == "cpu"):
+        return _read_target(device.type, device.index or 0)  # the short way: kernels ask at every call
     backend = get_device_manager().get_backend(device)
     index = backend.device.index
     return _read_target(backend.device_type, backend.current_index() if index is None else index)

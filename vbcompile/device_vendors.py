@@ -113,8 +113,8 @@ PLATFORMS = (
         "Intel Gaudi",
         module="habana_frameworks.torch",
         distribution="habana-torch-plugin",
-        install="install habana-torch-plugin with Intel Gaudi's own installer, which brings the PyTorch build that it "
-        "belongs to (habanalabs-installer.sh install --type pytorch; it is not on PyPI)",
+        install="install habana-torch-plugin with Intel Gaudi's installer (habanalabs-installer.sh install --type "
+        "pytorch): it is not on PyPI, and brings the PyTorch build that it belongs to",
         repair="use the habana-torch-plugin, PyTorch and driver of one Gaudi release, and check that `hl-smi` lists "
         "the card",
         cards=("/dev/accel/accel_controlD[0-9]*", "/dev/hl[0-9]*"),

@@ -1,0 +1,78 @@
+"""A diagnosis as tables for the terminal."""
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from vbcompile.doctor import Diagnosis, Problem
+
+
+def view(found: Diagnosis) -> Group:
+    """All parts of the diagnosis that hold something, and one line with the verdict at the end."""
+    tables = [
+        _table("Versions", ("", ""), [(name, version or "not installed") for name, version in found.versions.items()]),
+        _table(
+            "Devices",
+            ("device", "what it is", "architecture", "driver", "memory", "processors"),
+            [
+                (d.device, _lines(d.name, " ".join(d.features)), d.arch, d.driver, _gb(d.memory_gb), d.multiprocessors)
+                for d in found.devices
+            ],
+        ),
+        _table(
+            "Accelerators",
+            ("device", "kind", "state", "why not, and the fix"),
+            [(v.device_type, v.label, v.state, _lines(v.reason, v.fix)) for v in found.vendors],
+        ),
+        _table(
+            "Compilers",
+            ("tool", "for", "works", ""),
+            [(tool.tool, tool.purpose, _yes(tool.ok), tool.detail) for tool in found.tools],
+        ),
+        _table(
+            "Kernels",
+            ("architecture", "operator", "implementation", "runs", "why not"),
+            [(k.arch, k.operator, k.implementation, _yes(not k.reason), k.reason) for k in found.kernels],
+        ),
+        _table(
+            "Environment",
+            ("variable", "value", "problem"),
+            [(variable.name, variable.value, variable.problem) for variable in found.environment],
+        ),
+    ]
+    return Group(*(table for table in tables if table.row_count), *map(_problem, found.problems), _verdict(found))
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
+    return table
+
+
+def _problem(problem: Problem) -> Text:
+    style = "bold red" if problem.severity == "error" else "bold yellow"
+    return Text.assemble((problem.severity, style), f": {problem.what}\n  fix: {problem.fix}")
+
+
+def _verdict(found: Diagnosis) -> Text:
+    errors = sum(problem.severity == "error" for problem in found.problems)
+    warnings = len(found.problems) - errors
+    if not found.problems:
+        return Text("No problems found.", style="bold green")
+    return Text(f"{errors} error(s), {warnings} warning(s).", style="bold red" if errors else "bold yellow")
+
+
+def _gb(size: float | None) -> str:
+    return "" if size is None else f"{size:.1f} GiB"
+
+
+def _lines(*texts: str) -> str:
+    return "\n".join(text for text in texts if text)
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "no"
