@@ -8,6 +8,7 @@ are ``cuda``, ``hpu``, ``npu``, ``xpu``, ``cpu``. A device that was asked for by
 import importlib
 import operator
 import random
+import sys
 from typing import Any
 
 import torch
@@ -200,4 +201,5 @@ def _memory_of_cards(kind: str) -> dict[str, dict[str, float | None]]:
 def _package_version(kind: str) -> str | None:
     """Version of the package that brings a device type; read from the module where it is not a distribution."""
     platform = device_vendors.platform_of(kind)
-    return installed_version(platform.distribution) or getattr(probe(kind).module, "__version__", None)
+    module = sys.modules.get(platform.module) if probe(kind).ready else None
+    return installed_version(platform.distribution) or getattr(module, "__version__", None)

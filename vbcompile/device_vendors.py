@@ -93,7 +93,7 @@ PLATFORMS = (
         "--gpus all)",
         cards=("/dev/nvidia[0-9]*",),
         hidden_by=("CUDA_VISIBLE_DEVICES",),
-        driver=(("/proc/driver/nvidia/version", r"Module\D*?([\d.]+)"),),
+        driver=(("/proc/driver/nvidia/version", r"NVRM.*?\s(\d+\.[\d.]+)\s"),),
     ),
     Platform(
         "amd",

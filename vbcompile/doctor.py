@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors")
 _TORCH_VARIABLES = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_LOGS", "TRITON_INTERPRET", "CXX", "OMP_NUM_THREADS")
-_SWITCH = "ENABLE_VIRTUAL_BLACKWELL"
-_VARIABLES = ("VB_MODE", "VB_BUDGET", "VB_CACHE_DIR", "VB_AUTOTUNE", "VB_STRICT", "VB_REPORT")
+_VARIABLES = ("VB_MODE", "VB_STRICT", "ENABLE_VIRTUAL_BLACKWELL")  # all that this package reads
 _REINSTALL = "reinstall PyTorch: https://pytorch.org/get-started/locally"
 
 
@@ -288,11 +287,9 @@ def _try_tools(found: Diagnosis) -> None:
     found.tools = [*checks, check_cpp_compiler()]
     for tool in found.tools:
         if not tool.ok:
-            what, not_needed = (
-                f"{tool.tool} ({tool.purpose}): {tool.detail}",
-                tool.tool == "c++" and best.vendor != "cpu",
-            )
-            found.problems.append(Problem(what, tool.fix, "warning" if not_needed else "error"))
+            limits_only = tool.tool == "c++" and best.vendor != "cpu"
+            what = f"{tool.tool} ({tool.purpose}): {tool.detail}"
+            found.problems.append(Problem(what, tool.fix, "warning" if limits_only else "error"))
     if os.environ.get("TRITON_INTERPRET") == "1":
         what = "TRITON_INTERPRET=1: kernels run in Triton's interpreter, thousands of times slower"
         found.problems.append(Problem(what, "unset TRITON_INTERPRET", "warning"))
@@ -320,7 +317,7 @@ def _read_environment(found: Diagnosis) -> None:
     from vbcompile.device_vendors import PLATFORMS
 
     vendors = {name for row in PLATFORMS for name in (*row.hidden_by, *(key for key, _ in row.settings))}
-    ours = {name for name in os.environ if name.startswith("VB_") or name == _SWITCH}
+    ours = {name for name in os.environ if name.startswith("VB_") or name in _VARIABLES}
     wrong = _invalid_variables(sorted(ours))
     for name in sorted(os.environ.keys() & (ours | vendors | set(_TORCH_VARIABLES))):
         found.environment.append(VariableReport(name, os.environ[name], wrong.get(name, "")))
@@ -328,29 +325,17 @@ def _read_environment(found: Diagnosis) -> None:
 
 
 def _invalid_variables(names: list[str]) -> dict[str, str]:
-    """Variable -> what is wrong with it."""
+    """Variable -> what is wrong with it; the configuration itself judges the values that it reads."""
+    from vbcompile.config import ConfigError, resolve_config
+
     wrong = {}
     for name in names:
-        if name == _SWITCH:
-            if os.environ[name] not in ("", "0", "1"):
-                wrong[name] = "valid: 1 (on), 0 (off)"
-        elif name not in _VARIABLES:
+        if name not in _VARIABLES:
             near = difflib.get_close_matches(name, _VARIABLES, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             wrong[name] = f"no such setting; valid: {', '.join(_VARIABLES)}{hint}"
-    complaint = _configuration_error()
-    if complaint:
-        guilty = [name for name in names if name in complaint] or names
-        wrong |= dict.fromkeys(guilty, complaint)
+        try:
+            resolve_config(environ={name: os.environ[name]})
+        except ConfigError as error:
+            wrong[name] = str(error)
     return wrong
-
-
-def _configuration_error() -> str:
-    """What the configuration says about the environment; empty if it accepts it."""
-    from vbcompile.config import ConfigError, resolve_config
-
-    try:
-        resolve_config()
-    except ConfigError as error:
-        return str(error)
-    return ""

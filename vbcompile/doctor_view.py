@@ -23,7 +23,7 @@ def view(found: Diagnosis) -> Group:
         _table(
             "Accelerators",
             ("device", "kind", "state", "why not, and the fix"),
-            [(v.device_type, v.label, v.state, _lines(v.reason, v.fix)) for v in found.vendors],
+            [(v.device_type, v.label, v.state, _lines(v.reason, v.fix and f"Fix: {v.fix}")) for v in found.vendors],
         ),
         _table(
             "Compilers",
