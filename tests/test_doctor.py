@@ -170,13 +170,17 @@ def test_a_check_that_fails_does_not_hide_the_others(installed):
 @pytest.mark.parametrize(
     ("message", "says", "fix"),
     [
-        ("Failed to load the backend extension: torch_npu. You can disable", "while loading torch_npu", "AUTOLOAD=0"),
+        (
+            "Failed to load the backend extension: torch_npu. You can disable",
+            "torch_npu: OSError: libhccl",
+            "AUTOLOAD=0",
+        ),
         ("libtorch_cpu.so: undefined symbol", "undefined symbol", "reinstall PyTorch"),
     ],
 )
 def test_a_torch_that_does_not_import_still_gets_a_diagnosis(monkeypatch, message, says, fix):
     def refuse(name):
-        raise RuntimeError(message)
+        raise RuntimeError(message) from (OSError("libhccl.so") if "backend extension" in message else None)
 
     monkeypatch.setattr(doctor.importlib, "import_module", refuse)
     found = diagnose()

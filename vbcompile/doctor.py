@@ -193,7 +193,8 @@ def _torch_loads(found: Diagnosis) -> bool:
     try:
         importlib.import_module("torch")
     except Exception as error:  # noqa: BLE001 - PyTorch loads vendors' packages, which raise anything
-        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        cause = error.__cause__ or error
+        text = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
         culprit = re.search(r"backend extension: (\w+)", str(error))
         if culprit is None:
             found.problems.append(Problem(f"import torch failed: {text}", _REINSTALL))
