@@ -255,6 +255,7 @@ def test_later_answers_are_remembered(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD card")
 def test_on_a_real_card(monkeypatch):
     monkeypatch.undo()
     forget_devices()

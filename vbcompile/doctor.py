@@ -104,12 +104,12 @@ class Diagnosis:
     problems: list[Problem] = field(default_factory=list)
 
     @property
-    def exit_code(self) -> int:
+    def exit_status(self) -> int:
         """For the shell: 1 if there is an error, else 0; warnings do not count."""
         return int(any(problem.severity == "error" for problem in self.problems))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"exit_code": self.exit_code}
+        return asdict(self) | {"exit_status": self.exit_status}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -198,9 +198,12 @@ def _torch_loads(found: Diagnosis) -> bool:
         culprit = re.search(r"backend extension: (\w+)", str(error))
         if culprit is None:
             found.problems.append(Problem(f"import torch failed: {text}", _REINSTALL))
-        else:
-            fix = f"repair or uninstall {culprit.group(1)}, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to start without it"
-            found.problems.append(Problem(f"import torch failed while loading {culprit.group(1)}: {text}", fix))
+            return False
+        name = culprit.group(1)
+        fix = f"repair or uninstall {name}, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to start without it"
+        if name == "vbcompile":  # our own start-up refuses nothing but a variable's value
+            fix = "correct or unset that variable"
+        found.problems.append(Problem(f"import torch failed while loading {name}: {text}", fix))
         return False
     return True
 
@@ -327,7 +330,7 @@ def _read_environment(found: Diagnosis) -> None:
 
 def _invalid_variables(names: list[str]) -> dict[str, str]:
     """Variable -> what is wrong with it; the configuration itself judges the values that it reads."""
-    from vbcompile.config import ConfigError, resolve_config
+    from vbcompile.config import ConfigError, parse_flag, resolve_config
 
     wrong = {}
     for name in names:
@@ -337,6 +340,8 @@ def _invalid_variables(names: list[str]) -> dict[str, str]:
             wrong[name] = f"no such setting; valid: {', '.join(_VARIABLES)}{hint}"
         try:
             resolve_config(environ={name: os.environ[name]})
+            if name == "ENABLE_VIRTUAL_BLACKWELL" and os.environ[name]:
+                parse_flag(name, os.environ[name])
         except ConfigError as error:
             wrong[name] = str(error)
     return wrong
