@@ -19,12 +19,15 @@ _HOME = {
     "config": ("Config", "ConfigError", "resolve_config"),
     "device": (
         "DeviceBackend",
+        "DeviceError",
+        "Target",
         "UnifiedDeviceManager",
         "get_accelerator_type",
         "get_device",
         "get_device_info",
         "get_device_manager",
         "get_memory_info",
+        "get_target",
         "get_unified_backend",
         "is_cuda_available",
         "is_hpu_available",
@@ -43,7 +46,9 @@ _HOME = {
         "is_enabled",
         "print_stats",
     ),
+    "doctor": ("diagnose",),
     "explainer": ("explain",),
+    "troubleshooting": ("check_model_device", "out_of_memory_advice"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

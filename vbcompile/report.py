@@ -3,6 +3,7 @@
 Every view of a compile (log line, ``explain`` text, JSON) is made from these records.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ class GraphReport:
         decisions: in the order of the passes.
         failures: ``(pass, reason)`` of passes that failed; the graph before that pass was kept.
         unavailable: passes that the mode names and that this version or target does not have, with the reason.
+        graph_break: why Dynamo ended the graph before the model returned; empty where it did not.
     """
 
     graph: str
@@ -51,6 +53,7 @@ class GraphReport:
     decisions: list[Decision] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     unavailable: list[tuple[str, str]] = field(default_factory=list)
+    graph_break: str = ""
 
     def count(self, action: str, pass_name: str | None = None) -> int:
         """Number of decisions with that action (and pass)."""
@@ -58,6 +61,9 @@ class GraphReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), default=str)
 
     def summary(self) -> str:
         """One line for the log."""

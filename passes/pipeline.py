@@ -1,0 +1,107 @@
+"""The passes, in their order, and how they run: one at a time, each undone if it fails."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from vbcompile.config import Config
+from vbcompile.device import Target
+from vbcompile.passes.attention import fuse_attention
+from vbcompile.passes.precision import use_mixed_precision
+from vbcompile.report import Decision, GraphReport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know.
+
+    Attributes:
+        config: the resolved configuration.
+        target: the device that the graph runs on.
+        training: whether autograd records what the graph computes.
+    """
+
+    config: Config
+    target: Target
+    training: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite of the torch-level graph, before autograd.
+
+    Attributes:
+        name: as in reports and options.
+        run: rewrites the graph in place and returns a decision for every site that it looked at.
+        wanted: whether the configuration asks for it.
+    """
+
+    name: str
+    run: Callable[[fx.GraphModule, PassContext], list[Decision]]
+    wanted: Callable[[Config], bool]
+
+
+PASSES = (
+    Pass("attention", fuse_attention, lambda config: config.attention),
+    Pass("mixed_precision", use_mixed_precision, lambda config: config.mixed_precision is not False),
+)
+
+# parts of the modes that this version does not have, by option name
+MISSING = {
+    "fp4": "FP4 weights: this version has no such pass; weights keep their precision",
+    "recompute": "recomputation of activations: this version has no such pass; activations are kept",
+    "offload": "offload and prefetch: this version has no such pass; everything stays on the device",
+}
+
+
+def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport) -> None:
+    """Run every wanted pass on ``gm`` in place, recording decisions and failures in ``report``.
+
+    A pass that raises is undone: the graph before it is kept, with one warning that names the pass and the reason.
+    With ``strict`` the exception goes on to the caller.
+    """
+    for name, reason in MISSING.items():
+        if getattr(context.config, name):
+            report.unavailable.append((name, reason))
+    for pass_ in PASSES:
+        if not pass_.wanted(context.config):
+            continue
+        backup = copy_graphs(gm)
+        try:
+            report.decisions += pass_.run(gm, context)
+        except Exception as error:
+            restore_graphs(backup)
+            if context.config.strict:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            report.failures.append((pass_.name, reason))
+            log.warning("pass %s failed, the graph runs without it: %s", pass_.name, reason)
+            log.debug("pass %s failed", pass_.name, exc_info=True)
+
+
+Backup = list[tuple[fx.GraphModule, fx.Graph]]
+
+
+def copy_graphs(gm: fx.GraphModule) -> Backup:
+    """Copies of the graph and of those of its sub-modules; node metadata is shared, not copied deeply."""
+    return [(m, _copy(m.graph)) for m in gm.modules() if isinstance(m, fx.GraphModule)]
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    result = copy.graph_copy(graph, nodes)
+    output = graph.output_node()
+    copy.output(result).meta.update(output.meta)
+    copy.set_codegen(graph._codegen)
+    return copy
+
+
+def restore_graphs(backup: Backup) -> None:
+    """Put the copied graphs back in place."""
+    for module, graph in backup:
+        module.graph = graph

@@ -1,0 +1,105 @@
+"""``explain`` and the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vbcompile
+from vbcompile.__main__ import main
+
+_MODEL = """
+import torch
+def attention(q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) * 0.125, -1) @ v
+def returns_weights(q, k, v):
+    p = torch.softmax(q @ k.transpose(-2, -1) * 0.125, -1)
+    return p @ v, p
+def make():
+    return attention, [torch.randn(2, 4, 16, 64) for _ in range(3)]
+def wrong():
+    return 3
+if __name__ == "__main__":
+    print(torch.nn.Linear(4, 4)(torch.randn(2, 4)).shape)
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text(_MODEL)
+    return path
+
+
+@pytest.fixture
+def functions():
+    namespace: dict = {}
+    exec(_MODEL, namespace)
+    return namespace
+
+
+def test_explanation_tells_what_became_what(functions):
+    q, k, v = (torch.randn(2, 4, 16, 64) for _ in range(3))
+    explanation = vbcompile.explain(functions["attention"], q, k, v)
+    (report,) = explanation.reports
+    (decision,) = [d for d in report.decisions if d.pass_name == "attention"]
+    assert decision.action == "rewritten" and "cpu_flash" in decision.implementation
+    assert explanation.counts() == {"attention": {"rewritten": 1}}
+    assert json.loads(explanation.to_json())["counts"] == explanation.counts()
+    assert "cpu_flash" in str(explanation).replace("\n", "")
+
+
+def test_explanation_gives_the_reason_of_a_refusal(functions):
+    q, k, v = (torch.randn(2, 4, 16, 64) for _ in range(3))
+    explanation = vbcompile.explain(functions["returns_weights"], q, k, v)
+    (decision,) = [d for d in explanation.reports[0].decisions if d.pass_name == "attention"]
+    assert decision.action == "left" and decision.reason
+
+
+def test_explaining_twice_and_while_compiled(functions):
+    q, k, v = (torch.randn(2, 4, 16, 64) for _ in range(3))
+    run = torch.compile(functions["attention"], backend="vblackwell")
+    want = run(q, k, v)
+    for _ in range(12):
+        assert vbcompile.explain(functions["attention"], q, k, v).counts()["attention"]["rewritten"] == 1
+    torch.testing.assert_close(run(q, k, v), want)
+
+
+def test_explain_a_function_from_a_file(model_file, capsys):
+    assert main(["explain", f"{model_file}:make", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}
+
+
+def test_explain_a_script(model_file):
+    command = [sys.executable, "-m", "vbcompile", "explain", str(model_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "torch.Size([2, 4])" in done.stdout and "graph 0/0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "target", ["nothing.py:make", "no.such.module:make", "{file}:nothing", "{file}:wrong", "no.py"]
+)
+def test_wrong_targets_are_usage_errors(target, model_file, capsys):
+    assert main(["explain", target.format(file=model_file)]) == 2
+    assert "vbcompile:" in capsys.readouterr().err
+
+
+def test_run_of_a_missing_script(capsys):
+    assert main(["run", "missing.py"]) == 2
+    vbcompile.disable()
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    status = main(["doctor", "--json"])
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert status == diagnosis["exit_status"]
+    assert any("attention" in json.dumps(kernel) for kernel in diagnosis["kernels"])
+
+
+def test_no_command_is_a_usage_error():
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == 2

@@ -1,0 +1,155 @@
+"""Command line: ``vbcompile demo | run | explain | doctor``.
+
+Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
+"""
+
+import argparse
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except UsageError as error:
+        print(f"vbcompile: {error}", file=sys.stderr)
+        return 2
+
+
+class UsageError(ValueError):
+    """The command line asks for something that does not exist."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vbcompile", description="Virtual Blackwell: torch.compile backend and tools")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="run two real models: eager, Inductor and vblackwell side by side")
+    demo.add_argument("arguments", nargs=argparse.REMAINDER, help="see `vbcompile demo -- --help`")
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser("run", help="run an unchanged script with its models compiled")
+    run.add_argument("script", help="Python file")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    run.set_defaults(command=_run)
+
+    explain = commands.add_parser("explain", help="what is rewritten in a model, what is not, and why")
+    explain.add_argument(
+        "target",
+        help="FILE.py:NAME or package.module:NAME, a function that returns (model, inputs) or "
+        "(model, inputs, keywords); or FILE.py, a script that is run with its models compiled",
+    )
+    explain.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    explain.add_argument("--mode", help="balanced, memory, speed or full")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(command=_explain)
+
+    doctor = commands.add_parser(
+        "doctor", help="devices, drivers, versions, kernels that can run here, and what to fix"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from vbcompile.demo import main as demo
+
+    return demo([a for a in arguments.arguments if a != "--"])
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a script under the switch if ``ENABLE_VIRTUAL_BLACKWELL`` is 1 or absent; 0 runs it plainly."""
+    from vbcompile.config import parse_flag
+
+    if parse_flag("ENABLE_VIRTUAL_BLACKWELL", os.environ.get("ENABLE_VIRTUAL_BLACKWELL") or "1"):
+        from vbcompile.global_switch import enable, is_enabled
+
+        if not is_enabled():
+            enable(verbose=False)
+    _run_script(arguments.script, arguments.arguments)
+    return 0
+
+
+def _run_script(script: str, arguments: Sequence[str]) -> None:
+    if not Path(script).is_file():
+        raise UsageError(f"no such file: {script}")
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    path, _, name = arguments.target.rpartition(":")
+    explanation = _explain_call(path, name, arguments) if path else _explain_script(arguments)
+    if arguments.json:
+        print(explanation.to_json())
+    else:
+        Console().print(explanation)
+    return 1 if any(r.failures for r in explanation.reports) else 0
+
+
+def _explain_call(path: str, name: str, arguments: argparse.Namespace) -> Any:
+    from vbcompile.explainer import explain
+
+    made = _load(path, name)()
+    if not isinstance(made, tuple) or not 2 <= len(made) <= 3:
+        raise UsageError(f"{name} must return (model, inputs) or (model, inputs, keywords)")
+    model, inputs, keywords = (*made, {})[:3]
+    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return explain(model, *inputs, mode=arguments.mode, **keywords)
+
+
+def _load(path: str, name: str) -> Callable[..., Any]:
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise UsageError(f"no such file: {path}")
+        namespace = runpy.run_path(path)
+    else:
+        sys.path.insert(0, "")
+        try:
+            namespace = vars(importlib.import_module(path))
+        except ModuleNotFoundError as error:
+            raise UsageError(f"cannot import {path}: {error}") from error
+    if not callable(namespace.get(name)):
+        raise UsageError(f"{path} has no function {name!r}")
+    return namespace[name]
+
+
+def _explain_script(arguments: argparse.Namespace) -> Any:
+    from vbcompile.backend import add_listener
+    from vbcompile.explainer import Explanation
+    from vbcompile.global_switch import enable
+    from vbcompile.report import GraphReport
+
+    reports: list[GraphReport] = []
+    add_listener(reports.append)
+    enable(arguments.mode, verbose=False)
+    _run_script(arguments.target, arguments.arguments)
+    return Explanation(reports)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vbcompile.doctor import diagnose
+
+    diagnosis = diagnose()
+    if arguments.json:
+        print(diagnosis.to_json())
+    else:
+        Console().print(diagnosis)
+    return diagnosis.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

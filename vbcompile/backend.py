@@ -1,0 +1,153 @@
+"""The ``torch.compile`` backend ``vblackwell``: configuration, passes, then AOTAutograd and Inductor."""
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from vbcompile import __version__, compat
+from vbcompile.config import Config, resolve_config
+from vbcompile.device import get_target
+from vbcompile.passes import pipeline
+from vbcompile.report import GraphReport
+
+log = logging.getLogger(__name__)
+
+_numbers = itertools.count()
+_listeners: list[Callable[[GraphReport], None]] = []
+_warned: set[str] = set()
+
+
+def vblackwell(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph captured by Dynamo. Users name it: ``torch.compile(model, backend="vblackwell")``.
+
+    Args:
+        gm: torch-level graph; rewritten in place.
+        example_inputs: its inputs.
+        mode: one of our four modes or one of Inductor's.
+        options: fields of :class:`vbcompile.Config`, and Inductor's own options.
+
+    Raises:
+        ConfigError: unknown mode, option or value.
+    """
+    config = resolve_config(mode, options)
+    target = get_target(_device_of(example_inputs))
+    number = next(_numbers)
+    training = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+    report = GraphReport(
+        graph=compat.compile_id() or str(number),
+        nodes=len(gm.graph.nodes),
+        training=training,
+        target=f"{target.device_type} ({target.arch})",
+        mode=config.mode,
+        config=config.to_dict(),
+        graph_break=compat.graph_break_reason(gm),
+    )
+    original = pipeline.copy_graphs(gm)
+    pipeline.run_passes(gm, pipeline.PassContext(config, target, training), report)
+    _warn_of_missing_passes(config, report)
+    compiled = _compile(gm, example_inputs, config, report, original)
+    _publish(report)
+    return compiled
+
+
+def _device_of(example_inputs: Sequence[Any]) -> torch.device:
+    """The accelerator among the inputs' devices; CPU where there is none."""
+    devices = {t.device for t in example_inputs if isinstance(t, torch.Tensor) and t.device.type != "meta"}
+    accelerators = sorted((d for d in devices if d.type != "cpu"), key=str)
+    return accelerators[0] if accelerators else torch.device("cpu")
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    report: GraphReport,
+    original: pipeline.Backup,
+) -> Callable[..., Any]:
+    """Hand the rewritten graph on; if the compiler refuses it, the original graph."""
+    try:
+        return _downstream(gm, example_inputs, config)
+    except Exception as error:
+        if config.strict or not report.count("rewritten"):
+            raise
+        reason = f"the rewritten graph does not compile: {type(error).__name__}: {error}"
+        log.warning("passes undone, the original graph runs: %s", reason)
+        pipeline.restore_graphs(original)
+        compiled = _downstream(gm, example_inputs, config)
+        report.failures.append(("compile", reason))
+        report.decisions.clear()
+        return compiled
+
+
+def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    if config.downstream == "eager":
+        return gm.forward
+    if config.downstream == "aot_eager":
+        return compat.compile_with_aot_eager(gm, example_inputs)
+    options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
+    return compat.compile_with_inductor(gm, example_inputs, options, _cache_key(config))
+
+
+@functools.cache
+def _sources_hash() -> str:
+    from vbcompile.kernels import attention
+
+    return compat.source_hash(pipeline, attention)
+
+
+def _cache_key(config: Config) -> str:
+    """What an artifact depends on beyond its graph: the version and the operators' fakes and gradient formulas."""
+    return f"{__version__}:{_sources_hash()}:{config.mode}"
+
+
+def _warn_of_missing_passes(config: Config, report: GraphReport) -> None:
+    """Once per mode and process: a mode never pretends."""
+    if report.unavailable and config.mode not in _warned:
+        _warned.add(config.mode)
+        log.warning(
+            "mode %s asks for what this version does not have: %s",
+            config.mode,
+            "; ".join(reason for _, reason in report.unavailable),
+        )
+
+
+def _publish(report: GraphReport) -> None:
+    log.info("%s", report.summary())
+    for decision in report.decisions:
+        log.debug("%s %s at %s: %s", decision.pass_name, decision.action, decision.site, decision.reason)
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "vblackwell_report", "encoding": "json"},
+        payload_fn=lambda: report.to_json(),
+    )
+    for listener in tuple(_listeners):
+        listener(report)
+
+
+def add_listener(listener: Callable[[GraphReport], None]) -> None:
+    """Call ``listener`` with the report of every graph compiled from now on, in any thread."""
+    _listeners.append(listener)
+
+
+def remove_listener(listener: Callable[[GraphReport], None]) -> None:
+    """Undo :func:`add_listener`."""
+    _listeners.remove(listener)
+
+
+def _reset() -> None:
+    """Called by ``torch._dynamo.reset``."""
+    compat.reset_cudagraphs()
+
+
+vblackwell.reset = _reset  # type: ignore[attr-defined]

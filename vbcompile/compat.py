@@ -1,0 +1,162 @@
+"""Every private part of PyTorch that we touch, in one place; each is tested on each supported release (2.11 on)."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+_FUSE_ATTENTION = "torch._inductor.fx_passes.fuse_attention"
+
+
+def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any], key: str) -> Any:
+    """Compile with Inductor, its own attention pass switched off for this graph.
+
+    That pass compares neither softmax axes nor permutations (pytorch issues 196468 and 195320): what our pass refused
+    must not reach it. ``key`` enters the compile cache's key, so that a cached artifact is never shared with a compile
+    made under other passes.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    hook = _InductorAttentionOff(key, options.get("joint_custom_pre_pass", config.joint_custom_pre_pass))
+    with hook.restored_afterwards():
+        # config_patches, not config.patch: the backward is compiled later, outside of this call
+        return compile_fx(gm, example_inputs, config_patches={**options, "joint_custom_pre_pass": hook})
+
+
+class _InductorAttentionOff(CustomGraphPass):
+    """Runs before Inductor's pattern passes and hides the attention patterns from them until the compile is over."""
+
+    def __init__(self, key: str, user_pass: Any) -> None:
+        self._key = key
+        self._user_passes = (
+            list(user_pass) if isinstance(user_pass, (list, tuple)) else [user_pass] if user_pass else []
+        )
+        self._saved: list[tuple[Any, Any]] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.fx_passes import joint_graph
+
+        for matcher in {id(m): m for m in [joint_graph.patterns, *joint_graph.pass_patterns]}.values():
+            if any(_is_attention_pattern(e) for entries in matcher.patterns.values() for e in entries):
+                self._saved.append((matcher, matcher.patterns))
+                matcher.patterns = _without_attention(matcher.patterns)
+        for user_pass in self._user_passes:
+            user_pass(graph)
+
+    def uuid(self) -> Any:
+        users = [p.uuid() for p in self._user_passes]
+        return None if None in users else f"vblackwell:{self._key}:{users}"
+
+    @contextmanager
+    def restored_afterwards(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for matcher, patterns in reversed(self._saved):
+                matcher.patterns = patterns
+            self._saved.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_saved": []}
+
+
+def _is_attention_pattern(entry: Any) -> bool:
+    check: Callable[..., Any] | None = getattr(entry, "extra_check", None)
+    if not inspect.isfunction(check) or not check.__closure__:
+        return False
+    search = inspect.getclosurevars(check).nonlocals.get("search_fn")
+    return getattr(search, "__module__", None) == _FUSE_ATTENTION
+
+
+def _without_attention(patterns: Any) -> Any:
+    kept = type(patterns)(patterns.default_factory)
+    for key, entries in patterns.items():
+        kept[key] = [e for e in entries if not _is_attention_pattern(e)]
+    return kept
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's options for one of ``torch.compile``'s modes."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def reset_cudagraphs() -> None:
+    """Free Inductor's CUDA graphs, as ``torch._dynamo.reset`` does for Inductor itself."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+def compile_with_aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    """AOTAutograd without code generation: every operator of the traced graph runs eagerly."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(gm, list(example_inputs))
+
+
+def inside_compiled_code() -> bool:
+    """Whether a ``torch.compile`` call is under way in this thread (while it compiles and while it runs)."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    return get_eval_frame_callback() not in (None, False)
+
+
+@functools.cache
+def is_skipped_by_dynamo(function: Callable[..., Any]) -> bool:
+    """Whether Dynamo does not start at this function because it is PyTorch's own."""
+    from torch._dynamo import trace_rules
+
+    return bool(trace_rules.check(function))
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` or ``torch.fx`` is recording."""
+    return torch._C._get_tracing_state() is not None or torch.fx._symbolic_trace._is_fx_tracing_flag
+
+
+def is_compiled_module(module: torch.nn.Module) -> bool:
+    """Whether this is what ``torch.compile(module)`` returned."""
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def size_hint(size: Any) -> int:
+    """A plain number for a size, without adding a guard for symbolic ones."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return int(hint) if hint is not None else 4096
+
+
+def compile_id() -> str:
+    """Dynamo's name of the compile in progress, e.g. ``0/1``; empty outside of one."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return "" if current is None else str(current)
+
+
+def graph_break_reason(gm: fx.GraphModule) -> str:
+    """Why Dynamo ended this graph where it did; empty where the function returned."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    place = f" at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+    return reason.reason.strip().splitlines()[0] + place
+
+
+def source_hash(*modules: Any) -> str:
+    """Short hash of the modules' source text: changes when a pass changes, so that cached artifacts go stale."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()[:16]

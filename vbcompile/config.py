@@ -1,0 +1,154 @@
+"""One typed configuration, resolved from options, environment and defaults.
+
+Precedence, highest first: ``torch.compile(options=...)`` or ``mode=``, then the environment (``VB_MODE``,
+``VB_STRICT``), then what the mode says, then the default. Options that are not ours are Inductor's and pass through.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+MODES: Final[dict[str, dict[str, bool]]] = {
+    "balanced": {"fp4": False, "recompute": False, "offload": False},
+    "memory": {"fp4": False, "recompute": True, "offload": True},
+    "speed": {"fp4": True, "recompute": False, "offload": False},
+    "full": {"fp4": True, "recompute": True, "offload": True},
+}
+INDUCTOR_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+DOWNSTREAM: Final = ("inductor", "aot_eager", "eager")
+
+
+class ConfigError(ValueError):
+    """A mode, option or value that does not exist. The message lists the valid ones."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a compile does. Every field is an option of the same name.
+
+    Attributes:
+        mode: ``balanced``, ``memory``, ``speed`` or ``full``; chooses the defaults of the fields marked (mode).
+        attention: rewrite attention to the fused operator.
+        mixed_precision: run matrix products in bfloat16, weights untouched. None: on for accelerators when a mode was
+            named, off otherwise; never where the model already uses a low precision or autocast.
+        fp4: FP4 weights (mode).
+        recompute: recompute activations in the backward (mode).
+        offload: move weights and activations between memory tiers (mode).
+        strict: raise where a pass fails, instead of running the unrewritten graph.
+        downstream: compiler of the rewritten graph: ``inductor``, ``aot_eager`` or ``eager``.
+        inductor_mode: one of ``torch.compile``'s own modes, ``default``, ``reduce-overhead``, ``max-autotune``,
+            ``max-autotune-no-cudagraphs``.
+        inductor_options: options for Inductor itself.
+        sources: for each field, where its value came from.
+    """
+
+    mode: str = "balanced"
+    attention: bool = True
+    mixed_precision: bool | None = None
+    fp4: bool = False
+    recompute: bool = False
+    offload: bool = False
+    strict: bool = False
+    downstream: str = "inductor"
+    inductor_mode: str = "default"
+    inductor_options: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mode_named(self) -> bool:
+        """Whether the user named a mode, by argument or environment."""
+        return self.sources.get("mode", "default") != "default"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values by field name, each with its source: ``{"mode": {"value": ..., "source": ...}}``."""
+        return {
+            f.name: {"value": getattr(self, f.name), "source": self.sources.get(f.name, "default")}
+            for f in fields(self)
+            if f.name not in ("sources", "inductor_options")
+        } | {"inductor_options": {"value": dict(self.inductor_options), "source": "options"}}
+
+
+_FLAGS = ("attention", "mixed_precision", "fp4", "recompute", "offload", "strict")
+OPTIONS: Final = ("mode", *_FLAGS, "downstream", "inductor_mode")
+_TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def resolve_config(
+    mode: str | None = None, options: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ
+) -> Config:
+    """Resolve what ``torch.compile`` passes on, and the environment, into a :class:`Config`.
+
+    Args:
+        mode: one of our modes or one of Inductor's.
+        options: our options by field name; all other keys must be Inductor's.
+
+    Raises:
+        ConfigError: unknown mode, option or value; the message lists the valid ones and the nearest.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+
+    def put(name: str, value: Any, source: str) -> None:
+        values[name], sources[name] = value, source
+
+    if environ.get("VB_MODE"):
+        put("mode", environ["VB_MODE"], "environment VB_MODE")
+    if environ.get("VB_STRICT"):
+        put("strict", parse_flag("VB_STRICT", environ["VB_STRICT"]), "environment VB_STRICT")
+    ours, inductor = split_options(options or {})
+    for name, value in ours.items():
+        put(name, value, "options")
+    if mode is not None:
+        put("mode", mode, "mode=")
+    if values.get("mode") in INDUCTOR_MODES:  # torch.compile has one argument for both
+        put("inductor_mode", values.pop("mode"), sources.pop("mode"))
+        if environ.get("VB_MODE") not in (None, "", *INDUCTOR_MODES):
+            put("mode", environ["VB_MODE"], "environment VB_MODE")
+    _validate(values)
+    for name, value in MODES[values.get("mode", "balanced")].items():
+        if name not in values:
+            put(name, value, f"mode {values.get('mode', 'balanced')}")
+    return Config(**values, inductor_options=inductor, sources=sources)
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our options, and Inductor's. Raises ConfigError for a key that is neither's."""
+    ours = {k: v for k, v in options.items() if k in OPTIONS}
+    rest = {k.replace("-", "_"): v for k, v in options.items() if k not in OPTIONS}
+    if rest:
+        from torch._inductor import config as inductor_config
+
+        known = inductor_config.get_config_copy()
+        for key in rest:
+            if key not in known:
+                raise ConfigError(_unknown("option", key, OPTIONS, also="any option of Inductor", near=[*known]))
+    return ours, rest
+
+
+def _validate(values: Mapping[str, Any]) -> None:
+    for name, valid in (
+        ("mode", (*MODES, *INDUCTOR_MODES)),
+        ("inductor_mode", INDUCTOR_MODES),
+        ("downstream", DOWNSTREAM),
+    ):
+        if name in values and values[name] not in valid:
+            raise ConfigError(_unknown(name, values[name], valid))
+    for name in _FLAGS:
+        value = values.get(name, False)
+        if not isinstance(value, bool) and not (value is None and name == "mixed_precision"):
+            raise ConfigError(f"option {name!r} must be True or False, not {value!r}")
+
+
+def parse_flag(name: str, text: str) -> bool:
+    """The truth value of an environment variable. Raises ConfigError listing the valid spellings."""
+    if text.lower() not in _TRUTH:
+        raise ConfigError(f"environment variable {name}={text!r}: valid values are {', '.join(_TRUTH)}")
+    return _TRUTH[text.lower()]
+
+
+def _unknown(kind: str, value: Any, valid: tuple[str, ...], also: str = "", near: list[str] | None = None) -> str:
+    close = difflib.get_close_matches(str(value), [*valid, *(near or [])], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {value!r}; valid: {', '.join(valid)}{', ' + also if also else ''}{hint}"
