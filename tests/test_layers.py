@@ -1,0 +1,54 @@
+"""Imports point one way: foundations, kernels, passes, backend, tools."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+_TOOLS = {"__init__", "__main__", "autoload", "demo", "doctor", "explainer", "global_switch"}
+
+
+def layer(module: str) -> int:
+    """0 foundations, 1 kernels, 2 passes, 3 backend, 4 tools."""
+    parts = module.split(".")[1:]
+    if not parts:
+        return 0  # the package itself: its version
+    if parts[0] in ("kernels", "passes"):
+        return 1 if parts[0] == "kernels" else 2
+    if parts[0].split("_")[0] in {name.split("_")[0] for name in _TOOLS if name[0] != "_"} or parts[0] in _TOOLS:
+        return 4
+    return 3 if parts[0] == "backend" else 0
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [
+        (".".join((*prefix, path.stem)), path)
+        for folder, prefix in (
+            ("vbcompile", ("vbcompile",)),
+            ("kernels", ("vbcompile", "kernels")),
+            ("passes", ("vbcompile", "passes")),
+        )
+        for path in sorted((ROOT / folder).glob("*.py"))
+    ]
+
+
+def imported(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" if node.module == "vbcompile" else node.module for a in node.names}
+    return {name for name in found if name.split(".")[0] == "vbcompile"}
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
+def test_imports_go_down(module, path):
+    too_high = {name for name in imported(path) if layer(name) > layer(module)}
+    assert not too_high, f"{module} (layer {layer(module)}) imports {too_high}"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
+def test_files_stay_readable(module, path):
+    assert len(path.read_text().splitlines()) <= 500
