@@ -1,0 +1,83 @@
+"""How tensors of the canonical space lie in memory, as the attention kernels take it.
+
+Kernels know four leading axes. A tensor is a pointer with six strides (zero along axes that it is broadcast along), or,
+on NVIDIA's sm_90 and later, a two-dimensional descriptor of the tensor memory accelerator: its rows are the tensor's
+rows, and each leading axis moves by whole rows (``[B, H, S, D]``) or by columns within them (``[B, S, H, D]``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vbcompile.kernels.score_triton import LEAD_AXES
+
+_TMA_ALIGNMENT = 16  # bytes: base address and row pitch
+_TMA_MAX_ROWS = 2**31 - 1
+
+
+def pad_lead(lead: Sequence[int], fill: int = 1) -> tuple[int, ...]:
+    """Leading sizes or strides with axes put in front up to four."""
+    return (*(fill for _ in range(LEAD_AXES - len(lead))), *map(int, lead))
+
+
+def broadcast_strides(t: Tensor) -> tuple[int, ...]:
+    """Four leading strides, the row's and the column's; zero along axes of size one."""
+    strides = [0 if size == 1 else int(stride) for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return (*pad_lead(strides[:-2], 0), *strides[-2:])
+
+
+def tile_strides(t: Tensor) -> tuple[int, ...]:
+    """As :func:`broadcast_strides`, for tensors whose rows and columns are never broadcast."""
+    return (*broadcast_strides(t)[:LEAD_AXES], int(t.stride(-2)), int(t.stride(-1)))
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A tensor seen as a matrix ``[rows, columns]`` of a fixed row pitch.
+
+    Attributes:
+        steps: rows, then columns, by which each of the four leading axes moves.
+    """
+
+    rows: int
+    columns: int
+    pitch: int
+    steps: tuple[int, ...]
+
+
+def row_view(t: Tensor) -> RowView | None:
+    """The matrix that a descriptor can address, or None where the layout does not allow one."""
+    *lead, length, width = map(int, t.shape)
+    pitch, size = int(t.stride(-2)), t.element_size()
+    if t.stride(-1) != 1 or width & (width - 1) or width < 16 or pitch < width:
+        return None
+    if pitch * size % _TMA_ALIGNMENT or t.data_ptr() % _TMA_ALIGNMENT:
+        return None
+    row_steps, column_steps = [], []
+    rows, columns = length, width
+    for count, stride in zip(lead, t.stride()[:-2], strict=True):
+        stride = 0 if count == 1 else int(stride)
+        by_rows = stride % pitch == 0
+        row_steps.append(stride // pitch if by_rows else 0)
+        column_steps.append(0 if by_rows else stride)
+        rows += (count - 1) * row_steps[-1]
+        columns += (count - 1) * column_steps[-1]
+    if columns > pitch or rows > _TMA_MAX_ROWS:
+        return None
+    return RowView(rows, columns, pitch, (*pad_lead(row_steps, 0), *pad_lead(column_steps, 0)))
+
+
+def empty_output(lead: Sequence[int], rows: int, width: int, rows_first: bool, like: Tensor) -> Tensor:
+    """Uninitialised ``[*lead, rows, width]``; in memory ``[lead[0], rows, *lead[1:], width]`` if ``rows_first``."""
+    if not rows_first:
+        return like.new_empty([*lead, rows, width])
+    return like.new_empty([lead[0], rows, *lead[1:], width]).movedim(1, -2)
+
+
+def sum_to(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Sum over the axes along which a tensor of ``shape`` was broadcast, then convert."""
+    axes = [d for d, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if want == 1 and have != 1]
+    summed = gradient.sum(axes, keepdim=True) if axes else gradient
+    return summed if summed.dtype == dtype else summed.to(dtype)

@@ -1,0 +1,71 @@
+"""Tile shapes of the attention kernels: tables shipped per architecture, so that nothing is tuned at the first call.
+
+``tuned/attention.json`` holds, per architecture and kernel, rows of ``[element bytes, largest padded head size, block of
+queries, block of keys, warps, stages, descriptors, warp specialisation]``; the first row that fits is taken.
+"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is cut into tiles.
+
+    Attributes:
+        block_q, block_k: rows and columns of a tile of scores.
+        warps: warps per program; stages: depth of the software pipeline.
+        tma: load tiles by descriptors where layouts allow it.
+        warp_specialize: let Triton split loads and arithmetic between warps.
+    """
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    tma: bool = False
+    warp_specialize: bool = False
+
+
+KERNELS = ("forward", "rows", "grad_q", "grad_kv", "decode")
+
+
+def tile_config(arch: str, kernel: str, element_size: int, padded: int, light: bool = True) -> TileConfig:
+    """Tiles for a kernel.
+
+    Args:
+        arch: as in ``Target.arch``; architectures without a table take that of the nearest relative.
+        kernel: one of ``KERNELS``.
+        element_size: bytes of an element of q.
+        padded: larger head size of q and v, rounded up to a power of two.
+        light: whether the score function needs few registers; if not, a row under ``{kernel}_heavy`` goes first.
+    """
+    table = _tables()[_relative(arch)]
+    rows = ([] if light else table.get(f"{kernel}_heavy", [])) + table[kernel]
+    for size, largest, block_q, block_k, warps, stages, tma, specialize in rows:
+        if size == element_size and padded <= largest:
+            return TileConfig(block_q, block_k, warps, stages, bool(tma), bool(specialize))
+    raise ValueError(f"no tiles of {kernel} on {arch} for elements of {element_size} bytes and head size {padded}")
+
+
+@functools.cache
+def _tables() -> dict[str, Any]:
+    return json.loads(resources.files("vbcompile.kernels").joinpath("tuned/attention.json").read_text())
+
+
+@functools.cache
+def _relative(arch: str) -> str:
+    """The architecture whose table ``arch`` takes."""
+    tables = _tables()
+    if arch in tables:
+        return arch
+    if found := re.match(r"sm_(\d+)", arch):
+        known = sorted((int(name[3:]), name) for name in tables if name.startswith("sm_"))
+        return max(((n, name) for n, name in known if n <= int(found.group(1))), default=known[0])[1]
+    if arch.startswith("gfx"):
+        return "gfx950" if arch.startswith(("gfx95", "gfx12")) else "gfx942"
+    return "xpu"

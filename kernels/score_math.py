@@ -1,0 +1,86 @@
+"""Arithmetic of score functions in Triton, where Triton has no operation with PyTorch's meaning."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def floor_divide(a, b):
+    """``torch.floor_divide`` of integers, whatever way the hardware rounds its quotient."""
+    quotient = a // b
+    rest = a - quotient * b
+    return quotient - ((rest != 0) & ((rest < 0) != (b < 0))).to(quotient.dtype)
+
+
+@triton.jit
+def floor_divide_float(a, b):
+    """``torch.floor_divide`` of floats: the quotient rounded down, corrected where the division rounded up."""
+    quotient = tl.floor(tl.div_rn(a, b))
+    rest = tl.fma(-quotient, b, a)
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), quotient - 1.0, quotient)
+
+
+@triton.jit
+def remainder(a, b):
+    """``torch.remainder`` of integers: the sign of the divisor."""
+    return a - floor_divide(a, b) * b
+
+
+@triton.jit
+def remainder_float(a, b):
+    """``torch.remainder`` of floats: the sign of the divisor."""
+    return tl.fma(-floor_divide_float(a, b), b, a)
+
+
+@triton.jit
+def power(x, y):
+    """``torch.pow`` of floats by exponential and logarithm: 1 for ``y = 0``, signed for integral ``y`` and ``x < 0``."""
+    integral = tl.floor(y) == y
+    odd = tl.floor(y * 0.5) * 2.0 != y
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    signed = tl.where((x < 0) & odd, -size, size)
+    undefined = (x < 0) & (tl.abs(x) != float("inf")) & (integral == 0)
+    result = tl.where(undefined, float("nan"), signed)
+    return tl.where((y == 0) | (x == 1.0), 1.0, result)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, absolute error about 1e-7: logits enter an exponential, so absolute error is what counts."""
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def tanh_precise(x):
+    """Hyperbolic tangent to a few units in the last place: an odd polynomial (minimax on |x| < 0.55) near zero."""
+    y = x * x
+    series = tl.fma(y, -5.70498872745e-3, 2.06390887954e-2)
+    series = tl.fma(y, series, -5.37397155531e-2)
+    series = tl.fma(y, series, 1.33314422036e-1)
+    series = tl.fma(y, series, -3.33332819422e-1)
+    return tl.where(y < 0.3, tl.fma(x * y, series, x), tanh(x))
+
+
+@triton.jit
+def maximum(a, b):
+    """``torch.maximum``: NaN wins."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    """``torch.minimum``: NaN wins."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log1p(x):
+    """``torch.log1p``, precise near zero by the correction of rounding in ``1 + x`` (Kahan)."""
+    u = 1.0 + x
+    exact = (u == 1.0) | (u == float("inf"))
+    return tl.where(exact, x, tl.log(u) * (x / (u - 1.0)))
