@@ -9,6 +9,7 @@ import torch.fx as fx
 from vbcompile.config import Config
 from vbcompile.device import Target
 from vbcompile.passes.attention import fuse_attention
+from vbcompile.passes.implementation_choice import explain_choices
 from vbcompile.passes.precision import use_mixed_precision
 from vbcompile.report import Decision, GraphReport
 
@@ -72,7 +73,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport) ->
             continue
         backup = copy_graphs(gm)
         try:
-            report.decisions += pass_.run(gm, context)
+            found = pass_.run(gm, context)
+            report.decisions += explain_choices(gm, context.target, context.training, found)
         except Exception as error:
             restore_graphs(backup)
             if context.config.strict:

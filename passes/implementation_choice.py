@@ -1,0 +1,51 @@
+"""Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass."""
+
+from dataclasses import replace
+
+import torch
+import torch.fx as fx
+
+from vbcompile.compat import size_hint
+from vbcompile.device import Target
+from vbcompile.kernels.attention_case import AttentionCase
+from vbcompile.kernels.registry import operator
+from vbcompile.report import Decision
+
+
+def explain_choices(gm: fx.GraphModule, target: Target, training: bool, decisions: list[Decision]) -> list[Decision]:
+    """The decisions with ``implementation`` set where ``details["node"]`` names a call of the attention operator."""
+    texts: dict[str, str] = {}
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.target is torch.ops.vblackwell.attention.default:
+                texts[node.name] = _explain(node, target, training)
+    return [replace(d, implementation=texts.get(d.details.get("node", ""), d.implementation)) for d in decisions]
+
+
+def _explain(node: fx.Node, target: Target, training: bool) -> str:
+    case = _case(node)
+    if case is None:
+        return "chosen at the first call"
+    text = operator("attention").choose(target, case).explain()
+    if not training:
+        return text
+    needs = (True, True, True, *(dtype.is_floating_point for _, dtype in case.captured))
+    backward = operator("attention_backward").choose(target, replace(case, needs=needs))
+    return f"{text}; backward: {backward.explain()}"
+
+
+def _case(node: fx.Node) -> AttentionCase | None:
+    """The case with size hints for symbolic sizes; None where a tensor's metadata is missing."""
+    q, k, v, captured, _, dropout_p, _, function = node.args
+    values = [t.meta.get("example_value") for t in (q, k, v, *captured)]
+    if not all(isinstance(t, torch.Tensor) for t in values):
+        return None
+    shapes = [tuple(map(size_hint, t.shape)) for t in values]
+    return AttentionCase(
+        values[0].dtype,
+        *shapes[:3],
+        tuple((shape, t.dtype) for shape, t in zip(shapes[3:], values[3:], strict=True)),
+        isinstance(dropout_p, fx.Node) or dropout_p > 0,
+        function,
+        all(size_hint(t.stride(-1)) == 1 for t in values[:3]),
+    )
