@@ -173,7 +173,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["vblackwell"])
     parser.add_argument("--what", choices=("all", "corpus", "families"), default="all")
     parser.add_argument("--modes", nargs="+", choices=BOTH, default=list(BOTH))
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
+    )
     parser.add_argument("--shapes", nargs="+", choices=("static", "dynamic"), default=["static", "dynamic"])
     parser.add_argument("--only", nargs="+", default=[], help="families or names of cases; names of model families")
     parser.add_argument("--every", type=int, default=1, help="run every n-th trial only")
@@ -198,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for result in (*corpus, *families):
             if not result.ok:
                 console.print(asdict(result))
-    output = arguments.output or ROOT / "bench" / "results" / f"attention_coverage_{arguments.device.split(':')[0]}.json"
+    output = (
+        arguments.output or ROOT / "bench" / "results" / f"attention_coverage_{arguments.device.split(':')[0]}.json"
+    )
     write(output, corpus, families, arguments.device)
     ours = [row for row in rows if row["backend"].startswith("vblackwell")]
     bad = any(row["wrong"] or row["wrongly_fused"] for row in ours)

@@ -107,7 +107,13 @@ def _error(value: Tensor, truth: Tensor) -> float:
 
 
 def _one(
-    name: str, ours: Tensor | None, eager: Tensor | None, truth: Tensor | None, factor: float, largest: float
+    name: str,
+    ours: Tensor | None,
+    eager: Tensor | None,
+    truth: Tensor | None,
+    factor: float,
+    largest: float,
+    units: float,
 ) -> str | None:
     if eager is None or ours is None or truth is None:
         return None if ours is None and eager is None else f"{name}: ours is {_kind(ours)}, eager's is {_kind(eager)}"
@@ -121,7 +127,7 @@ def _one(
     truth = torch.where(eager_nan, float("nan"), truth.double())
     scale = _largest(truth)
     scale = largest if scale < 1e-6 * largest else scale  # zero in truth: what is left is the rounding of its addends
-    allowed = factor * _error(eager, truth) + FLOOR_UNITS * torch.finfo(ours.dtype).eps * scale
+    allowed = factor * _error(eager, truth) + units * torch.finfo(ours.dtype).eps * scale
     error = _error(ours, truth)
     return None if error <= allowed else f"{name}: error {error:.2e} > {allowed:.2e} (largest value {scale:.2e})"
 
@@ -136,16 +142,19 @@ def _kind(x: Tensor | None) -> str:
     return "None" if x is None else f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
-def differences(ours: Outcome, eager: Outcome, truth: Outcome, factor: float = 2.0) -> list[str]:
+def differences(
+    ours: Outcome, eager: Outcome, truth: Outcome, factor: float = 2.0, floor_units: float = FLOOR_UNITS
+) -> list[str]:
     """Why ``ours`` is not as good as ``eager``; empty if it is.
 
     Every output and gradient: equal shape and dtype, NaN in the same places, and a largest error against ``truth`` of
-    at most ``factor`` times eager's plus a few units in the last place of the largest value.
+    at most ``factor`` times eager's plus ``floor_units`` units in the last place of the largest value.
     """
     if ours.values.keys() != eager.values.keys():
         return [f"results {sorted(ours.values)}, eager has {sorted(eager.values)}"]
     largest = max(map(_largest, truth.values.values()), default=0.0)
     found = (
-        _one(name, ours.values[name], eager.values[name], truth.values[name], factor, largest) for name in eager.values
+        _one(name, ours.values[name], eager.values[name], truth.values[name], factor, largest, floor_units)
+        for name in eager.values
     )
     return [problem for problem in found if problem is not None]

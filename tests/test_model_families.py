@@ -1,0 +1,58 @@
+"""Model families of Transformers under the backend: every attention site fused, everything equal to eager.
+
+``bench/attention_coverage.py --what families`` runs them with Inductor, and plain Inductor for comparison.
+"""
+
+import pytest
+import torch
+from attention_cases.case import INFERENCE, TRAINING
+from attention_trial import vblackwell
+
+pytest.importorskip("transformers")
+
+from model_families import FAMILIES, try_family
+
+SDPA = ("llama", "gpt2", "gemma3_text", "bert", "bart", "whisper", "vit", "swin", "wav2vec2", "clip", "modernbert")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def _families(every: int = 1, names: tuple[str, ...] = ()) -> list:
+    chosen = [f for f in FAMILIES if not names or f.name in names]
+    return [pytest.param(family, id=family.name) for family in chosen[::every]]
+
+
+def _check(result) -> None:
+    assert not result.problems, "; ".join(result.problems)
+    assert result.sites == result.expected
+
+
+@pytest.mark.parametrize("family", _families())
+def test_training_with_padding(family):
+    captures_autograd = FAMILIES.index(family) % 2 == 0  # costs twice the time
+    backend = vblackwell("aot_eager" if captures_autograd else "eager")
+    _check(try_family(family, backend, mode=TRAINING, padded=True))
+
+
+@pytest.mark.parametrize("family", [p for p in _families() if p.values[0].kind == "decoder"] + _families(every=5)[8:])
+def test_inference_without_padding(family):
+    """Without an ``attention_mask`` the causal mask has no input: it is a constant of the graph."""
+    _check(try_family(family, vblackwell("eager"), mode=INFERENCE, padded=False))
+
+
+@pytest.mark.parametrize("family", _families(names=SDPA))
+def test_inference_of_the_sdpa_implementation(family):
+    _check(try_family(family, vblackwell("eager"), mode=INFERENCE, implementation="sdpa", padded=True))
+
+
+@pytest.mark.parametrize("family", _families(every=12))
+def test_dynamic_shapes(family):
+    _check(try_family(family, vblackwell("eager"), mode=INFERENCE, dynamic=True, padded=True))
+
+
+def test_families_are_many():
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES) >= 40
+    assert all(family.sites > 0 for family in FAMILIES)
