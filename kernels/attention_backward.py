@@ -25,30 +25,33 @@ from vbcompile.kernels.attention_blocks import (
 
 @triton.jit
 def _weights(
-    qk, lse, low, i, j, i_ok, j_ok, ok, lead, captured, captured_strides, scale, q_length, k_length,
-    LOGITS: tl.constexpr, MASK: tl.constexpr, PLAIN: tl.constexpr, UNBOUNDED: tl.constexpr, BOUNDED: tl.constexpr,
+    score, lse, low, i, j, i_ok, j_ok, ok, lead, captured, captured_strides, scale, q_length, k_length,
+    LOGITS: tl.constexpr, PLAIN: tl.constexpr, UNBOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """``(scaled scores, softmax weights, keep)``; ``keep`` is None where every element of the tile takes part."""
-    score = qk if PLAIN else qk * scale
+    """Softmax weights of a tile of scores (scaled unless ``PLAIN``), masked elements not yet taken out."""
     logits = score
     if LOGITS is not None:
         logits = LOGITS(score, i, j, i_ok, j_ok, ok, lead, q_length, k_length, captured, captured_strides)
-    factor = scale * LOG2E if PLAIN else LOG2E
     if UNBOUNDED:
         weights = tl.exp2((logits - lse) * LOG2E - low)
     else:
-        weights = tl.exp2(logits * factor - lse * LOG2E)
-    if MASK is not None:
+        weights = tl.exp2(logits * (scale * LOG2E if PLAIN else LOG2E) - lse * LOG2E)
+    return weights
+
+
+@triton.jit
+def _keep(
+    score, i, j, i_ok, j_ok, ok, lead, captured, captured_strides, q_length, k_length,
+    MASK: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Which elements of a tile exist (asked if ``BOUNDED``) and are not masked."""
+    if MASK is None:
+        keep = ok
+    else:
         keep = MASK(score, i, j, i_ok, j_ok, ok, lead, q_length, k_length, captured, captured_strides)
         if BOUNDED:
             keep = keep & ok
-    elif BOUNDED:
-        keep = ok
-    else:
-        keep = None
-    if keep is not None:
-        weights = tl.where(keep, weights, 0.0)
-    return score, weights, keep
+    return keep
 
 
 @triton.jit
@@ -129,11 +132,17 @@ def _row_correction(
         j = (start + tl.arange(0, BLOCK_K))[None, :]
         j_ok = j < k_length
         i_ok = row_ok[:, None]
-        _, weights, _ = _weights(
-            tl.dot(q_tile, k_tile.T, input_precision=PRECISION), row_lse[:, None], 0.0, rows[:, None], j, i_ok, j_ok,
-            i_ok & j_ok, lead, captured, captured_strides, scale, q_length, k_length,
-            LOGITS, MASK, False, True, True,
+        i = rows[:, None]
+        ok = i_ok & j_ok
+        score = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale
+        weights = _weights(
+            score, row_lse[:, None], 0.0, i, j, i_ok, j_ok, ok, lead, captured, captured_strides, scale,
+            q_length, k_length, LOGITS, False, True,
         )  # fmt: skip
+        keep = _keep(
+            score, i, j, i_ok, j_ok, ok, lead, captured, captured_strides, q_length, k_length, MASK, True
+        )  # fmt: skip
+        weights = tl.where(keep, weights, 0.0)
         total += tl.sum(weights, 1)
     return tl.log2(tl.where(total > 0.0, total, 1.0))
 
@@ -165,11 +174,20 @@ def _visit_keys(
         ok = j_ok
     else:
         ok = i_ok & j_ok if BOUNDED else i_ok
-    score, weights, keep = _weights(
-        tl.dot(q_tile, k_tile.T, input_precision=PRECISION), lse[:, None], low[:, None], i, j, i_ok, j_ok, ok,
-        lead, captured, captured_strides, scale, q_length, k_length,
-        LOGITS, MASK, PLAIN, UNBOUNDED, ok is not None,
+    score = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+    if not PLAIN:
+        score *= scale
+    weights = _weights(
+        score, lse[:, None], low[:, None], i, j, i_ok, j_ok, ok, lead, captured, captured_strides, scale,
+        q_length, k_length, LOGITS, PLAIN, UNBOUNDED,
     )  # fmt: skip
+    if MASK is not None or ok is not None:
+        keep = _keep(
+            score, i, j, i_ok, j_ok, ok, lead, captured, captured_strides, q_length, k_length, MASK, ok is not None
+        )
+        weights = tl.where(keep, weights, 0.0)
+    else:
+        keep = None
     grad_weights = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
     if DROPOUT:
         kept = keep_weights(seed, dropout_p, join_index(lead, lead_sizes), i, j, q_length, k_length, WIDE)
@@ -232,7 +250,7 @@ def attention_grad_q_kernel(
         seed = tl.load(seed)
     sums = ()
     for _ in tl.static_range(SUMS):
-        sums = sums + (tl.zeros([BLOCK_Q, 1], tl.float32),)
+        sums = sums + (tl.zeros([BLOCK_Q, 1], tl.float32),)  # noqa: RUF005
     state = (tl.zeros([BLOCK_Q, D_PADDED], tl.float32), sums)
     begin, full_begin, full_end, end = tile_range(
         KEY_RANGE, first_row, tl.minimum(first_row + BLOCK_Q, q_length) - 1, k_length, rows[:, None], row_ok[:, None],
@@ -308,11 +326,20 @@ def _visit_queries(
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
     row_delta = tl.load(delta + place, mask=exists)
     row_low = tl.load(low + place, mask=exists) if UNBOUNDED else row_delta
-    score, weights, keep = _weights(
-        tl.dot(k_tile, q_tile.T, input_precision=PRECISION), row_lse[None, :], row_low[None, :], i, j, i_ok, j_ok, ok,
-        lead, captured, captured_strides, scale, q_length, k_length,
-        LOGITS, MASK, PLAIN, UNBOUNDED, ok is not None,
+    score = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+    if not PLAIN:
+        score *= scale
+    weights = _weights(
+        score, row_lse[None, :], row_low[None, :], i, j, i_ok, j_ok, ok, lead, captured, captured_strides, scale,
+        q_length, k_length, LOGITS, PLAIN, UNBOUNDED,
     )  # fmt: skip
+    if MASK is not None or ok is not None:
+        keep = _keep(
+            score, i, j, i_ok, j_ok, ok, lead, captured, captured_strides, q_length, k_length, MASK, ok is not None
+        )
+        weights = tl.where(keep, weights, 0.0)
+    else:
+        keep = None
     grad_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
     dropped = weights
     if DROPOUT:
@@ -374,7 +401,7 @@ def attention_grad_kv_kernel(
         lead = add_indices(outer, split_index(member, group_sizes))
         sums = ()
         for _ in tl.static_range(SUMS):
-            sums = sums + (tl.zeros([BLOCK_K, 1], tl.float32),)
+            sums = sums + (tl.zeros([BLOCK_K, 1], tl.float32),)  # noqa: RUF005
         state = (grad_k_tile, grad_v_tile, sums)
         q_head = locate(q, lead, q_strides, TMA)
         grad_head = locate(grad_out, lead, grad_out_strides, TMA)

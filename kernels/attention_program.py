@@ -129,7 +129,7 @@ class _ProgramBuilder:
     def _emitter(self) -> Emitter:
         return Emitter(self._function.program, self._patterns, self._precise)
 
-    def _define(self, name: str, parameters: str, body: list[str], result: str) -> None:
+    def _define(self, name: str, parameters: str, body: list[str], result: str | None) -> None:
         self.source += define(name, parameters, body, result)
 
     # ------------------------------------------------------------------------------------------ forward
@@ -217,14 +217,14 @@ class _ProgramBuilder:
         return len(summed)
 
     def _finish(self, axis: str, summed: list[int]) -> None:
-        body = ["    pass"]
+        body: list[str] = []
         for place, n in enumerate(summed):
             if self._patterns[n].row or self._patterns[n].column:
                 index = {"row": "i"} if axis == "row" else {"column": "j"}
                 body.append(self._add(n, f"sums[{place}]", f"{'i' if axis == 'row' else 'j'}_ok", **index))
             else:
                 body.append(self._add(n, f"tl.sum(sums[{place}])", "None", row="tile"))
-        self._define(f"{axis}_finish", f"sums, tile, {CONTEXT}, {_GRADIENTS}", body, "None")
+        self._define(f"{axis}_finish", f"sums, tile, {CONTEXT}, {_GRADIENTS}", body, None)
 
     def _sink_gradients(self) -> None:
         gradient = differentiate(self._function, self._function.sink or 0)
@@ -240,7 +240,7 @@ class _ProgramBuilder:
                 body.append(self._add(n, f"g{n}", "i_ok", row="i"))
             else:
                 body.append(self._add(n, f"tl.sum(g{n})", "None", row="tile"))
-        self._define("sink_step", f"upstream, tile, {CONTEXT}, {_GRADIENTS}", body, "None")
+        self._define("sink_step", f"upstream, tile, {CONTEXT}, {_GRADIENTS}", body, None)
 
     def _add(self, number: int, value: str, exists: str, row: str = "", column: str = "") -> str:
         """A line that adds a value to the gradient buffer of a captured tensor, numbered among the wanted ones."""

@@ -146,7 +146,7 @@ def _describe(
     program = compile_program(function, tuple(map(CapturedPattern.of, captured)), precise, wanted)
     plain = program.logits is None and program.sink is None and scale > 0 and not precise
     return _Problem(
-        target_arch="interpreter" if q.device.type == "cpu" else get_target(q.device).arch,
+        target_arch=_arch(q),
         lead=tuple(map(int, lead)),
         q_length=int(q.shape[-2]),
         k_length=int(k.shape[-2]),
@@ -179,6 +179,14 @@ def _operand(t: Tensor, view: RowView | None, rows: int, width: int) -> tuple[An
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(t, [view.rows, view.columns], [view.pitch, 1], [rows, width]), view.steps
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    kernel[grid](*arguments, **options)
+
+
+def _arch(t: Tensor) -> str:
+    return "interpreter" if t.device.type == "cpu" else get_target(t.device).arch
 
 
 def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -241,7 +249,9 @@ def _launch_forward(
     sources, strides = zip(*operands, strict=True)
     program = problem.program
     grid = (problem.heads * -(-problem.q_length // tiles.block_q),)
-    attention_forward_kernel[grid](
+    _launch(
+        attention_forward_kernel,
+        grid,
         *sources,
         out,
         lse,
@@ -378,7 +388,9 @@ class _Backward:
 
         problem, program, tiles = self._problem, self._problem.program, self._tiles["rows"]
         grid = (problem.heads * -(-problem.q_length // tiles.block_q),)
-        attention_rows_kernel[grid](
+        _launch(
+            attention_rows_kernel,
+            grid,
             self._q,
             self._k,
             out,
@@ -429,7 +441,9 @@ class _Backward:
         )
         (q, k, v, grad), strides, tma = self._operands(tiles, grad_out, blocks)
         grid = (problem.heads * -(-problem.q_length // tiles.block_q),)
-        attention_grad_q_kernel[grid](
+        _launch(
+            attention_grad_q_kernel,
+            grid,
             q,
             k,
             v,
@@ -488,7 +502,9 @@ class _Backward:
         )
         (q, k, v, grad), strides, tma = self._operands(tiles, grad_out, blocks)
         grid = (math.prod(outer) * -(-problem.k_length // tiles.block_k),)
-        attention_grad_kv_kernel[grid](
+        _launch(
+            attention_grad_kv_kernel,
+            grid,
             q,
             k,
             v,

@@ -251,6 +251,7 @@ def compile_source(source: str) -> dict[str, Any]:
     return namespace
 
 
-def define(name: str, parameters: str, body: list[str], result: str) -> str:
-    """Source of one function."""
-    return "\n".join(["@triton.jit", f"def {name}({parameters}):", *body, f"    return {result}", "", ""])
+def define(name: str, parameters: str, body: list[str], result: str | None) -> str:
+    """Source of one function; ``result`` None returns nothing."""
+    end = ["    pass"] if result is None else [f"    return {result}"]
+    return "\n".join(["@triton.jit", f"def {name}({parameters}):", *body, *end, "", ""])
