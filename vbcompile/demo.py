@@ -71,7 +71,7 @@ def run_demo(
     say = functools.partial(console.print, style="dim", highlight=False, markup=False) if console else _silent
     baseline: tuple[Backend, ...] = ("inductor",) if place.type in INDUCTOR_DEVICES else ()
     say(f"on {target.get_device_name()} ({place}), PyTorch {torch.__version__}")
-    warm_up((*baseline, backend), place)
+    warm_up((backend, *baseline), place)
     results = []
     for load in (_embedding_task, _continuation_task):
         say("loading the next model")
