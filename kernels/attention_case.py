@@ -19,6 +19,7 @@ class AttentionCase:
         q, k, v: shapes.
         captured: ``(shape, dtype)`` of each captured tensor.
         contiguous_rows: whether the last axis of q, k and v has stride 1.
+        aligned: whether their rows start at multiples of 16 bytes, as the tensor memory accelerator needs.
         needs: for the backward, which of ``(q, k, v, *captured)`` want a gradient; empty for the forward.
         lse_gradient: whether a gradient with respect to ``lse`` comes in.
     """
@@ -31,6 +32,7 @@ class AttentionCase:
     dropout: bool
     function: str
     contiguous_rows: bool = True
+    aligned: bool = True
     needs: tuple[bool, ...] = ()
     lse_gradient: bool = False
 
@@ -72,7 +74,7 @@ def make_case(
     needs: Sequence[bool] = (),
     lse_gradient: bool = False,
 ) -> AttentionCase:
-    """Describe a call; works on fake tensors with known sizes too."""
+    """Describe a call."""
     return AttentionCase(
         q.dtype,
         tuple(map(int, q.shape)),
@@ -82,9 +84,17 @@ def make_case(
         dropout_p > 0,
         function,
         all(t.stride(-1) == 1 for t in (q, k, v)),
+        all(_is_aligned(t) for t in (q, k, v)),
         tuple(needs),
         lse_gradient,
     )
+
+
+def _is_aligned(t: Tensor) -> bool:
+    itemsize = t.element_size()
+    if t.data_ptr() % 16:
+        return False
+    return all(n == 1 or stride * itemsize % 16 == 0 for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
 
 
 def lead_shape(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> torch.Size:

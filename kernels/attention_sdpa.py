@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels.attention import arrange, reduce_to
+from vbcompile.kernels.attention import arrange
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
+from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,
@@ -22,26 +23,6 @@ from vbcompile.kernels.score_function import (
 )
 
 aten = torch.ops.aten
-
-
-# ---------------------------------------------------------------------------------- 4-D view of a case
-def _grouped(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the last leading axis of k and v is shared by a group of query heads."""
-    return q.dim() == 5 and k.shape[-3] == v.shape[-3] == 1 and q.shape[-3] > 1
-
-
-def _fold(t: Tensor, lead: Sequence[int], heads: int) -> Tensor:
-    """``[*lead, S, D] -> [batch, heads, S, D]``: the last axes of ``lead`` become the heads, the others the batch."""
-    t = t.expand(*lead, *t.shape[-2:])
-    return t.reshape(-1, heads, *t.shape[-2:])
-
-
-def _heads(lead: Sequence[int]) -> int:
-    """Heads of the 4-D view: all leading axes after the first (a single one counts as the batch)."""
-    heads = 1
-    for size in lead[1:]:
-        heads *= size
-    return heads
 
 
 # -------------------------------------------------------------------------------------------- refusals
@@ -111,7 +92,7 @@ def _gpu_forward(kernel: str):
     def run(q, k, v, captured, scale, dropout_p, seed, score_function):
         function = ScoreFunction.loads(score_function)
         lead = lead_shape(q, k, v, captured)
-        q4, k4, v4 = _gpu_views(q, k, v, lead)
+        q4, k4, v4 = fold_inputs(q, k, v, lead)
         causal = function.mask is not None
         if kernel == "cudnn":
             out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q4, k4, v4, None, True, 0.0, causal, scale=scale)
@@ -123,22 +104,13 @@ def _gpu_forward(kernel: str):
     return run
 
 
-def _gpu_views(q: Tensor, k: Tensor, v: Tensor, lead: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """4-D views; grouped keys and values keep their own number of heads, which both kernels understand."""
-    heads = _heads(lead)
-    if _grouped(q, k, v):
-        shared = (*lead[:-1], 1)
-        return (_fold(q, lead, heads), *(_fold(t, shared, heads // lead[-1]) for t in (k, v)))
-    return _fold(q, lead, heads), _fold(k, lead, heads), _fold(v, lead, heads)
-
-
 def _gpu_backward(kernel: str):
     def run(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
         function = ScoreFunction.loads(score_function)
         lead = lead_shape(q, k, v, captured)
-        q4, k4, v4 = _gpu_views(q, k, v, lead)
-        heads, causal = _heads(lead), function.mask is not None
-        out4, grad4 = _fold(out, lead, heads), _fold(grad_out, lead, heads)
+        q4, k4, v4 = fold_inputs(q, k, v, lead)
+        heads, causal = fold_heads(lead), function.mask is not None
+        out4, grad4 = fold(out, lead, heads), fold(grad_out, lead, heads)
         lse4 = lse.reshape(-1, heads, lse.shape[-1])
         none = torch.zeros((), dtype=torch.int64, device=q.device)
         lengths = (None, None, q4.shape[-2], k4.shape[-2], 0.0, causal)
@@ -150,19 +122,9 @@ def _gpu_backward(kernel: str):
             grads = aten._scaled_dot_product_flash_attention_backward(
                 grad4, q4, k4, v4, out4, lse4, *lengths, none, none, scale=scale
             )
-        return _unfold(grads, (q, k, v), lead, captured)
+        return unfold_gradients(grads, (q, k, v), lead, captured)
 
     return run
-
-
-def _unfold(grads: Sequence[Tensor], inputs: Sequence[Tensor], lead: Sequence[int], captured: Sequence[Tensor]) -> list:
-    """Gradients of the 4-D views, as gradients of the operator's inputs."""
-    result: list[Tensor | None] = []
-    for gradient, t in zip(grads, inputs, strict=True):
-        full = gradient.numel() == t.shape[-2] * t.shape[-1] * torch.Size(lead).numel()
-        gradient = gradient.reshape(*(lead if full else (*lead[:-1], 1)), *t.shape[-2:])
-        result.append(reduce_to(gradient, t.shape))
-    return [*result, *(None for _ in captured)]
 
 
 # ------------------------------------------------------------------------------------------------- CPU
@@ -176,8 +138,8 @@ class _CpuCall:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
         self.lead = lead_shape(q, k, v, captured)
-        self.heads = _heads(self.lead)
-        self.tensors = [_fold(t, self.lead, self.heads) for t in (q, k, v)]
+        self.heads = fold_heads(self.lead)
+        self.tensors = [fold(t, self.lead, self.heads) for t in (q, k, v)]
         self.causal = causal_offset(function, q.shape[-2], k.shape[-2]) == 0
         self.bias = self.empty = self.poisoned = None
         if not self.causal and (function.mask is not None or function.program[function.score] != ("score",)):
@@ -208,7 +170,7 @@ class _CpuCall:
         if function.empty_rows == "nan":
             self.poisoned = self.empty if keep is None else self.empty & keep.broadcast_to(total.shape).any(-1)
         shared = total.shape[:-2].numel() == 1
-        self.bias = (total.reshape(1, 1, *size[-2:]) if shared else _fold(total, self.lead, self.heads)).to(q.dtype)
+        self.bias = (total.reshape(1, 1, *size[-2:]) if shared else fold(total, self.lead, self.heads)).to(q.dtype)
 
 
 def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
@@ -229,7 +191,7 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
     call = _CpuCall(q, k, v, captured, function)
-    out4, grad4 = (_fold(t, call.lead, call.heads) for t in (out, grad_out))
+    out4, grad4 = (fold(t, call.lead, call.heads) for t in (out, grad_out))
     lse4 = lse.reshape(-1, call.heads, lse.shape[-1])
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
         rows = call.empty.reshape(lse4.shape)
@@ -242,7 +204,7 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
         dq = dq.masked_fill(poisoned.unsqueeze(-1), torch.nan)
         dk = dk.masked_fill(poisoned.any(-1)[..., None, None], torch.nan)
         dv = dv.masked_fill(rows.any(-1)[..., None, None], torch.nan)
-    return _unfold((dq, dk, dv), (q, k, v), call.lead, captured)
+    return unfold_gradients((dq, dk, dv), (q, k, v), call.lead, captured)
 
 
 # ---------------------------------------------------------------------------------------- registration

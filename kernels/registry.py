@@ -13,7 +13,7 @@ from typing import Any
 from vbcompile.device import Target
 
 # operator -> modules whose import registers its implementations; imported when a choice is first asked for
-_ATTENTION = ("vbcompile.kernels.attention", "vbcompile.kernels.attention_sdpa")
+_ATTENTION = tuple(f"vbcompile.kernels.{m}" for m in ("attention", "attention_sdpa", "attention_gpu"))
 MODULES = {"attention": _ATTENTION, "attention_backward": _ATTENTION}
 
 

@@ -8,6 +8,7 @@ import torch.fx as fx
 
 from vbcompile.config import Config
 from vbcompile.device import Target
+from vbcompile.kernels.registry import describe
 from vbcompile.passes.attention import fuse_attention
 from vbcompile.passes.implementation_choice import explain_choices
 from vbcompile.passes.precision import use_mixed_precision
@@ -39,15 +40,24 @@ class Pass:
         name: as in reports and options.
         run: rewrites the graph in place and returns a decision for every site that it looked at.
         wanted: whether the configuration asks for it.
+        refuses: why it makes no sense on a target, or None.
     """
 
     name: str
     run: Callable[[fx.GraphModule, PassContext], list[Decision]]
     wanted: Callable[[Config], bool]
+    refuses: Callable[[Target], str | None] = lambda target: None
+
+
+def _no_attention_kernel(target: Target) -> str | None:
+    """The reference alone would be slower than what the vendor's PyTorch does with an unrewritten model."""
+    if any(name == "attention" and how != "reference" and not reason for name, how, reason in describe(target)):
+        return None
+    return f"no fused attention kernel for {target.vendor} {target.arch}; the model's own operators run"
 
 
 PASSES = (
-    Pass("attention", fuse_attention, lambda config: config.attention),
+    Pass("attention", fuse_attention, lambda config: config.attention, _no_attention_kernel),
     Pass("mixed_precision", use_mixed_precision, lambda config: config.mixed_precision is not False),
 )
 
@@ -70,6 +80,9 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport) ->
             report.unavailable.append((name, reason))
     for pass_ in PASSES:
         if not pass_.wanted(context.config):
+            continue
+        if reason := pass_.refuses(context.target):
+            report.unavailable.append((pass_.name, reason))
             continue
         backup = copy_graphs(gm)
         try:

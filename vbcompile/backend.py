@@ -113,8 +113,9 @@ def _cache_key(config: Config) -> str:
 
 def _warn_of_missing_passes(config: Config, report: GraphReport) -> None:
     """Once per mode and process: a mode never pretends."""
-    if report.unavailable and config.mode not in _warned:
-        _warned.add(config.mode)
+    key = f"{config.mode} {report.target}"
+    if report.unavailable and key not in _warned:
+        _warned.add(key)
         log.warning(
             "mode %s asks for what this version does not have: %s",
             config.mode,

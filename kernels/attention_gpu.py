@@ -1,0 +1,81 @@
+"""Our own GPU kernels as implementations of attention: the general Triton ones and Hopper's warp-specialised forward."""
+
+import torch
+
+from vbcompile.device import Target
+from vbcompile.kernels import attention_hopper, attention_triton
+from vbcompile.kernels.attention_case import AttentionCase, lead_shape
+from vbcompile.kernels.attention_fold import fold_inputs
+from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.score_function import ScoreFunction, causal_offset
+
+# time relative to cuDNN's forward or backward; medians on an H200, see bench/results/attention*.json
+_TRITON_COST = {"attention": 1.4, "attention_backward": 1.6}
+_HOPPER_COST = 0.97
+
+
+def _triton_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
+    function = ScoreFunction.loads(score_function)
+    return attention_triton.forward(q, k, v, captured, scale, dropout_p, seed, function)
+
+
+def _triton_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+    function = ScoreFunction.loads(score_function)
+    return attention_triton.backward(
+        grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, function, needs
+    )
+
+
+def _hopper_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
+    function = ScoreFunction.loads(score_function)
+    lead = lead_shape(q, k, v, captured)
+    q4, k4, v4 = fold_inputs(q, k, v, lead)
+    offset = causal_offset(function, q.shape[-2], k.shape[-2])
+    out, lse = attention_hopper.forward(q4, k4, v4, scale, offset, function.rows_first and len(lead) == 2)
+    return _arranged(out, lead, function.rows_first), lse.reshape(*lead, q.shape[-2])
+
+
+def _arranged(out: torch.Tensor, lead: torch.Size, rows_first: bool) -> torch.Tensor:
+    from vbcompile.kernels.attention import arrange
+
+    return arrange(out.reshape(*lead, *out.shape[-2:]), rows_first)
+
+
+def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
+    if target.vendor != "nvidia" or target.arch != "sm_90":
+        return "uses the instructions of Hopper (sm_90)"
+    if reason := attention_hopper.refuses_triton():
+        return reason
+    if case is None:
+        return None
+    if case.dropout or case.form not in ("plain", "causal"):
+        return "knows no dropout, bias, mask or score function"
+    if case.q[-1] not in attention_hopper.HEAD_DIMS or case.q[-1] != case.v[-1]:
+        return f"head dimensions {case.q[-1]} and {case.v[-1]}: needs 64 or 128 for both"
+    if case.dtype not in attention_hopper.DTYPES:
+        return f"takes float16 and bfloat16, not {case.dtype}"
+    if not (case.contiguous_rows and case.aligned):
+        return "a tensor's rows are not contiguous or not aligned to 16 bytes"
+    if case.form == "causal" and not 0 <= (case.causal_offset or 0) <= attention_hopper.MAX_ROWS:
+        return "some rows see no key"
+    if 0 in (*case.q, *case.k, *case.v):
+        return "a tensor is empty"
+    if case.q_length < 64:
+        return "fewer than 64 queries do not fill its tiles"
+    return None
+
+
+operator("attention").register(
+    Implementation("hopper", _hopper_forward, _refuses_hopper, lambda target, case: _HOPPER_COST)
+)
+operator("attention").register(
+    Implementation("triton", _triton_forward, attention_triton.refuses, lambda target, case: _TRITON_COST["attention"])
+)
+operator("attention_backward").register(
+    Implementation(
+        "triton",
+        _triton_backward,
+        attention_triton.refuses,
+        lambda target, case: _TRITON_COST["attention_backward"],
+    )
+)
