@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vbcompile.kernels.score_function import Builder, ScoreFunction
+from vbcompile.kernels.dropout import dropout_keep
+from vbcompile.kernels.score_function import Builder, ScoreFunction, evaluate
 
 Step = Callable[[Builder, int], int]
 Mask = Callable[[Builder], int]
+Maker = Callable[[torch.Generator], Tensor]
 
 
 def make_function(
@@ -34,10 +36,10 @@ class Form:
     """
 
     function: ScoreFunction
-    captured: tuple[Callable[[torch.Generator], Tensor], ...] = ()
-    q: tuple[int, ...] = (2, 2, 37, 16)
-    k: tuple[int, ...] = (2, 2, 45, 16)
-    v: tuple[int, ...] = (2, 2, 45, 16)
+    captured: tuple[Maker, ...]
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
     scale: float = 0.3
     dropout_p: float = 0.0
     transposed: bool = False
@@ -53,15 +55,15 @@ class Form:
         return tensors, [make(g) for make in self.captured]
 
 
-def floats(*shape: int, factor: float = 1.0) -> Callable[[torch.Generator], Tensor]:
+def floats(*shape: int, factor: float = 1.0) -> Maker:
     return lambda g: torch.randn(shape, generator=g) * factor
 
 
-def bools(*shape: int) -> Callable[[torch.Generator], Tensor]:
+def bools(*shape: int) -> Maker:
     return lambda g: torch.rand(shape, generator=g) > 0.4
 
 
-def documents(*shape: int) -> Callable[[torch.Generator], Tensor]:
+def documents(*shape: int) -> Maker:
     """Sorted document numbers along the last axis but one, or the last."""
     axis = -2 if shape[-1] == 1 else -1
     return lambda g: torch.randint(0, 3, shape, generator=g).sort(axis).values
@@ -156,65 +158,98 @@ def first_sink(b: Builder) -> int:
     return b.emit("captured", 0)
 
 
-FP32_MIN = torch.finfo(torch.float32).min
+FLOAT32_MIN = torch.finfo(torch.float32).min
 
 
-def additive_padding(g: torch.Generator) -> Tensor:
-    """``finfo.min`` on random keys; one row of it in full, as left padding gives."""
-    bias = torch.where(torch.rand(2, 1, 37, 45, generator=g) > 0.5, 0.0, FP32_MIN)
-    bias[0, 0, 3] = FP32_MIN
-    bias[1, 0, 5] = -1e9
-    return bias
+def additive_padding(q_length: int, k_length: int) -> Maker:
+    """``finfo.min`` on random keys; two rows of huge values in full, as left padding gives."""
+
+    def make(g: torch.Generator) -> Tensor:
+        bias = torch.where(torch.rand(2, 1, q_length, k_length, generator=g) > 0.5, 0.0, FLOAT32_MIN)
+        bias[0, 0, 3] = FLOAT32_MIN
+        bias[1, 0, 5] = -1e9
+        return bias
+
+    return make
 
 
-GROUPED = {"q": (2, 2, 3, 21, 16), "k": (2, 2, 1, 33, 16), "v": (2, 2, 1, 33, 16)}
+def make_forms(nq: int, nk: int, d: int, dv: int) -> dict[str, Form]:
+    """Every family, for ``nq`` queries of size ``d`` and ``nk`` keys with values of size ``dv``."""
 
-FORMS: dict[str, Form] = {
-    "plain": Form(make_function()),
-    "negative_scale": Form(make_function(), scale=-0.3),
-    "causal": Form(make_function(mask=causal())),
-    "causal_offset": Form(make_function(mask=causal(9))),
-    "causal_bottom_right": Form(make_function(mask=bottom_right)),
-    "causal_empty_rows": Form(make_function(mask=causal(-4))),
-    "causal_empty_rows_zero": Form(make_function(mask=causal(-4), empty_rows="zero")),
-    "window": Form(make_function(mask=window(7)), q=(1, 2, 70, 16), k=(1, 2, 70, 16), v=(1, 2, 70, 16)),
-    "both_sides": Form(make_function(mask=both_sides(5))),
-    "prefix": Form(make_function(mask=prefix(11))),
-    "document": Form(make_function(mask=same_document), (documents(2, 1, 37, 1), documents(2, 1, 1, 45))),
-    "document_causal": Form(
-        make_function(mask=lambda b: b.emit("and", causal()(b), same_document(b))),
-        (documents(2, 1, 37, 1), documents(2, 1, 1, 45)),
-    ),
-    "bool_mask": Form(make_function(mask=captured_mask), (bools(2, 1, 37, 45),)),
-    "key_padding": Form(make_function(mask=captured_mask, empty_rows="zero"), (bools(2, 1, 1, 45),)),
-    "static_cache": Form(make_function(mask=up_to_position), (lambda g: torch.arange(4, 41).view(1, 1, 37, 1),)),
-    "lengths": Form(make_function(mask=shorter_than), (lambda g: torch.tensor([9, 31]).view(2, 1, 1, 1),)),
-    "bias": Form(make_function(plus(0)), (floats(1, 2, 37, 45),)),
-    "bias_batch": Form(make_function(plus(0)), (floats(2, 1, 37, 45),)),
-    "bias_rows": Form(make_function(plus(0), mask=causal()), (floats(1, 2, 37, 1),)),
-    "bias_columns": Form(make_function(plus(0)), (floats(2, 1, 1, 45),)),
-    "additive_min": Form(make_function(plus(0)), (additive_padding,)),
-    "additive_inf": Form(
-        make_function(plus(0), empty_rows="zero"),
-        (lambda g: torch.where(torch.rand(1, 2, 37, 45, generator=g) > 0.5, 0.0, -torch.inf),),
-    ),
-    "softcap": Form(make_function(softcap(2.0), mask=causal())),
-    "alibi": Form(make_function(alibi, mask=causal()), (floats(1, 2, 1, 1, factor=0.1),)),
-    "alibi_by_head": Form(make_function(alibi_by_head)),
-    "temperature": Form(make_function(times(0)), (floats(1, 1, 1, 1),)),
-    "oddities": Form(make_function(oddities), (floats(1, 2, 1, 1), floats(2, 1, 37, 1))),
-    "sink": Form(make_function(mask=causal(-3), sink=first_sink), (floats(1, 2, 1, 1),)),
-    "sink_per_row": Form(make_function(softcap(3.0), sink=first_sink), (floats(1, 2, 37, 1),)),
-    "softmax_plus_one": Form(make_function(sink=lambda b: constant(b, 0.0))),
-    "rows_first": Form(make_function(mask=causal(), rows_first=True), transposed=True),
-    "odd_sizes": Form(make_function(), q=(3, 37, 20), k=(3, 45, 20), v=(3, 45, 33)),
-    "grouped": Form(make_function(mask=causal()), **GROUPED),
-    "grouped_bias": Form(make_function(plus(0)), (floats(1, 2, 3, 21, 33),), **GROUPED),
-    "one_kv_head": Form(make_function(), q=(2, 3, 21, 16), k=(2, 1, 33, 16), v=(2, 1, 33, 16)),
-    "shared_keys": Form(make_function(), q=(2, 3, 21, 16), k=(2, 1, 33, 16), v=(2, 3, 33, 16)),
-    "shared_queries": Form(make_function(), q=(1, 3, 21, 16), k=(2, 3, 33, 16), v=(2, 3, 33, 16)),
-    "four_axes": Form(
-        make_function(mask=causal(12)), q=(2, 1, 2, 1, 21, 16), k=(1, 2, 2, 1, 33, 16), v=(2, 2, 1, 1, 33, 16)
-    ),
-    "dropout": Form(make_function(mask=causal()), dropout_p=0.3),
-}
+    def form(function: ScoreFunction, captured: tuple[Maker, ...] = (), **fields) -> Form:
+        return Form(function, captured, (2, 2, nq, d), (2, 2, nk, d), (2, 2, nk, dv), **fields)
+
+    def shaped(function: ScoreFunction, lead_q, lead_k, lead_v, captured: tuple[Maker, ...] = ()) -> Form:
+        return Form(function, captured, (*lead_q, nq, d), (*lead_k, nk, d), (*lead_v, nk, dv))
+
+    offset = nk - nq + 2
+    return {
+        "plain": form(make_function()),
+        "negative_scale": form(make_function(), scale=-0.3),
+        "causal": form(make_function(mask=causal())),
+        "causal_offset": form(make_function(mask=causal(9))),
+        "causal_bottom_right": form(make_function(mask=bottom_right)),
+        "causal_empty_rows": form(make_function(mask=causal(-4))),
+        "causal_empty_rows_zero": form(make_function(mask=causal(-4), empty_rows="zero")),
+        "window": form(make_function(mask=window(nq // 5))),
+        "both_sides": form(make_function(mask=both_sides(nq // 7))),
+        "prefix": form(make_function(mask=prefix(nk // 3))),
+        "document": form(make_function(mask=same_document), (documents(2, 1, nq, 1), documents(2, 1, 1, nk))),
+        "document_causal": form(
+            make_function(mask=lambda b: b.emit("and", causal()(b), same_document(b))),
+            (documents(2, 1, nq, 1), documents(2, 1, 1, nk)),
+        ),
+        "bool_mask": form(make_function(mask=captured_mask), (bools(2, 1, nq, nk),)),
+        "key_padding": form(make_function(mask=captured_mask, empty_rows="zero"), (bools(2, 1, 1, nk),)),
+        "static_cache": form(
+            make_function(mask=up_to_position), (lambda g: torch.arange(offset, offset + nq).view(1, 1, nq, 1),)
+        ),
+        "lengths": form(make_function(mask=shorter_than), (lambda g: torch.tensor([9, nk - 5]).view(2, 1, 1, 1),)),
+        "bias": form(make_function(plus(0)), (floats(1, 2, nq, nk),)),
+        "bias_batch": form(make_function(plus(0)), (floats(2, 1, nq, nk),)),
+        "bias_rows": form(make_function(plus(0), mask=causal()), (floats(1, 2, nq, 1),)),
+        "bias_columns": form(make_function(plus(0)), (floats(2, 1, 1, nk),)),
+        "additive_min": form(make_function(plus(0)), (additive_padding(nq, nk),)),
+        "additive_inf": form(
+            make_function(plus(0), empty_rows="zero"),
+            (lambda g: torch.where(torch.rand(1, 2, nq, nk, generator=g) > 0.5, 0.0, -torch.inf),),
+        ),
+        "softcap": form(make_function(softcap(2.0), mask=causal())),
+        "alibi": form(make_function(alibi, mask=causal()), (floats(1, 2, 1, 1, factor=0.1),)),
+        "alibi_by_head": form(make_function(alibi_by_head)),
+        "temperature": form(make_function(times(0)), (floats(1, 1, 1, 1),)),
+        "oddities": form(make_function(oddities), (floats(1, 2, 1, 1), floats(2, 1, nq, 1))),
+        "sink": form(make_function(mask=causal(-3), sink=first_sink), (floats(1, 2, 1, 1),)),
+        "sink_per_row": form(make_function(softcap(3.0), sink=first_sink), (floats(1, 2, nq, 1),)),
+        "softmax_plus_one": form(make_function(sink=lambda b: constant(b, 0.0))),
+        "rows_first": form(make_function(mask=causal(), rows_first=True), transposed=True),
+        "one_axis": shaped(make_function(), (3,), (3,), (3,)),
+        "grouped": shaped(make_function(mask=causal()), (2, 2, 3), (2, 2, 1), (2, 2, 1)),
+        "grouped_bias": shaped(
+            make_function(plus(0)), (2, 2, 3), (2, 2, 1), (2, 2, 1), (floats(1, 2, 3, nq, nk),)
+        ),
+        "one_kv_head": shaped(make_function(), (2, 3), (2, 1), (2, 1)),
+        "shared_keys": shaped(make_function(), (2, 3), (2, 1), (2, 3)),
+        "shared_queries": shaped(make_function(), (1, 3), (2, 3), (2, 3)),
+        "four_axes": shaped(make_function(mask=causal(12)), (2, 1, 2, 1), (1, 2, 2, 1), (2, 2, 1, 1)),
+        "dropout": form(make_function(mask=causal()), dropout_p=0.3),
+    }
+
+
+def eager(form: Form, q: Tensor, k: Tensor, v: Tensor, captured: list[Tensor], seed: Tensor) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of attention as a model writes it: every step rounds to the dtype of q, lse is float32."""
+    function, dtype = form.function, q.dtype
+    score = (q @ k.mT) * form.scale
+    logits, keep, sink = evaluate(
+        function, (function.score, function.mask, function.sink), score=score.float(), captured=captured,
+        lead=score.shape[:-2], q_length=score.shape[-2], k_length=score.shape[-1], device=q.device, dtype=torch.float32,
+    )  # fmt: skip
+    row = logits.expand(score.shape).to(dtype)
+    row = row if keep is None else row.masked_fill(~keep, -torch.inf)
+    row = row if sink is None else torch.cat([row, sink.to(dtype).expand(*score.shape[:-1], 1)], -1)
+    weights = torch.softmax(row, -1)[..., : score.shape[-1]]
+    if function.empty_rows == "zero":
+        weights = torch.where((row == -torch.inf).all(-1, keepdim=True), 0.0, weights)
+    if form.dropout_p:
+        weights = weights * dropout_keep(seed, weights.shape, form.dropout_p, q.device) / (1 - form.dropout_p)
+    return weights.to(dtype) @ v, row.float().logsumexp(-1)
