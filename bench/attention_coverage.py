@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,20 +33,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from attention_cases.case import BOTH  # noqa: E402
 from attention_corpus import CASES  # noqa: E402
-from attention_trial import Backend, Result, attempt, inductor, vblackwell  # noqa: E402
+from attention_trial import Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
 from model_families import FAMILIES, FamilyResult, try_family  # noqa: E402
 
 console = Console()
 
 
 def make_backend(name: str) -> Backend:
-    """``inductor``, ``vblackwell`` (on Inductor), ``vblackwell:aot_eager`` or ``vblackwell:eager``."""
-    ours, _, downstream = name.partition(":")
-    if name == "inductor":
-        return inductor()
-    if ours != "vblackwell" or downstream not in ("", "inductor", "aot_eager", "eager"):
-        raise SystemExit(f"unknown backend {name!r}; valid: inductor, vblackwell[:inductor|aot_eager|eager]")
-    return vblackwell(downstream or "inductor")
+    """``vblackwell`` (on Inductor), ``vblackwell:aot_eager`` or ``vblackwell:eager`` (without code generation),
+    ``inductor``, or ``inductor:patterns`` (Inductor's rewrites without its code generation)."""
+    made: dict[str, Callable[[], Backend]] = {
+        "vblackwell": lambda: vblackwell("inductor"),
+        "vblackwell:aot_eager": lambda: vblackwell("aot_eager"),
+        "vblackwell:eager": lambda: vblackwell("eager"),
+        "inductor": inductor,
+        "inductor:patterns": inductor_patterns,
+    }
+    if name not in made:
+        raise SystemExit(f"unknown backend {name!r}; valid: {', '.join(made)}")
+    return made[name]()
 
 
 def run_corpus(backends: Sequence[Backend], arguments: argparse.Namespace) -> list[Result]:
