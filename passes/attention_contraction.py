@@ -1,0 +1,156 @@
+"""Matrix products of any spelling, with a label for every axis of their operands and result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from vbcompile.passes.graph_axes import Dim, Dims, Space
+from vbcompile.passes.graph_ops import Call, is_tensor, known_equal, shape_of
+
+Label = str
+Labels = tuple[Label, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``out = sum over the labels that are missing in out of lhs * rhs``, each axis with a label.
+
+    Attributes:
+        addend: what ``baddbmm`` and ``addmm`` add, with ``beta`` and ``alpha``: ``beta * addend + alpha * product``.
+    """
+
+    node: fx.Node
+    lhs: fx.Node
+    rhs: fx.Node
+    lhs_labels: Labels
+    rhs_labels: Labels
+    out_labels: Labels
+    addend: Any = None
+    beta: Any = 1
+    alpha: Any = 1
+
+    @property
+    def summed(self) -> Labels:
+        return tuple(label for label in self.lhs_labels if label not in self.out_labels)
+
+    def swapped(self) -> "Contraction":
+        """The same product with its operands named the other way round."""
+        return Contraction(
+            self.node, self.rhs, self.lhs, self.rhs_labels, self.lhs_labels, self.out_labels,
+            self.addend, self.beta, self.alpha,
+        )  # fmt: skip
+
+    def label_dims(self, space: Space, out_dims: Dims) -> dict[Label, Dim]:
+        """The dimension of every label, given those of the result; summed labels get new axes."""
+        dims = dict(zip(self.out_labels, out_dims, strict=True))
+        sizes = zip((*self.lhs_labels, *self.rhs_labels), (*shape_of(self.lhs), *shape_of(self.rhs)), strict=True)
+        for label, size in sizes:
+            if label not in dims:
+                dims[label] = space.dim(size, "c")
+        return dims
+
+    def lhs_dims(self, dims: dict[Label, Dim]) -> Dims:
+        return _operand_dims(self.lhs, self.lhs_labels, dims)
+
+    def rhs_dims(self, dims: dict[Label, Dim]) -> Dims:
+        return _operand_dims(self.rhs, self.rhs_labels, dims)
+
+
+def _operand_dims(node: fx.Node, labels: Labels, dims: dict[Label, Dim]) -> Dims:
+    return tuple(() if known_equal(size, 1) else dims[x] for x, size in zip(labels, shape_of(node), strict=True))
+
+
+def contraction_of(call: Call | None, node: fx.Node) -> Contraction | None:
+    """The contraction that a node computes; None for other operators and for products with repeated labels."""
+    if call is None or call.in_place or not is_tensor(node):
+        return None
+    read = _READERS.get(call.name)
+    found = read(call, node) if read is not None else None
+    if found is None or not (is_tensor(found.lhs) and is_tensor(found.rhs)):
+        return None
+    if set(found.lhs_labels) - set(found.rhs_labels) - set(found.out_labels):
+        return None  # a plain sum over an axis of one operand
+    if set(found.rhs_labels) - set(found.lhs_labels) - set(found.out_labels):
+        return None
+    return found
+
+
+def _matmul(call: Call, node: fx.Node) -> Contraction | None:
+    lhs, rhs = call.input, call.get("other")
+    if not (is_tensor(lhs) and is_tensor(rhs)):
+        return None
+    lhs_rank, rhs_rank = len(shape_of(lhs)), len(shape_of(rhs))
+    if min(lhs_rank, rhs_rank) < 2:
+        return None
+    rank = max(lhs_rank, rhs_rank)
+    batch = tuple(f"b{i}" for i in range(rank - 2))
+    lhs_labels = (*batch[rank - lhs_rank :], "m", "c")
+    rhs_labels = (*batch[rank - rhs_rank :], "c", "n")
+    return Contraction(node, lhs, rhs, lhs_labels, rhs_labels, (*batch, "m", "n"))
+
+
+def _linear(call: Call, node: fx.Node) -> Contraction | None:
+    lhs, rhs = call.input, call.get("weight")
+    if call.get("bias") is not None or not (is_tensor(lhs) and is_tensor(rhs)) or len(shape_of(rhs)) != 2:
+        return None
+    if len(shape_of(lhs)) < 2:
+        return None
+    batch = tuple(f"b{i}" for i in range(len(shape_of(lhs)) - 1))
+    return Contraction(node, lhs, rhs, (*batch, "c"), ("n", "c"), (*batch, "n"))
+
+
+def _added(first: str, second: str, batch: Labels) -> Callable[[Call, fx.Node], Contraction | None]:
+    def read(call: Call, node: fx.Node) -> Contraction | None:
+        lhs, rhs = call.get(first), call.get(second)
+        return Contraction(
+            node, lhs, rhs, (*batch, "m", "c"), (*batch, "c", "n"), (*batch, "m", "n"),
+            call.input, call.get("beta", 1), call.get("alpha", 1),
+        )  # fmt: skip
+
+    return read
+
+
+def _einsum(call: Call, node: fx.Node) -> Contraction | None:
+    operands = call.get("operands")
+    if len(operands) != 2 or not all(is_tensor(x) for x in operands):
+        return None
+    lhs, rhs = operands
+    inputs, arrow, output = call.get("equation").replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    if len(parts) != 2:
+        return None
+    labels = [_spell_out(part, len(shape_of(x))) for part, x in zip(parts, operands, strict=True)]
+    if not arrow:
+        output = _implicit_output(parts)
+    out = _spell_out(output, len(shape_of(node)))
+    if any(len(set(x)) != len(x) for x in (*labels, out)) or not set(out) <= {*labels[0], *labels[1]}:
+        return None
+    return Contraction(node, lhs, rhs, labels[0], labels[1], out)
+
+
+def _spell_out(part: str, rank: int) -> Labels:
+    """Labels of one operand; the axes of an ellipsis are numbered from the right."""
+    if "..." not in part:
+        return tuple(part)
+    left, right = part.split("...")
+    hidden = rank - len(left) - len(right)
+    return (*left, *(f"...{i}" for i in reversed(range(hidden))), *right)
+
+
+def _implicit_output(parts: list[str]) -> str:
+    letters = "".join(parts).replace("...", "")
+    once = sorted(x for x in set(letters) if letters.count(x) == 1)
+    return ("..." if any("..." in p for p in parts) else "") + "".join(once)
+
+
+_READERS: dict[str, Callable[[Call, fx.Node], Contraction | None]] = {
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "linear": _linear,
+    "baddbmm": _added("batch1", "batch2", ("b0",)),
+    "addmm": _added("mat1", "mat2", ()),
+    "einsum": _einsum,
+}

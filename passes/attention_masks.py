@@ -1,0 +1,213 @@
+"""From an expression of the logits to scale, logits and mask.
+
+A fill of ``-inf`` becomes the mask. A finite fill keeps its value, because a row whose keys are all filled must come out
+as in the source, unless every row is proved to keep a key: then a fill so low that its weight is zero is a mask too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from vbcompile.passes.attention_expression import Affine, Algebra, Expression, _combine, bounds
+from vbcompile.passes.graph_axes import Dim
+from vbcompile.passes.graph_ops import known
+
+LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
+
+
+@dataclass
+class Logits:
+    """``where(and of mask, value, -inf)`` of ``scale * score``.
+
+    Attributes:
+        scale: constant factor of the score.
+        scalar: symbolic factor of the score, or None.
+        inverse: whether the score is divided by ``scalar``.
+        mask: conditions that all hold where a key takes part.
+        every_row: whether each row is proved to keep a key.
+    """
+
+    value: Expression
+    mask: list[Expression]
+    scale: float = 1.0
+    scalar: fx.Node | None = None
+    inverse: bool = False
+    every_row: bool = False
+
+
+def split_logits(algebra: Algebra, logits: Expression, keys: Dim) -> Logits:
+    """Separate the mask and the scale from the logits; ``keys`` are the axes of the softmax."""
+    value, mask = _split(algebra, logits, LOWEST_FILL)
+    every_row = keeps_a_key(algebra, mask, keys)
+    if not every_row:
+        value, mask = _split(algebra, logits, float("-inf"))
+        every_row = keeps_a_key(algebra, mask, keys)
+    return _extract_scale(algebra, Logits(value, _unique(algebra, mask), every_row=every_row))
+
+
+def conjunction(algebra: Algebra, terms: list[Expression]) -> Expression | None:
+    """All of the terms; None for no terms."""
+    result: Expression | None = None
+    for term in terms:
+        result = term if result is None else algebra.make("and", result, term)
+    return result
+
+
+def conjuncts(e: Expression) -> list[Expression]:
+    if e.name == "and":
+        return [t for a in e.arguments for t in conjuncts(a)]
+    return [e]
+
+
+def _unique(algebra: Algebra, mask: list[Expression]) -> list[Expression]:
+    terms = [t for m in mask for t in conjuncts(m)]
+    return [t for t in dict.fromkeys(terms) if t is not algebra.true]
+
+
+def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, list[Expression]]:
+    """``(value, conditions)``: where a condition does not hold, the logit is at most ``fill``."""
+    if e.name == "where":
+        return _split_where(algebra, e, fill)
+    if e.name == "add":
+        (a, masked_a), (b, masked_b) = (_split(algebra, x, fill) for x in e.arguments)
+        return algebra.make("add", a, b), masked_a + masked_b
+    if e.name == "sub":
+        a, masked = _split(algebra, e.arguments[0], fill)
+        return algebra.make("sub", a, e.arguments[1]), masked
+    if e.name in ("mul", "div"):
+        return _split_scaled(algebra, e, fill)
+    if e.name == "maximum" and fill > float("-inf"):
+        for a, b in (e.arguments, tuple(reversed(e.arguments))):
+            if b.name == "const" and b.value <= fill:
+                value, masked = _split(algebra, a, fill)
+                return algebra.make("maximum", value, b), masked
+    return e, []
+
+
+def _split_where(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, list[Expression]]:
+    condition, a, b = e.arguments
+    if _is_fill(b, fill):
+        value, masked = _split(algebra, a, fill)
+        return value, [*masked, condition]
+    if _is_fill(a, fill):
+        value, masked = _split(algebra, b, fill)
+        return value, [*masked, algebra.make("not", condition)]
+    (a, masked_a), (b, masked_b) = _split(algebra, a, fill), _split(algebra, b, fill)
+    if not masked_a and not masked_b:
+        return e, []
+    in_a = conjunction(algebra, [condition, *masked_a])
+    in_b = conjunction(algebra, [algebra.make("not", condition), *masked_b])
+    assert in_a is not None and in_b is not None
+    return algebra.make("where", condition, a, b), [algebra.make("or", in_a, in_b)]
+
+
+def _split_scaled(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, list[Expression]]:
+    a, b = e.arguments
+    if e.name == "mul" and a.name == "const":
+        a, b = b, a
+    if b.name != "const" or not 0 < b.value < float("inf"):
+        return e, []
+    value, masked = _split(algebra, a, fill / b.value if e.name == "mul" else fill * b.value)
+    return algebra.make(e.name, value, b), masked
+
+
+def _is_fill(e: Expression, fill: float) -> bool:
+    return e.name == "const" and e.value <= fill
+
+
+# ------------------------------------------------------------------------------------------------ proof about rows
+def keeps_a_key(algebra: Algebra, mask: list[Expression], keys: Dim) -> bool:
+    """Whether it is proved that in every row some key satisfies all conditions."""
+    terms = [t for m in mask for t in conjuncts(m)]
+    if not terms:
+        return True
+    if len(keys) != 1 or len(terms) > 12:
+        return False
+    return _interval_never_empty(algebra, terms, keys[0], [({}, 0)], [({}, keys[0].size - 1)])
+
+
+def _interval_never_empty(
+    algebra: Algebra, terms: list[Expression], key: Any, low: list[Affine], high: list[Affine]
+) -> bool:
+    """Whether ``max(low) <= key <= min(high)`` and the terms leave a key for every value of the other axes."""
+    for place, term in enumerate(terms):
+        rest = terms[place + 1 :]
+        if term is algebra.true:
+            continue
+        if term.name == "or":
+            return any(_interval_never_empty(algebra, [*conjuncts(a), *rest], key, low, high) for a in term.arguments)
+        bound = _key_bound(algebra, term, key)
+        if bound is None:
+            return False
+        sense, affine = bound
+        low = [*low, affine] if sense in ("ge", "eq") else low
+        high = [*high, affine] if sense in ("le", "eq") else high
+    return all(known(bounds(_combine(h, lo, -1))[0] >= 0) for lo in low for h in high)
+
+
+def _key_bound(algebra: Algebra, term: Expression, key: Any) -> tuple[str, Affine] | None:
+    """``(sense, bound)`` with ``key <sense> bound``, the bound affine in other axes."""
+    if term.name not in ("le", "ge", "eq"):
+        return None
+    left, right = (algebra.affine(a) for a in term.arguments)
+    if left is None or right is None:
+        return None
+    coefficients, constant = _combine(left, right, -1)
+    factor = coefficients.pop(key, 0)
+    if factor not in (1, -1):
+        return None
+    bound = _combine(({}, 0), (coefficients, constant), -factor)
+    sense = term.name if factor == 1 or term.name == "eq" else {"le": "ge", "ge": "le"}[term.name]
+    return sense, bound
+
+
+# ----------------------------------------------------------------------------------------------------------- scale
+def _extract_scale(algebra: Algebra, logits: Logits) -> Logits:
+    """Move factors that the score is always multiplied with into ``scale``."""
+    while True:
+        parents = _parents_of_score(algebra, [logits.value, *logits.mask])
+        if len(parents) != 1:
+            return logits
+        (parent,) = parents
+        if parent.name not in ("mul", "div") or parent.arguments.count(algebra.score) != 1:
+            return logits
+        factor = parent.arguments[1] if parent.arguments[0] is algebra.score else parent.arguments[0]
+        if parent.name == "div" and parent.arguments[0] is not algebra.score:
+            return logits
+        if factor.name == "const" and factor.value not in (0, float("inf"), float("-inf")) and factor.value == factor.value:
+            logits.scale = logits.scale * factor.value if parent.name == "mul" else logits.scale / factor.value
+        elif factor.name == "scalar" and logits.scalar is None:
+            logits.scalar, logits.inverse = factor.arguments[0], parent.name == "div"
+        else:
+            return logits
+        replaced: dict[Expression, Expression] = {parent: algebra.score}
+        logits.value = substitute(algebra, logits.value, replaced)
+        logits.mask = [substitute(algebra, m, replaced) for m in logits.mask]
+
+
+def _parents_of_score(algebra: Algebra, roots: list[Expression]) -> set[Expression]:
+    parents: set[Expression] = set()
+    seen: set[Expression] = set()
+    todo = list(roots)
+    while todo:
+        e = todo.pop()
+        if e is algebra.score:
+            return set()  # a root itself
+        if e in seen or e.is_leaf or "score" not in e.leaves:
+            continue
+        seen.add(e)
+        if algebra.score in e.arguments:
+            parents.add(e)
+        todo.extend(a for a in e.arguments if a is not algebra.score)
+    return parents
+
+
+def substitute(algebra: Algebra, e: Expression, replaced: dict[Expression, Expression]) -> Expression:
+    """The expression with some sub-expressions replaced; ``replaced`` serves as memory between calls."""
+    if e not in replaced:
+        if e.is_leaf or "score" not in e.leaves:
+            replaced[e] = e
+        else:
+            replaced[e] = algebra.make(e.name, *(substitute(algebra, a, replaced) for a in e.arguments))
+    return replaced[e]

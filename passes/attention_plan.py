@@ -1,0 +1,359 @@
+"""The fused call of a site, planned: operands without needless copies, leading axes, the score function.
+
+Nothing in the graph changes here; a site that cannot be planned is refused.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import SymInt, fx
+
+from vbcompile.kernels.score_function import Builder, ScoreFunction
+from vbcompile.passes.attention_expression import Expression
+from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.attention_masks import conjunction
+from vbcompile.passes.attention_site import Operand, Site, Unplaced
+from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_input
+from vbcompile.passes.graph_effects import Effects, storage_of
+from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, tensor_of, value_of
+
+MAX_LEADING = 4
+
+
+@dataclass
+class Plan:
+    """What to emit.
+
+    Attributes:
+        lead: the leading dimensions in their order; each one atom, or several merged.
+        dtype: of q, k and v of the fused call.
+        captured: ``(node or symbolic number, its dimensions)``.
+        factor: constant that was taken out of the operands, part of the scale.
+    """
+
+    site: Site
+    lead: list[Dim] = field(default_factory=list)
+    q: Operand = None  # type: ignore[assignment]
+    k: Operand = None  # type: ignore[assignment]
+    v: Operand = None  # type: ignore[assignment]
+    dtype: torch.dtype = torch.float32
+    function: ScoreFunction = ScoreFunction()
+    captured: list[tuple[fx.Node, Dims]] = field(default_factory=list)
+    factor: float = 1.0
+
+    @property
+    def rows(self) -> Dim:
+        return self.site.space.resolve(self.site.rows)
+
+    @property
+    def keys(self) -> Dim:
+        return self.site.space.resolve(self.site.keys)
+
+
+def plan(site: Site, effects: Effects) -> Plan:
+    """Plan a site; raises Refusal, or Unplaced where a run-time size cannot be written down."""
+    made = Plan(site)
+    made.dtype = _common_dtype(site)
+    peeler = _Peeler(site, effects)
+    made.q, made.factor = peeler.peel(site.q, (site.rows, site.features), may_scale=True)
+    made.k, factor = peeler.peel(site.k, (site.keys, site.features), may_scale=True)
+    made.factor *= factor
+    made.v, _ = peeler.peel(site.v, (site.keys, site.values), may_scale=False)
+    if made.dtype != tensor_of(site.out).dtype or made.dtype != site.score_dtype:
+        _use_low_precision(made, peeler)
+    builder = _ProgramBuilder(made)
+    made.lead = _leading(site, builder.tensors())
+    made.function = builder.build()
+    made.captured = builder.captured
+    _check_arrangement(made)
+    return made
+
+
+def _check_arrangement(made: Plan) -> None:
+    """Raise Refusal where an operand cannot be brought into the canonical space by views."""
+    space, site = made.site.space, made.site
+    features, values = space.resolve(site.features), space.resolve(site.values)
+    outer = [*made.lead, made.rows, made.keys]
+    targets = [
+        (made.q.dims, [*made.lead, made.rows, features]),
+        (made.k.dims, [*made.lead, made.keys, features]),
+        (made.v.dims, [*made.lead, made.keys, values]),
+        *((dims, outer) for _, dims in made.captured),
+    ]
+    for dims, target in targets:
+        _check_dims(space.resolve_all(dims), target)
+    for _, _, dims in site.factors:
+        if _set(space.resolve_all(dims)) & set(made.keys):
+            raise Refusal("the weights are multiplied with something that differs from key to key")
+        _check_dims(space.resolve_all(dims), list(space.resolve_all(site.out_dims)))
+
+
+def _check_dims(dims: Dims, target: list[Dim]) -> None:
+    atoms = [a for dim in dims for a in dim]
+    if len(set(atoms)) != len(atoms):
+        raise Refusal("a diagonal of a tensor takes part in the scores")
+    for group in target:
+        if set(group) & set(atoms) and not set(group) <= set(atoms):
+            raise Refusal("an operand covers a part of a merged axis")
+    if not set(atoms) <= {a for group in target for a in group}:
+        raise Refusal("an operand has an axis that the attention does not have")
+
+
+# -------------------------------------------------------------------------------------------------------- precision
+def _common_dtype(site: Site) -> torch.dtype:
+    return torch.promote_types(site.score_dtype, tensor_of(site.out).dtype)
+
+
+def _use_low_precision(made: Plan, peeler: "_Peeler") -> None:
+    """Scores computed from upcast operands are as exact from the operands themselves: the products are the same."""
+    low = tensor_of(made.site.out).dtype
+    if tensor_of(made.v.node).dtype != low:
+        return
+    q, k = peeler.below_cast(made.q, low), peeler.below_cast(made.k, low)
+    if q is not None and k is not None:
+        made.q, made.k, made.dtype = q, k, low
+
+
+# --------------------------------------------------------------------------------------------------------- operands
+class _Peeler:
+    """Looks for what an operand was copied, repeated or scaled from."""
+
+    def __init__(self, site: Site, effects: Effects) -> None:
+        self.site = site
+        self.effects = effects
+        self.end = effects.position[site.out]
+
+    def peel(self, operand: Operand, whole: tuple[Dim, Dim], may_scale: bool) -> tuple[Operand, float]:
+        """A tensor earlier in the graph with the same elements, and the factor left out; ``whole`` stays uncut."""
+        space = self.site.space
+        best, factor, running = operand, 1.0, 1.0
+        cuts = space.snapshot()
+        here = operand
+        pieces = [len(space.resolve(dim)) for dim in whole]
+        while True:
+            step = self._step(here, may_scale)
+            if step is None or [len(space.resolve(dim)) for dim in whole] != pieces or self._too_many():
+                break
+            here, gain, scale = step
+            running *= scale
+            if gain or (best is not operand and not self._is_ordered(best) and self._is_ordered(here)):
+                best, factor, cuts = here, running, space.snapshot()
+            elif best is operand and not self._is_ordered(best) and self._is_ordered(here) and running == 1.0:
+                best, cuts = here, space.snapshot()
+        space.restore(cuts)
+        return best, factor
+
+    def _too_many(self) -> bool:
+        site = self.site
+        taken = {*site.space.resolve(site.rows), *site.space.resolve(site.values)}
+        return sum(a not in taken for dim in site.space.resolve_all(site.out_dims) for a in dim) > MAX_LEADING
+
+    def _step(self, here: Operand, may_scale: bool) -> tuple[Operand, bool, float] | None:
+        """One operator back: the input, whether leaving the operator out saves work, the factor left out."""
+        call = call_of(here.node)
+        if call is None or call.in_place or not is_tensor(call.input) or not self._readable(call.input):
+            return None
+        if may_scale and call.name in ("mul", "div"):
+            return self._scaling(call, here)
+        try:
+            moved = view_input(self.site.space, call, here.node, here.dims)
+        except AxisError:
+            return None
+        if moved is None:
+            return None
+        node, dims = moved
+        gain = call.name in ("expand", "expand_as", "repeat", "repeat_interleave")
+        return Operand(node, dims), gain or storage_of(node) != storage_of(here.node), 1.0
+
+    def _scaling(self, call: Call, here: Operand) -> tuple[Operand, bool, float] | None:
+        factor = value_of(call.get("other"))
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor in (0, float("inf"), -float("inf")):
+            return None
+        if factor != factor or tensor_of(call.input).dtype != tensor_of(here.node).dtype or len(call.arguments) != 2:
+            return None
+        return Operand(call.input, here.dims), True, factor if call.name == "mul" else 1.0 / factor
+
+    def _readable(self, node: fx.Node) -> bool:
+        """Whether the tensor holds at the end of the site what it held when it was made, under one gradient mode."""
+        begin = self.effects.position.get(node)
+        if begin is None:
+            return False
+        return not self.effects.is_written(node, begin, self.end) and not self.effects.switches_grad_mode(begin, self.end)
+
+    def _is_ordered(self, operand: Operand) -> bool:
+        """Whether the dimensions stand in canonical order already."""
+        space, site = self.site.space, self.site
+        dims = space.resolve_all(operand.dims)
+        if any(len(dim) > 1 for dim in dims) or len(dims) < 3:
+            return False
+        order = [a for dim in space.resolve_all(site.out_dims) for a in dim]
+        last = [*space.resolve(site.rows), *space.resolve(site.keys), *space.resolve(site.features)]
+        last += space.resolve(site.values)
+        place = {a: n for n, a in enumerate([*(a for a in order if a not in last), *last])}
+        sequence = [place[a] for dim in dims for a in dim if a in place]
+        return sequence == sorted(sequence) and bool(dims[-1])
+
+    def below_cast(self, operand: Operand, dtype: torch.dtype) -> Operand | None:
+        """The operand before it was cast up from ``dtype``."""
+        space = self.site.space
+        here, cuts = operand, space.snapshot()
+        while tensor_of(here.node).dtype != dtype:
+            call = call_of(here.node)
+            step: Operand | None = None
+            if call is not None and not call.in_place and is_tensor(call.input) and self._readable(call.input):
+                if call.name in ("to", "float", "type", "type_as", "double"):
+                    step = Operand(call.input, here.dims)
+                else:
+                    back = self._step(here, may_scale=False)
+                    step = None if back is None else back[0]
+            if step is None or self._too_many():
+                space.restore(cuts)
+                return None
+            here = step
+        return here
+
+
+# ------------------------------------------------------------------------------------------------------ leading axes
+def _leading(site: Site, captured: list[Dims]) -> list[Dim]:
+    """The leading dimensions: every atom of the result but rows and value features, merged down to four."""
+    space = site.space
+    others = {*space.resolve(site.rows), *space.resolve(site.values)}
+    atoms = [a for dim in space.resolve_all(site.out_dims) for a in dim if a not in others]
+    lead: list[Dim] = [(a,) for a in atoms]
+    holders = [_set(space.resolve_all(o.dims)) for o in (site.q, site.k, site.v)]
+    holders += [_set(space.resolve_all(dims)) for dims in captured]
+    while len(lead) > MAX_LEADING:
+        for place in range(len(lead) - 1):
+            joint = lead[place] + lead[place + 1]
+            if all(set(joint) <= h or not set(joint) & h for h in holders):
+                lead[place : place + 2] = [joint]
+                break
+        else:
+            raise Refusal(f"more than {MAX_LEADING} leading axes")
+    return lead
+
+
+def _set(dims: Dims) -> set[Any]:
+    return {a for dim in dims for a in dim}
+
+
+# ----------------------------------------------------------------------------------------------------------- program
+class _ProgramBuilder:
+    """Writes expressions down as a score function."""
+
+    def __init__(self, made: Plan) -> None:
+        self.made = made
+        self.site = made.site
+        self.captured: list[tuple[fx.Node, Dims]] = []
+        self._builder = Builder()
+        self._positions: dict[Expression, int] = {}
+        self._mask = conjunction(self.site.algebra, self.site.logits.mask)
+
+    def roots(self) -> list[Expression]:
+        return [e for e in (self.site.logits.value, self._mask, self.site.sink) if e is not None]
+
+    def tensors(self) -> list[Dims]:
+        """Dimensions of every captured tensor."""
+        found: dict[Expression, Dims] = {}
+        todo, seen = self.roots(), set()
+        while todo:
+            e = todo.pop()
+            if e in seen:
+                continue
+            seen.add(e)
+            if e.name == "tensor":
+                found[e] = e.arguments[1]
+            elif not e.is_leaf:
+                todo.extend(e.arguments)
+        return list(found.values())
+
+    def build(self) -> ScoreFunction:
+        score, mask, sink = (
+            None if e is None else self._emit(e) for e in (self.site.logits.value, self._mask, self.site.sink)
+        )
+        assert score is not None
+        if self.site.sink is not None and set(self.site.sink.atoms) & set(self.made.keys):
+            raise Refusal("the sink differs from key to key")
+        function = ScoreFunction(self._builder.program, score, mask, sink, self.site.empty_rows).pruned()
+        return function
+
+    def _emit(self, e: Expression) -> int:
+        if e not in self._positions:
+            self._positions[e] = self._write(e)
+        return self._positions[e]
+
+    def _write(self, e: Expression) -> int:
+        emit = self._builder.emit
+        if e.name == "score":
+            return emit("score")
+        if e.name == "const":
+            return emit("const", e.value)
+        if e.name == "axis":
+            return self._axis(e.arguments[0])
+        if e.name == "size":
+            return self._size(e.arguments[0])
+        if e.name == "tensor":
+            return emit("captured", self._capture(e.arguments[0], self.site.space.resolve_all(e.arguments[1])))
+        if e.name == "scalar":
+            return emit("captured", self._capture(e.arguments[0], ()))
+        return emit(e.name, *(self._emit(a) for a in e.arguments))
+
+    def _capture(self, node: fx.Node, dims: Dims) -> int:
+        if (node, dims) not in self.captured:
+            self.captured.append((node, dims))
+        return self.captured.index((node, dims))
+
+    def _axis(self, atom: Any) -> int:
+        """An axis index from row, key and leading indices."""
+        emit, space = self._builder.emit, self.site.space
+        fine = space.resolve((atom,))
+        for dim, leaf in ((self.made.rows, ("q_index",)), (self.made.keys, ("k_index",))):
+            if fine == dim:
+                return emit(*leaf)
+        result: int | None = None
+        for place, part in enumerate(fine):
+            stride = product(fine[place + 1 :])
+            index = self._fine_axis(part)
+            term = index if known_equal(stride, 1) else emit("mul", index, self._size(stride))
+            result = term if result is None else emit("add", result, term)
+        assert result is not None
+        return result
+
+    def _fine_axis(self, atom: Any) -> int:
+        emit = self._builder.emit
+        places = [((("q_index",)), self.made.rows), ((("k_index",)), self.made.keys)]
+        places += [(("lead_index", d), dim) for d, dim in enumerate(self.made.lead)]
+        for leaf, dim in places:
+            if atom not in dim:
+                continue
+            index = emit(*leaf)
+            place = dim.index(atom)
+            stride = product(dim[place + 1 :])
+            if not known_equal(stride, 1):
+                index = emit("floordiv", index, self._size(stride))
+            return index if place == 0 else emit("mod", index, self._size(atom.size))
+        raise Refusal("an index over an axis that is not part of the attention")
+
+    def _size(self, value: Any) -> int:
+        """A size as a constant, or from the numbers of rows and keys."""
+        emit = self._builder.emit
+        if not isinstance(value, SymInt):
+            return emit("const", int(value))
+        q, k = product(self.made.rows), product(self.made.keys)
+        forms = ((q, ("q_length",), None), (k, ("k_length",), None), (k - q, ("k_length",), ("q_length",)))
+        for base, leaf, minus in (*forms, (q - k, ("q_length",), ("k_length",))):
+            rest = _as_int(value - base)
+            if rest is None:
+                continue
+            position = emit(*leaf)
+            if minus is not None:
+                position = emit("sub", position, emit(*minus))
+            return position if rest == 0 else emit("add", position, emit("const", rest))
+        raise Unplaced("a size that is known only at run time takes part in the scores")
+
+
+def _as_int(value: Any) -> int | None:
+    if isinstance(value, SymInt):
+        return value.node.maybe_as_int()
+    return int(value)

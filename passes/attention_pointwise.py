@@ -1,0 +1,225 @@
+"""Pointwise operators of PyTorch as expressions."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
+from vbcompile.passes.graph_ops import Call, tensor_of
+
+if TYPE_CHECKING:
+    from vbcompile.passes.attention_lift import Coordinates, Lifter
+
+_COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+_LOGICAL = {"and", "or", "xor"}
+_SAME_NAME = {"sub", "mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
+_FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid"}
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
+
+
+def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordinates") -> Expression:
+    """The expression of a pointwise operator's result; raises Opaque for anything else."""
+    from vbcompile.passes.attention_lift import Opaque
+
+    rule = getattr(_Rules, call.name, None) or _RULES.get(call.name)
+    if rule is None:
+        raise Opaque
+    return rule(_Rules(lifter, call, node, coordinates))
+
+
+class _Rules:
+    """One call in hand; a method per operator that needs more than its own name."""
+
+    def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordinates") -> None:
+        from vbcompile.passes.attention_lift import kind_of
+
+        self.make = lifter.algebra.make
+        self.const = lifter.algebra.const
+        self.call = call
+        self._dtype = tensor_of(node).dtype
+        self.kind = kind_of(self._dtype)
+        self._lifter = lifter
+        self._coordinates = coordinates
+        self._direct = lifter.score is not None and lifter.depends(node)
+
+    def read(self, parameter: str, default: Any = None) -> Expression:
+        return self._lifter.operand(self.call.get(parameter, default), self._coordinates, self._direct)
+
+    def read_as(self, kind: str, parameter: str, default: Any = None) -> Expression:
+        return self.convert(kind, self.read(parameter, default))
+
+    def convert(self, kind: str, e: Expression) -> Expression:
+        return self.make({BOOL: "to_bool", INT: "to_int", FLOAT: "to_float"}[kind], e)
+
+    def opaque(self, reason: str = "") -> Exception:
+        from vbcompile.passes.attention_lift import Opaque
+
+        return Opaque(reason)
+
+    # --------------------------------------------------------------------------------------------- by operator
+    def same_name(self) -> Expression:
+        """Arithmetic in the kind of the result."""
+        if self.kind == BOOL and self.call.name != "mul":
+            raise self.opaque()
+        names = ("input", "other") if "other" in self.call.arguments else ("input",)
+        arguments = [self.read_as(self.kind, name) for name in names]
+        if "alpha" in self.call.arguments:
+            arguments[1] = self.make("mul", arguments[1], self.convert(self.kind, self.read("alpha")))
+        return self.make(self.call.name, *arguments)
+
+    def float_only(self) -> Expression:
+        return self.make(self.call.name, self.read_as(FLOAT, "input"))
+
+    def comparison(self) -> Expression:
+        a, b = self.read("input"), self.read("other")
+        if FLOAT in (a.kind, b.kind):
+            a, b = self.convert(FLOAT, a), self.convert(FLOAT, b)
+        elif a.kind != b.kind and not any(e.name == "const" for e in (a, b)):
+            a, b = self.convert(INT, a), self.convert(INT, b)
+        return self.make(self.call.name, a, b)
+
+    def logical(self) -> Expression:
+        if self.kind != BOOL:
+            raise self.opaque()
+        return self.make(self.call.name, self.read_as(BOOL, "input"), self.read_as(BOOL, "other"))
+
+    def cast(self) -> Expression:
+        value = self.read("input")
+        if self.kind == INT and value.kind == FLOAT and self._direct:
+            raise self.opaque("a conversion to integers")
+        if value.kind == INT and self._dtype in (torch.float16, torch.bfloat16) and "axis" in value.leaves:
+            raise self.opaque()  # positions would be rounded
+        return self.convert(self.kind, value)
+
+    def add(self) -> Expression:
+        if self.kind == BOOL:
+            return self.make("or", self.read_as(BOOL, "input"), self.read_as(BOOL, "other"))
+        return self.same_name()
+
+    def div(self) -> Expression:
+        mode = self.call.get("rounding_mode")
+        if mode == "floor":
+            return self.floordiv()
+        if mode is not None:
+            raise self.opaque()
+        return self.make("div", self.read_as(FLOAT, "input"), self.read_as(FLOAT, "other"))
+
+    def floordiv(self) -> Expression:
+        if self.kind == BOOL:
+            raise self.opaque()
+        return self.make("floordiv", self.read_as(self.kind, "input"), self.read_as(self.kind, "other"))
+
+    def pow(self) -> Expression:
+        base, exponent = self.read_as(self.kind, "input"), self.read("other")
+        if exponent.name == "const" and exponent.value == 2:
+            return self.make("mul", base, base)
+        if self.kind != FLOAT:
+            raise self.opaque()
+        if exponent.name == "const" and exponent.value in (0.5, 1, -1):
+            return {0.5: lambda: self.make("sqrt", base), 1: lambda: base, -1: lambda: self._inverse(base)}[
+                exponent.value
+            ]()
+        return self.make("pow", base, self.convert(FLOAT, exponent))
+
+    def _inverse(self, e: Expression) -> Expression:
+        return self.make("div", self.const(1.0), e)
+
+    def square(self) -> Expression:
+        value = self.read_as(self.kind, "input")
+        return self.make("mul", value, value)
+
+    def reciprocal(self) -> Expression:
+        return self._inverse(self.read_as(FLOAT, "input"))
+
+    def positive(self) -> Expression:
+        return self.read("input")
+
+    def exp2(self) -> Expression:
+        return self.make("exp", self.make("mul", self.read_as(FLOAT, "input"), self.const(math.log(2.0))))
+
+    def log2(self) -> Expression:
+        return self.make("div", self.make("log", self.read_as(FLOAT, "input")), self.const(math.log(2.0)))
+
+    def silu(self) -> Expression:
+        value = self.read_as(FLOAT, "input")
+        return self.make("mul", value, self.make("sigmoid", value))
+
+    def logsigmoid(self) -> Expression:
+        value = self.read_as(FLOAT, "input")
+        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
+        return self.make("sub", self.make("minimum", value, self.const(0.0)), tail)
+
+    def softplus(self) -> Expression:
+        if self.call.get("beta", 1) != 1:
+            raise self.opaque()
+        value = self.read_as(FLOAT, "input")
+        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
+        smooth = self.make("add", self.make("maximum", value, self.const(0.0)), tail)
+        return self.make("where", self.make("gt", value, self.const(float(self.call.get("threshold", 20)))), value, smooth)
+
+    def leaky_relu(self) -> Expression:
+        value = self.read_as(FLOAT, "input")
+        slope = self.convert(FLOAT, self.read("negative_slope", 0.01))
+        return self.make("where", self.make("gt", value, self.const(0.0)), value, self.make("mul", value, slope))
+
+    def where(self) -> Expression:
+        if "input" not in self.call.arguments:
+            raise self.opaque()
+        condition = self.read_as(BOOL, "condition")
+        return self.make("where", condition, self.read_as(self.kind, "input"), self.read_as(self.kind, "other"))
+
+    def masked_fill(self) -> Expression:
+        value = self.read_as(self.kind, "value")
+        return self.make("where", self.read_as(BOOL, "mask"), value, self.read_as(self.kind, "input"))
+
+    def logical_not(self) -> Expression:
+        if self.kind != BOOL:
+            raise self.opaque()
+        return self.make("not", self.read_as(BOOL, "input"))
+
+    def clamp(self) -> Expression:
+        value = self.read_as(self.kind, "input")
+        if self.kind == BOOL:
+            raise self.opaque()
+        for bound, name in (("min", "maximum"), ("max", "minimum")):
+            if self.call.get(bound) is not None:
+                value = self.make(name, value, self.read_as(self.kind, bound))
+        return value
+
+    clamp_min = clamp_max = clamp
+
+    def hardtanh(self) -> Expression:
+        low, high = (self.convert(FLOAT, self.read(name, default)) for name, default in (("min", -1.0), ("max", 1.0)))
+        return self.make("minimum", self.make("maximum", self.read_as(FLOAT, "input"), low), high)
+
+    def addcmul(self) -> Expression:
+        factor = self.make("mul", self.read_as(self.kind, "tensor1"), self.read_as(self.kind, "tensor2"))
+        scaled = self.make("mul", self.convert(self.kind, self.read("value", 1)), factor)
+        return self.make("add", self.read_as(self.kind, "input"), scaled)
+
+    def max(self) -> Expression:
+        """Only ``max(a, b)`` of two tensors is pointwise."""
+        other = self.call.get("dim")
+        if not isinstance(other, fx.Node) or self.kind == BOOL:
+            raise self.opaque("a reduction")
+        name = {"max": "maximum", "min": "minimum"}[self.call.name]
+        return self.make(name, self.read_as(self.kind, "input"), self.read_as(self.kind, "dim"))
+
+    min = max
+
+    def dropout(self) -> Expression:
+        if self.call.get("training", True) is not False and self.call.get("p", 0.5) != 0:
+            raise self.opaque("dropout of the scores")
+        return self.read("input")
+
+
+_RULES: dict[str, Any] = {
+    **dict.fromkeys(_SAME_NAME, _Rules.same_name),
+    **dict.fromkeys(_FLOAT_ONLY, _Rules.float_only),
+    **dict.fromkeys(_COMPARISONS, _Rules.comparison),
+    **dict.fromkeys(_LOGICAL, _Rules.logical),
+    **dict.fromkeys(_CASTS, _Rules.cast),
+    "not": _Rules.logical_not,
+}

@@ -1,0 +1,180 @@
+"""Put the planned fused call into the graph, in place of what it replaces."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from vbcompile.passes.attention_plan import Plan
+from vbcompile.passes.graph_axes import Dim, Dims, permutation
+from vbcompile.passes.graph_effects import Effects
+from vbcompile.passes.graph_emit import Emitter
+from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, tensor_of, value_of
+
+_SEED_BOUND = 2**62
+
+
+def rewrite(plans: Sequence[Plan], effects: Effects) -> fx.Node:
+    """Replace the site (a sum of fused calls, where there are several plans) and erase what nobody reads any more.
+
+    Returns the node that now holds the site's result.
+    """
+    out = plans[0].site.out
+    emitter = Emitter(out, effects.position)
+    result: fx.Node | None = None
+    for plan in plans:
+        term = _emit_call(emitter, plan)
+        result = term if result is None else emitter.function(operator.add, result, term)
+    assert result is not None
+    if tensor_of(result).dtype != tensor_of(out).dtype:
+        result = emitter.method("to", result, tensor_of(out).dtype)
+    if not plans[0].function.rows_first or len(plans) > 1:
+        result = emitter.with_strides(result, tensor_of(out))
+    result.meta["example_value"] = tensor_of(out)
+    if effects.is_written(out, effects.position[out], len(effects.position)):
+        result = emitter.method("clone", result)  # the operator's result is saved for its backward
+    out.replace_all_uses_with(result)
+    _erase(out.graph, set().union(*(plan.site.region for plan in plans)) | {out}, effects)
+    return result
+
+
+def _emit_call(emitter: Emitter, plan: Plan) -> fx.Node:
+    site, space = plan.site, plan.site.space
+    lead = plan.lead or [()]
+    features, values = space.resolve(site.features), space.resolve(site.values)
+    out_dims = space.resolve_all(site.out_dims)
+    plan.function = replace(plan.function, rows_first=_reads_rows_first(site.out, out_dims, plan))
+    q = _operand(emitter, plan, plan.q.node, plan.q.dims, [*lead, plan.rows, features])
+    k = _operand(emitter, plan, plan.k.node, plan.k.dims, [*lead, plan.keys, features])
+    v = _operand(emitter, plan, plan.v.node, plan.v.dims, [*lead, plan.keys, values])
+    captured = [_captured(emitter, plan, node, dims, [*lead, plan.rows, plan.keys]) for node, dims in plan.captured]
+    seed = None
+    if site.dropout:
+        device = tensor_of(q).device
+        seed = emitter.function(torch.randint, 0, _SEED_BOUND, (1,), dtype=torch.int64, device=device)
+    call = emitter.function(
+        torch.ops.vblackwell.attention.default,
+        q, k, v, captured, _scale(emitter, plan), site.dropout, seed, plan.function.dumps(),
+    )  # fmt: skip
+    result = emitter.function(operator.getitem, call, 0)
+    result = emitter.arrange(result, (*lead, plan.rows, values), list(out_dims))
+    _emit_log_sums(emitter, plan, call, (*lead, plan.rows))
+    for name, factor, dims in site.factors:
+        result = _apply_factor(emitter, result, name, factor, space.resolve_all(dims), list(out_dims))
+    return result
+
+
+def _operand(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
+    if tensor_of(node).dtype != plan.dtype:
+        node = emitter.method("to", node, plan.dtype)
+    return emitter.arrange(node, plan.site.space.resolve_all(dims), target)
+
+
+def _captured(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
+    device = tensor_of(plan.q.node).device
+    if not is_tensor(node):
+        return emitter.function(torch.full, (1,) * len(target), node, dtype=torch.float32, device=device)
+    if tensor_of(node).device != device:
+        node = emitter.method("to", node, device)
+    return emitter.arrange(node, plan.site.space.resolve_all(dims), target)
+
+
+def _scale(emitter: Emitter, plan: Plan) -> Any:
+    logits = plan.site.logits
+    scale = logits.scale * plan.factor
+    if logits.scalar is None:
+        return float(scale)
+    if logits.inverse:
+        return emitter.function(operator.truediv, float(scale), logits.scalar)
+    return logits.scalar if scale == 1 else emitter.function(operator.mul, logits.scalar, float(scale))
+
+
+def _apply_factor(emitter: Emitter, result: fx.Node, name: str, factor: Any, dims: Dims, target: list[Dim]) -> fx.Node:
+    if name == "neg":
+        return emitter.function(operator.neg, result)
+    if is_tensor(factor) and dims:
+        factor = emitter.arrange(factor, dims, target)
+    return emitter.function({"mul": operator.mul, "div": operator.truediv}[name], result, factor)
+
+
+def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> None:
+    site = plan.site
+    for node, wanted in site.log_sums:
+        if emitter.position[node] > emitter.position[site.out]:
+            early = emitter
+        else:
+            early = emitter
+        lse = early.function(operator.getitem, call, 1)
+        lse = early.arrange(lse, dims, list(site.space.resolve_all(wanted)))
+        if tensor_of(lse).dtype != tensor_of(node).dtype:
+            lse = early.method("to", lse, tensor_of(node).dtype)
+        node.replace_all_uses_with(lse)
+        site.region.add(node)
+
+
+# -------------------------------------------------------------------------------------------------- memory order
+def _reads_rows_first(out: fx.Node, dims: Dims, plan: Plan) -> bool:
+    """Whether everybody reads the result as ``[lead[0], rows, other leads, features]`` in a row."""
+    if len(plan.lead) < 2:
+        return False
+    values = plan.site.space.resolve(plan.site.values)
+    wanted = [*plan.lead[0], *plan.rows, *(a for dim in plan.lead[1:] for a in dim), *values]
+    users = [u for u in out.users if not reads_metadata_only(u)]
+    return bool(users) and all(_packs(user, dims, wanted) for user in users)
+
+
+def _packs(user: fx.Node, dims: Dims, wanted: list[Any]) -> bool:
+    """Whether ``user`` (of a tensor with ``dims``) makes a contiguous tensor in the wanted order of axes."""
+    call = call_of(user)
+    if call is None or call.in_place:
+        return False
+    if call.name in ("contiguous", "reshape", "flatten"):
+        if user.op == "call_method" and user.target == "view":
+            return False
+        return [a for dim in dims for a in dim] == wanted
+    order = permutation(call, len(dims))
+    if order is None:
+        return False
+    moved = tuple(dims[d] for d in order)
+    users = [u for u in user.users if not reads_metadata_only(u)]
+    return bool(users) and all(_packs(u, moved, wanted) for u in users)
+
+
+# -------------------------------------------------------------------------------------------------------- erasing
+def _erase(graph: fx.Graph, region: set[fx.Node], effects: Effects) -> None:
+    """Erase nodes of the region without readers, then pure inputs that lost their last reader."""
+    inputs: set[fx.Node] = set()
+    pending = sorted(region, key=lambda n: effects.position.get(n, -1), reverse=True)
+    for node in pending:
+        _erase_dead_users(graph, node)
+        if not node.users and not node._erased:
+            inputs.update(node.all_input_nodes)
+            graph.erase_node(node)
+    todo = [n for n in inputs if n not in region]
+    while todo:
+        node = todo.pop()
+        if node._erased or node.users or not _is_pure(node):
+            continue
+        todo.extend(node.all_input_nodes)
+        graph.erase_node(node)
+
+
+def _erase_dead_users(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        if _is_pure(user) or reads_metadata_only(user):
+            _erase_dead_users(graph, user)
+            if not user.users:
+                graph.erase_node(user)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    call = call_of(node)
+    if call is None or call.in_place:
+        return False
+    return call.name != "dropout" or not call.get("training", True)
+
+
+__all__ = ["rewrite", "value_of"]

@@ -1,0 +1,261 @@
+"""The softmax itself, as a call or written by hand: its logits, its axis, its sink."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.attention_weights import Weights
+from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, view_input
+from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, positive_dim, shape_of, value_of
+
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """``exp(logits) / (exp(sink) + sum over keys of exp(logits))``.
+
+    Attributes:
+        logits: the node that holds the logits, and its dimensions.
+        sink: one more logit per row: a node or number and its dimensions, None where there is none.
+        weights: the walk to the second product, without what belonged to the softmax.
+        exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
+        late_sum: for weights that are divided by their sum only after the second product, the node that was summed.
+    """
+
+    logits: fx.Node
+    dims: Dims
+    weights: Weights
+    sink: tuple[Any, Dims] | None = None
+    exact_logits: bool = True
+    late_sum: "Denominator | None" = None
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """What a handwritten softmax has to be divided by: the sum over keys of ``numerator``, whose dimensions are given."""
+
+    numerator: fx.Node
+    dims: Dims
+
+
+def read_softmax(space: Space, weights: Weights, keys: Dim) -> Softmax:
+    """The softmax that the weights come from; raises Refusal unless it runs over exactly ``keys``."""
+    call = call_of(weights.node)
+    assert call is not None
+    if call.name in ("exp", "exp2"):
+        if call.name == "exp2":
+            raise Refusal("a handwritten softmax to the base 2")
+        found = _handwritten(space, weights, keys)
+    else:
+        dim = call.get("dim")
+        if not isinstance(dim, int):
+            raise Refusal("the softmax names no axis")
+        _check_axis(space, weights.dims[positive_dim(dim, len(weights.dims))], keys)
+        zero = weights.zero_empty or call.name == "safe_softmax"
+        found = Softmax(call.input, weights.dims, replace(weights, zero_empty=zero))
+    _check_factors(found.weights)
+    return _strip(space, found, keys)
+
+
+def _check_axis(space: Space, axis: Dim, keys: Dim) -> None:
+    if not keys or space.resolve(axis) != space.resolve(keys):
+        raise Refusal("the softmax runs over another axis than the one that the second matrix product sums over")
+
+
+def _check_factors(weights: Weights) -> None:
+    if weights.zero_empty and len(weights.factors) > weights.late_factors:
+        raise Refusal("nan_to_num after a factor of the weights")
+
+
+# --------------------------------------------------------------------------------------------------- by hand
+def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
+    numerator = weights.node
+    inner = call_of(numerator)
+    assert inner is not None
+    logits = inner.input
+    if not is_tensor(logits):
+        raise Refusal("an exponential of a number")
+    normalised = _already_normalised(space, logits, weights.dims, keys)
+    if normalised is not None:
+        return Softmax(normalised, weights.dims, weights)
+    for place, (operator, operand, dims) in enumerate(weights.factors):
+        if operator != "div" or not is_tensor(operand):
+            continue
+        sink = _denominator(space, operand, dims, weights, keys)
+        if sink is not None:
+            rest = weights.factors[:place] + weights.factors[place + 1 :]
+            late = min(weights.late_factors, len(rest)) if place >= weights.late_factors else weights.late_factors - 1
+            clean = replace(weights, factors=rest, late_factors=late)
+            if sink.value is not None and _shift(space, weights, keys) is not None:
+                inner = call_of(logits)
+                assert inner is not None
+                return Softmax(inner.input, weights.dims, clean, sink.value, exact_logits=False)
+            return Softmax(logits, weights.dims, clean, sink.value)
+    if weights.kept or weights.zero_empty:
+        raise Refusal("an exponential that is not divided by its own sum")
+    return Softmax(logits, weights.dims, weights, late_sum=Denominator(numerator, weights.dims))
+
+
+def _already_normalised(space: Space, logits: fx.Node, dims: Dims, keys: Dim) -> fx.Node | None:
+    """``x`` where the exponential is of ``log_softmax(x)`` or ``x - logsumexp(x)``."""
+    call = call_of(logits)
+    if call is None:
+        return None
+    if call.name == "log_softmax" and isinstance(call.get("dim"), int):
+        _check_axis(space, dims[positive_dim(call.get("dim"), len(dims))], keys)
+        return call.input
+    if call.name != "sub" or not (is_tensor(call.input) and is_tensor(call.get("other"))) or "alpha" in call.arguments:
+        return None
+    reduced = _reduction(space, call.get("other"), broadcast_input(dims, shape_of(call.get("other"))), keys, {"logsumexp"})
+    if reduced is None or reduced[0] is not call.input or shape_of(call.input) != shape_of(logits):
+        return None
+    return call.input if space.resolve_all(reduced[1]) == space.resolve_all(dims) else None
+
+
+def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) -> tuple[fx.Node, Dims] | None:
+    """The tensor that ``node`` (of dimensions ``dims``) reduces over exactly the keys, and its dimensions."""
+    while True:
+        call = call_of(node)
+        if call is None or call.in_place:
+            return None
+        if call.name in names:
+            break
+        if call.name in _CASTS:
+            node = call.input
+            continue
+        moved = view_input(space, call, node, dims)
+        if moved is None:
+            return None
+        node, dims = moved
+    dim = call.get("dim")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if not isinstance(dim, int) or not is_tensor(call.input):
+        return None
+    rank = len(shape_of(call.input))
+    dim = positive_dim(dim, rank)
+    if len(dims) == rank and dims[dim] == ():
+        return call.input, (*dims[:dim], keys, *dims[dim + 1 :])
+    if len(dims) == rank - 1 and not call.get("keepdim"):
+        return call.input, (*dims[:dim], keys, *dims[dim:])
+    return None
+
+
+@dataclass(frozen=True)
+class _Sink:
+    value: tuple[Any, Dims] | None
+
+
+def _denominator(space: Space, node: fx.Node, dims: Dims, weights: Weights, keys: Dim) -> _Sink | None:
+    """Whether ``node`` is the sum of the numerator (plus the exponential of a sink)."""
+    call = call_of(node)
+    sink: tuple[Any, Dims] | None = None
+    if call is not None and call.name == "add" and call.get("alpha", 1) == 1:
+        for total, extra in ((call.input, call.get("other")), (call.get("other"), call.input)):
+            if is_tensor(total) and _reduction(space, total, broadcast_input(dims, shape_of(total)), keys, {"sum"}):
+                sink = _sink_of(space, extra, dims, weights, keys)
+                if sink is None:
+                    return None
+                node, dims = total, broadcast_input(dims, shape_of(total))
+                break
+    reduced = _reduction(space, node, dims, keys, {"sum"})
+    if reduced is None:
+        return None
+    same = space.resolve_all(reduced[1]) == space.resolve_all(weights.dims)
+    return _Sink(sink) if same and _is_numerator(reduced[0], weights.node) else None
+
+
+def _is_numerator(node: fx.Node, numerator: fx.Node) -> bool:
+    """The numerator itself, or a cast of it."""
+    while node is not numerator:
+        call = call_of(node)
+        if call is None or call.name not in _CASTS - {"detach"} or not isinstance(call.input, fx.Node):
+            return False
+        node = call.input
+    return True
+
+
+def _sink_of(space: Space, extra: Any, dims: Dims, weights: Weights, keys: Dim) -> tuple[Any, Dims] | None:
+    """The sink's logit where ``extra`` is its exponential, shifted as the numerator's logits are."""
+    shift = _shift(space, weights, keys)
+    if not isinstance(extra, fx.Node):
+        return (0.0, ()) if value_of(extra) == 1 and shift is None else None
+    call = call_of(extra)
+    if call is None or call.name != "exp":
+        return None
+    inner = call_of(call.input)
+    if shift is None:
+        return call.input, broadcast_input(dims, shape_of(call.input))
+    if inner is not None and inner.name == "neg" and inner.input is shift:
+        return 0.0, ()
+    if inner is not None and inner.name == "sub" and inner.get("other") is shift and "alpha" not in inner.arguments:
+        return inner.input, broadcast_input(dims, shape_of(inner.input)) if is_tensor(inner.input) else ()
+    return None
+
+
+def _shift(space: Space, weights: Weights, keys: Dim) -> fx.Node | None:
+    """What a handwritten softmax subtracts from the logits of each row."""
+    numerator = call_of(weights.node)
+    assert numerator is not None
+    call = call_of(numerator.input)
+    if call is None or call.name != "sub" or not _is_row_constant(space, call, weights.dims, keys):
+        return None
+    return call.get("other")
+
+
+def _is_row_constant(space: Space, call: Any, dims: Dims, keys: Dim) -> bool:
+    """Whether a subtraction takes one number from all keys of a row."""
+    other = call.get("other")
+    if call.in_place or "alpha" in call.arguments or not is_tensor(call.input) or not is_tensor(other):
+        return False
+    if len(shape_of(call.input)) != len(dims):
+        return False
+    place = next(d for d, dim in enumerate(dims) if space.resolve(dim) == space.resolve(keys))
+    offset = place - (len(dims) - len(shape_of(other)))
+    broadcasts = known_equal(shape_of(call.input)[place], 1)
+    return not broadcasts and (offset < 0 or known_equal(shape_of(other)[offset], 1))
+
+
+# --------------------------------------------------------------------------------------- what softmax does not see
+def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
+    """Remove subtractions of row constants, and split off a sink column."""
+    while True:
+        call = call_of(found.logits)
+        if call is None or call.in_place:
+            return _finish(found)
+        if call.name in ("to", "float", "double", "type", "type_as") and _is_float_cast(call, found.logits):
+            found = replace(found, logits=call.input)
+        elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
+            found = replace(found, logits=call.input, exact_logits=False)
+        elif call.name == "cat" and found.weights.sink_column and found.sink is None:
+            found = _split_sink(space, call, found, keys)
+        else:
+            return _finish(found)
+
+
+def _is_float_cast(call: Any, node: fx.Node) -> bool:
+    from vbcompile.passes.graph_ops import tensor_of
+
+    return is_tensor(call.input) and tensor_of(call.input).is_floating_point() and tensor_of(node).is_floating_point()
+
+
+def _finish(found: Softmax) -> Softmax:
+    if found.weights.sink_column and found.sink is None:
+        raise Refusal("a part of the attention weights is used")
+    return found
+
+
+def _split_sink(space: Space, call: Any, found: Softmax, keys: Dim) -> Softmax:
+    parts, dims = call.get("tensors"), found.dims
+    if not isinstance(parts, (tuple, list)) or len(parts) != 2 or not all(is_tensor(p) for p in parts):
+        raise Refusal("a concatenation before the softmax")
+    axis = positive_dim(call.get("dim", 0), len(dims))
+    _check_axis(space, dims[axis], keys)
+    scores, sink = parts if found.weights.sink_column == "last" else reversed(parts)
+    if not known_equal(shape_of(sink)[axis], 1):
+        raise Refusal("a concatenation before the softmax")
+    column = broadcast_input((*dims[:axis], (), *dims[axis + 1 :]), shape_of(sink))
+    return replace(found, logits=scores, sink=(sink, column), exact_logits=False)
+

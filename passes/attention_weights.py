@@ -1,0 +1,220 @@
+"""From the second matrix product back to the softmax: what happens to the attention weights on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.graph_axes import AxisError, Dims, Space, broadcast_input, index_items, view_input
+from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, shape_of, tensor_of, value_of
+
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One softmax and the operators between it and the second matrix product.
+
+    Attributes:
+        node: the node whose value is the softmax (or, handwritten, its numerator).
+        dims: dimensions of that node; with a sink column, those without it.
+        dropout: probabilities of the dropouts on the way (numbers or nodes with a symbolic float).
+        zero_empty: whether rows without a key become zero (``nan_to_num``).
+        kept: ``(condition, dims, value where kept)``: weights set to zero where the condition is the other value.
+        factors: ``(operator, operand, dims)`` applied to whole rows: ``mul``, ``div``, ``neg``; last applied first.
+        late_factors: with ``zero_empty``, how many of the factors were applied after ``nan_to_num``.
+        sink_column: ``"last"`` or ``"first"`` where one column of the softmax is cut off.
+        region: the nodes on the way, the softmax included.
+    """
+
+    node: fx.Node
+    dims: Dims
+    dropout: tuple[Any, ...] = ()
+    zero_empty: bool = False
+    kept: tuple[tuple[fx.Node, Dims, bool], ...] = ()
+    factors: tuple[tuple[str, Any, Dims], ...] = ()
+    late_factors: int = 0
+    sink_column: str = ""
+    region: tuple[fx.Node, ...] = ()
+
+
+@dataclass
+class Carriers:
+    """Which nodes carry softmax weights, found in one sweep over the graph."""
+
+    softmaxes: set[fx.Node] = field(default_factory=set)
+    carrying: set[fx.Node] = field(default_factory=set)
+
+    def sweep(self, graph: fx.Graph, calls: dict[fx.Node, Call]) -> None:
+        for node, call in calls.items():
+            if is_softmax(call, node):
+                self.softmaxes.add(node)
+                self.carrying.add(node)
+            elif call.name in _WAY and any(i in self.carrying for i in node.all_input_nodes):
+                self.carrying.add(node)
+
+
+_WAY = _CASTS | {
+    "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "contiguous", "clone", "transpose", "mT", "t",
+    "T", "permute", "movedim", "expand", "expand_as", "getitem", "narrow", "dropout", "nan_to_num", "masked_fill", "where", "mul",
+    "div", "neg", "add", "sub",
+}  # fmt: skip
+
+
+def is_softmax(call: Call, node: fx.Node) -> bool:
+    """Whether the node may be where weights begin: a softmax, or the exponential of a handwritten one."""
+    if not is_tensor(node) or not tensor_of(node).is_floating_point() or tensor_of(node).dim() < 2:
+        return False
+    return call.name in ("softmax", "safe_softmax", "exp", "exp2")
+
+
+def walk_back(space: Space, start: fx.Node, dims: Dims, carriers: Carriers) -> list[Weights]:
+    """The softmaxes that ``start`` is a sum of, with what happened to each; raises Refusal."""
+    try:
+        return _Walk(space, carriers).terms(start, dims, Weights(start, dims))
+    except AxisError as error:
+        raise Refusal(f"the attention weights are rearranged: {error}") from None
+
+
+class _Walk:
+    def __init__(self, space: Space, carriers: Carriers) -> None:
+        self.space = space
+        self.carriers = carriers
+
+    def terms(self, node: fx.Node, dims: Dims, later: Weights) -> list[Weights]:
+        """``later`` describes what lies between ``node`` and the second matrix product."""
+        call = call_of(node)
+        if call is None or call.in_place or node not in self.carriers.carrying:
+            raise Refusal(f"{node.name} carries no softmax weights")
+        here = replace(later, node=node, dims=dims, region=(*later.region, node))
+        if node in self.carriers.softmaxes:
+            return [here]
+        if later.sink_column and call.name not in _CASTS | {"dropout", "nan_to_num"}:
+            raise Refusal(f"{call.name} between the softmax and its cut")
+        step = getattr(self, f"_{call.name}", None)
+        if step is not None:
+            return step(call, node, dims, here)
+        if call.name in _CASTS:
+            return self._cast(call, node, dims, here)
+        moved = view_input(self.space, call, node, dims)
+        if moved is None:
+            raise Refusal(f"{call.name} between the softmax and the second matrix product")
+        return self.terms(*moved, here)
+
+    def _cast(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        if not tensor_of(node).is_floating_point():
+            raise Refusal("the attention weights are converted to integers")
+        return self.terms(call.input, dims, here)
+
+    def _dropout(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        probability, training = call.get("p", 0.5), call.get("training", True)
+        if not isinstance(training, bool):
+            raise Refusal("whether dropout is active is known only at run time")
+        if training and probability != 0:
+            here = replace(here, dropout=(*here.dropout, probability))
+        return self.terms(call.input, dims, here)
+
+    def _nan_to_num(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        if call.get("nan") not in (None, 0):
+            raise Refusal("nan_to_num with another value than zero")
+        return self.terms(call.input, dims, replace(here, zero_empty=True, late_factors=len(here.factors)))
+
+    def _masked_fill(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        if call.get("value") != 0 or not is_tensor(call.get("mask")):
+            raise Refusal("the attention weights are filled with another value than zero")
+        return self.terms(call.input, dims, self._keep(here, call.get("mask"), dims, False))
+
+    def _where(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        kept, filled, keep = call.input, call.get("other"), True
+        if kept not in self.carriers.carrying:
+            kept, filled, keep = filled, kept, False
+        if not _is_zero(filled) or not is_tensor(kept):
+            raise Refusal("where() on the attention weights")
+        return self.terms(kept, dims, self._keep(here, call.get("condition"), dims, keep))
+
+    def _keep(self, here: Weights, mask: fx.Node, dims: Dims, keep: bool) -> Weights:
+        return replace(here, kept=(*here.kept, (mask, broadcast_input(dims, shape_of(mask)), keep)))
+
+    def _mul(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        a, b = call.input, call.get("other")
+        if a not in self.carriers.carrying:
+            a, b = b, a
+        if is_tensor(b) and b in self.carriers.carrying:
+            raise Refusal("attention weights are multiplied with each other")
+        return self._scaled("mul", a, b, dims, here)
+
+    def _div(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        if call.input not in self.carriers.carrying or call.get("rounding_mode") is not None:
+            raise Refusal("a division by attention weights")
+        return self._scaled("div", call.input, call.get("other"), dims, here)
+
+    def _scaled(self, operator: str, weights: fx.Node, factor: Any, dims: Dims, here: Weights) -> list[Weights]:
+        factor_dims: Dims = broadcast_input(dims, shape_of(factor)) if is_tensor(factor) else ()
+        if is_tensor(factor) and tensor_of(factor).is_complex():
+            raise Refusal("a complex factor")
+        here = replace(here, factors=(*here.factors, (operator, factor, factor_dims)))
+        return self.terms(weights, broadcast_input(dims, shape_of(weights)), here)
+
+    def _neg(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        return self.terms(call.input, dims, replace(here, factors=(*here.factors, ("neg", None, ()))))
+
+    def _add(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        return self._sum(call, dims, here, here)
+
+    def _sub(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        return self._sum(call, dims, here, replace(here, factors=(*here.factors, ("neg", None, ()))))
+
+    def _sum(self, call: Call, dims: Dims, first: Weights, second: Weights) -> list[Weights]:
+        a, b = call.input, call.get("other")
+        if not (is_tensor(a) and is_tensor(b)) or not {a, b} <= self.carriers.carrying or call.get("alpha", 1) != 1:
+            raise Refusal("something is added to the attention weights")
+        if first.dropout or first.zero_empty or first.kept:
+            raise Refusal("dropout or a mask after attention weights were added")
+        terms = self.terms(a, broadcast_input(dims, shape_of(a)), first)
+        return terms + self.terms(b, broadcast_input(dims, shape_of(b)), second)
+
+    def _getitem(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        moved = view_input(self.space, call, node, dims)
+        if moved is not None:
+            return self.terms(*moved, here)
+        return self.terms(call.input, dims, replace(here, sink_column=_cut_column(call, dims)))
+
+    def _narrow(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        items: list[Any] = [slice(None)] * len(dims)
+        start, length = call.get("start"), call.get("length")
+        if type(start) is not int:
+            raise Refusal("a part of the attention weights is used")
+        items[call.get("dim")] = slice(start, start + length)
+        cut = Call("getitem", {"input": call.input, "index": tuple(items)})
+        return self.terms(call.input, dims, replace(here, sink_column=_cut_column(cut, dims)))
+
+
+def _is_zero(value: Any) -> bool:
+    if isinstance(value, (int, float)):
+        return value == 0
+    call = call_of(value)
+    return call is not None and (call.name in ("zeros", "zeros_like", "new_zeros") or call.get("data") == 0)
+
+
+def _cut_column(call: Call, dims: Dims) -> str:
+    """Which end of the last dimension is cut by one; raises Refusal where anything else is."""
+    shape = shape_of(call.input)
+    items = index_items(call.get("index"), len(shape))
+    if len(items) != len(shape) or not _full(items[:-1], shape):
+        raise Refusal("a part of the attention weights is used")
+    item, size = items[-1], shape[-1]
+    start, stop = (value_of(x) for x in (getattr(item, "start", 0), getattr(item, "stop", 0)))
+    if isinstance(item, slice) and item.step in (None, 1):
+        if start in (None, 0) and stop is not None and (known_equal(stop, -1) or known_equal(stop, size - 1)):
+            return "last"
+        if type(start) is int and start == 1 and (stop is None or known_equal(stop, size)):
+            return "first"
+    raise Refusal("a part of the attention weights is used")
+
+
+def _full(items: Sequence[Any], shape: Sequence[Any]) -> bool:
+    from vbcompile.passes.graph_axes import is_full_slice
+
+    return all(is_full_slice(item, size) for item, size in zip(items, shape, strict=False))

@@ -1,0 +1,134 @@
+"""New nodes in a torch-level graph, with the metadata that Dynamo's own nodes have."""
+
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from vbcompile.passes.graph_axes import Dim, Dims, product
+from vbcompile.passes.graph_ops import known_equal, shape_of, tensor_of, value_of
+
+
+class Emitter:
+    """Adds nodes before one node of a graph; they inherit its source position.
+
+    Args:
+        before: new nodes go right before this one.
+        position: place of every node; new nodes get the place of ``before``.
+    """
+
+    def __init__(self, before: fx.Node, position: dict[fx.Node, int]) -> None:
+        self.graph = before.graph
+        self.before = before
+        self.position = position
+        self._meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        self._mode = next(
+            (v.fake_mode for v in map(value_of, [before, *before.all_input_nodes]) if isinstance(v, FakeTensor)), None
+        )
+
+    def function(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        return self._finish(node, lambda a, k: target(*a, **k))
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_method(name, args, kwargs)
+        return self._finish(node, lambda a, k: getattr(a[0], name)(*a[1:], **k))
+
+    def _finish(self, node: fx.Node, run: Any) -> fx.Node:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+        node.meta = dict(self._meta)
+        if self._mode is None:
+            raise RuntimeError("the graph holds no fake tensors")
+        with self._mode, torch.no_grad():
+            node.meta["example_value"] = run(args, kwargs)
+        self.position[node] = self.position[self.before]
+        return node
+
+    # ------------------------------------------------------------------------------------------------------- views
+    def arrange(self, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
+        """A view of ``node`` (of dimensions ``dims``, in finest atoms) with one dimension per entry of ``target``.
+
+        Entries that the node does not have become dimensions of size one. Merging atoms that lie apart copies.
+        """
+        pieces = [piece for dim in dims for piece in _pieces(dim, target)]
+        order = [p for group in target for p in sorted(_inside(pieces, group), key=lambda p: group.index(p[0]))]
+        if any(len(p) == 0 for p in dims) and order != pieces:
+            node = self._reshape(node, dims, pieces)
+        elif [p for d in dims for p in (d,)] != pieces:
+            node = self._reshape(node, dims, pieces)
+        else:
+            pieces = list(dims)
+        if order != [p for p in pieces if p]:
+            node = self.method("permute", node, [pieces.index(p) for p in order])
+            pieces = order
+        wanted = [group if any(set(p) & set(group) for p in order) else () for group in target]
+        return node if pieces == wanted else self._reshape(node, tuple(pieces), wanted)
+
+    def _reshape(self, node: fx.Node, dims: Dims, sizes: list[Dim]) -> fx.Node:
+        known = {dim: place for place, dim in enumerate(dims)}
+        wanted: list[Any] = []
+        for dim in sizes:
+            size = product(dim)
+            wanted.append(self.method("size", node, known[dim]) if isinstance(size, SymInt) and dim in known else size)
+        unknown = [place for place, size in enumerate(wanted) if isinstance(size, SymInt)]
+        for place in unknown[1:]:
+            wanted[place] = self.size_node(wanted[place])
+        if unknown:
+            wanted[unknown[0]] = -1
+        return self.method("reshape", node, tuple(wanted))
+
+    def size_node(self, size: SymInt) -> fx.Node:
+        """A node that holds a symbolic size; raises LookupError where the graph has none."""
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            value = value_of(node)
+            if isinstance(value, SymInt) and known_equal(value, size):
+                return node
+            if isinstance(value, Tensor):
+                for dim, have in enumerate(value.shape):
+                    if isinstance(have, SymInt) and known_equal(have, size):
+                        return self.method("size", node, dim)
+        raise LookupError(f"no node holds the size {size}")
+
+    def with_strides(self, node: fx.Node, wanted: Tensor) -> fx.Node:
+        """The tensor in the memory order of ``wanted`` (of equal shape); a copy only where the order differs."""
+        if same_strides(tensor_of(node), wanted):
+            return node
+        order = sorted(range(wanted.dim()), key=lambda d: (-_hint(wanted.stride(d)), d))
+        node = self.method("permute", node, order)
+        node = self.method("contiguous", node)
+        return self.method("permute", node, [order.index(d) for d in range(wanted.dim())])
+
+
+def _hint(stride: Any) -> int:
+    return stride.node.hint or 1 if isinstance(stride, SymInt) else stride
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; dimensions of size one do not matter."""
+    return all(
+        known_equal(size, 1) or known_equal(x, y) for size, x, y in zip(b.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _pieces(dim: Dim, target: list[Dim]) -> list[Dim]:
+    """A dimension cut where the target cuts it."""
+    pieces: list[Dim] = []
+    rest = dim
+    while rest:
+        group = next(g for g in target if rest[0] in g)
+        length = len(group) if rest[: len(group)] == group else 1
+        pieces.append(rest[:length])
+        rest = rest[length:]
+    return pieces
+
+
+def _inside(pieces: list[Dim], group: Dim) -> list[Dim]:
+    return [p for p in pieces if p and p[0] in group]
+
+
+__all__ = ["Emitter", "same_strides", "shape_of"]

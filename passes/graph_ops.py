@@ -1,0 +1,332 @@
+"""One name and one argument list per operator, whichever of its spellings a torch-level graph holds.
+
+``torch.softmax(x, -1)``, ``x.softmax(dim=-1)`` and ``F.softmax(x, -1)`` are three different nodes; :func:`call_of` gives
+the same :class:`Call` for all of them. Operators that the passes do not reason about have no :class:`Call`.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Call:
+    """A normalised operator call.
+
+    Attributes:
+        name: the operator, e.g. ``"matmul"``, ``"reshape"``, ``"getitem"``.
+        arguments: by parameter name; parameters that were not given are absent. Tensor parameters are FX nodes.
+        in_place: whether the call writes its result into its first argument.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    in_place: bool = False
+
+    def get(self, parameter: str, default: Any = None) -> Any:
+        return self.arguments.get(parameter, default)
+
+    @property
+    def input(self) -> Any:
+        return self.arguments.get("input")
+
+
+_UNARY = (
+    "neg abs exp exp2 log log1p log2 sqrt rsqrt sin cos tanh sigmoid square reciprocal relu silu sign bool int long "
+    "float half bfloat16 double detach contiguous clone zero positive item cpu cuda size_of fill_zero isinf isnan"
+).split()
+_BINARY = "mul floordiv mod pow eq ne lt le gt ge and or xor maximum minimum type_as view_as".split()
+
+# canonical name -> positional parameters
+_PARAMETERS: dict[str, tuple[str, ...]] = {
+    **{name: ("input",) for name in _UNARY},
+    **{name: ("input", "other") for name in _BINARY},
+    "add": ("input", "other"),
+    "sub": ("input", "other"),
+    "div": ("input", "other"),
+    "not": ("input",),
+    "where": ("condition", "input", "other"),
+    "masked_fill": ("input", "mask", "value"),
+    "clamp": ("input", "min", "max"),
+    "clamp_min": ("input", "min"),
+    "clamp_max": ("input", "max"),
+    "nan_to_num": ("input", "nan", "posinf", "neginf"),
+    "addcmul": ("input", "tensor1", "tensor2"),
+    "leaky_relu": ("input", "negative_slope"),
+    "softplus": ("input", "beta", "threshold"),
+    "softmax": ("input", "dim", "dtype"),
+    "log_softmax": ("input", "dim", "dtype"),
+    "safe_softmax": ("input", "dim", "dtype"),
+    "logsumexp": ("input", "dim", "keepdim"),
+    "sum": ("input", "dim", "keepdim"),
+    "amax": ("input", "dim", "keepdim"),
+    "max": ("input", "dim", "keepdim"),
+    "min": ("input", "dim", "keepdim"),
+    "dropout": ("input", "p", "training", "inplace"),
+    "matmul": ("input", "other"),
+    "bmm": ("input", "other"),
+    "mm": ("input", "other"),
+    "linear": ("input", "weight", "bias"),
+    "baddbmm": ("input", "batch1", "batch2"),
+    "addmm": ("input", "mat1", "mat2"),
+    "reshape": ("input", "size"),
+    "flatten": ("input", "start_dim", "end_dim"),
+    "unflatten": ("input", "dim", "sizes"),
+    "unsqueeze": ("input", "dim"),
+    "squeeze": ("input", "dim"),
+    "transpose": ("input", "dim0", "dim1"),
+    "t": ("input",),
+    "mT": ("input",),
+    "T": ("input",),
+    "permute": ("input", "dims"),
+    "movedim": ("input", "source", "destination"),
+    "expand": ("input", "size"),
+    "expand_as": ("input", "other"),
+    "repeat": ("input", "repeats"),
+    "repeat_interleave": ("input", "repeats", "dim"),
+    "getitem": ("input", "index"),
+    "narrow": ("input", "dim", "start", "length"),
+    "select": ("input", "dim", "index"),
+    "cat": ("tensors", "dim"),
+    "to": ("input", "other", "another"),
+    "type": ("input", "other"),
+    "tril": ("input", "diagonal"),
+    "triu": ("input", "diagonal"),
+    "diff": ("input", "n", "dim", "prepend", "append"),
+    "cumsum": ("input", "dim"),
+    "any": ("input", "dim", "keepdim"),
+    "sdpa": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+    "zeros": ("size",),
+    "ones": ("size",),
+    "empty": ("size",),
+    "full": ("size", "fill_value"),
+    "zeros_like": ("input",),
+    "ones_like": ("input",),
+    "full_like": ("input", "fill_value"),
+    "new_zeros": ("input", "size"),
+    "new_ones": ("input", "size"),
+    "new_full": ("input", "size", "fill_value"),
+    "arange": (),
+    "tensor": ("data",),
+    "scalar_tensor": ("data",),
+    "einsum": (),
+}
+_SIZE_LISTS = {"reshape": "size", "permute": "dims", "expand": "size", "repeat": "repeats", "new_zeros": "size"}
+_SIZE_LISTS |= {"zeros": "size", "ones": "size", "new_ones": "size", "empty": "size"}
+_ALIASES = {"self": "input", "axis": "dim", "mat2": "other", "axis0": "dim0", "axis1": "dim1", "shape": "size"}
+
+
+def _functions() -> dict[Any, str]:
+    table: dict[Any, str] = {}
+    spellings = {
+        "div": "div divide true_divide", "sub": "sub subtract", "mul": "mul multiply", "neg": "neg negative",
+        "abs": "abs absolute", "clamp": "clamp clip", "transpose": "transpose swapaxes swapdims", "mod": "remainder",
+        "floordiv": "floor_divide", "and": "logical_and bitwise_and", "or": "logical_or bitwise_or",
+        "xor": "logical_xor bitwise_xor", "not": "logical_not bitwise_not", "eq": "eq", "ne": "ne not_equal",
+        "lt": "lt less", "le": "le less_equal", "gt": "gt greater", "ge": "ge greater_equal",
+        "movedim": "movedim moveaxis", "cat": "cat concat concatenate", "permute": "permute", "size_of": "",
+        "safe_softmax": "_safe_softmax", "item": "", "bool": "", "int": "", "long": "", "float": "", "half": "",
+        "bfloat16": "", "double": "", "cpu": "", "cuda": "", "fill_zero": "", "contiguous": "", "type": "", "to": "",
+        "mT": "", "T": "", "linear": "", "sdpa": "", "softplus": "", "leaky_relu": "", "silu": "", "zero": "",
+        "view_as": "", "type_as": "", "expand": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
+        "repeat": "", "sign": "sign", "arange": "arange", "einsum": "einsum",
+    }  # fmt: skip
+    for name in _PARAMETERS:
+        for spelling in spellings.get(name, name).split():
+            if hasattr(torch, spelling):
+                table[getattr(torch, spelling)] = name
+    for spelling, name in {
+        "matmul": "matmul", "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floordiv",
+        "mod": "mod", "pow": "pow", "neg": "neg", "abs": "abs", "and_": "and", "or_": "or", "xor": "xor",
+        "invert": "not", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "getitem": "getitem",
+    }.items():  # fmt: skip
+        table[getattr(operator, spelling)] = name
+    for function in ("softmax", "log_softmax", "dropout", "relu", "silu", "leaky_relu", "softplus", "tanh", "sigmoid"):
+        table[getattr(F, function)] = function
+    table |= {
+        F.linear: "linear", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh", torch.functional.einsum: "einsum",
+        torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
+        torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
+        torch.reshape: "reshape", F.logsigmoid: "logsigmoid",
+    }  # fmt: skip
+    return table
+
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd: "add", operator.isub: "sub", operator.imul: "mul", operator.itruediv: "div", operator.iand: "and",
+    operator.ior: "or", operator.ixor: "xor", operator.ipow: "pow",
+}  # fmt: skip
+_METHODS = {
+    "view": "reshape", "swapaxes": "transpose", "swapdims": "transpose", "multiply": "mul", "divide": "div",
+    "true_divide": "div", "subtract": "sub", "clip": "clamp", "__getitem__": "getitem", "__matmul__": "matmul",
+    "reshape_as": "view_as", "floor_divide": "floordiv", "remainder": "mod", "logical_and": "and", "logical_or": "or",
+    "logical_xor": "xor", "logical_not": "not", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
+    "bitwise_not": "not", "moveaxis": "movedim", "negative": "neg", "absolute": "abs", "concat": "cat",
+    "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "adjoint": "mT",
+}  # fmt: skip
+_PARAMETERS |= {"hardtanh": ("input", "min", "max"), "logsigmoid": ("input",)}
+_FUNCTIONS: dict[Any, str] = _functions()
+# F.softmax and F.log_softmax have one more positional parameter than their torch namesakes
+_SPECIAL_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    F.softmax: ("input", "dim", "_stacklevel", "dtype"),
+    F.log_softmax: ("input", "dim", "_stacklevel", "dtype"),
+}
+
+
+def call_of(node: Any) -> Call | None:
+    """The normalised call of a node; None for placeholders, attributes, outputs and operators not known here."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "call_function":
+        return _function_call(node)
+    if node.op != "call_method" or not isinstance(node.target, str):
+        return None
+    target = node.target
+    in_place = target.endswith("_") and not target.endswith("__")
+    target = target[:-1] if in_place else target
+    name = _METHODS.get(target, target)
+    return _bind(name, _PARAMETERS.get(name), node, in_place)
+
+
+def _function_call(node: fx.Node) -> Call | None:
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    if target in _IN_PLACE_OPERATORS:
+        name = _IN_PLACE_OPERATORS[target]
+        return _bind(name, _PARAMETERS[name], node, in_place=True)
+    if target is getattr and node.args[1] in ("T", "mT", "H", "mH"):
+        name = {"T": "T", "H": "T"}.get(str(node.args[1]), "mT")
+        return Call(name, {"input": node.args[0]})
+    known = _FUNCTIONS.get(target) if _is_hashable(target) else None
+    if known is None:
+        return None
+    call = _bind(known, _SPECIAL_PARAMETERS.get(target, _PARAMETERS.get(known)), node, in_place=False)
+    return call if call is None or call.get("inplace") is not True else Call(call.name, call.arguments, True)
+
+
+def _is_hashable(target: Any) -> bool:
+    return getattr(type(target), "__hash__", None) is not None
+
+
+def _bind(name: str, parameters: tuple[str, ...] | None, node: fx.Node, in_place: bool) -> Call | None:
+    if parameters is None or "out" in node.kwargs:
+        return None
+    if name == "einsum":
+        return _bind_einsum(node)
+    if name == "arange":
+        return _bind_arange(node)
+    arguments: dict[str, Any] = {_ALIASES.get(key, key): value for key, value in node.kwargs.items()}
+    positional = list(node.args)
+    size_list = _SIZE_LISTS.get(name)
+    if size_list is not None and size_list in parameters and size_list not in arguments:
+        first = parameters.index(size_list)
+        rest = positional[first:]
+        if rest and not isinstance(rest[0], (list, tuple)):
+            positional[first:] = [tuple(rest)]
+    if len(positional) > len(parameters):
+        return None
+    for parameter, value in zip(parameters, positional, strict=False):
+        arguments[parameter] = value
+    return Call(name, arguments, in_place)
+
+
+def _bind_einsum(node: fx.Node) -> Call | None:
+    if node.kwargs or len(node.args) < 2 or not isinstance(node.args[0], str):
+        return None
+    operands = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    return Call("einsum", {"equation": node.args[0], "operands": tuple(operands)})
+
+
+def _bind_arange(node: fx.Node) -> Call | None:
+    arguments = dict(node.kwargs)
+    names = {1: ("end",), 2: ("start", "end"), 3: ("start", "end", "step")}.get(len(node.args), ())
+    if len(names) != len(node.args):
+        return None
+    return Call("arange", {**arguments, **dict(zip(names, node.args, strict=True))})
+
+
+# ------------------------------------------------------------------------------------------------- facts about nodes
+def value_of(node: Any) -> Any:
+    """The node's fake value as Dynamo recorded it; the argument itself where it is no node; None where unknown."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether the argument is a node whose value is known to be a tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("example_value"), Tensor)
+
+
+def tensor_of(node: fx.Node) -> Tensor:
+    """The node's fake tensor; raises TypeError for a node that holds none."""
+    value = value_of(node)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{node} holds no tensor")
+    return value
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of the node's tensor: int or SymInt."""
+    return tuple(tensor_of(node).shape)
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal, without adding a guard: False where it cannot be known."""
+    if type(a) is int and type(b) is int:
+        return a == b
+    return known(a == b)
+
+
+def known(condition: Any) -> bool:
+    """Whether a possibly symbolic condition is known to hold, without adding a guard."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def positive_dim(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+_METADATA_METHODS = {"size", "dim", "stride", "numel", "element_size", "is_contiguous", "ndimension", "storage_offset"}
+_METADATA_METHODS |= {"get_device", "is_floating_point", "data_ptr"} - {"data_ptr"}
+_METADATA_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
+
+
+def reads_metadata_only(node: fx.Node) -> bool:
+    """Whether the node asks a tensor for its shape, dtype or device only."""
+    if node.op == "call_method":
+        return node.target in _METADATA_METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA_ATTRIBUTES
+
+
+def module_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph module and every graph module inside it (bodies of higher-order operators), each once."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            yield module
+
+
+def describe_site(node: fx.Node) -> str:
+    """Where a node comes from, in the user's terms: module path and source line where known, else the node's name."""
+    stack = node.meta.get("nn_module_stack")
+    path = ""
+    if stack:
+        path = str(list(stack.values())[-1][0]).replace("L['self'].", "").replace("L['self']", "")
+    line = _source_line(node.meta.get("stack_trace"))
+    return " ".join(part for part in (path, f"({line})" if line else "") if part) or node.name
+
+
+def _source_line(trace: str | None) -> str:
+    if not trace:
+        return ""
+    files = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not files:
+        return ""
+    parts = files[-1].split(", ")
+    return parts[0].removeprefix("File ").strip('"').rsplit("/", 1)[-1] + ":" + parts[1].removeprefix("line ")
