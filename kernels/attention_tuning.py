@@ -4,9 +4,11 @@
 queries, block of keys, warps, stages, descriptors, warp specialisation]``; the first row that fits is taken.
 """
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -31,6 +33,21 @@ class TileConfig:
     warp_specialize: bool = False
 
 
+_forced: dict[str, TileConfig] = {}
+
+
+@contextlib.contextmanager
+def forced_tiles(**tiles: TileConfig) -> Iterator[None]:
+    """Within it, the kernels named take these tiles instead of the table's; for tuning."""
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
 KERNELS = ("forward", "rows", "grad_q", "grad_kv", "decode")
 
 
@@ -44,6 +61,8 @@ def tile_config(arch: str, kernel: str, element_size: int, padded: int, light: b
         padded: larger head size of q and v, rounded up to a power of two.
         light: whether the score function needs few registers; if not, a row under ``{kernel}_heavy`` goes first.
     """
+    if kernel in _forced:
+        return _forced[kernel]
     table = _tables()[_relative(arch)]
     rows = ([] if light else table.get(f"{kernel}_heavy", [])) + table[kernel]
     for size, largest, block_q, block_k, warps, stages, tma, specialize in rows:

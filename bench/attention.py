@@ -1,0 +1,300 @@
+"""Triton attention on a GPU: checks against float64, tuning sweeps, and tables beside PyTorch's own kernels.
+
+    python bench/attention.py check [--jobs N]      every form of score function, error against eager PyTorch's
+    python bench/attention.py sweep [--jobs N]      tile shapes of each kernel
+    python bench/attention.py table [--flex]        forward and backward beside cuDNN, flash SDPA and FlexAttention
+
+Times are medians of CUDA-graph replays. TFLOP/s count 4 * B * H * Q * K * D operations forward and 2.5 times that
+backward, half of it where causal; windows and documents count the elements that are not masked.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+
+import record  # noqa: E402
+
+SHAPES = [  # B, H, S, D, causal
+    (4, 16, 4096, 128, False),
+    (4, 16, 4096, 128, True),
+    (1, 16, 16384, 128, False),
+    (1, 16, 16384, 128, True),
+    (8, 16, 2048, 64, False),
+    (8, 16, 2048, 64, True),
+]
+CHECKS = [  # Q, K, D, Dv, dtype, only these forms
+    (512, 640, 128, 128, "bfloat16", None),
+    (150, 170, 80, 48, "float32", None),
+    (300, 420, 64, 64, "float16", ("causal", "window", "bias", "alibi", "sink", "grouped", "rows_first", "dropout")),
+    (200, 264, 256, 256, "bfloat16", ("plain", "causal", "bias", "softcap", "grouped")),
+    (256, 256, 192, 128, "float16", ("plain", "causal", "document_causal", "bias")),
+]
+NOT_IN_HALF = ("additive_min",)  # eager PyTorch rounds float32's minimum to -inf there
+
+
+# ---------------------------------------------------------------------------------------------------- check
+def check_one(job: tuple[int, str]) -> dict[str, Any]:
+    from attention_forms import make_forms
+    from attention_compare import compare
+
+    number, name = job
+    *sizes, dtype, _ = CHECKS[number]
+    row: dict[str, Any] = {"sizes": sizes, "dtype": dtype, "form": name}
+    try:
+        found = compare(make_forms(*sizes)[name], getattr(torch, dtype))
+        wrong = [r for r in found if not r[1] <= r[2]]
+        return row | {"ok": not wrong, "wrong": wrong, "ratio": max(2 * r[1] / r[2] for r in found if r[2])}
+    except Exception as failure:  # noqa: BLE001 - reported in the table, the others go on
+        return row | {"ok": False, "wrong": f"{type(failure).__name__}: {str(failure)[-400:]}"}
+
+
+def check(jobs: int) -> list[dict[str, Any]]:
+    from attention_forms import make_forms
+
+    todo = []
+    for number, (*sizes, dtype, only) in enumerate(CHECKS):
+        names = only or make_forms(*sizes)
+        todo += [(number, name) for name in names if dtype == "float32" or name not in NOT_IN_HALF]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = list(pool.map(check_one, todo))
+    for row in rows:
+        if not row["ok"]:
+            print("WRONG", row)
+    print(f"check: {sum(r['ok'] for r in rows)} of {len(rows)} right")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------- time
+def milliseconds(run: Callable[[], Any]) -> float:
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(run, rep=30, return_mode="median")
+
+
+def operations(b: int, h: int, s: int, d: int, causal: bool) -> float:
+    return 4 * b * h * s * s * d * (0.5 if causal else 1.0)
+
+
+def tensors(b: int, h: int, s: int, d: int) -> list[torch.Tensor]:
+    return [torch.randn(b, h, s, d, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+
+
+def function_of(causal: bool):
+    import attention_forms as forms
+
+    return forms.make_function(mask=forms.causal()) if causal else forms.make_function()
+
+
+def tile_candidates(kernel: str, d: int) -> list[tuple]:
+    """``(block_q, block_k, warps, stages, tma, warp_specialize)``"""
+    if kernel == "forward":
+        wide = [(128, 128, 8, 2, 1, 0), (128, 128, 8, 3, 1, 0), (128, 64, 4, 3, 1, 0), (128, 64, 8, 3, 1, 0),
+                (128, 64, 8, 4, 1, 0), (64, 128, 4, 2, 1, 0), (128, 128, 8, 2, 0, 0), (128, 64, 4, 3, 0, 0),
+                (128, 128, 8, 2, 1, 1), (128, 64, 4, 3, 1, 1), (128, 64, 8, 3, 1, 1)]  # fmt: skip
+        narrow = [(128, 128, 8, 3, 1, 0), (128, 128, 4, 3, 1, 0), (128, 64, 4, 3, 1, 0), (128, 64, 4, 4, 1, 0),
+                  (64, 128, 4, 3, 1, 0), (128, 128, 4, 2, 0, 0), (128, 128, 8, 3, 1, 1), (256, 64, 8, 3, 1, 0)]  # fmt: skip
+    elif kernel == "grad_q":
+        wide = [(128, 64, 8, 2, 1, 0), (128, 64, 8, 3, 1, 0), (128, 128, 8, 2, 1, 0), (64, 64, 4, 2, 1, 0),
+                (64, 128, 4, 2, 1, 0), (128, 64, 8, 2, 0, 0), (64, 64, 4, 3, 1, 0)]  # fmt: skip
+        narrow = [(128, 64, 8, 2, 1, 0), (128, 128, 8, 2, 1, 0), (128, 64, 4, 2, 1, 0), (64, 64, 4, 3, 1, 0),
+                  (64, 128, 4, 2, 1, 0), (128, 64, 4, 3, 1, 0)]  # fmt: skip
+    else:
+        wide = [(64, 128, 8, 2, 1, 0), (64, 128, 8, 3, 1, 0), (32, 128, 8, 2, 1, 0), (32, 128, 8, 3, 1, 0),
+                (64, 64, 4, 2, 1, 0), (64, 128, 8, 2, 0, 0), (32, 64, 4, 3, 1, 0)]  # fmt: skip
+        narrow = [(64, 128, 8, 2, 1, 0), (64, 128, 8, 3, 1, 0), (64, 128, 4, 2, 1, 0), (64, 64, 4, 2, 1, 0),
+                  (64, 64, 4, 3, 1, 0), (32, 128, 4, 3, 1, 0)]  # fmt: skip
+    return wide if d == 128 else narrow
+
+
+def one_kernel(kernel: str, shape: tuple, tiles: tuple) -> Callable[[], Any]:
+    """A call of one kernel with given tiles."""
+    from vbcompile.kernels import attention_triton as ours
+    from vbcompile.kernels.attention_tuning import TileConfig, forced_tiles
+
+    b, h, s, d, causal = shape
+    q, k, v, grad = tensors(b, h, s, d)
+    function, scale = function_of(causal), d**-0.5
+    config = TileConfig(*tiles[:4], bool(tiles[4]), bool(tiles[5]))
+
+    def run() -> Any:
+        with forced_tiles(**{kernel: config}):
+            if kernel == "forward":
+                return ours.forward(q, k, v, [], scale, 0.0, None, function)
+            return getattr(backward, kernel)(grad, lse, True)
+
+    if kernel != "forward":
+        out, lse = ours.forward(q, k, v, [], scale, 0.0, None, function)
+        problem = ours._describe(q, k, v, [], scale, 0.0, function)
+        with forced_tiles(**{kernel: config}):
+            backward = ours._Backward(problem, q, k, v, [], (), scale, 0.0, None, function)
+        backward.rows(grad, None, out, lse)
+    return run
+
+
+def warm(job: tuple) -> str | None:
+    """Compile one candidate into Triton's disk cache; the reason if it fails."""
+    try:
+        one_kernel(*job)()
+        torch.cuda.synchronize()
+    except Exception as failure:  # noqa: BLE001 - a candidate that does not fit is a result
+        return f"{type(failure).__name__}: {str(failure)[:160]}"
+    return None
+
+
+def sweep(jobs: int) -> list[dict[str, Any]]:
+    shapes = [SHAPES[0], SHAPES[1], SHAPES[4], SHAPES[5]]
+    todo = [(kernel, shape, tiles) for kernel in ("forward", "grad_q", "grad_kv") for shape in shapes
+            for tiles in tile_candidates(kernel, shape[3])]  # fmt: skip
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failures = list(pool.map(warm, todo))
+    rows = []
+    for (kernel, shape, tiles), failure in zip(todo, failures, strict=True):
+        row: dict[str, Any] = {"kernel": kernel, "shape": shape, "tiles": tiles}
+        if failure is None:
+            ms = milliseconds(one_kernel(kernel, shape, tiles))
+            share = {"forward": 1.0, "grad_q": 1.5, "grad_kv": 2.0}[kernel]
+            row |= {"ms": ms, "tflops": operations(*shape) * share / ms / 1e9}
+        else:
+            row["failure"] = failure
+        rows.append(row)
+        print(kernel, shape, tiles, failure or f"{row['ms']:.3f} ms {row['tflops']:.0f}", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- table
+def sdpa(backend: SDPBackend, q, k, v, causal: bool):
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def forward_and_backward(run: Callable[..., torch.Tensor], q, k, v, grad) -> tuple[float, float]:
+    """Milliseconds of an autograd function forward and backward."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    forward_ms = milliseconds(lambda: run(q, k, v))
+    out = run(*leaves)
+    backward_ms = milliseconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    return forward_ms, backward_ms
+
+
+def ours_times(function, captured, q, k, v, grad, scale, needs=None) -> tuple[float, float]:
+    from vbcompile.kernels.attention_triton import backward, forward
+
+    needs = needs or [True] * 3 + [False] * len(captured)
+    out, lse = forward(q, k, v, captured, scale, 0.0, None, function)
+    return (
+        milliseconds(lambda: forward(q, k, v, captured, scale, 0.0, None, function)),
+        milliseconds(lambda: backward(grad, None, q, k, v, captured, out, lse, scale, 0.0, None, function, needs)),
+    )
+
+
+def flex(q, k, v, causal: bool):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    mask = None
+    if causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[-2], k.shape[-2])
+    return functools.partial(compiled, block_mask=mask)
+
+
+def table(with_flex: bool) -> list[dict[str, Any]]:
+    rows = []
+    for shape in SHAPES:
+        b, h, s, d, causal = shape
+        q, k, v, grad = tensors(b, h, s, d)
+        peers = {
+            "cudnn": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION, causal=causal),
+            "flash2": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION, causal=causal),
+        }
+        if with_flex:
+            torch._dynamo.reset()
+            peers["flex"] = flex(q, k, v, causal)
+        times = {"ours": ours_times(function_of(causal), [], q, k, v, grad, d**-0.5)}
+        times |= {name: forward_and_backward(run, q, k, v, grad) for name, run in peers.items()}
+        count = operations(*shape)
+        for name, (forward_ms, backward_ms) in times.items():
+            row = {"shape": shape, "kernel": name, "forward": count / forward_ms / 1e9,
+                   "backward": 2.5 * count / backward_ms / 1e9, "forward_ms": forward_ms,
+                   "backward_ms": backward_ms}  # fmt: skip
+            rows.append(row)
+            print(shape, name, f"{row['forward']:.0f} / {row['backward']:.0f}", flush=True)
+    return rows
+
+
+def score_functions() -> list[dict[str, Any]]:
+    """Biases, caps and masks: TFLOP/s of the elements that count."""
+    import attention_forms as forms
+
+    rows = []
+    for b, h, s, d in ((4, 16, 4096, 128), (8, 16, 2048, 64)):
+        q, k, v, grad = tensors(b, h, s, d)
+        bias = torch.randn(1, h, s, s, device="cuda", dtype=torch.bfloat16)
+        slopes = torch.rand(1, h, 1, 1, device="cuda")
+        cases = {
+            "bias": (forms.make_function(forms.plus(0)), [bias], 1.0, None),
+            "bias_with_gradient": (forms.make_function(forms.plus(0)), [bias], 1.0, [True] * 4),
+            "softcap": (forms.make_function(forms.softcap(30.0)), [], 1.0, None),
+            "alibi_causal": (forms.make_function(forms.alibi, mask=forms.causal()), [slopes], 0.5, None),
+        }
+        rows += _score_rows((b, h, s, d), cases, q, k, v, grad)
+    b, h, s, d = 1, 16, 16384, 128
+    q, k, v, grad = tensors(b, h, s, d)
+    documents = torch.arange(s, device="cuda").div(2048, rounding_mode="floor").to(torch.int32)
+    both = lambda f: lambda builder: builder.emit("and", forms.causal()(builder), f(builder))
+    cases = {
+        "window_1024": (forms.make_function(mask=forms.window(1024)), [], 1024 / s, None),
+        "documents_8": (
+            forms.make_function(mask=both(forms.same_document)),
+            [documents.view(1, 1, s, 1), documents.view(1, 1, 1, s)],
+            0.5 / 8,
+            None,
+        ),
+    }
+    return rows + _score_rows((b, h, s, d), cases, q, k, v, grad)
+
+
+def _score_rows(shape, cases, q, k, v, grad) -> list[dict[str, Any]]:
+    rows = []
+    for name, (function, captured, share, needs) in cases.items():
+        forward_ms, backward_ms = ours_times(function, captured, q, k, v, grad, shape[3] ** -0.5, needs)
+        count = operations(*shape, False) * share
+        row = {"shape": shape, "case": name, "forward": count / forward_ms / 1e9,
+               "backward": 2.5 * count / backward_ms / 1e9}  # fmt: skip
+        rows.append(row)
+        print(shape, name, f"{row['forward']:.0f} / {row['backward']:.0f}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=("check", "sweep", "table", "scores"))
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--flex", action="store_true")
+    options = parser.parse_args()
+    actions = {
+        "check": lambda: check(options.jobs),
+        "sweep": lambda: sweep(options.jobs),
+        "table": lambda: table(options.flex),
+        "scores": score_functions,
+    }
+    for what in options.what:
+        begin = time.time()
+        record.write(f"attention_{what}", actions[what]())
+        print(f"{what}: {time.time() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
