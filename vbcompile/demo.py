@@ -160,14 +160,16 @@ def _bound(task: Task, eager: Outcome) -> float:
     return difference_bound(error, exact.abs().max().item(), torch.finfo(task.model.dtype).eps)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``vbcompile demo``. Returns 0: all numbers agree; 1: they do not; 2: it could not run."""
-    parser = argparse.ArgumentParser(prog="vbcompile demo", description=__doc__.partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The demo's command-line options."""
     parser.add_argument("--quick", action="store_true", help="smaller inputs; about a minute on two cores")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, hpu, npu, xpu; default: the best one found")
     parser.add_argument("--backend", default="vblackwell", help="backend to compare (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
-    arguments = parser.parse_args(argv)
+
+
+def run_arguments(arguments: argparse.Namespace) -> int:
+    """Run with parsed options. Returns 0: all numbers agree; 1: they do not; 2: it could not run."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes its own start and stop to stderr
     from torch._dynamo.exc import InvalidBackend
 
@@ -182,3 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         console.print_json(json.dumps(result.to_dict()))
     return result.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``vbcompile demo``; see :func:`run_arguments` for what it returns."""
+    parser = argparse.ArgumentParser(prog="vbcompile demo", description=__doc__.partition("\n")[0])
+    add_arguments(parser)
+    return run_arguments(parser.parse_args(argv))
