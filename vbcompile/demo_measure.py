@@ -1,5 +1,6 @@
 """Clocks and memory meters of the demo."""
 
+import gc
 import json
 import tempfile
 import time
@@ -59,6 +60,7 @@ def _cpu_peak_bytes(step: Callable[[], Any]) -> int:
     """
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what is freed within the step must have been allocated within it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
