@@ -1,5 +1,6 @@
 """Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass."""
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -9,17 +10,28 @@ from vbcompile.compat import size_hint
 from vbcompile.device import Target
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.registry import operator
+from vbcompile.passes.graph_ops import module_graphs
 from vbcompile.report import Decision
 
 
 def explain_choices(gm: fx.GraphModule, target: Target, training: bool, decisions: list[Decision]) -> list[Decision]:
-    """The decisions with ``implementation`` set where ``details["node"]`` names a call of the attention operator."""
-    texts: dict[str, str] = {}
-    for module in gm.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            if node.target is torch.ops.vblackwell.attention.default:
-                texts[node.name] = _explain(node, target, training)
-    return [replace(d, implementation=texts.get(d.details.get("node", ""), d.implementation)) for d in decisions]
+    """The decisions with ``implementation`` set where they put calls of the attention operator into the graph.
+
+    Decisions and calls are in the order of the graph; ``details["calls"]`` says how many calls belong to a decision.
+    """
+    calls = [
+        n
+        for module in module_graphs(gm)
+        for n in module.graph.nodes
+        if n.target is torch.ops.vblackwell.attention.default
+    ]
+    remaining = iter(calls)
+    explained = []
+    for decision in decisions:
+        mine = itertools.islice(remaining, decision.details.get("calls", 0))
+        texts = dict.fromkeys(_explain(node, target, training) for node in mine)
+        explained.append(replace(decision, implementation="; ".join(texts)) if texts else decision)
+    return explained
 
 
 def _explain(node: fx.Node, target: Target, training: bool) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
+from vbcompile.compat import copy_graph
 from vbcompile.config import Config
 from vbcompile.device import Target
 from vbcompile.kernels.registry import describe
@@ -103,17 +104,7 @@ Backup = list[tuple[fx.GraphModule, fx.Graph]]
 
 def copy_graphs(gm: fx.GraphModule) -> Backup:
     """Copies of the graph and of those of its sub-modules; node metadata is shared, not copied deeply."""
-    return [(m, _copy(m.graph)) for m in gm.modules() if isinstance(m, fx.GraphModule)]
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    result = copy.graph_copy(graph, nodes)
-    output = graph.output_node()
-    copy.output(result).meta.update(output.meta)
-    copy.set_codegen(graph._codegen)
-    return copy
+    return [(m, copy_graph(m.graph)) for m in gm.modules() if isinstance(m, fx.GraphModule)]
 
 
 def restore_graphs(backup: Backup) -> None:

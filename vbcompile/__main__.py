@@ -15,7 +15,11 @@ from typing import Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command is not _explain:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = [a for a in rest if a != "--"]
     try:
         return arguments.command(arguments)
     except UsageError as error:
@@ -44,9 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "target",
         help="FILE.py:NAME or package.module:NAME, a function that returns (model, inputs) or "
-        "(model, inputs, keywords); or FILE.py, a script that is run with its models compiled",
+        "(model, inputs, keywords); or FILE.py, a script that is run with its models compiled and with all "
+        "arguments that are not ours",
     )
-    explain.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     explain.add_argument("--mode", help="balanced, memory, speed or full")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
@@ -134,7 +138,7 @@ def _explain_script(arguments: argparse.Namespace) -> Any:
     reports: list[GraphReport] = []
     add_listener(reports.append)
     enable(arguments.mode, verbose=False)
-    _run_script(arguments.target, arguments.arguments)
+    _run_script(arguments.target, arguments.rest)
     return Explanation(reports)
 
 

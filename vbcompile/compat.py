@@ -129,6 +129,20 @@ def is_compiled_module(module: torch.nn.Module) -> bool:
     return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy that can stand in for a graph of Dynamo's; metadata is shared, not copied deeply."""
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    result = copy.graph_copy(graph, nodes)
+    output = graph.output_node()
+    copy.output(result).meta.update(output.meta)
+    for node, twin in nodes.items():
+        if hasattr(node, "_dynamo_source"):  # AOTAutograd knows parameters by it
+            twin._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    copy.set_codegen(graph._codegen)
+    return copy
+
+
 def size_hint(size: Any) -> int:
     """A plain number for a size, without adding a guard for symbolic ones."""
     if isinstance(size, int):

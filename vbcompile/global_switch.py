@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vbcompile import compat
+from vbcompile.autoload import EnableAtFirstCall
 from vbcompile.backend import add_listener, remove_listener, vblackwell
 from vbcompile.config import Config, resolve_config
 from vbcompile.device import get_device, get_target
@@ -102,15 +103,16 @@ def enable(mode: str | None = None, *, verbose: bool = True, **options: Any) -> 
 def disable() -> None:
     """Undo :func:`enable`; models run as they did before. Harmless when not enabled."""
     with _switch.lock:
-        if _switch.config is not None:
+        if is_enabled():
             torch.nn.Module._compiled_call_impl = None
+        if _switch.config is not None:
             remove_listener(_switch.record)
             _switch.config = None
 
 
 def is_enabled() -> bool:
     """Whether the switch is on."""
-    return _switch.config is not None
+    return isinstance(torch.nn.Module.__dict__["_compiled_call_impl"], (_CompiledCall, EnableAtFirstCall))
 
 
 def enable_balanced_mode(**options: Any) -> None:
