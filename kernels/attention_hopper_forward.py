@@ -1,0 +1,483 @@
+"""Device code of the Hopper forward attention, in Triton's Gluon dialect (sm_90a).
+
+One block of threads works on query tiles of ``64 * consumers`` rows. One producer warp copies Q, K and V tiles to
+shared memory with the tensor memory accelerator; each consumer is one warpgroup that owns 64 query rows. The matrix
+product S of the next key tile is issued before the product P V of the current one, so that the softmax of the next
+tile runs under the tensor cores' work (FlashAttention-3, arXiv 2407.08608, algorithm 2); with ``PING_PONG`` two
+consumers take turns at the tensor cores (section 3.1 there).
+
+    shared memory   Q [consumers, 64, D] | O [consumers, 64, D] | K, V [STAGES, BLOCK_K, D] each | next work item
+    barriers        full / empty per buffer; named hardware barriers 8 and 9 give the turns
+
+Work items (a query tile of a head) are handed out in rounds or, DYNAMIC, from a counter in device memory: with a causal
+mask tiles differ in length, and whoever is free takes the longest that is left.
+
+Key tiles are walked from the last to the first: tiles that need a mask come first and every row's own keys come last.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LN2 = gl.constexpr(0.6931471805599453)
+TURN = gl.constexpr(8)  # first named barrier of the turns; the compiler itself uses 0 to 5
+
+
+@gluon.jit
+def wait_turn(index: gl.constexpr):
+    """Block until the other consumer has passed the turn ``index`` on."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, 256; mov.u32 $0, 0;", "=r,r", [index], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pass_turn(index: gl.constexpr):
+    """Let the other consumer through its ``wait_turn(index)``; does not block."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 256; mov.u32 $0, 0;", "=r,r", [index], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def exp2_mixed(x, POLY: gl.constexpr):
+    """2**x for x <= 0. Of every POLY neighbours one is computed by a cubic on the FMA units (relative error 7.5e-5),
+    the others on the special function units, whose rate bounds small head dimensions; POLY = 0 uses these alone."""
+    cubic: gl.constexpr = """{
+        .reg .f32 t, r, f, p;
+        .reg .b32 i, j;
+        max.ftz.f32 t, $IN, 0fC2FA0000;
+        add.rn.ftz.f32 r, t, 0f4B400000;
+        sub.rn.ftz.f32 f, r, 0f4B400000;
+        sub.rn.ftz.f32 f, t, f;
+        fma.rn.ftz.f32 p, f, 0f3D61FBAC, 0f3E786F0D;
+        fma.rn.ftz.f32 p, p, f, 0f3F31798D;
+        fma.rn.ftz.f32 p, p, f, 0f3F7FFB49;
+        mov.b32 i, r;
+        shl.b32 i, i, 23;
+        mov.b32 j, p;
+        add.s32 i, i, j;
+        mov.b32 $OUT, i;
+    }
+    """
+    if POLY == 0:
+        return gl.exp2(x)
+    elif POLY == 2:
+        asm: gl.constexpr = "ex2.approx.ftz.f32 $0, $2;" + cubic.replace("$OUT", "$1").replace("$IN", "$3")
+        return gl.inline_asm_elementwise(asm, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2)
+    elif POLY == 4:
+        asm: gl.constexpr = (
+            "ex2.approx.ftz.f32 $0, $4; ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6;"
+            + cubic.replace("$OUT", "$3").replace("$IN", "$7")
+        )
+        return gl.inline_asm_elementwise(asm, "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4)
+    else:
+        asm: gl.constexpr = (
+            "ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10;"
+            "ex2.approx.ftz.f32 $3, $11; ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13;"
+            "ex2.approx.ftz.f32 $6, $14;" + cubic.replace("$OUT", "$7").replace("$IN", "$15")
+        )
+        return gl.inline_asm_elementwise(
+            asm, "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=8
+        )
+
+
+@gluon.jit
+def locate(index, query_tiles, heads, GROUP: gl.constexpr):
+    """Work item -> (query tile, flat head): within GROUP heads the last, longest query tiles go first."""
+    if GROUP == 1:
+        head = index // query_tiles
+        return query_tiles - 1 - (index - head * query_tiles), head
+    per_group = GROUP * query_tiles
+    group = index // per_group
+    inside = index - group * per_group
+    width = gl.minimum(heads - group * GROUP, GROUP)
+    rank = inside // width
+    return query_tiles - 1 - rank, group * GROUP + inside - rank * width
+
+
+@gluon.jit
+def count_key_tiles(query_tile, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr):
+    """(key tiles that a query tile sees, how many of them need no mask)."""
+    first = query_tile * BLOCK_Q + sizes[3]
+    last = gl.minimum(sizes[0], first + BLOCK_Q)
+    clear = gl.minimum(sizes[0], first + 1)
+    return gl.cdiv(last, BLOCK_K), clear // BLOCK_K
+
+
+@gluon.jit
+def hand_out(work, number, item):
+    """Producer: publish the next work item to the consumers; ``number`` counts the items before it."""
+    slot, full, empty = work
+    mbarrier.wait(empty.index(0), (number & 1) ^ 1)
+    slot.store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
+    mbarrier.arrive(full.index(0))
+
+
+@gluon.jit
+def take_over(work, number):
+    """Consumer: the next work item."""
+    slot, full, empty = work
+    mbarrier.wait(full.index(0), number & 1)
+    item = gl.max(slot.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(empty.index(0))
+    return item
+
+
+@gluon.jit
+def produce(
+    descriptors,
+    buffers,
+    barriers,
+    work,
+    sizes,
+    CONSUMERS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    DYNAMIC: gl.constexpr,
+):
+    """The producer warp: keeps every shared buffer full. ``sizes`` = (keys, query heads, query heads per key head,
+    causal offset, query tiles, batch * query heads, counter of work items)."""
+    q_desc, k_desc, v_desc = descriptors
+    q_smem, _, k_smem, v_smem = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    _, q_heads, heads_per_key_head, _, query_tiles, heads, counter = sizes
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_Q: gl.constexpr = 64 * CONSUMERS
+    loaded = gl.to_tensor(0)
+    done = gl.to_tensor(0)
+    item = gl.program_id(0)
+    while item < query_tiles * heads:
+        upcoming = item + gl.num_programs(0)
+        if DYNAMIC:  # asked for early: the answer takes about a microsecond
+            upcoming = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        query_tile, head = locate(item, query_tiles, heads, GROUP)
+        batch = head // q_heads
+        q_head = head - batch * q_heads
+        k_head = q_head // heads_per_key_head
+        tiles, _ = count_key_tiles(query_tile, sizes, BLOCK_Q, BLOCK_K, CAUSAL)
+        for w in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(w), (done & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            row = query_tile * BLOCK_Q + w * 64
+            tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(w), q_smem.index(w))
+        for j in range(tiles):
+            slot = loaded % STAGES
+            phase = (loaded // STAGES & 1) ^ 1
+            row = (tiles - 1 - j) * BLOCK_K
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [batch, k_head, row, 0], k_full.index(slot), k_smem.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, [batch, k_head, row, 0], v_full.index(slot), v_smem.index(slot))
+            loaded += 1
+        if DYNAMIC:
+            hand_out(work, done, upcoming)
+        done += 1
+        item = upcoming
+
+
+@gluon.jit
+def mask_scores(s, first_row, first_key, sizes):
+    """-inf where a key lies past the end or, causal, past the row's own position.
+
+    A lane holds keys ``8 a + 2 lane + c`` of a row. Compared as ``8 a + c <= bound - 2 lane`` the left side is a
+    constant of the instruction; whole key numbers would be hoisted out of the loops and held in registers.
+    """
+    parts = s.reshape(64, s.shape[1] // 8, 4, 2)
+    split: gl.constexpr = parts.type.layout
+    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, split))
+    steps: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, split))
+    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, lanes))
+    bound = gl.minimum(rows + sizes[3], sizes[0] - 1) - first_key
+    bound = bound[:, None] - 2 * gl.arange(0, 4, gl.SliceLayout(0, lanes))[None, :]
+    keys = 8 * gl.arange(0, s.shape[1] // 8, gl.SliceLayout(1, steps))[:, None]
+    keys = keys + gl.arange(0, 2, gl.SliceLayout(0, steps))[None, :]
+    bound = gl.expand_dims(gl.expand_dims(bound, 1), 3)
+    keys = gl.expand_dims(gl.expand_dims(keys, 0), 2)
+    masked = gl.where(keys <= bound, parts, float("-inf")).reshape(64, s.shape[1])
+    return gl.convert_layout(masked, s.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def sum_within_lane(p):
+    """[64, N] -> [64, 4]: adds what one lane holds of a row; the four lanes of a row are added once, at the end."""
+    return gl.sum(gl.sum(p.reshape(64, p.shape[1] // 8, 4, 2), 3), 1)
+
+
+@gluon.jit
+def finish_first(x):
+    """x unchanged, but computed before whatever follows in the program.
+
+    The assembler otherwise moves the wait for P V ahead of the exponentials, which are to run under it: it knows of no
+    dependence. A warp barrier whose mask depends on x (always full: no sum of exponentials has that bit pattern) stays
+    in place, and waits stay behind it.
+    """
+    asm: gl.constexpr = """{
+        .reg .pred q;
+        .reg .f32 t;
+        .reg .b32 m;
+        add.f32 t, $2, $3;
+        setp.eq.b32 q, t, 0x7F000001;
+        selp.b32 m, 0x7FFFFFFF, 0xFFFFFFFF, q;
+        bar.warp.sync m;
+        mov.b32 $0, $2;
+        mov.b32 $1, $3;
+    }"""
+    return gl.inline_asm_elementwise(asm, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
+
+
+@gluon.jit
+def advance(
+    state,
+    taken,
+    q_tile,
+    k_smem,
+    v_smem,
+    barriers,
+    scale_log2,
+    place,
+    sizes,
+    w: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    POLY: gl.constexpr,
+):
+    """One key tile: S of the next tile, P V of the current one, softmax of the next one under P V.
+
+    ``place`` = (first query row, first key of the next tile, whether that tile needs the mask).
+    """
+    m, total, o, p = state
+    _, _, k_full, k_empty, v_full, v_empty = barriers
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_K: gl.constexpr = p.shape[1]
+    D: gl.constexpr = o.shape[1]
+    slot = taken % STAGES
+    next_slot = (taken + 1) % STAGES
+    mbarrier.wait(k_full.index(next_slot), (taken + 1) // STAGES & 1)
+    if PING_PONG:
+        wait_turn(TURN + w)
+    k_tile = k_smem.index(next_slot).reshape([BLOCK_K, D]).permute((1, 0))
+    zero = gl.full([64, BLOCK_K], 0.0, gl.float32, p.type.layout)
+    s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
+    weights = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o.type.layout, 2))
+    mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
+    o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
+    if PING_PONG:
+        pass_turn(TURN + 1 - w)
+    s = warpgroup_mma_wait(1, [s])
+    mbarrier.arrive(k_empty.index(next_slot))
+    if CAUSAL:  # noqa: SIM102 - known at compile time, the place is not
+        if place[2]:
+            s = mask_scores(s, place[0], place[1], sizes)
+    new_m = gl.maximum(m, gl.max(s, 1))
+    base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
+    alpha = gl.exp2((m - base) * scale_log2)
+    p = exp2_mixed(s * scale_log2 - (base * scale_log2)[:, None], POLY)
+    part = sum_within_lane(p)
+    if OVERLAP:
+        part = finish_first(part)
+    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
+    # p rides along so that the exponentials are finished before, not after, the wait for P V.
+    o, p = warpgroup_mma_wait(0, [o, p])
+    mbarrier.arrive(v_empty.index(slot))
+    return new_m, total, o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None], p
+
+
+@gluon.jit
+def consume(
+    shared,
+    w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    D: gl.constexpr,
+    GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    POLY: gl.constexpr,
+    DYNAMIC: gl.constexpr,
+):
+    """Consumer warpgroup ``w``: rows ``64 w .. 64 w + 63`` of every query tile of this block."""
+    buffers, barriers, work, results, sizes, scale_log2, queries = shared
+    q_smem, o_smem, k_smem, v_smem = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    o_desc, lse_pointer = results
+    _, q_heads, _, _, query_tiles, heads, _ = sizes
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_Q: gl.constexpr = 64 * CONSUMERS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_tile = q_smem.index(w).reshape([64, D])
+    o_tile = o_smem.index(w)
+    taken = gl.to_tensor(0)
+    done = gl.to_tensor(0)
+    if PING_PONG and w == 1:
+        pass_turn(TURN)
+    item = gl.program_id(0)
+    while item < query_tiles * heads:
+        query_tile, head = locate(item, query_tiles, heads, GROUP)
+        tiles, clear = count_key_tiles(query_tile, sizes, BLOCK_Q, BLOCK_K, CAUSAL)
+        first_row = query_tile * BLOCK_Q + w * 64
+
+        mbarrier.wait(q_full.index(w), done & 1)
+        slot = taken % STAGES
+        mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
+        if PING_PONG:
+            wait_turn(TURN + w)
+        k_tile = k_smem.index(slot).reshape([BLOCK_K, D]).permute((1, 0))
+        zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
+        s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
+        if PING_PONG:
+            pass_turn(TURN + 1 - w)
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(k_empty.index(slot))
+        if clear < tiles:
+            s = mask_scores(s, first_row, (tiles - 1) * BLOCK_K, sizes)
+        m = gl.max(s, 1)
+        base = gl.where(m == float("-inf"), 0.0, m)
+        p = exp2_mixed(s * scale_log2 - (base * scale_log2)[:, None], POLY)
+        state = (m, sum_within_lane(p), gl.full([64, D], 0.0, gl.float32, o_layout), p)
+        for j in range(1, tiles):
+            place = (first_row, (tiles - 1 - j) * BLOCK_K, j < tiles - clear)
+            state = advance(
+                state,
+                taken,
+                q_tile,
+                k_smem,
+                v_smem,
+                barriers,
+                scale_log2,
+                place,
+                sizes,
+                w,
+                CAUSAL,
+                PING_PONG,
+                OVERLAP,
+                POLY,
+            )
+            taken += 1
+        m, total, o, p = state
+        mbarrier.arrive(q_empty.index(w))
+        slot = taken % STAGES
+        mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
+        weights = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
+        row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
+        rows = first_row + gl.arange(0, 64, s_rows)
+        lse = m * (scale_log2 * LN2) + gl.log(row_total)
+        gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
+        share = gl.convert_layout(1.0 / row_total, o_rows)
+        o = warpgroup_mma_wait(0, [o])
+        mbarrier.arrive(v_empty.index(slot))
+        taken += 1
+        tma.store_wait(0)
+        gl.thread_barrier()  # only the thread that issued the last store waited for it
+        o_tile.reshape([64, D]).store((o * share[:, None]).to(q_tile.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        batch = head // q_heads
+        tma.async_copy_shared_to_global(o_desc, [batch, head - batch * q_heads, first_row, 0], o_tile)
+        if DYNAMIC:
+            item = take_over(work, done)
+        else:
+            item += gl.num_programs(0)
+        done += 1
+    if PING_PONG and w == 0:
+        wait_turn(TURN)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["queries", "keys", "q_heads", "heads_per_key_head", "offset", "heads"])
+def attention_forward(
+    q_desc,
+    k_desc,
+    v_desc,
+    o_desc,
+    lse_pointer,
+    counter,
+    scale_log2,
+    queries,
+    keys,
+    q_heads,
+    heads_per_key_head,
+    offset,
+    heads,
+    CONSUMERS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    OVERLAP: gl.constexpr,
+    POLY: gl.constexpr,
+    DYNAMIC: gl.constexpr,
+):
+    """q, o ``[B, H, Q, D]`` in blocks ``[1, 1, 64, D]``; k, v ``[B, Hk, K, D]`` in blocks ``[1, 1, BLOCK_K, D]``;
+    lse ``[B, H, Q]`` float32, contiguous. ``counter`` int32, zero at launch (DYNAMIC only);
+    ``heads`` is B * H; not causal means an offset beyond all keys."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
+    o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    item = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    item_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    item_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(item_full.index(0), count=1)
+    mbarrier.init(item_empty.index(0), count=CONSUMERS)
+    for w in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(w), count=1)
+        mbarrier.init(q_empty.index(w), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    buffers = (q_smem, o_smem, k_smem, v_smem)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    results = (o_desc, lse_pointer)
+    sizes = (keys, q_heads, heads_per_key_head, offset, gl.cdiv(queries, 64 * CONSUMERS), heads, counter)
+    work = (item, item_full, item_empty)
+    descriptors = (q_desc, k_desc, v_desc)
+    shared = (buffers, barriers, work, results, sizes, scale_log2, queries)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, POLY, DYNAMIC)),
+                (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, POLY, DYNAMIC)),
+                (produce, (descriptors, buffers, barriers, work, sizes, CONSUMERS, BLOCK_K, GROUP, CAUSAL, DYNAMIC)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, POLY, DYNAMIC)),
+                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, POLY, DYNAMIC)),
+                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, POLY, DYNAMIC)),
+                (produce, (descriptors, buffers, barriers, work, sizes, CONSUMERS, BLOCK_K, GROUP, CAUSAL, DYNAMIC)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
