@@ -6,21 +6,29 @@ pointwise part becomes a score function (``attention_lift``, ``attention_masks``
 (``attention_plan``) and only then put into the graph (``attention_rewrite``). What cannot be proved is left alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 from torch._dynamo.utils import counters
 
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
+from vbcompile.passes.attention_fused_calls import (
+    expand_multi_head,
+    is_multi_head,
+    match_inner,
+    match_sdpa,
+    without_weights,
+)
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_plan import Plan, plan
+from vbcompile.passes.attention_report import describe, details
 from vbcompile.passes.attention_rewrite import rewrite
-from vbcompile.passes.attention_site import Matcher, Unplaced, check_region
+from vbcompile.passes.attention_site import Detail, Matcher, Retry, Site, check_region
 from vbcompile.passes.attention_weights import Carriers
 from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
-from vbcompile.passes.graph_ops import Call, call_of, describe_site, module_graphs, tensor_of, value_of
+from vbcompile.passes.graph_ops import Call, call_of, describe_site, module_graphs
 from vbcompile.report import Decision
 
 PASS_NAME = "attention"
@@ -61,20 +69,19 @@ class _GraphPass:
 
     def run(self) -> list[Decision]:
         calls = self._calls()
-        if not any(_may_begin(call) for call in calls.values()):
+        if not any(_may_begin(call) for call in calls.values()) and not any(map(is_multi_head, self.graph.nodes)):
             return []
         if make_functional(self.graph):
             self.module.recompile()
             calls = self._calls()
         carriers = Carriers()
         carriers.sweep(self.graph, calls)
-        if not carriers.softmaxes:
-            return []
         matcher = Matcher(Effects(self.graph), carriers, self.outer)
+        self._fused_calls(matcher, calls)
         for node, call in calls.items():
             if not any(i in carriers.carrying for i in node.all_input_nodes) or node._erased:
                 continue
-            contraction = contraction_of(call, node)
+            contraction = contraction_of(call_of(node), node)  # earlier rewrites may have changed its arguments
             if contraction is not None:
                 self._try(matcher, contraction)
         self._report_rest(carriers, calls)
@@ -93,19 +100,52 @@ class _GraphPass:
         for side in sides:
             try:
                 plans = _plan_all(matcher, side)
-            except (Refusal, AxisError, Unplaced) as error:
+            except (Refusal, AxisError, Retry) as error:
                 reason = reason or str(error)
                 continue
-            details = _details(plans)
-            rewrite(plans, matcher.effects)
+            self._replace(matcher, plans, site)
             self.settled |= softmaxes
-            counters["vblackwell"]["fuse_attention"] += 1
-            self.decisions.append(Decision(PASS_NAME, site, "rewritten", describe_plans(plans), details=details))
             return
         named = [s for s in softmaxes if (c := call_of(s)) is not None and c.name != "exp"]
         if named:
             self.settled |= softmaxes
             self.decisions.append(Decision(PASS_NAME, site, "left", reason))
+
+    def _fused_calls(self, matcher: Matcher, calls: Mapping[fx.Node, Call]) -> None:
+        for node in [n for n in self.graph.nodes if is_multi_head(n)]:
+            self._multi_head(matcher, node)
+        for node, call in calls.items():
+            if call.name == "sdpa":
+                self._fused(matcher, node, lambda detail, n=node: match_sdpa(matcher, n, detail))
+
+    def _multi_head(self, matcher: Matcher, node: fx.Node) -> None:
+        site = describe_site(node)
+        try:
+            call = without_weights(node)
+            inner = expand_multi_head(matcher, call)
+        except Refusal as error:
+            self.decisions.append(Decision(PASS_NAME, site, "left", str(error)))
+            return
+        self._fused(matcher, inner, lambda detail: match_inner(matcher, inner, call, detail))
+
+    def _fused(self, matcher: Matcher, node: fx.Node, match: Callable[[Detail], Site]) -> None:
+        reason = ""
+        for detail in Detail:
+            try:
+                self._replace(matcher, [plan(match(detail), matcher.effects)], describe_site(node))
+                return
+            except Retry as error:
+                reason = str(error)
+            except (Refusal, AxisError) as error:
+                reason = str(error)
+                break
+        self.decisions.append(Decision(PASS_NAME, describe_site(node), "left", reason))
+
+    def _replace(self, matcher: Matcher, plans: list[Plan], site: str) -> None:
+        rewrite(plans, matcher.effects)
+        counters["vblackwell"]["fuse_attention"] += len(plans)
+        for made in plans:
+            self.decisions.append(Decision(PASS_NAME, site, "rewritten", describe(made), details=details(made)))
 
     def _report_rest(self, carriers: Carriers, calls: Mapping[fx.Node, Call]) -> None:
         for node in calls:
@@ -115,13 +155,16 @@ class _GraphPass:
 
 
 def _may_begin(call: Call) -> bool:
-    return call.name in ("softmax", "safe_softmax", "exp")
+    return call.name in ("softmax", "safe_softmax", "exp", "sdpa")
 
 
 def _plan_all(matcher: Matcher, contraction: Contraction) -> list[Plan]:
-    sites = matcher.match(contraction)
+    plans = matcher.match(contraction, lambda site: plan(site, matcher.effects))
+    sites = [made.site for made in plans]
+    if len(sites) > 1 and any(site.log_sums for site in sites):
+        raise Refusal("the scores of a sum of attentions are used elsewhere")
     check_region(sites, sites[0].out)
-    return [plan(site, matcher.effects) for site in sites]
+    return plans
 
 
 def _softmaxes_behind(contraction: Contraction, carriers: Carriers) -> set[fx.Node]:
@@ -157,67 +200,3 @@ def _outer_nodes(gm: fx.GraphModule, inner: fx.GraphModule) -> dict[fx.Node, fx.
     inside = [n for n in inner.graph.nodes if n.op == "placeholder"]
     passed = callers[0].args[len(callers[0].args) - len(inside) :]
     return {p: a for p, a in zip(inside, passed, strict=True) if isinstance(a, fx.Node)}
-
-
-# ------------------------------------------------------------------------------------------------------- reporting
-def describe_plans(plans: list[Plan]) -> str:
-    """What a site became, for the report."""
-    parts = [_describe(p) for p in plans]
-    return parts[0] if len(parts) == 1 else f"sum of {len(parts)}: " + "; ".join(parts)
-
-
-def _describe(made: Plan) -> str:
-    function = made.function
-    words = ["attention"]
-    if function.mask is not None:
-        words.append(_mask_word(made))
-    if function.program[function.score] != ("score",):
-        words.append("score function")
-    heads = _shared_heads(made)
-    if heads:
-        words.append(heads)
-    if function.sink is not None:
-        words.append("sink")
-    if made.site.dropout:
-        words.append("dropout")
-    words.append("no mask tensor" if not made.captured else f"{len(made.captured)} captured tensors")
-    return ", ".join(words)
-
-
-def _mask_word(made: Plan) -> str:
-    from vbcompile.kernels.score_function import causal_offset
-
-    function = made.function
-    q, k = (_int_size(dim) for dim in (made.rows, made.keys))
-    if q is not None and k is not None and causal_offset(function, q, k) is not None:
-        return "causal"
-    structured = function.depends_on(function.mask, "k_index")
-    return "structured mask" if structured else "mask"
-
-
-def _int_size(dim: Any) -> int | None:
-    from vbcompile.passes.graph_axes import product
-
-    size = product(dim)
-    return size if type(size) is int else None
-
-
-def _shared_heads(made: Plan) -> str:
-    q = {a for dim in made.site.space.resolve_all(made.q.dims) for a in dim}
-    k = {a for dim in made.site.space.resolve_all(made.k.dims) for a in dim}
-    shared = [a for dim in made.lead for a in dim if a in q and a not in k]
-    size = _int_size(tuple(shared)) if shared else None
-    return f"{size} query heads per key head" if size else ""
-
-
-def _details(plans: list[Plan]) -> dict[str, Any]:
-    made = plans[0]
-    return {
-        "q": [str(s) for s in tensor_of(made.q.node).shape],
-        "k": [str(s) for s in tensor_of(made.k.node).shape],
-        "v": [str(s) for s in tensor_of(made.v.node).shape],
-        "dtype": str(made.dtype).removeprefix("torch."),
-        "score_function": [p.function.dumps() for p in plans],
-        "captured": [[str(s) for s in tensor_of(n).shape] if hasattr(value_of(n), "shape") else [] for n, _ in made.captured],
-        "calls": len(plans),
-    }

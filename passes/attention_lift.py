@@ -57,6 +57,7 @@ class Lifter:
 
     Args:
         contraction: the matrix product whose elements are the scores; None where there is none (a fused call's mask).
+        may_cut: whether axes may be cut to follow a reshape of a mask or bias.
         symbolic_sizes: whether sizes that are known only at run time may become part of an expression.
         position: place of every node of the graph.
         stable: ``stable(node)`` says whether the node still holds the same values where the fused call will read it,
@@ -73,6 +74,7 @@ class Lifter:
         position: Mapping[fx.Node, int],
         stable: Any,
         outer: Mapping[fx.Node, fx.Node],
+        may_cut: bool = True,
         symbolic_sizes: bool = True,
     ) -> None:
         self.space = space
@@ -84,6 +86,7 @@ class Lifter:
         self._position = position
         self._stable = stable
         self._outer = outer
+        self._may_cut = may_cut
         self._symbolic_sizes = symbolic_sizes
         self._memo: dict[Any, Expression | None] = {}
         self._dependent: dict[fx.Node, bool] = {}
@@ -295,7 +298,12 @@ class Lifter:
     # ---------------------------------------------------------------------------------------------------- views
     def _view(self, call: Call, node: fx.Node, coordinates: Coordinates) -> tuple[fx.Node, Coordinates] | None:
         if self._plain(coordinates) or call.name not in RESHAPES | REPEATS:
-            return view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+            cuts = None if self._may_cut or self.score is None or self.depends(node) else self.space.snapshot()
+            moved = view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+            if cuts is not None and self.space.snapshot() != cuts:
+                self.space.restore(cuts)
+                raise Opaque
+            return moved
         if call.name in REPEATS:
             raise Opaque
         inner, outer = shape_of(call.input), shape_of(node)

@@ -36,11 +36,14 @@ class Logits:
     every_row: bool = False
 
 
-def split_logits(algebra: Algebra, logits: Expression, keys: Dim) -> Logits:
-    """Separate the mask and the scale from the logits; ``keys`` are the axes of the softmax."""
+def split_logits(algebra: Algebra, logits: Expression, keys: Dim, low_fills: bool = False) -> Logits:
+    """Separate the mask and the scale from the logits; ``keys`` are the axes of the softmax.
+
+    ``low_fills``: rows without a key do not matter, so that every low fill is a mask.
+    """
     value, mask = _split(algebra, logits, LOWEST_FILL)
     every_row = keeps_a_key(algebra, mask, keys)
-    if not every_row:
+    if not every_row and not low_fills:
         value, mask = _split(algebra, logits, float("-inf"))
         every_row = keeps_a_key(algebra, mask, keys)
     return _extract_scale(algebra, Logits(value, _unique(algebra, mask), every_row=every_row))

@@ -13,7 +13,7 @@ from vbcompile.kernels.score_function import Builder, ScoreFunction
 from vbcompile.passes.attention_expression import Expression
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import conjunction
-from vbcompile.passes.attention_site import Operand, Site, Unplaced
+from vbcompile.passes.attention_site import Operand, Retry, Site
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_input
 from vbcompile.passes.graph_effects import Effects, storage_of
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, tensor_of, value_of
@@ -52,7 +52,7 @@ class Plan:
 
 
 def plan(site: Site, effects: Effects) -> Plan:
-    """Plan a site; raises Refusal, or Unplaced where a run-time size cannot be written down."""
+    """Plan a site; raises Refusal, or Retry where less detail may do."""
     made = Plan(site)
     made.dtype = _common_dtype(site)
     peeler = _Peeler(site, effects)
@@ -83,6 +83,8 @@ def _check_arrangement(made: Plan) -> None:
     ]
     for dims, target in targets:
         _check_dims(space.resolve_all(dims), target)
+    if site.residual is not None:
+        _check_dims(space.resolve_all(site.residual[1]), list(space.resolve_all(site.out_dims)))
     for _, _, dims in site.factors:
         if _set(space.resolve_all(dims)) & set(made.keys):
             raise Refusal("the weights are multiplied with something that differs from key to key")
@@ -95,9 +97,9 @@ def _check_dims(dims: Dims, target: list[Dim]) -> None:
         raise Refusal("a diagonal of a tensor takes part in the scores")
     for group in target:
         if set(group) & set(atoms) and not set(group) <= set(atoms):
-            raise Refusal("an operand covers a part of a merged axis")
+            raise Retry("an operand covers a part of a merged axis")
     if not set(atoms) <= {a for group in target for a in group}:
-        raise Refusal("an operand has an axis that the attention does not have")
+        raise Retry("an operand has an axis that the attention does not have")
 
 
 # -------------------------------------------------------------------------------------------------------- precision
@@ -122,7 +124,7 @@ class _Peeler:
     def __init__(self, site: Site, effects: Effects) -> None:
         self.site = site
         self.effects = effects
-        self.end = effects.position[site.out]
+        self.end = effects.position[site.insert_before]
 
     def peel(self, operand: Operand, whole: tuple[Dim, Dim], may_scale: bool) -> tuple[Operand, float]:
         """A tensor earlier in the graph with the same elements, and the factor left out; ``whole`` stays uncut."""
@@ -230,7 +232,7 @@ def _leading(site: Site, captured: list[Dims]) -> list[Dim]:
                 lead[place : place + 2] = [joint]
                 break
         else:
-            raise Refusal(f"more than {MAX_LEADING} leading axes")
+            raise Retry(f"more than {MAX_LEADING} leading axes")
     return lead
 
 
@@ -350,7 +352,7 @@ class _ProgramBuilder:
             if minus is not None:
                 position = emit("sub", position, emit(*minus))
             return position if rest == 0 else emit("add", position, emit("const", rest))
-        raise Unplaced("a size that is known only at run time takes part in the scores")
+        raise Retry("a size that is known only at run time takes part in the scores")
 
 
 def _as_int(value: Any) -> int | None:

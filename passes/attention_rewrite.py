@@ -23,7 +23,7 @@ def rewrite(plans: Sequence[Plan], effects: Effects) -> fx.Node:
     Returns the node that now holds the site's result.
     """
     out = plans[0].site.out
-    emitter = Emitter(out, effects.position)
+    emitter = Emitter(plans[0].site.insert_before, effects.position)
     result: fx.Node | None = None
     for plan in plans:
         term = _emit_call(emitter, plan)
@@ -64,7 +64,20 @@ def _emit_call(emitter: Emitter, plan: Plan) -> fx.Node:
     _emit_log_sums(emitter, plan, call, (*lead, plan.rows))
     for name, factor, dims in site.factors:
         result = _apply_factor(emitter, result, name, factor, space.resolve_all(dims), list(out_dims))
-    return result
+    return _add_residual(emitter, plan, result, list(out_dims))
+
+
+def _add_residual(emitter: Emitter, plan: Plan, result: fx.Node, target: list[Dim]) -> fx.Node:
+    site = plan.site
+    if site.alpha != 1:
+        result = emitter.function(operator.mul, result, site.alpha)
+    if site.residual is None:
+        return result
+    node, dims, beta = site.residual
+    node = emitter.arrange(node, site.space.resolve_all(dims), target)
+    if beta != 1:
+        node = emitter.function(operator.mul, node, beta)
+    return emitter.function(operator.add, result, node)
 
 
 def _operand(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
@@ -103,14 +116,10 @@ def _apply_factor(emitter: Emitter, result: fx.Node, name: str, factor: Any, dim
 def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> None:
     site = plan.site
     for node, wanted in site.log_sums:
-        if emitter.position[node] > emitter.position[site.out]:
-            early = emitter
-        else:
-            early = emitter
-        lse = early.function(operator.getitem, call, 1)
-        lse = early.arrange(lse, dims, list(site.space.resolve_all(wanted)))
+        lse = emitter.function(operator.getitem, call, 1)
+        lse = emitter.arrange(lse, dims, list(site.space.resolve_all(wanted)))
         if tensor_of(lse).dtype != tensor_of(node).dtype:
-            lse = early.method("to", lse, tensor_of(node).dtype)
+            lse = emitter.method("to", lse, tensor_of(node).dtype)
         node.replace_all_uses_with(lse)
         site.region.add(node)
 

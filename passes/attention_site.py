@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -11,21 +12,21 @@ from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import Logits, conjuncts, split_logits
-from vbcompile.passes.attention_softmax import Denominator, Softmax, read_softmax
+from vbcompile.passes.attention_softmax import Softmax, find_late_division, read_softmax
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
-from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, view_input
+from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import (
-    Call,
     call_of,
     is_tensor,
-    known_equal,
     reads_metadata_only,
     shape_of,
     tensor_of,
+    value_of,
 )
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Planned = TypeVar("Planned")
 _SEARCH_LIMIT = 300  # nodes looked at between the softmax and the first matrix product
 
 
@@ -48,7 +49,8 @@ class Site:
         sink: one more logit per row.
         factors: ``(operator, operand, dims)`` applied to whole rows of the result, first applied first.
         region: nodes that the fused call makes superfluous.
-        log_sums: ``logsumexp`` nodes over the same logits, with their dimensions.
+        log_sums: ``logsumexp`` nodes over the same logits that come before the result, with their dimensions, in order.
+        residual: ``(node, dims, factor)`` added to ``alpha`` times the result, as ``baddbmm`` does.
     """
 
     space: Space
@@ -70,8 +72,14 @@ class Site:
     region: set[fx.Node] = field(default_factory=set)
     log_sums: list[tuple[fx.Node, Dims]] = field(default_factory=list)
     score_dtype: torch.dtype = torch.float32
-    late_sum: Denominator | None = None
+    residual: tuple[Any, Dims, Any] | None = None
+    alpha: Any = 1
     first: int = 0
+
+    @property
+    def insert_before(self) -> fx.Node:
+        """Where the fused call goes: at the result, or at the first ``logsumexp`` of the same logits."""
+        return self.log_sums[0][0] if self.log_sums else self.out
 
 
 class Matcher:
@@ -89,12 +97,11 @@ class Matcher:
         self.outer = outer
 
     # ------------------------------------------------------------------------------------------------ from the end
-    def match(self, second: Contraction) -> list[Site]:
-        """The sites whose sum the second product (its ``lhs`` being the weights) computes; raises Refusal."""
-        if second.addend is not None and second.beta != 0:
-            raise Refusal("the second matrix product adds something")
-        if second.alpha != 1 or second.addend is not None:
-            raise Refusal("the second matrix product scales its result")
+    def match(self, second: Contraction, finish: Callable[[Site], Planned]) -> list[Planned]:
+        """The sites whose sum the second product (its ``lhs`` being the weights) computes; raises Refusal.
+
+        ``finish`` makes the rest of the plan; it too may raise Refusal, and Retry to have the site read in less detail.
+        """
         summed = second.summed
         if len(summed) == 0:
             raise Refusal("the second matrix product sums over no axis")
@@ -106,21 +113,30 @@ class Matcher:
         dims = second.lhs_dims(labels)
         keys = tuple(atom for label in second.lhs_labels if label in summed for atom in labels[label])
         found = walk_back(space, second.lhs, dims, self.carriers)
-        return [self._site(space, second, labels, keys, weights, len(found) > 1) for weights in found]
+        if len(found) > 1 and second.addend is not None:
+            raise Refusal("a sum of weights whose second matrix product adds something")
+        return [self._site(space, second, labels, keys, weights, len(found) > 1, finish) for weights in found]
 
     def _site(
-        self, space: Space, second: Contraction, labels: dict[str, Dim], keys: Dim, weights: Weights, joint: bool
-    ) -> Site:
+        self,
+        space: Space,
+        second: Contraction,
+        labels: dict[str, Dim],
+        keys: Dim,
+        weights: Weights,
+        joint: bool,
+        finish: Callable[[Site], Planned],
+    ) -> Planned:
         softmax = read_softmax(space, weights, keys)
-        if softmax.late_sum is not None and (joint or weights.factors):
+        if softmax.late_sum is not None and (joint or weights.factors or second.addend is not None):
             raise Refusal("an exponential that is not divided by its own sum")
         reason = "no matrix product computes the scores"
         for first in self._candidates(softmax.logits):
-            for symbolic in (True, False):
+            for detail in Detail:
                 cuts = space.snapshot()
                 try:
-                    return self._bind(space, second, labels, keys, softmax, first, symbolic)
-                except Unplaced as error:
+                    return finish(self._bind(space, second, labels, keys, softmax, first, detail))
+                except Retry as error:
                     reason = str(error)
                     space.restore(cuts)
                 except (Refusal, AxisError) as error:
@@ -159,36 +175,38 @@ class Matcher:
         keys: Dim,
         softmax: Softmax,
         first: Contraction,
-        symbolic: bool,
+        detail: "Detail",
     ) -> Site:
         algebra = Algebra()
-        end = self.effects.position[second.node]
-        begin = self.effects.position[first.node]
-        lifter = self.lifter(space, algebra, first, begin, end, symbolic)
+        out_dims = tuple(labels[x] for x in second.out_labels)
+        out, divisor = second.node, None
+        if softmax.late_sum is not None:
+            out, divisor = find_late_division(space, softmax.late_sum, out, out_dims, keys)
+        begin, end = self.effects.position[first.node], self.effects.position[out]
+        lifter = self.lifter(space, algebra, first, begin, end, detail)
         logits = algebra.make("to_float", lifter.lift(softmax.logits, softmax.dims))
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         split = split_logits(algebra, logits, keys)
         weights = softmax.weights
-        empty = self._keep(lifter, split, weights, keys)
+        split, empty = self._keep(lifter, split, logits, weights, keys)
         dims = first.label_dims(space, lifter.score_dims)
         query, key, rows = _roles(space, first, dims, keys)
         site = Site(
-            space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), second.node,
-            tuple(labels[x] for x in second.out_labels), rows, keys,
+            space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
             features=tuple(atom for x in first.summed for atom in dims[x]),
             values=tuple(a for x in second.out_labels if x not in second.lhs_labels for a in labels[x]),
             logits=split, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
             empty_rows=empty, factors=list(reversed(weights.factors)), score_dtype=tensor_of(first.node).dtype,
-            late_sum=softmax.late_sum, first=begin,
+            residual=_residual(second, out_dims), alpha=second.alpha, first=begin,
         )  # fmt: skip
         site.region = {first.node, second.node, *weights.region, *lifter.region}
-        site.region |= self._dependents(lifter, softmax, weights)
+        site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
         self._check(site, softmax, keys)
         return site
 
     def lifter(
-        self, space: Space, algebra: Algebra, first: Contraction | None, begin: int, end: int, symbolic: bool
+        self, space: Space, algebra: Algebra, first: Contraction | None, begin: int, end: int, detail: "Detail"
     ) -> Lifter:
         position, is_written = self.effects.position, self.effects.is_written
 
@@ -197,23 +215,27 @@ class Matcher:
 
         return Lifter(
             space, algebra, contraction=first, position=position, stable=stable, outer=self.outer,
-            symbolic_sizes=symbolic,
+            may_cut=detail is Detail.FULL, symbolic_sizes=detail is not Detail.LOADED,
         )  # fmt: skip
 
-    def _keep(self, lifter: Lifter, split: Logits, weights: Weights, keys: Dim) -> str:
+    def _keep(
+        self, lifter: Lifter, split: Logits, logits: Expression, weights: Weights, keys: Dim
+    ) -> tuple[Logits, str]:
         """Check masks that are applied to the weights; returns what rows without a key give."""
         if not weights.kept:
-            return "zero" if weights.zero_empty else "nan"
-        before = set(split.mask)
+            return split, "zero" if weights.zero_empty else "nan"
         after: set[Expression] = set()
         for mask, dims, keep in weights.kept:
             condition = lifter.algebra.make("to_bool", lifter.lift(mask, dims))
             after |= set(conjuncts(condition if keep else lifter.algebra.make("not", condition)))
-        if not after <= before:
-            raise Refusal("weights are masked that the softmax did not mask")
-        if after != before and not split.every_row and not weights.zero_empty:
+        after -= {lifter.algebra.true}
+        if not after <= set(split.mask):
+            split = split_logits(lifter.algebra, logits, keys, low_fills=True)
+            if after != set(split.mask):
+                raise Refusal("the weights are masked where the softmax is not")
+        if after != set(split.mask) and not split.every_row and not weights.zero_empty:
             raise Refusal("the weights are masked by a part of the mask only")
-        return "zero"
+        return split, "zero"
 
     def _sink(self, lifter: Lifter, softmax: Softmax) -> Expression | None:
         if softmax.sink is None:
@@ -223,13 +245,10 @@ class Matcher:
             raise Refusal("the sink depends on the scores")
         return lifter.algebra.make("to_float", lifter.lift(node, dims))
 
-    def _dependents(self, lifter: Lifter, softmax: Softmax, weights: Weights) -> set[fx.Node]:
-        """Nodes between the logits and the softmax, and what a handwritten softmax divides by."""
+    def _dependents(self, lifter: Lifter, readers: Sequence[fx.Node | None]) -> set[fx.Node]:
+        """Nodes between the logits and ``readers`` that the fused call makes superfluous."""
         found: set[fx.Node] = set()
-        todo: list[Any] = [weights.node]
-        todo += [softmax.late_sum.numerator] if softmax.late_sum is not None else []
-        for node in weights.region:
-            todo += node.all_input_nodes
+        todo = [i for reader in readers if reader is not None for i in (reader, *reader.all_input_nodes)]
         while todo:
             node = todo.pop()
             if node in found or not lifter.depends(node) or node in lifter.region:
@@ -263,10 +282,43 @@ class Matcher:
             if site.space.resolve(softmax.dims[dim]) == site.space.resolve(keys):
                 kept = ((),) if call.get("keepdim") else ()
                 site.log_sums.append((user, (*softmax.dims[:dim], *kept, *softmax.dims[dim + 1 :])))
+        self._check_early(site)
+
+    def _check_early(self, site: Site) -> None:
+        """Refuse where the operands are not there yet when a ``logsumexp`` is read."""
+        place = self.effects.position
+        site.log_sums.sort(key=lambda found: place[found[0]])
+        if not site.log_sums:
+            return
+        early = place[site.insert_before]
+        if early > place[site.out]:
+            raise Refusal("the scores are used again after the attention")
+        if place.get(site.v.node, 0) >= early or self.effects.is_written(site.v.node, early, place[site.out]):
+            raise Refusal("the scores are used before the values are known")
 
 
-class Unplaced(Exception):
-    """A run-time size has no name in the iteration space."""
+class Detail(Enum):
+    """How closely masks and biases are looked at, in the order of trying.
+
+    ``FULL``; ``WHOLE``: no axis is cut for their sake; ``LOADED``: nor do run-time sizes become part of a formula.
+    """
+
+    FULL = 0
+    WHOLE = 1
+    LOADED = 2
+
+
+class Retry(Exception):
+    """The site cannot be planned in this detail."""
+
+
+def _residual(second: Contraction, out_dims: Dims) -> tuple[Any, Dims, Any] | None:
+    """What the second product adds to its result."""
+    if second.addend is None or second.beta == 0:
+        return None
+    if not is_tensor(second.addend):
+        raise Refusal("the second matrix product adds something that is no tensor")
+    return second.addend, broadcast_input(out_dims, shape_of(second.addend)), second.beta
 
 
 def check_operands(site: Site) -> None:
@@ -305,13 +357,27 @@ def is_dead(node: fx.Node) -> bool:
 
 
 def _dropout(weights: Weights) -> Any:
+    """The one dropout probability; raises Refusal for several."""
     if len(weights.dropout) > 1:
         raise Refusal("more than one dropout of the weights")
-    probability = weights.dropout[0] if weights.dropout else 0.0
+    return check_dropout(weights.dropout[0] if weights.dropout else 0.0)
+
+
+def check_dropout(probability: Any) -> Any:
+    """The probability of an active dropout (number or node); raises Refusal where the fused call cannot draw it."""
+    import torch._inductor.config
+
+    value = value_of(probability)
+    if isinstance(value, torch.SymFloat) and value.node.maybe_as_float() is not None:
+        probability = value.node.maybe_as_float()
+    if isinstance(probability, fx.Node) and not isinstance(value, torch.SymFloat):
+        raise Refusal("a dropout probability that is no number")
     if probability and torch._inductor.config.fallback_random:
         raise Refusal("dropout must repeat eager's random numbers (fallback_random)")
-    if isinstance(probability, (int, float)) and not 0 <= probability < 1:
-        raise Refusal(f"dropout probability {probability}")
+    if isinstance(probability, (int, float)):
+        if not 0 <= probability < 1:
+            raise Refusal(f"dropout probability {probability}")
+        return float(probability)
     return probability
 
 
@@ -363,8 +429,3 @@ def _is_parameter_matrix(node: fx.Node) -> bool:
 def is_parameter(node: fx.Node) -> bool:
     """Whether a placeholder is a module's parameter."""
     return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "parameters_" in str(node.target)
-
-
-__all__ = ["Matcher", "Operand", "Site", "Unplaced", "check_operands", "check_region", "view_input"]
-Finder = Callable[[Call], bool]
-_ = known_equal

@@ -82,7 +82,9 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
     if normalised is not None:
         return Softmax(normalised, weights.dims, weights)
     for place, (operator, operand, dims) in enumerate(weights.factors):
-        if operator != "div" or not is_tensor(operand):
+        if operator == "mul":
+            operand = _inverted(operand)
+        if operator not in ("div", "mul") or not is_tensor(operand):
             continue
         sink = _denominator(space, operand, dims, weights, keys)
         if sink is not None:
@@ -97,6 +99,16 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
     if weights.kept or weights.zero_empty:
         raise Refusal("an exponential that is not divided by its own sum")
     return Softmax(logits, weights.dims, weights, late_sum=Denominator(numerator, weights.dims))
+
+
+def _inverted(node: Any) -> Any:
+    """``x`` where the node is ``1 / x``."""
+    call = call_of(node)
+    if call is not None and call.name == "reciprocal":
+        return call.input
+    if call is not None and call.name == "div" and call.input == 1 and not isinstance(call.input, fx.Node):
+        return call.get("other")
+    return call.input if call is not None and call.name == "pow" and call.get("other") == -1 else None
 
 
 def _already_normalised(space: Space, logits: fx.Node, dims: Dims, keys: Dim) -> fx.Node | None:
@@ -229,6 +241,8 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
             found = replace(found, logits=call.input, exact_logits=False)
+        elif call.name == "pad" and found.weights.sink_column and found.sink is None:
+            found = _split_padding(call, found)
         elif call.name == "cat" and found.weights.sink_column and found.sink is None:
             found = _split_sink(space, call, found, keys)
         else:
@@ -259,3 +273,31 @@ def _split_sink(space: Space, call: Any, found: Softmax, keys: Dim) -> Softmax:
     column = broadcast_input((*dims[:axis], (), *dims[axis + 1 :]), shape_of(sink))
     return replace(found, logits=scores, sink=(sink, column), exact_logits=False)
 
+
+def _split_padding(call: Any, found: Softmax) -> Softmax:
+    """``pad`` with one constant column."""
+    wanted = (0, 1) if found.weights.sink_column == "last" else (1, 0)
+    value = call.get("value")
+    if tuple(call.get("pad")) != wanted or call.get("mode", "constant") != "constant":
+        raise Refusal("a padding before the softmax")
+    if not isinstance(value, (int, float, type(None))):
+        raise Refusal("a padding before the softmax")
+    return replace(found, logits=call.input, sink=(float(value or 0.0), ()), exact_logits=False)
+
+
+# ----------------------------------------------------------------------------------------------- division afterwards
+def find_late_division(
+    space: Space, late: Denominator, product: fx.Node, out_dims: Dims, keys: Dim
+) -> tuple[fx.Node, fx.Node]:
+    """The division of the second product by the sum of the weights, and its divisor; raises Refusal without one."""
+    users = list(product.users)
+    call = call_of(users[0]) if len(users) == 1 else None
+    if call is not None and call.name == "div" and call.input is product and call.get("rounding_mode") is None:
+        divisor = call.get("other")
+        same_shape = len(shape_of(users[0])) == len(out_dims)
+        if is_tensor(divisor) and same_shape and len(shape_of(divisor)) <= len(out_dims):
+            reduced = _reduction(space, divisor, broadcast_input(out_dims, shape_of(divisor)), keys, {"sum"})
+            if reduced is not None and _is_numerator(reduced[0], late.numerator):
+                if space.resolve_all(reduced[1]) == space.resolve_all(late.dims):
+                    return users[0], divisor
+    raise Refusal("an exponential that is not divided by its own sum")

@@ -38,14 +38,14 @@ class Call:
 
 _UNARY = (
     "neg abs exp exp2 log log1p log2 sqrt rsqrt sin cos tanh sigmoid square reciprocal relu silu sign bool int long "
-    "float half bfloat16 double detach contiguous clone zero positive item cpu cuda size_of fill_zero isinf isnan"
+    "float half bfloat16 double detach contiguous clone positive cpu cuda"
 ).split()
 _BINARY = "mul floordiv mod pow eq ne lt le gt ge and or xor maximum minimum type_as view_as".split()
 
 # canonical name -> positional parameters
 _PARAMETERS: dict[str, tuple[str, ...]] = {
-    **{name: ("input",) for name in _UNARY},
-    **{name: ("input", "other") for name in _BINARY},
+    **dict.fromkeys(_UNARY, ("input",)),
+    **dict.fromkeys(_BINARY, ("input", "other")),
     "add": ("input", "other"),
     "sub": ("input", "other"),
     "div": ("input", "other"),
@@ -93,6 +93,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "narrow": ("input", "dim", "start", "length"),
     "select": ("input", "dim", "index"),
     "cat": ("tensors", "dim"),
+    "pad": ("input", "pad", "mode", "value"),
     "to": ("input", "other", "another"),
     "type": ("input", "other"),
     "tril": ("input", "diagonal"),
@@ -129,10 +130,10 @@ def _functions() -> dict[Any, str]:
         "floordiv": "floor_divide", "and": "logical_and bitwise_and", "or": "logical_or bitwise_or",
         "xor": "logical_xor bitwise_xor", "not": "logical_not bitwise_not", "eq": "eq", "ne": "ne not_equal",
         "lt": "lt less", "le": "le less_equal", "gt": "gt greater", "ge": "ge greater_equal",
-        "movedim": "movedim moveaxis", "cat": "cat concat concatenate", "permute": "permute", "size_of": "",
-        "safe_softmax": "_safe_softmax", "item": "", "bool": "", "int": "", "long": "", "float": "", "half": "",
-        "bfloat16": "", "double": "", "cpu": "", "cuda": "", "fill_zero": "", "contiguous": "", "type": "", "to": "",
-        "mT": "", "T": "", "linear": "", "sdpa": "", "softplus": "", "leaky_relu": "", "silu": "", "zero": "",
+        "movedim": "movedim moveaxis", "cat": "cat concat concatenate", "permute": "permute",
+        "safe_softmax": "_safe_softmax", "bool": "", "int": "", "long": "", "float": "", "half": "",
+        "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
+        "mT": "", "T": "", "linear": "", "sdpa": "", "softplus": "", "leaky_relu": "", "silu": "",
         "view_as": "", "type_as": "", "expand": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
         "repeat": "", "sign": "sign", "arange": "arange", "einsum": "einsum",
     }  # fmt: skip
@@ -152,7 +153,7 @@ def _functions() -> dict[Any, str]:
         F.linear: "linear", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh", torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        torch.reshape: "reshape", F.logsigmoid: "logsigmoid",
+        F.pad: "pad", F.logsigmoid: "logsigmoid",
     }  # fmt: skip
     return table
 
@@ -171,6 +172,7 @@ _METHODS = {
 }  # fmt: skip
 _PARAMETERS |= {"hardtanh": ("input", "min", "max"), "logsigmoid": ("input",)}
 _FUNCTIONS: dict[Any, str] = _functions()
+_METHOD_PARAMETERS = {"where": ("input", "condition", "other")}
 # F.softmax and F.log_softmax have one more positional parameter than their torch namesakes
 _SPECIAL_PARAMETERS: dict[Any, tuple[str, ...]] = {
     F.softmax: ("input", "dim", "_stacklevel", "dtype"),
@@ -190,7 +192,7 @@ def call_of(node: Any) -> Call | None:
     in_place = target.endswith("_") and not target.endswith("__")
     target = target[:-1] if in_place else target
     name = _METHODS.get(target, target)
-    return _bind(name, _PARAMETERS.get(name), node, in_place)
+    return _bind(name, _METHOD_PARAMETERS.get(name, _PARAMETERS.get(name)), node, in_place)
 
 
 def _function_call(node: fx.Node) -> Call | None:
