@@ -47,8 +47,8 @@ NOT_IN_HALF = ("additive_min",)  # eager PyTorch rounds float32's minimum to -in
 
 # ---------------------------------------------------------------------------------------------------- check
 def check_one(job: tuple[int, str]) -> dict[str, Any]:
-    from attention_forms import make_forms
     from attention_compare import compare
+    from attention_forms import make_forms
 
     number, name = job
     *sizes, dtype, _ = CHECKS[number]

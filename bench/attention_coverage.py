@@ -36,7 +36,7 @@ from attention_corpus import CASES  # noqa: E402
 from attention_trial import Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
 from model_families import FAMILIES, FamilyResult, try_family  # noqa: E402
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def make_backend(name: str) -> Backend:

@@ -132,3 +132,21 @@ def keep_weights(seed, dropout_p, head, i, j, q_length, k_length, WIDE: tl.const
     else:
         offset = (head * q_length + i) * k_length + j
     return tl.rand(seed, offset) > dropout_p
+
+
+@triton.jit
+def softmax_step(accumulator, total, top, logits, factor, MAY_BE_EMPTY: tl.constexpr, UNBOUNDED: tl.constexpr):
+    """One step of the online softmax: ``(weights of the tile, accumulator and row sum rescaled, new row maximum)``.
+
+    Weights are ``2 ** (factor * (logits - maximum))``; ``UNBOUNDED`` takes the difference before the product.
+    """
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
+    if UNBOUNDED:
+        weights = tl.exp2((logits - shift[:, None]) * factor)
+        decay = tl.exp2((top - shift) * factor)
+    else:
+        scaled_shift = shift * factor
+        weights = tl.exp2(logits * factor - scaled_shift[:, None])
+        decay = tl.exp2(top * factor - scaled_shift)
+    return weights, accumulator * decay[:, None], total * decay + tl.sum(weights, 1), new_top

@@ -15,6 +15,7 @@ from vbcompile.kernels.attention_blocks import (
     load_tile,
     locate,
     offset_of,
+    softmax_step,
     split_index,
     store_tile,
     tile_range,
@@ -55,23 +56,13 @@ def _visit(
         logits = tl.where(keep, logits, float("-inf"))
     elif BOUNDED:
         logits = tl.where(j_ok, logits, float("-inf"))
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MAY_BE_EMPTY else new_top
-    if UNBOUNDED:
-        weights = tl.exp2((logits - shift[:, None]) * factor)
-        decay = tl.exp2((top - shift) * factor)
-    else:
-        scaled_shift = shift * factor
-        weights = tl.exp2(logits * factor - scaled_shift[:, None])
-        decay = tl.exp2(top * factor - scaled_shift)
-    total = total * decay + tl.sum(weights, 1)
+    weights, accumulator, total, top = softmax_step(accumulator, total, top, logits, factor, MAY_BE_EMPTY, UNBOUNDED)
     if DROPOUT:
         keep = keep_weights(seed, dropout_p, join_index(lead, lead_sizes), i, j, q_length, k_length, WIDE)
         weights = tl.where(keep, weights, 0.0)
-    accumulator = accumulator * decay[:, None]
     v_tile = load_tile(v, v_head, v_strides, start, k_length, BLOCK_K, DV, DV_PADDED, TMA, BOUNDED)
     accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
-    return (accumulator, total, new_top)
+    return (accumulator, total, top)
 
 
 @triton.jit

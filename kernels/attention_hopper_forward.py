@@ -214,6 +214,34 @@ def sum_within_lane(p):
 
 
 @gluon.jit
+def carry_weights(p, dtype: gl.constexpr, PACK: gl.constexpr):
+    """The form in which exponentials ``p`` float32 [64, N] go over the loop's edge: as they are, or PACKed to int32
+    [64, N / 2], two neighbours rounded to ``dtype`` each, which takes half the registers. (Plain 16-bit values would be
+    taken apart and put together again in every iteration.)"""
+    if PACK:
+        bf16: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        fp16: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        low, high = p.reshape(64, p.shape[1] // 2, 2).split()
+        return gl.inline_asm_elementwise(
+            bf16 if dtype == gl.bfloat16 else fp16, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        return p
+
+
+@gluon.jit
+def use_weights(carried, dtype: gl.constexpr, layout: gl.constexpr):
+    """What ``carry_weights`` gave, as the left operand of a product whose result has ``layout``."""
+    if carried.dtype == gl.int32:
+        low = carried.to(gl.int16).to(dtype, bitcast=True)
+        high = (carried >> 16).to(gl.int16).to(dtype, bitcast=True)
+        weights = gl.join(low, high).reshape(64, carried.shape[1] * 2)
+    else:
+        weights = carried.to(dtype)
+    return gl.convert_layout(weights, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
+
+
+@gluon.jit
 def finish_first(x):
     """x unchanged, but computed before whatever follows in the program.
 
@@ -247,6 +275,7 @@ def advance(
     place,
     sizes,
     w: gl.constexpr,
+    PACK: gl.constexpr,
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
     OVERLAP: gl.constexpr,
@@ -259,17 +288,19 @@ def advance(
     m, total, o, p = state
     _, _, k_full, k_empty, v_full, v_empty = barriers
     STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK_K: gl.constexpr = p.shape[1]
+    BLOCK_K: gl.constexpr = k_smem.shape[3]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     D: gl.constexpr = o.shape[1]
+    o_layout: gl.constexpr = o.type.layout
     slot = taken % STAGES
     next_slot = (taken + 1) % STAGES
     mbarrier.wait(k_full.index(next_slot), (taken + 1) // STAGES & 1)
     if PING_PONG:
         wait_turn(TURN + w)
     k_tile = k_smem.index(next_slot).reshape([BLOCK_K, D]).permute((1, 0))
-    zero = gl.full([64, BLOCK_K], 0.0, gl.float32, p.type.layout)
+    zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
     s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
-    weights = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o.type.layout, 2))
+    weights = use_weights(p, q_tile.dtype, o_layout)
     mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
     o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
     if PING_PONG:
@@ -287,10 +318,10 @@ def advance(
     if OVERLAP:
         part = finish_first(part)
     total = total * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
-    # p rides along so that the exponentials are finished before, not after, the wait for P V.
+    # Rounded after the wait: P V may still be reading the registers of the last weights.
     o, p = warpgroup_mma_wait(0, [o, p])
     mbarrier.arrive(v_empty.index(slot))
-    return new_m, total, o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None], p
+    return new_m, total, o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None], carry_weights(p, q_tile.dtype, PACK)
 
 
 @gluon.jit
@@ -348,7 +379,7 @@ def consume(
         m = gl.max(s, 1)
         base = gl.where(m == float("-inf"), 0.0, m)
         p = exp2_mixed(s * scale_log2 - (base * scale_log2)[:, None], POLY)
-        state = (m, sum_within_lane(p), gl.full([64, D], 0.0, gl.float32, o_layout), p)
+        state = (m, sum_within_lane(p), gl.full([64, D], 0.0, gl.float32, o_layout), carry_weights(p, q_tile.dtype, CONSUMERS == 3))
         for j in range(1, tiles):
             place = (first_row, (tiles - 1 - j) * BLOCK_K, j < tiles - clear)
             state = advance(
@@ -362,6 +393,7 @@ def consume(
                 place,
                 sizes,
                 w,
+                CONSUMERS == 3,
                 CAUSAL,
                 PING_PONG,
                 OVERLAP,
@@ -372,7 +404,7 @@ def consume(
         mbarrier.arrive(q_empty.index(w))
         slot = taken % STAGES
         mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
-        weights = gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        weights = use_weights(p, q_tile.dtype, o_layout)
         o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
         row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
         rows = first_row + gl.arange(0, 64, s_rows)

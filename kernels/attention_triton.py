@@ -33,6 +33,9 @@ MAX_HEAD_SIZE = 256
 _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
 _CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REFINE_FLOAT32, _REFINE_HALF = 4.0, 64.0
+_MOST_DECODED = 16  # queries up to which the keys are split between programs
+_DECODE_ROWS = 64  # most rows of a tile there
+_DECODE_PROGRAMS, _MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 2, 128, 128
 _OLDEST_NVIDIA = (8, 0)  # asynchronous copies and bfloat16 products
 
 
@@ -224,7 +227,10 @@ def forward(
     out = empty_output(problem.lead, problem.q_length, problem.dv, function.rows_first, q)
     lse = q.new_empty([*problem.lead, problem.q_length], dtype=torch.float32)
     with _on_device(q):
-        _launch_forward(problem, problem.tiles("forward"), q, k, v, out, lse, scale, dropout_p, seed)
+        if problem.q_length <= _MOST_DECODED and not problem.dropout:
+            _launch_decode(problem, q, k, v, out, lse, scale)
+        else:
+            _launch_forward(problem, problem.tiles("forward"), q, k, v, out, lse, scale, dropout_p, seed)
     return out, lse
 
 
@@ -288,6 +294,88 @@ def _launch_forward(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+
+
+def _shared_axes(k: Tensor, v: Tensor, lead: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Leading sizes of k and v, and of the axes along which both are broadcast; 1 elsewhere."""
+    shared = [ks == 1 and vs == 1 for ks, vs in zip(k.shape[:-2], v.shape[:-2], strict=True)]
+    outer = tuple(1 if s else n for s, n in zip(shared, lead, strict=True))
+    group = tuple(n if s else 1 for s, n in zip(shared, lead, strict=True))
+    return outer, group
+
+
+def _launch_decode(problem: _Problem, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    from vbcompile.kernels.attention_decode import attention_decode_kernel, attention_merge_kernel
+
+    outer, group = _shared_axes(k, v, problem.lead)
+    members, total_rows = math.prod(group), problem.heads * problem.q_length
+    tiles = problem.tiles("decode")
+    block_q = min(_DECODE_ROWS, max(tiles.block_q, 1 << (members * problem.q_length - 1).bit_length()))
+    programs = math.prod(outer) * -(-members * problem.q_length // block_q)
+    splits = _split_count(q.device, programs, -(-problem.k_length // tiles.block_k))
+    part_out = q.new_empty([splits, total_rows, problem.dv], dtype=torch.float32)
+    part_lse = q.new_empty([splits, total_rows], dtype=torch.float32)
+    program = problem.program
+    _launch(
+        attention_decode_kernel,
+        (splits, programs),
+        q,
+        k,
+        v,
+        part_out,
+        part_lse,
+        problem.captured,
+        pad_lead(problem.lead),
+        pad_lead(outer),
+        pad_lead(group),
+        tile_strides(q),
+        tile_strides(k),
+        tile_strides(v),
+        problem.captured_strides,
+        float(scale),
+        problem.q_length,
+        problem.k_length,
+        members,
+        splits,
+        total_rows,
+        program.logits,
+        program.mask,
+        program.sink,
+        program.scattered_key_range,
+        PLAIN=problem.plain,
+        UNBOUNDED=problem.unbounded,
+        PRECISION=problem.precision,
+        **problem.widths,
+        BLOCK_Q=block_q,
+        BLOCK_K=tiles.block_k,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    _launch(
+        attention_merge_kernel,
+        (total_rows,),
+        part_out,
+        part_lse,
+        out,
+        lse,
+        pad_lead(problem.lead),
+        tile_strides(out),
+        problem.q_length,
+        splits,
+        total_rows,
+        EMPTY_IS_ZERO=problem.empty_is_zero,
+        SPLITS_PADDED=1 << (splits - 1).bit_length(),
+        DV=problem.dv,
+        DV_PADDED=problem.dv_padded,
+        num_warps=4,
+    )
+
+
+def _split_count(device: torch.device, programs: int, tiles: int) -> int:
+    """Parts of the keys that fill the device: about two programs for each multiprocessor, equal numbers of tiles."""
+    slots = _DECODE_PROGRAMS * (get_target(device).multiprocessors or _TYPICAL_MULTIPROCESSORS)
+    wanted = max(1, min(slots // programs, tiles, _MOST_SPLITS))
+    return -(-tiles // -(-tiles // wanted))
 
 
 # ------------------------------------------------------------------------------------------------- backward
@@ -490,9 +578,7 @@ class _Backward:
         problem, program, tiles = self._problem, self._problem.program, self._tiles["grad_kv"]
         if not need and not program.column_sums:
             return None, None
-        shared = [ks == 1 and vs == 1 for ks, vs in zip(self._k.shape[:-2], self._v.shape[:-2], strict=True)]
-        outer = tuple(1 if s else n for s, n in zip(shared, problem.lead, strict=True))
-        group = tuple(n if s else 1 for s, n in zip(shared, problem.lead, strict=True))
+        outer, group = _shared_axes(self._k, self._v, problem.lead)
         grad_k, grad_v = (self._gradient_buffer(t, outer) for t in (self._k, self._v))
         blocks = (
             (tiles.block_q, problem.d),

@@ -36,12 +36,19 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation chosen for a case, and why the others were not."""
+    """The implementation chosen for a case, and why the others were not.
+
+    Attributes:
+        refused: ``(name, reason)`` of those that run on the target but not this case, or not as fast.
+        elsewhere: ``(name, reason)`` of those that do not run on the target at all.
+    """
 
     implementation: Implementation
     refused: tuple[tuple[str, str], ...]
+    elsewhere: tuple[tuple[str, str], ...] = ()
 
     def explain(self) -> str:
+        """The choice and what was refused on this target, in one line."""
         refusals = "; ".join(f"{name}: {reason}" for name, reason in self.refused)
         return self.implementation.name + (f" (not {refusals})" if refusals else "")
 
@@ -83,19 +90,21 @@ def operator(name: str) -> Operator:
 @lru_cache(maxsize=4096)
 def _choose(name: str, target: Target, case: Any) -> Choice:
     _OPERATORS[name].load()
-    costs: list[tuple[float, int, Implementation]] = []
+    costs: list[tuple[float, Implementation]] = []
     refused: list[tuple[str, str]] = []
-    for order, implementation in enumerate(_OPERATORS[name].implementations):
-        reason = implementation.refuses(target, case)
-        if reason is None:
-            costs.append((implementation.cost(target, case), order, implementation))
-        else:
+    elsewhere: list[tuple[str, str]] = []
+    for implementation in _OPERATORS[name].implementations:
+        if reason := implementation.refuses(target, None):
+            elsewhere.append((implementation.name, reason))
+        elif reason := implementation.refuses(target, case):
             refused.append((implementation.name, reason))
+        else:
+            costs.append((implementation.cost(target, case), implementation))
     if not costs:
-        raise RuntimeError(f"no implementation of {name} runs this: {refused}")
-    cost, _, chosen = min(costs, key=lambda c: c[:2])
-    slower = [(i.name, f"costs {c / cost:.2g} times as much") for c, _, i in costs if i is not chosen]
-    return Choice(chosen, (*refused, *slower))
+        raise RuntimeError(f"no implementation of {name} runs this: {refused + elsewhere}")
+    cost, chosen = min(costs, key=lambda c: c[0])
+    refused += [(i.name, f"estimated {c / cost:.2g} times slower") for c, i in costs if i is not chosen]
+    return Choice(chosen, tuple(refused), tuple(elsewhere))
 
 
 def describe(target: Target) -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ the coordinates, pointwise operators become expressions, ``arange`` becomes an i
 leaves as a captured tensor, unless it depends on the scores, which must be understood or the site is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Lifter:
         position: place of every node of the graph.
         stable: ``stable(node)`` says whether the node still holds the same values where the fused call will read it,
             judged from its definition on; ``stable(node, True)`` judges from the first node of the site on.
+        representative: one node for all that compute the same value.
         outer: for the placeholders of an inner graph, the nodes of the graph around it that they stand for.
     """
 
@@ -72,7 +73,8 @@ class Lifter:
         *,
         contraction: Contraction | None,
         position: Mapping[fx.Node, int],
-        stable: Any,
+        stable: Callable[[fx.Node, bool], bool],
+        representative: Callable[[fx.Node], fx.Node],
         outer: Mapping[fx.Node, fx.Node],
         may_cut: bool = True,
         symbolic_sizes: bool = True,
@@ -85,6 +87,7 @@ class Lifter:
         self.region: set[fx.Node] = set()
         self._position = position
         self._stable = stable
+        self._representative = representative
         self._outer = outer
         self._may_cut = may_cut
         self._symbolic_sizes = symbolic_sizes
@@ -213,7 +216,7 @@ class Lifter:
         dtype = tensor_of(node).dtype
         if dtype.is_complex:
             raise Refusal("a complex operand")
-        return self.algebra.tensor(node, coordinates, kind_of(dtype))  # type: ignore[arg-type]
+        return self.algebra.tensor(self._representative(node), coordinates, kind_of(dtype))  # type: ignore[arg-type]
 
     def _better_loaded(self, node: fx.Node, coordinates: Coordinates, found: Expression) -> bool:
         """Whether to load the node's own elements instead of computing them from what it was computed from."""

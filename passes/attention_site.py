@@ -214,7 +214,8 @@ class Matcher:
             return not is_written(node, begin if direct else position.get(node, -1), end)
 
         return Lifter(
-            space, algebra, contraction=first, position=position, stable=stable, outer=self.outer,
+            space, algebra, contraction=first, position=position, stable=stable,
+            representative=self.effects.representative, outer=self.outer,
             may_cut=detail is Detail.FULL, symbolic_sizes=detail is not Detail.LOADED,
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ class Effects:
         self._writes: dict[Any, list[int]] = {}
         self._switches: list[int] = []
         self._unknown: list[int] = []
+        self._first_of: dict[Any, fx.Node] = {}
         for place, node in enumerate(graph.nodes):
             self.position[node] = place
             if _switches_grad_mode(node):
@@ -45,6 +46,18 @@ class Effects:
         if None in self._writes and _any_between(self._writes[None], after, before):
             return True
         return _any_between(self._unknown, after, before)
+
+    def representative(self, node: fx.Node, depth: int = 3) -> fx.Node:
+        """The first node asked for that computes the same value from the same inputs; the node itself if there is none."""
+        call = call_of(node)
+        if call is None or call.in_place or call.name == "dropout" or depth == 0:
+            return node
+        inputs = node.all_input_nodes
+        if any(self.is_written_at_all(i) for i in (node, *inputs)):
+            return node
+        alike = {i: self.representative(i, depth - 1).name for i in inputs}
+        key = str((node.op, node.target, fx.map_arg((node.args, node.kwargs), lambda n: alike[n])))
+        return self._first_of.setdefault(key, node)
 
     def switches_grad_mode(self, after: int, before: int) -> bool:
         return _any_between(self._switches, after, before)

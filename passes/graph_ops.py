@@ -153,7 +153,7 @@ def _functions() -> dict[Any, str]:
         F.linear: "linear", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh", torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        F.pad: "pad", F.logsigmoid: "logsigmoid",
+        F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",
     }  # fmt: skip
     return table
 

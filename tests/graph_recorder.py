@@ -1,20 +1,18 @@
 """Record an ordinary function as the graph that Dynamo would hand to a backend, in a few milliseconds.
 
 Dynamo costs a tenth of a second a function, too much for thousands of random programs. Straight-line code needs no
-bytecode analysis: every torch function, method and operator is recorded as it is called, with its result as
-``meta["example_value"]`` (a fake tensor as Dynamo's are, or a small real one, which costs a fifth), in Dynamo's own
-vocabulary: ``call_function`` of torch functions and of ``operator``, ``call_method`` of tensor methods, ``getattr`` for
-``.mT``. Sizes are constants, as in Dynamo's static graphs.
+bytecode analysis: every torch function, method and operator is recorded as it is called, with a fake tensor as
+``meta["example_value"]``, in Dynamo's own vocabulary: ``call_function`` of torch functions and of ``operator``,
+``call_method`` of tensor methods, ``getattr`` for ``.mT``. Sizes are constants, as in Dynamo's static graphs.
 """
 
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map
 
@@ -64,22 +62,37 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "getitem", "i
     setattr(Traced, f"__{_name}__", _binary(getattr(operator, _name)))
 
 
+class _Fakes:
+    """Fake twins of real tensors: computing with small real tensors costs a fifth of computing with fake ones."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode()
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._alive: list[Tensor] = []  # or another tensor would get the same storage's address
+
+    def of(self, real: Tensor) -> FakeTensor:
+        """A fake tensor with the same metadata; twins of tensors that share storage share theirs."""
+        self._alive.append(real)
+        storage = real.untyped_storage()
+        twin = self._storages.setdefault(storage._cdata, torch.UntypedStorage(storage.nbytes(), device="meta"))
+        meta = torch.empty(0, dtype=real.dtype, device="meta")
+        meta.set_(twin, real.storage_offset(), real.shape, real.stride())
+        return FakeTensor(self._mode, meta.requires_grad_(real.requires_grad), real.device)
+
+
 class _Recorder(TorchFunctionMode):
-    def __init__(self, fake: FakeTensorMode | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.graph, self._fake = fx.Graph(), fake
-        self._executing = fake or nullcontext()
+        self.graph, self._fakes = fx.Graph(), _Fakes()
 
     def placeholder(self, name: str, real: Tensor) -> Traced:
         node = self.graph.placeholder(name)
-        value = self._fake.from_tensor(real) if self._fake else real.detach().clone().requires_grad_(real.requires_grad)
-        node.meta["example_value"] = value
-        return Traced(self, node, value)
+        return self._wrap(node, real.detach().clone().requires_grad_(real.requires_grad))
 
     def call(self, kind: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         node = self.graph.create_node(kind, target, *tree_map(_to_node, (tuple(args), kwargs)))
         args, kwargs = tree_map(_to_value, (tuple(args), kwargs))
-        with torch._C.DisableTorchFunction(), self._executing:
+        with torch._C.DisableTorchFunction():
             result = getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
         return self._wrap(node, result)
 
@@ -90,14 +103,18 @@ class _Recorder(TorchFunctionMode):
             return method(*args)
 
     def _wrap(self, node: fx.Node, value: Any) -> Any:
-        node.meta["example_value"] = value
         if isinstance(value, Tensor):
+            with torch._C.DisableTorchFunction():
+                node.meta["example_value"] = self._fakes.of(value)
             return Traced(self, node, value)
-        if isinstance(value, tuple | list):
-            return tuple(
-                self._wrap(self.graph.call_function(operator.getitem, (node, i)), part) for i, part in enumerate(value)
-            )
-        return value
+        if not isinstance(value, tuple | list):
+            node.meta["example_value"] = value
+            return value
+        parts = [
+            self._wrap(self.graph.call_function(operator.getitem, (node, i)), part) for i, part in enumerate(value)
+        ]
+        node.meta["example_value"] = tuple(part._node.meta["example_value"] for part in parts)
+        return tuple(parts)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.call("call_function", func, args, kwargs or {})
@@ -118,9 +135,8 @@ def record(
 
     Args:
         inputs: real tensors.
-        fake: mode of the example values; None: they are real tensors.
     """
-    recorder = _Recorder(fake)
+    recorder = _Recorder()
     values = [recorder.placeholder(f"l_x{i}_", x) for i, x in enumerate(inputs)]
     with recorder:
         result = function(*values)

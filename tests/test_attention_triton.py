@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not interpreted(), reason="needs an accelerator or TRITON_INTERPRET=1"
 )
 FORMS = make_forms(21, 39, 16, 16)
+FEW_QUERIES = make_forms(6, 71, 16, 24)
 ODD_SIZES = make_forms(19, 23, 20, 33)
 
 
@@ -30,6 +31,14 @@ def test_float32(name):
 @pytest.mark.parametrize("name", ["causal", "bias", "softcap", "sink", "grouped", "dropout"])
 def test_float16(name):
     check(ODD_SIZES[name], torch.float16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["causal_bottom_right", "causal_empty_rows", "static_cache", "lengths", "bias", "sink", "grouped", "four_axes"],
+)
+def test_few_queries_split_the_keys(name):
+    check(FEW_QUERIES[name], torch.float32)
 
 
 def test_output_memory_order():

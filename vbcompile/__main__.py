@@ -15,6 +15,11 @@ from typing import Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["demo"]:  # has options of its own, and reading them imports PyTorch
+        from vbcompile.demo import main as demo
+
+        return demo(argv[1:])
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command is not _explain:
@@ -35,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vbcompile", description="Virtual Blackwell: torch.compile backend and tools")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="run two real models: eager, Inductor and vblackwell side by side")
-    demo.add_argument("arguments", nargs=argparse.REMAINDER, help="see `vbcompile demo -- --help`")
-    demo.set_defaults(command=_demo)
+    commands.add_parser("demo", help="run two real models: eager, Inductor and vblackwell side by side")
 
     run = commands.add_parser("run", help="run an unchanged script with its models compiled")
     run.add_argument("script", help="Python file")
@@ -61,12 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
     return parser
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from vbcompile.demo import main as demo
-
-    return demo([a for a in arguments.arguments if a != "--"])
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,429 @@
+"""What becomes of each activation that the backward needs: kept, computed again, or moved to the host and back.
+
+The plan is made of operator positions, not of times: before operator ``free_before`` the compute stream waits until an
+offloaded tensor has left and its memory is given back; at operator ``back_at`` memory is taken again and the way back
+begins. The memory in use at each operator follows from these positions alone, so that the peak keeps within the budget
+however long the copies take. Times decide which positions cost nothing.
+"""
+
+import dataclasses
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, product
+from typing import Literal
+
+from vbcompile.vgpu_plan import Operator, Plan, PlanError, Tier
+
+Choice = Literal["keep", "recompute", "offload"]
+
+_EXHAUSTIVE = 5
+_TRIES = 256
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One tensor that the forward saves for the backward; positions count the operators of the whole step.
+
+    Attributes:
+        name: For messages.
+        nbytes: Size.
+        produced: Operator that makes it.
+        last_forward: Last operator of the forward that reads it.
+        first_backward: First operator of the backward that reads it.
+        last_backward: Last operator that reads it.
+        recompute_ns: Time to make it again from what is there in any case; None: it cannot be.
+        can_offload: Whether it may leave the device (views of other tensors may not).
+
+    Raises:
+        ValueError: positions out of order, or a negative size or time.
+    """
+
+    name: str
+    nbytes: int
+    produced: int
+    last_forward: int
+    first_backward: int
+    last_backward: int
+    recompute_ns: int | None = None
+    can_offload: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.produced <= self.last_forward < self.first_backward <= self.last_backward:
+            raise ValueError(
+                f"activation {self.name!r}: positions must satisfy 0 <= produced <= last_forward < first_backward <= "
+                f"last_backward, not {self.produced}, {self.last_forward}, {self.first_backward}, {self.last_backward}"
+            )
+        if self.nbytes < 0 or (self.recompute_ns or 0) < 0:
+            raise ValueError(f"activation {self.name!r}: its size and time to recompute must not be negative")
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What happens to one activation.
+
+    Attributes:
+        choice: ``keep``, ``recompute`` or ``offload``.
+        free_before: Operator before which its memory is given back (``keep``: never, the end of its life).
+        back_at: Operator at whose start its memory is taken again, and its way back or its recomputation begins.
+    """
+
+    choice: Choice
+    free_before: int
+    back_at: int
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """Fates in the order of the activations given.
+
+    Attributes:
+        peak_bytes: Most bytes of these activations that are on the device at one operator.
+        kept_peak_bytes: The same if all were kept.
+        step_ns: Time of the step on the simulated clock.
+        kept_step_ns: Time of the step if all were kept.
+        budget: Bytes that were allowed.
+        host_bytes: Bytes that wait on the other tier at the same time, at most.
+    """
+
+    activations: tuple[Activation, ...]
+    fates: tuple[Fate, ...]
+    budget: int
+    peak_bytes: int
+    kept_peak_bytes: int
+    step_ns: int
+    kept_step_ns: int
+    host_bytes: int
+
+    @property
+    def declined(self) -> bool:
+        """Whether all can be kept."""
+        return all(fate.choice == "keep" for fate in self.fates)
+
+    def chosen(self, choice: Choice) -> tuple[Activation, ...]:
+        """The activations with this fate."""
+        return tuple(a for a, fate in zip(self.activations, self.fates, strict=True) if fate.choice == choice)
+
+
+def plan_activations(
+    operators: Sequence[Operator],
+    activations: Sequence[Activation],
+    budget: int,
+    tier: Tier,
+    weights: Plan | None = None,
+) -> ActivationPlan:
+    """Choose fates with the least time among those whose peak keeps within the budget.
+
+    Up to five activations are searched completely; more by price (time per byte relieved at the peak), then improved.
+
+    Args:
+        operators: Forward and backward of one step.
+        activations: What the forward saves.
+        budget: Bytes of device memory for them.
+        tier: Where offloaded ones go; its capacity holds.
+        weights: Weights that are streamed in the same step: what they leave of the link and of the tier is used.
+
+    Raises:
+        PlanError: even with everything away whenever it is not in use, the peak is over the budget; it names the
+            smallest budget that works.
+        ValueError: an activation's position is beyond the operators, or the budget is negative.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+        raise ValueError(f"the budget must be a number of bytes of at least 0, not {budget!r}")
+    for activation in activations:
+        if activation.last_backward >= len(operators):
+            raise ValueError(f"activation {activation.name!r} is used by operator {activation.last_backward}, "
+                             f"and there are {len(operators)}")
+    problem = _Problem(tuple(operators), tuple(activations), budget, _left_over(tier, weights), weights)
+    kept = problem.evaluate(("keep",) * len(activations))
+    if kept.fits:
+        return problem.finish(kept, kept)
+    least = problem.evaluate(problem.tightest)
+    if not least.fits:
+        raise _too_small(problem, least, kept)
+    best = _exhaustive(problem) if len(activations) <= _EXHAUSTIVE else _by_price(problem, least)
+    return problem.finish(best, kept)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    ways: tuple[str, ...]
+    fates: tuple[Fate, ...]
+    step_ns: int
+    peak: int
+    peak_operator: int
+    host_bytes: int
+    fits: bool
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        return self.step_ns, sum(way != "keep" for way in self.ways), self.peak
+
+
+class _Problem:
+    """Ways are the three choices, and ``away``: offloaded at once and fetched back only when needed, at full price."""
+
+    def __init__(
+        self,
+        operators: tuple[Operator, ...],
+        activations: tuple[Activation, ...],
+        budget: int,
+        tier: Tier | None,
+        weights: Plan | None,
+    ) -> None:
+        self.operators, self.activations, self.budget, self.tier = operators, activations, budget, tier
+        self.extra_ns = weights.prediction.stall_ns if weights is not None else 0
+        self.write_ns = [0 if tier is None else tier.write_ns(a.nbytes) for a in activations]
+        self.read_ns = [0 if tier is None else tier.read_ns(a.nbytes) for a in activations]
+        self.by_production = sorted(range(len(activations)), key=lambda i: (activations[i].produced, i))
+        self.by_need = sorted(range(len(activations)), key=lambda i: (activations[i].first_backward, i))
+
+    def ways_of(self, index: int) -> tuple[str, ...]:
+        activation = self.activations[index]
+        moved = ("offload", "away") if activation.can_offload and self.tier is not None and activation.nbytes else ()
+        return ("keep", *(("recompute",) if activation.recompute_ns is not None else ()), *moved)
+
+    @cached_property
+    def tightest(self) -> tuple[str, ...]:
+        """Each activation on the device only while it is in use; recomputed where either is possible, for capacity."""
+        return tuple(
+            "recompute" if "recompute" in ways else ways[-1] for ways in map(self.ways_of, range(len(self.activations)))
+        )
+
+    def starts(self, ways: Sequence[str]) -> list[int]:
+        """Begin of each operator if nothing is waited for, and the end of the last."""
+        return [0, *accumulate(self._durations(ways))]
+
+    def _durations(self, ways: Sequence[str]) -> list[int]:
+        durations = [operator.nanoseconds for operator in self.operators]
+        for activation, way in zip(self.activations, ways, strict=True):
+            if way == "recompute":
+                durations[activation.first_backward] += activation.recompute_ns or 0
+        return durations
+
+    def evaluate(self, ways: Sequence[str]) -> _Outcome:
+        fates = self._fates(ways)
+        live, away = self._memory(fates)
+        peak = max(live, default=0)
+        host = max(away, default=0)
+        fits = peak <= self.budget and (self.tier is None or host <= self.tier.capacity)
+        step = self._step_ns(ways, fates)
+        return _Outcome(tuple(ways), tuple(fates), step, peak, live.index(peak) if live else 0, host, fits)
+
+    def _fates(self, ways: Sequence[str]) -> list[Fate]:
+        starts = self.starts(ways)
+        fates = [self._simple_fate(activation, way) for activation, way in zip(self.activations, ways, strict=True)]
+        link = 0
+        for index in self.by_production:
+            activation = self.activations[index]
+            if ways[index] in ("offload", "away"):
+                link = max(link, starts[activation.produced + 1]) + self.write_ns[index]
+            if ways[index] == "offload":
+                gone = max(bisect_left(starts, link), activation.last_forward + 1)
+                fates[index] = dataclasses.replace(fates[index], free_before=min(gone, activation.first_backward))
+        link = starts[-1]
+        for index in reversed(self.by_need):
+            activation = self.activations[index]
+            if ways[index] in ("offload", "away"):
+                link = min(link, starts[activation.first_backward]) - self.read_ns[index]
+            if ways[index] == "offload":
+                begin = bisect_right(starts, link) - 1
+                earliest = min(fates[index].free_before + 1, activation.first_backward)
+                fates[index] = dataclasses.replace(fates[index], back_at=max(begin, earliest))
+        return fates
+
+    @staticmethod
+    def _simple_fate(activation: Activation, way: str) -> Fate:
+        if way == "keep":
+            return Fate("keep", activation.last_backward + 1, activation.last_backward + 1)
+        choice: Choice = "recompute" if way == "recompute" else "offload"
+        return Fate(choice, activation.last_forward + 1, activation.first_backward)
+
+    def _memory(self, fates: Sequence[Fate]) -> tuple[list[int], list[int]]:
+        """Bytes on the device, and on the other tier, during each operator."""
+        here, there = [0] * (len(self.operators) + 1), [0] * (len(self.operators) + 1)
+        for activation, fate in zip(self.activations, fates, strict=True):
+            here[activation.produced] += activation.nbytes
+            here[activation.last_backward + 1] -= activation.nbytes
+            if fate.choice != "keep" and fate.free_before < fate.back_at:
+                here[fate.free_before] -= activation.nbytes
+                here[fate.back_at] += activation.nbytes
+            if fate.choice == "offload":
+                there[activation.produced] += activation.nbytes
+                there[activation.last_backward + 1] -= activation.nbytes
+        return list(accumulate(here[:-1])), list(accumulate(there[:-1]))
+
+    def _step_ns(self, ways: Sequence[str], fates: Sequence[Fate]) -> int:
+        """Compute queue, a queue to the host in order of production, a queue back in order of need."""
+        leaving, returning = _grouped(len(self.operators), self.activations, fates)
+        written = [0] * len(fates)
+        arrived = [0] * len(fates)
+        out = back = now = 0
+        due: list[list[int]] = [[] for _ in self.operators]
+        for index, fate in enumerate(fates):
+            if fate.choice == "offload":
+                due[fate.free_before].append(index)
+        for position, duration in enumerate(self._durations(ways)):
+            now = max((now, *(written[index] for index in due[position])))
+            for index in returning[position]:
+                back = arrived[index] = max(back, now) + self.read_ns[index]
+            needed = (i for i in self._needed[position] if fates[i].choice == "offload")
+            now = max((now, *(arrived[index] for index in needed))) + duration
+            for index in leaving[position]:
+                out = written[index] = max(out, now) + self.write_ns[index]
+        return now + self.extra_ns
+
+    @cached_property
+    def _needed(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in self.operators]
+        for index, activation in enumerate(self.activations):
+            found[activation.first_backward].append(index)
+        return found
+
+    def finish(self, best: _Outcome, kept: _Outcome) -> ActivationPlan:
+        return ActivationPlan(
+            self.activations,
+            best.fates,
+            self.budget,
+            best.peak,
+            kept.peak,
+            best.step_ns,
+            kept.step_ns,
+            best.host_bytes,
+        )
+
+
+def _grouped(
+    count: int, activations: Sequence[Activation], fates: Sequence[Fate]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """For each operator, the activations whose way out begins at its end, and whose way back begins at its start."""
+    leaving: list[list[int]] = [[] for _ in range(count)]
+    returning: list[list[int]] = [[] for _ in range(count)]
+    for index, fate in enumerate(fates):
+        if fate.choice == "offload":
+            leaving[activations[index].produced].append(index)
+            returning[fate.back_at].append(index)
+    for indices in returning:
+        indices.sort(key=lambda index: (activations[index].first_backward, index))
+    return leaving, returning
+
+
+def _exhaustive(problem: _Problem) -> _Outcome:
+    every = product(*map(problem.ways_of, range(len(problem.activations))))
+    return min((o for o in map(problem.evaluate, every) if o.fits), key=lambda outcome: outcome.rank)
+
+
+def _by_price(problem: _Problem, least: _Outcome) -> _Outcome:
+    """From all kept, relieve the peak at the best price until it fits; then take back what turned out unneeded."""
+    ways = ["keep"] * len(problem.activations)
+    outcome = problem.evaluate(ways)
+    while not outcome.fits:
+        step = _cheapest(problem, ways, outcome)
+        if step is None:
+            outcome = least
+            break
+        ways[step[0]] = step[1]
+        outcome = problem.evaluate(ways)
+    return _improved(problem, outcome)
+
+
+def _cheapest(problem: _Problem, ways: Sequence[str], outcome: _Outcome) -> tuple[int, str] | None:
+    """The change that relieves the peak operator at the lowest estimated time per byte."""
+    peak = outcome.peak_operator
+    starts = problem.starts(ways)
+    late_out, late_back = _lateness(problem, ways, starts, peak)
+    found: list[tuple[float, int, str]] = []
+    for index, activation in enumerate(problem.activations):
+        if not _idle_at(activation, peak) or not activation.nbytes:
+            continue
+        possible = problem.ways_of(index)
+        if ways[index] == "keep" and "recompute" in possible:
+            found.append(((activation.recompute_ns or 0) / activation.nbytes, index, "recompute"))
+        if ways[index] == "keep" and "offload" in possible:
+            found.append((max(late_out[index], late_back[index], 0) / activation.nbytes, index, "offload"))
+        if ways[index] in ("keep", "offload") and "away" in possible:
+            price = problem.write_ns[index] + problem.read_ns[index]
+            found.append((price / activation.nbytes, index, "away"))
+    useful = [item for item in found if ways[item[1]] == "keep" or _holds(outcome.fates[item[1]], peak)]
+    return min(useful)[1:] if useful else None
+
+
+def _lateness(
+    problem: _Problem, ways: Sequence[str], starts: Sequence[int], peak: int
+) -> tuple[dict[int, int], dict[int, int]]:
+    """How much each activation, if offloaded too, would overrun the link's time before and after the peak."""
+    late_out, late_back = {}, {}
+    queued = 0
+    for index in reversed(problem.by_production):
+        produced = problem.activations[index].produced
+        late_out[index] = queued + problem.write_ns[index] - (starts[peak] - starts[min(produced + 1, peak)])
+        queued += problem.write_ns[index] if ways[index] == "offload" else 0
+    queued = 0
+    for index in problem.by_need:
+        need = problem.activations[index].first_backward
+        late_back[index] = queued + problem.read_ns[index] - (starts[max(need, peak)] - starts[peak])
+        queued += problem.read_ns[index] if ways[index] == "offload" else 0
+    return late_out, late_back
+
+
+def _idle_at(activation: Activation, operator: int) -> bool:
+    return activation.last_forward < operator < activation.first_backward
+
+
+def _holds(fate: Fate, operator: int) -> bool:
+    """Whether an activation with this fate is on the device at an operator between its two uses."""
+    return not fate.free_before <= operator < fate.back_at
+
+
+def _improved(problem: _Problem, best: _Outcome) -> _Outcome:
+    """Change one fate at a time while that saves time, the dearest first, for a bounded number of tries."""
+    tries = 0
+    improved = True
+    while improved and tries < _TRIES:
+        improved = False
+        order = sorted(range(len(best.ways)), key=lambda i: (best.ways[i] == "keep", -problem.activations[i].nbytes, i))
+        for index, way in _alternatives(problem, best.ways, order):
+            tries += 1
+            candidate = problem.evaluate((*best.ways[:index], way, *best.ways[index + 1 :]))
+            if candidate.fits and candidate.rank < best.rank:
+                best, improved = candidate, True
+                break
+            if tries >= _TRIES:
+                break
+    return best
+
+
+def _alternatives(problem: _Problem, ways: Sequence[str], order: Iterable[int]) -> Iterable[tuple[int, str]]:
+    return ((index, way) for index in order for way in problem.ways_of(index) if way != ways[index])
+
+
+def _left_over(tier: Tier, weights: Plan | None) -> Tier | None:
+    """The tier as the streamed weights leave it; None where they leave no bandwidth."""
+    if weights is None or weights.declined:
+        return tier
+    rate = weights.free_read_rate(tier.level)
+    staging = weights.staging_bytes if any(t.via == tier.level for t in weights.tiers) else 0
+    capacity = max(tier.capacity - weights.bytes_per_level.get(tier.level, 0) - staging, 0)
+    write_rate = tier.write_rate or tier.read_rate
+    return dataclasses.replace(tier, read_rate=rate, write_rate=write_rate, capacity=capacity) if rate else None
+
+
+def _too_small(problem: _Problem, least: _Outcome, kept: _Outcome) -> PlanError:
+    name = problem.operators[least.peak_operator].name if problem.operators else ""
+    crowded = least.peak <= problem.budget
+    works = kept.peak if crowded else least.peak
+    if crowded and problem.tier is not None:
+        reason = f"{least.host_bytes} bytes would have to leave, and {problem.tier.name} has {problem.tier.capacity}"
+        remedy = f"A budget of {works} bytes works, in which all are kept: raise it, or the capacity of that level"
+    else:
+        reason = f"{least.peak} bytes are in use there even if everything else is moved away or recomputed"
+        remedy = f"The smallest budget that works is {works} bytes: raise it, or shorten the sequence or batch"
+    return PlanError(
+        f"the activation budget of {problem.budget} bytes is too small for the largest operator, {name!r}: {reason}. "
+        f"{remedy}",
+        budget=problem.budget,
+        largest_operator=name,
+        largest_operator_bytes=least.peak,
+        minimum_budget=works,
+    )
