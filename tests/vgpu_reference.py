@@ -25,7 +25,7 @@ def link(rate: int = 10**9, level: int = 1, **rest) -> Tier:
 
 
 class Machine:
-    """A compute queue and link queues advanced event by event: whatever can start, starts; nothing is computed ahead."""
+    """A compute queue and link queues advanced event by event: whatever can start, starts."""
 
     def __init__(self, plan, steps: int) -> None:
         self.plan, self.steps = plan, steps
@@ -121,7 +121,8 @@ def naive_step(sweep: Sweep, streamed, sizes, ring: int, hold: int, tier: Tier) 
             for entry, slot in zip(entries, places, strict=True):
                 if entry.first == index:
                     freed = step * len(sweep.operators) + slot.free_after
-                    busy = max(busy, ends[freed] if freed >= 0 else 0) + tier.read_ns(sweep.weights[entry.weight].nbytes)
+                    busy = max(busy, ends[freed] if freed >= 0 else 0)
+                    busy += tier.read_ns(sweep.weights[entry.weight].nbytes)
                     now = max(now, busy)
             now += operator.nanoseconds
             ends.append(now)

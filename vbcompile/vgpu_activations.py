@@ -133,8 +133,10 @@ def plan_activations(
         raise ValueError(f"the budget must be a number of bytes of at least 0, not {budget!r}")
     for activation in activations:
         if activation.last_backward >= len(operators):
-            raise ValueError(f"activation {activation.name!r} is used by operator {activation.last_backward}, "
-                             f"and there are {len(operators)}")
+            raise ValueError(
+                f"activation {activation.name!r} is used by operator {activation.last_backward}, "
+                f"and there are {len(operators)}"
+            )
     problem = _Problem(tuple(operators), tuple(activations), budget, _left_over(tier, weights), weights)
     kept = problem.evaluate(("keep",) * len(activations))
     if kept.fits:

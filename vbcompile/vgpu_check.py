@@ -1,4 +1,4 @@
-"""Proof that a plan is safe, written without the planner's own reasoning: every condition is checked as it is stated."""
+"""Proof that a plan is safe, written without the planner's own reasoning: each condition is checked as stated."""
 
 from vbcompile.vgpu_plan import DEVICE, Plan, padded, staged
 
@@ -31,7 +31,7 @@ def _check_copies(plan: Plan) -> None:
         _require(copy.nbytes == weight.nbytes, f"copy {index} has not the size of its weight")
         _require(copy.link == (copy.level if tier.via is None else tier.via), f"copy {index} is on the wrong link")
         _require((copy.read is None) == (tier.via is None), f"copy {index} has no matching read")
-        _require(0 <= copy.offset and copy.offset + weight.nbytes <= plan.ring_bytes, f"copy {index} leaves the ring")
+        _require(copy.offset >= 0 and copy.offset + weight.nbytes <= plan.ring_bytes, f"copy {index} leaves the ring")
         _require(-count <= copy.free_after < copy.first_use <= copy.last_use < count, f"copy {index} waits for itself")
     firsts = [copy.first_use for copy in plan.copies]
     _require(firsts == sorted(firsts), "copies are not in order of use")

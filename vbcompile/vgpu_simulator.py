@@ -115,9 +115,7 @@ class _Clock:
         return tuple(time - now for time in times)
 
 
-def pace(
-    operators: Sequence[Operator], copies: Sequence[Copy], reads: Sequence[Read], tiers: Sequence[Tier]
-) -> Pace:
+def pace(operators: Sequence[Operator], copies: Sequence[Copy], reads: Sequence[Read], tiers: Sequence[Tier]) -> Pace:
     """Time per step once the first steps' start-up is over; exact where steps become equal, else an average."""
     clock = _Clock(operators, copies, reads, tiers)
     shape, marks = None, [(0, 0)]
@@ -146,9 +144,7 @@ def timeline(plan: Plan) -> list[Event]:
     events = []
     for what, index, start, end in collected:
         if isinstance(what, int):
-            events.append(
-                Event(plan.tier(what).name, plan.sweep.weights[index].name, start - origin, end - origin)
-            )
+            events.append(Event(plan.tier(what).name, plan.sweep.weights[index].name, start - origin, end - origin))
         else:
             events.append(Event(what, plan.sweep.operators[index].name, start - origin, end - origin))
     return sorted(events, key=lambda event: (event.start_ns, event.end_ns, event.lane))
@@ -184,6 +180,7 @@ class _Policy:
     def __init__(self, sweep: Sweep, tier: Tier) -> None:
         self.sweep, self.tier = sweep, tier
         self.now = self.stalled = self.moved = self.hits = self.misses = self.link = 0
+        self.needed: frozenset[int] = frozenset()
 
     def arrival(self, weight: int) -> int:
         raise NotImplementedError
@@ -242,7 +239,8 @@ class _Lru(_Policy):
         return self.cache[weight]
 
     def after_wait(self, position: int) -> None:
-        ahead = [self.order[(position + step) % len(self.order)] for step in range(self.lookahead)] if self.order else []
+        count = len(self.order)
+        ahead = [self.order[(position + step) % count] for step in range(self.lookahead if count else 0)]
         for count, weight in enumerate(ahead):
             if weight not in self.cache and not self._fetch(weight, self.needed | set(ahead[: count + 1])):
                 return

@@ -95,7 +95,7 @@ def _overwrite(behind: deque[tuple[int, int, int]], end: int) -> int:
     """Take what lies before ``end`` out of the lap before; the last operator that frees any of it, or -1."""
     freed_by = -1
     while behind and behind[0][0] < end:
-        start, stop, freed = behind.popleft()
+        _, stop, freed = behind.popleft()
         freed_by = max(freed_by, freed)
         if stop > end:
             behind.appendleft((end, stop, freed))

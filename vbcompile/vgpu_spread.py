@@ -25,9 +25,11 @@ def spread(traffic: Sequence[Traffic], tiers: Sequence[Tier], staging: int) -> d
         staging: Bytes that host memory gives up if anything is read from disk.
     """
     reached = {tier.via for tier in tiers if tier.via is not None}
-    attempts = [(tuple(tier for tier in tiers if tier.via is None), 0), (tuple(tiers), staging)] if reached else [
-        (tuple(tiers), 0)
-    ]
+    attempts = (
+        [(tuple(tier for tier in tiers if tier.via is None), 0), (tuple(tiers), staging)]
+        if reached
+        else [(tuple(tiers), 0)]
+    )
     for usable, taken in attempts:
         room = {tier.level: tier.capacity - (taken if tier.level in reached else 0) for tier in usable}
         first = _by_arrival(traffic, usable, room)
