@@ -2,6 +2,8 @@
 
     python bench/attention.py check [--jobs N]      every form of score function, error against eager PyTorch's
     python bench/attention.py sweep [--jobs N]      tile shapes of each kernel
+    python bench/attention.py scores                biases, caps, windows, documents
+    python bench/attention.py decode                one query over many keys
     python bench/attention.py table [--flex]        forward and backward beside cuDNN, flash SDPA and FlexAttention
 
 Times are medians of CUDA-graph replays. TFLOP/s count 4 * B * H * Q * K * D operations forward and 2.5 times that
@@ -43,6 +45,24 @@ CHECKS = [  # Q, K, D, Dv, dtype, only these forms
     (256, 256, 192, 128, "float16", ("plain", "causal", "document_causal", "bias")),
 ]
 NOT_IN_HALF = ("additive_min",)  # eager PyTorch rounds float32's minimum to -inf there
+
+
+TILES = {  # block_q, block_k, warps, stages, descriptors
+    ("forward", 128): [(128, 128, 8, 2, 1), (128, 128, 8, 3, 1), (128, 64, 4, 3, 1), (128, 64, 8, 3, 1),
+                       (128, 64, 8, 4, 1), (64, 128, 4, 2, 1), (128, 128, 8, 2, 0), (128, 64, 4, 3, 0)],
+    ("forward", 64): [(128, 128, 8, 3, 1), (128, 128, 4, 3, 1), (128, 64, 4, 3, 1), (128, 64, 4, 4, 1),
+                      (64, 128, 4, 3, 1), (128, 128, 4, 2, 0), (256, 64, 8, 3, 1)],
+    ("grad_q", 128): [(128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 128, 8, 2, 1), (64, 64, 4, 2, 1),
+                      (64, 128, 4, 2, 1), (128, 64, 8, 2, 0), (64, 64, 4, 3, 1)],
+    ("grad_q", 64): [(128, 64, 8, 2, 1), (128, 128, 8, 2, 1), (128, 64, 4, 2, 1), (64, 64, 4, 3, 1),
+                     (64, 128, 4, 2, 1), (128, 64, 4, 3, 1)],
+    ("grad_kv", 128): [(64, 128, 8, 2, 1), (64, 128, 8, 3, 1), (32, 128, 8, 2, 1), (32, 128, 8, 3, 1),
+                       (64, 64, 4, 2, 1), (64, 128, 8, 2, 0), (32, 64, 4, 3, 1)],
+    ("grad_kv", 64): [(64, 128, 8, 2, 1), (64, 128, 8, 3, 1), (64, 128, 4, 2, 1), (64, 64, 4, 2, 1),
+                      (64, 64, 4, 3, 1), (32, 128, 4, 3, 1)],
+}  # fmt: skip
+DECODE_TILES = [(16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2), (16, 128, 4, 3), (16, 128, 8, 3), (16, 32, 4, 5),
+                (16, 64, 2, 4), (16, 256, 8, 2)]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- check
@@ -99,24 +119,8 @@ def function_of(causal: bool):
 
 
 def tile_candidates(kernel: str, d: int) -> list[tuple]:
-    """``(block_q, block_k, warps, stages, tma, warp_specialize)``"""
-    if kernel == "forward":
-        wide = [(128, 128, 8, 2, 1, 0), (128, 128, 8, 3, 1, 0), (128, 64, 4, 3, 1, 0), (128, 64, 8, 3, 1, 0),
-                (128, 64, 8, 4, 1, 0), (64, 128, 4, 2, 1, 0), (128, 128, 8, 2, 0, 0), (128, 64, 4, 3, 0, 0),
-                (128, 128, 8, 2, 1, 1), (128, 64, 4, 3, 1, 1), (128, 64, 8, 3, 1, 1)]  # fmt: skip
-        narrow = [(128, 128, 8, 3, 1, 0), (128, 128, 4, 3, 1, 0), (128, 64, 4, 3, 1, 0), (128, 64, 4, 4, 1, 0),
-                  (64, 128, 4, 3, 1, 0), (128, 128, 4, 2, 0, 0), (128, 128, 8, 3, 1, 1), (256, 64, 8, 3, 1, 0)]  # fmt: skip
-    elif kernel == "grad_q":
-        wide = [(128, 64, 8, 2, 1, 0), (128, 64, 8, 3, 1, 0), (128, 128, 8, 2, 1, 0), (64, 64, 4, 2, 1, 0),
-                (64, 128, 4, 2, 1, 0), (128, 64, 8, 2, 0, 0), (64, 64, 4, 3, 1, 0)]  # fmt: skip
-        narrow = [(128, 64, 8, 2, 1, 0), (128, 128, 8, 2, 1, 0), (128, 64, 4, 2, 1, 0), (64, 64, 4, 3, 1, 0),
-                  (64, 128, 4, 2, 1, 0), (128, 64, 4, 3, 1, 0)]  # fmt: skip
-    else:
-        wide = [(64, 128, 8, 2, 1, 0), (64, 128, 8, 3, 1, 0), (32, 128, 8, 2, 1, 0), (32, 128, 8, 3, 1, 0),
-                (64, 64, 4, 2, 1, 0), (64, 128, 8, 2, 0, 0), (32, 64, 4, 3, 1, 0)]  # fmt: skip
-        narrow = [(64, 128, 8, 2, 1, 0), (64, 128, 8, 3, 1, 0), (64, 128, 4, 2, 1, 0), (64, 64, 4, 2, 1, 0),
-                  (64, 64, 4, 3, 1, 0), (32, 128, 4, 3, 1, 0)]  # fmt: skip
-    return wide if d == 128 else narrow
+    """``(block_q, block_k, warps, stages, tma)``"""
+    return TILES[kernel, d]
 
 
 def one_kernel(kernel: str, shape: tuple, tiles: tuple) -> Callable[[], Any]:
@@ -127,7 +131,7 @@ def one_kernel(kernel: str, shape: tuple, tiles: tuple) -> Callable[[], Any]:
     b, h, s, d, causal = shape
     q, k, v, grad = tensors(b, h, s, d)
     function, scale = function_of(causal), d**-0.5
-    config = TileConfig(*tiles[:4], bool(tiles[4]), bool(tiles[5]))
+    config = TileConfig(*tiles[:4], bool(tiles[4]))
 
     def run() -> Any:
         with forced_tiles(**{kernel: config}):
@@ -266,6 +270,27 @@ def score_functions() -> list[dict[str, Any]]:
     return rows + _score_rows((b, h, s, d), cases, q, k, v, grad)
 
 
+def decode() -> list[dict[str, Any]]:
+    """One query over 32768 keys, 32 query and 8 key heads of size 128: share of the device's copy bandwidth."""
+    from vbcompile.kernels.attention_triton import forward
+    from vbcompile.kernels.attention_tuning import TileConfig, forced_tiles
+
+    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    peak = 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6  # GB/s, bytes read and written
+    rows = []
+    for batch in (1, 32):
+        q = torch.randn(batch, 8, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(batch, 8, 1, 32768, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        for tiles in (None, *DECODE_TILES):
+            with forced_tiles(**({"decode": TileConfig(*tiles)} if tiles else {})):
+                ms = milliseconds(lambda q=q, k=k, v=v: forward(q, k, v, [], 128**-0.5, 0.0, None, function_of(False)))
+            rate = 2 * k.numel() * k.element_size() / ms / 1e6
+            rows.append({"batch": batch, "tiles": tiles, "ms": ms, "GB/s": rate, "share": rate / peak})
+            print("decode", batch, tiles or "table", f"{ms * 1e3:.1f} us {rate:.0f} of {peak:.0f} GB/s", flush=True)
+    return rows
+
+
 def _score_rows(shape, cases, q, k, v, grad) -> list[dict[str, Any]]:
     rows = []
     for name, (function, captured, share, needs) in cases.items():
@@ -280,7 +305,7 @@ def _score_rows(shape, cases, q, k, v, grad) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("check", "sweep", "table", "scores"))
+    parser.add_argument("what", nargs="+", choices=("check", "sweep", "table", "scores", "decode"))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--flex", action="store_true")
     options = parser.parse_args()
@@ -289,6 +314,7 @@ def main() -> None:
         "sweep": lambda: sweep(options.jobs),
         "table": lambda: table(options.flex),
         "scores": score_functions,
+        "decode": decode,
     }
     for what in options.what:
         begin = time.time()

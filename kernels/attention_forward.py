@@ -75,7 +75,7 @@ def attention_forward_kernel(
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_Q`` rows of one head. The grid is ``[heads * tiles]``, the last tile of a head first.
 
@@ -124,7 +124,7 @@ def attention_forward_kernel(
                 LOGITS, MASK, MAY_BE_EMPTY, UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA, PRECISION,
                 True, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
-    for start in tl.range(full_begin, full_end, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+    for start in range(full_begin, full_end, BLOCK_K):
         state = _visit(
             state, q_tile, k, v, k_head, v_head, start, first_row, captured, seed, lead, lead_sizes,
             k_strides, v_strides, captured_strides, scale, dropout_p, q_length, k_length,

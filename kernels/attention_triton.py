@@ -290,7 +290,6 @@ def _launch_forward(
         **problem.widths,
         BLOCK_Q=tiles.block_q,
         BLOCK_K=tiles.block_k,
-        WARP_SPECIALIZE=tiles.warp_specialize,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

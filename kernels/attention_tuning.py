@@ -1,7 +1,7 @@
 """Tile shapes of the attention kernels: tables shipped per architecture, so that nothing is tuned at the first call.
 
-``tuned/attention.json`` holds, per architecture and kernel, rows of ``[element bytes, largest padded head size, block of
-queries, block of keys, warps, stages, descriptors, warp specialisation]``; the first row that fits is taken.
+``tuned/attention.json`` holds, per architecture and kernel, rows of ``[element bytes, largest padded head size, block
+of queries, block of keys, warps, stages, descriptors]``; the first row that fits is taken.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ class TileConfig:
         block_q, block_k: rows and columns of a tile of scores.
         warps: warps per program; stages: depth of the software pipeline.
         tma: load tiles by descriptors where layouts allow it.
-        warp_specialize: let Triton split loads and arithmetic between warps.
     """
 
     block_q: int
@@ -30,7 +29,6 @@ class TileConfig:
     warps: int
     stages: int
     tma: bool = False
-    warp_specialize: bool = False
 
 
 _forced: dict[str, TileConfig] = {}
@@ -65,9 +63,9 @@ def tile_config(arch: str, kernel: str, element_size: int, padded: int, light: b
         return _forced[kernel]
     table = _tables()[_relative(arch)]
     rows = ([] if light else table.get(f"{kernel}_heavy", [])) + table[kernel]
-    for size, largest, block_q, block_k, warps, stages, tma, specialize in rows:
+    for size, largest, block_q, block_k, warps, stages, tma in rows:
         if size == element_size and padded <= largest:
-            return TileConfig(block_q, block_k, warps, stages, bool(tma), bool(specialize))
+            return TileConfig(block_q, block_k, warps, stages, bool(tma))
     raise ValueError(f"no tiles of {kernel} on {arch} for elements of {element_size} bytes and head size {padded}")
 
 

@@ -1,0 +1,121 @@
+"""Attention of few queries over many keys in Triton: the keys are split between programs, which a second kernel merges.
+
+One program takes the rows of all queries that read one head of k and v (grouped queries become rows of one tile, so
+that keys and values are read once) and one part of the keys that the mask needs. Parts are merged by their logarithms of
+row sums, as in Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023).
+"""
+
+import triton
+import triton.language as tl
+
+from vbcompile.kernels.attention_blocks import (
+    LOG2E,
+    add_indices,
+    join_index,
+    load_tile,
+    locate,
+    offset_of,
+    softmax_step,
+    split_index,
+)
+
+
+@triton.jit
+def attention_decode_kernel(
+    q, k, v, part_out, part_lse, captured, lead_sizes, outer_sizes, group_sizes,
+    q_strides, k_strides, v_strides, captured_strides, scale, q_length, k_length, group, splits, total_rows,
+    LOGITS: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, KEY_RANGE: tl.constexpr,
+    PLAIN: tl.constexpr, UNBOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: ``BLOCK_Q`` of the ``group * q_length`` rows of one head of k and v, one of ``splits`` parts.
+
+    The grid is ``[splits, heads of k and v * tiles of rows]``.
+
+    Args:
+        part_out: float32 ``[splits, total_rows, DV]``, normalised; part_lse: float32 ``[splits, total_rows]``; rows are
+            those of ``[*lead, Q]``.
+        outer_sizes: leading sizes of k and v; group_sizes: those along which both are broadcast, elsewhere 1.
+    """
+    scale = tl.cast(scale, tl.float32)
+    split = tl.program_id(0)
+    tiles = tl.cdiv(group * q_length, BLOCK_Q)
+    outer = split_index(tl.program_id(1) // tiles, outer_sizes)
+    packed = (tl.program_id(1) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
+    i_ok = packed < group * q_length
+    packed = tl.where(i_ok, packed, 0)
+    lead = add_indices(outer, split_index(packed // q_length, group_sizes))
+    i = packed % q_length
+    widths = tl.arange(0, D_PADDED)[None, :]
+    q_tile = tl.load(
+        q + offset_of(lead, q_strides) + i * q_strides[4] + widths * q_strides[5], mask=i_ok & (widths < D), other=0.0
+    )
+    accumulator = tl.zeros([BLOCK_Q, DV_PADDED], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    if SINK is not None:
+        sink = SINK(i, i, i_ok, i_ok, i_ok, lead, q_length, k_length, captured, captured_strides)
+        first = tl.where(i_ok & (split == 0), sink + tl.zeros([BLOCK_Q, 1], tl.float32), float("-inf"))
+        top = tl.max(first, 1)
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+    begin = 0
+    end = k_length
+    if KEY_RANGE is not None:
+        begin, _, _, end = KEY_RANGE(
+            0, 0, k_length, i, i_ok, lead, q_length, k_length, captured, captured_strides
+        )  # fmt: skip
+        end = tl.maximum(tl.minimum(end, k_length), 0)
+        begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK_K * BLOCK_K
+    part = tl.cdiv(tl.cdiv(end - begin, BLOCK_K), splits) * BLOCK_K
+    k_head = locate(k, outer, k_strides, False)
+    v_head = locate(v, outer, v_strides, False)
+    for start in range(begin + split * part, tl.minimum(begin + (split + 1) * part, end), BLOCK_K):
+        k_tile = load_tile(k, k_head, k_strides, start, k_length, BLOCK_K, D, D_PADDED, False, True)
+        v_tile = load_tile(v, v_head, v_strides, start, k_length, BLOCK_K, DV, DV_PADDED, False, True)
+        logits = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        if not PLAIN:
+            logits = logits * scale
+        j = (start + tl.arange(0, BLOCK_K))[None, :]
+        j_ok = j < k_length
+        keep = i_ok & j_ok
+        score = logits
+        if LOGITS is not None:
+            logits = LOGITS(score, i, j, i_ok, j_ok, keep, lead, q_length, k_length, captured, captured_strides)
+        if MASK is not None:
+            keep = keep & MASK(score, i, j, i_ok, j_ok, keep, lead, q_length, k_length, captured, captured_strides)
+        logits = tl.where(keep, logits, float("-inf"))
+        weights, accumulator, total, top = softmax_step(
+            accumulator, total, top, logits, scale * LOG2E if PLAIN else LOG2E, True, UNBOUNDED
+        )
+        accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
+    place = split * tl.cast(total_rows, tl.int64) + tl.cast(join_index(lead, lead_sizes), tl.int64) * q_length + i
+    lse = (top * scale if PLAIN else top) + tl.log(total)
+    tl.store(part_lse + place, lse[:, None], mask=i_ok)
+    values = tl.arange(0, DV_PADDED)[None, :]
+    normalised = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(part_out + place * DV + values, normalised, mask=i_ok & (values < DV))
+
+
+@triton.jit
+def attention_merge_kernel(
+    part_out, part_lse, out, lse, lead_sizes, out_strides, q_length, splits, total_rows,
+    EMPTY_IS_ZERO: tl.constexpr, SPLITS_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of one row. The grid is ``[total_rows]``; arguments as for ``attention_decode_kernel``."""
+    row = tl.program_id(0)
+    parts = tl.arange(0, SPLITS_PADDED)
+    place = parts * tl.cast(total_rows, tl.int64) + row
+    logs = tl.load(part_lse + place, mask=parts < splits, other=float("-inf"))
+    top = tl.max(logs, 0)
+    shares = tl.exp2((logs - tl.where(top == float("-inf"), 0.0, top)) * LOG2E)
+    total = tl.sum(shares, 0)
+    values = tl.arange(0, DV_PADDED)
+    exists = (parts < splits)[:, None] & (values < DV)[None, :]
+    partial = tl.load(part_out + place[:, None] * DV + values[None, :], mask=exists, other=0.0)
+    denominator = tl.where(total == 0.0, 1.0, total) if EMPTY_IS_ZERO else total
+    merged = tl.sum(partial * shares[:, None], 0) / denominator
+    tl.store(lse + row, top + tl.log(total))
+    lead = split_index(row // q_length, lead_sizes)
+    target = out + offset_of(lead, out_strides) + row % q_length * out_strides[4] + values * out_strides[5]
+    tl.store(target, merged.to(out.dtype.element_ty), mask=values < DV)
