@@ -1,6 +1,5 @@
 """Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass."""
 
-import itertools
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,7 @@ from vbcompile.report import Decision
 def explain_choices(gm: fx.GraphModule, target: Target, training: bool, decisions: list[Decision]) -> list[Decision]:
     """The decisions with ``implementation`` set where they put calls of the attention operator into the graph.
 
-    Decisions and calls are in the order of the graph; ``details["calls"]`` says how many calls belong to a decision.
+    Decisions and calls are in the order of the graph; a decision that has a score function belongs to one call.
     """
     calls = [
         n
@@ -28,9 +27,8 @@ def explain_choices(gm: fx.GraphModule, target: Target, training: bool, decision
     remaining = iter(calls)
     explained = []
     for decision in decisions:
-        mine = itertools.islice(remaining, decision.details.get("calls", 0))
-        texts = dict.fromkeys(_explain(node, target, training) for node in mine)
-        explained.append(replace(decision, implementation="; ".join(texts)) if texts else decision)
+        call = next(remaining, None) if decision.details.get("score_function") else None
+        explained.append(replace(decision, implementation=_explain(call, target, training)) if call else decision)
     return explained
 
 
