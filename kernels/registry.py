@@ -4,6 +4,7 @@ An operator (``attention``) has one meaning and several implementations. Each st
 a user who asks why a kernel does not run gets an answer. The reference refuses nothing, so a choice always exists.
 """
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -103,7 +104,7 @@ def _choose(name: str, target: Target, case: Any) -> Choice:
     if not costs:
         raise RuntimeError(f"no implementation of {name} runs this: {refused + elsewhere}")
     cost, chosen = min(costs, key=lambda c: c[0])
-    refused += [(i.name, f"estimated {c / cost:.2g} times slower") for c, i in costs if i is not chosen]
+    refused += [(i.name, f"estimated {c / cost:.2g} times slower") for c, i in costs if cost < c < math.inf]
     return Choice(chosen, tuple(refused), tuple(elsewhere))
 
 
