@@ -48,6 +48,7 @@ FILLS: Final = (
     "inplace",
     "setitem",
 )
+_INFINITE: Final = {"fill_min": "fill_inf", "fill_1e4": "fill_inf", "where_min": "where_inf", "add_min": "add_inf"}
 SOFTMAXES: Final = (
     "functional",
     "torch",
@@ -118,6 +119,8 @@ class Program:
             changes["cross"] = False
         if self.trap in ("queries_axis", "weights_transposed"):
             changes["groups"] = "none"
+        if self.softmax in ("exp", "logsumexp"):  # unguarded, they are no softmax where every logit is a finite minimum
+            changes["masks"] = tuple((kind, _INFINITE.get(fill, fill)) for kind, fill in self.masks)
         if self.trap == "heads_mixed" and (three or groups == "broadcast" or self.layout == "five"):
             changes["trap"] = "none"
         return Program(**{**self.__dict__, **changes})

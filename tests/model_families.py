@@ -305,7 +305,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     _vision("beit", use_relative_position_bias=True),
     _vision("dinov2"),
     _vision("clip_vision_model"),
-    _vision("siglip_vision_model"),
+    _vision("siglip_vision_model", sites=2),
     _vision("vivit", kind="video", num_frames=2, tubelet_size=[1, 4, 4]),
     Family(
         "swin",
