@@ -32,7 +32,8 @@ def fold_inputs(q: Tensor, k: Tensor, v: Tensor, lead: Sequence[int]) -> tuple[T
     heads = fold_heads(lead)
     if grouped(q, k, v):
         shared = (*lead[:-1], 1)
-        return (fold(q, lead, heads), *(fold(t, shared, heads // lead[-1]) for t in (k, v)))
+        kv_heads = heads // lead[-1]
+        return fold(q, lead, heads), fold(k, shared, kv_heads), fold(v, shared, kv_heads)
     return fold(q, lead, heads), fold(k, lead, heads), fold(v, lead, heads)
 
 

@@ -141,7 +141,9 @@ class _CpuCall:
         self.heads = fold_heads(self.lead)
         self.tensors = [fold(t, self.lead, self.heads) for t in (q, k, v)]
         self.causal = causal_offset(function, q.shape[-2], k.shape[-2]) == 0
-        self.bias = self.empty = self.poisoned = None
+        self.bias: Tensor | None = None
+        self.empty: Tensor | None = None
+        self.poisoned: Tensor | None = None
         if not self.causal and (function.mask is not None or function.program[function.score] != ("score",)):
             self._set_bias(q, k, captured, function)
 

@@ -1,6 +1,7 @@
 """Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -46,16 +47,19 @@ def _explain(node: fx.Node, target: Target, training: bool) -> str:
 
 def _case(node: fx.Node) -> AttentionCase | None:
     """The case with size hints for symbolic sizes; None where a tensor's metadata is missing."""
-    q, k, v, captured, _, dropout_p, _, function = node.args
+    arguments: tuple[Any, ...] = node.args
+    q, k, v, captured, _, dropout_p, _, function = arguments
     values = [t.meta.get("example_value") for t in (q, k, v, *captured)]
     if not all(isinstance(t, torch.Tensor) for t in values):
         return None
     shapes = [tuple(map(size_hint, t.shape)) for t in values]
     return AttentionCase(
-        values[0].dtype,
-        *shapes[:3],
-        tuple((shape, t.dtype) for shape, t in zip(shapes[3:], values[3:], strict=True)),
-        isinstance(dropout_p, fx.Node) or dropout_p > 0,
-        function,
-        all(size_hint(t.stride(-1)) == 1 for t in values[:3]),
+        dtype=values[0].dtype,
+        q=shapes[0],
+        k=shapes[1],
+        v=shapes[2],
+        captured=tuple((shape, t.dtype) for shape, t in zip(shapes[3:], values[3:], strict=True)),
+        dropout=isinstance(dropout_p, fx.Node) or dropout_p > 0,
+        function=function,
+        contiguous_rows=all(size_hint(t.stride(-1)) == 1 for t in values[:3]),
     )

@@ -82,8 +82,9 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport) ->
     for pass_ in PASSES:
         if not pass_.wanted(context.config):
             continue
-        if reason := pass_.refuses(context.target):
-            report.unavailable.append((pass_.name, reason))
+        refusal = pass_.refuses(context.target)
+        if refusal:
+            report.unavailable.append((pass_.name, refusal))
             continue
         backup = copy_graphs(gm)
         try:
