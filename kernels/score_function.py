@@ -301,8 +301,8 @@ def evaluate(
     def constant(value: bool | int | float) -> Tensor:
         return torch.full((), value, dtype=dtype if isinstance(value, float) else None, device=device)
 
-    leaves: dict[str, Callable[..., Tensor]] = {
-        "score": lambda: score,  # type: ignore[dict-item]
+    leaves: dict[str, Callable[..., Any]] = {
+        "score": lambda: score,
         "q_index": lambda: axis_index(rank - 2, q_length),
         "k_index": lambda: axis_index(rank - 1, k_length),
         "lead_index": lambda d: axis_index(d, lead[d]),
@@ -310,7 +310,7 @@ def evaluate(
         "k_length": lambda: torch.full((), k_length, device=device),
         "captured": lambda n: captured[n].to(dtype) if captured[n].is_floating_point() else captured[n],
         "const": constant,
-        "upstream": lambda: upstream,  # type: ignore[dict-item, return-value]
+        "upstream": lambda: upstream,
     }
     values: dict[int, Tensor] = {}
 

@@ -54,7 +54,8 @@ def reports():
 
 
 def compiled(model, **options):
-    return torch.compile(model, backend="vblackwell", options={"strict": True, **options})
+    """With AOTAutograd alone downstream, which is quick; tests of Inductor ask for it."""
+    return torch.compile(model, backend="vblackwell", options={"strict": True, "downstream": "aot_eager", **options})
 
 
 def check(model, *inputs, **options):
@@ -110,7 +111,7 @@ def test_non_contiguous_and_float64_inputs():
 
 def test_fullgraph_and_stack_of_blocks():
     model = nn.Sequential(*(Block() for _ in range(3)))
-    run = torch.compile(model, backend="vblackwell", fullgraph=True)
+    run = torch.compile(model, backend="vblackwell", fullgraph=True, options={"downstream": "aot_eager"})
     x = torch.randn(2, 9, 32)
     torch.testing.assert_close(run(x), model(x))
     assert counters["vblackwell"]["fuse_attention"] == 3
@@ -164,7 +165,7 @@ def test_dropout_is_applied_in_training_only():
 def test_integer_and_complex_graphs_are_untouched(dtype):
     x = torch.randn(2, 4, 4).to(dtype) if dtype.is_complex else torch.randint(5, (2, 4, 4))
     f = lambda t: (t @ t) * 2
-    torch.testing.assert_close(torch.compile(f, backend="vblackwell")(x), f(x))
+    torch.testing.assert_close(compiled(f)(x), f(x))
 
 
 def test_unknown_mode_lists_the_valid_ones():
@@ -180,7 +181,7 @@ def test_mode_without_its_passes_says_so_once(caplog):
     with caplog.at_level(logging.WARNING, "vbcompile"):
         for _ in range(2):
             torch._dynamo.reset()
-            torch.compile(model, backend="vblackwell", mode="full")(x)
+            torch.compile(model, backend="vblackwell", options={"mode": "full", "downstream": "eager"})(x)
     messages = [r.getMessage() for r in caplog.records if "does not have" in r.getMessage()]
     assert len(messages) == 1 and "FP4" in messages[0] and "offload" in messages[0]
 
@@ -255,7 +256,7 @@ def test_two_threads_compile():
     def work(index):
         try:
             x = torch.randn(2, 9, models[index].norm.normalized_shape[0])
-            results[index] = (compiled(models[index])(x), models[index](x))
+            results[index] = (compiled(models[index], downstream="inductor")(x), models[index](x))
         except Exception as error:
             errors.append(error)
             raise
