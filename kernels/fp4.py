@@ -112,7 +112,7 @@ def check_scales(packed: PackedWeight, name: str) -> None:
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight's value, ``[N, K]`` or ``[E, N, K]`` on its device, a few MiB of scratch at a time.
+    """The weight's value, ``[N, K]`` or ``[E, N, K]`` on its device; scratch does not grow with the weight.
 
     Code times block scale is exact; the tensor scale rounds once, so float32 is the value correctly rounded, and
     bfloat16 and float16 are that float32 rounded again. float64 computes in float64 throughout.

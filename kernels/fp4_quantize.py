@@ -49,7 +49,7 @@ def quantize(
     block_size: int | None = None,
     name: str = "weight",
 ) -> PackedWeight:
-    """Pack ``weight`` on its own device, a few MiB of scratch at a time.
+    """Pack ``weight`` on its own device; scratch is a few MiB on a CPU, up to 200 MiB on an accelerator, at any size.
 
     Args:
         weight: ``[N, K]`` or a stack of experts ``[E, N, K]``, any strides; float64, float32, bfloat16 or float16.

@@ -274,7 +274,7 @@ def test_what_is_representable_comes_back(format_name, method):
     first = quantize(torch.randn(80, 64), format_name, method="nearest")
     for dtype in (torch.float32, torch.bfloat16):
         again = quantize(dequantize(first, dtype), format_name, method=method)
-        assert relative_error(dequantize(first), again) < (1e-6 if dtype == torch.float32 else 0.003)
+        assert relative_error(dequantize(first), again) < (1e-6 if dtype == torch.float32 else 0.004)
         assert relative_error(dequantize(again), quantize(dequantize(again), format_name, method=method)) < 1e-6
 
 

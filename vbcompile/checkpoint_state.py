@@ -65,6 +65,7 @@ def _flatten(
     weights: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
+    used: set[int] = set()
     for name, entry in entries.items():
         first = seen.setdefault(_identity(entry), name)
         if first != name:
@@ -81,7 +82,7 @@ def _flatten(
         for part, tensor in parts.items():
             if part in tensors or (part in entries and part != name):
                 raise CheckpointError(f"two entries need the tensor name {part!r}")
-            tensors[part] = _stored(part, tensor)
+            tensors[part] = _stored(part, tensor, used)
     return tensors, weights, aliases
 
 
@@ -92,13 +93,15 @@ def _identity(entry: PackedWeight | Tensor) -> Any:
     return entry.device, entry.data_ptr(), entry.dtype, tuple(entry.shape), entry.stride()
 
 
-def _stored(name: str, tensor: Any) -> Tensor:
-    """``tensor`` on the CPU, contiguous, and alone in its memory."""
+def _stored(name: str, tensor: Any, used: set[int]) -> Tensor:
+    """``tensor`` on the CPU, contiguous, and alone in its memory; ``used`` are the memories of others."""
     if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
         raise CheckpointError(f"{name!r} is not a tensor with data")
     stored = tensor.detach().cpu().contiguous()
-    whole = stored.untyped_storage().nbytes() == stored.nbytes
-    return stored if whole else stored.clone()
+    storage = stored.untyped_storage()
+    alone = storage.nbytes() == stored.nbytes and storage.data_ptr() not in used
+    used.add(storage.data_ptr())
+    return stored if alone else stored.clone()
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -122,7 +125,7 @@ def _synchronise(path: Path) -> None:
 
 def is_state(shards: Shards) -> bool:
     """Whether the checkpoint is a file of ours."""
-    return any(MANIFEST in metadata for metadata in shards.metadata.values())
+    return any(key in metadata for metadata in shards.metadata.values() for key in (MANIFEST, _DIGEST))
 
 
 def read_state(shards: Shards, device: torch.device | str) -> Iterator[tuple[str, PackedWeight | Tensor]]:
@@ -154,7 +157,7 @@ def read_state(shards: Shards, device: torch.device | str) -> Iterator[tuple[str
 
 
 def _read_manifest(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    text = metadata[MANIFEST]
+    text = metadata.get(MANIFEST, "")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get(_DIGEST):
         raise CheckpointError(f"{file}: the manifest does not match its checksum; the file is damaged")
     manifest = json.loads(text)
