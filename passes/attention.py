@@ -64,7 +64,7 @@ class _GraphPass:
         self.module = module
         self.graph = module.graph
         self.outer = outer
-        self.decisions: list[Decision] = []
+        self.decisions: list[tuple[int, Decision]] = []
         self.settled: set[fx.Node] = set()
 
     def run(self) -> list[Decision]:
@@ -84,74 +84,90 @@ class _GraphPass:
             contraction = contraction_of(call_of(node), node)  # earlier rewrites may have changed its arguments
             if contraction is not None:
                 self._try(matcher, contraction)
-        self._report_rest(carriers, calls)
-        return self.decisions
+        self._report_rest(matcher)
+        return [decision for _, decision in sorted(self.decisions, key=lambda entry: entry[0])]
 
     def _calls(self) -> dict[fx.Node, Call]:
         return {node: call for node in self.graph.nodes if (call := call_of(node)) is not None}
 
     def _try(self, matcher: Matcher, contraction: Contraction) -> None:
         """Rewrite the site that ends at this product, whichever side its weights are on."""
-        carrying = matcher.carriers.carrying
-        sides = [c for c in (contraction, contraction.swapped()) if c.lhs in carrying]
+        carriers = matcher.carriers
+        softmaxes = _softmaxes_behind(contraction, carriers)
         reason = ""
-        softmaxes = _softmaxes_behind(contraction, matcher.carriers)
-        site = describe_site(contraction.node)
-        for side in sides:
+        for side in (contraction, contraction.swapped()):
+            if side.lhs not in carriers.carrying:
+                continue
             try:
-                plans = _plan_all(matcher, side)
+                self._replace(matcher, _plan_all(matcher, side))
             except (Refusal, AxisError, Retry) as error:
                 reason = reason or str(error)
                 continue
-            self._replace(matcher, plans, site)
             self.settled |= softmaxes
             return
-        named = [s for s in softmaxes if (c := call_of(s)) is not None and c.name != "exp"]
-        if named:
+        if any(is_named_softmax(s) for s in softmaxes):
             self.settled |= softmaxes
-            self.decisions.append(Decision(PASS_NAME, site, "left", reason))
+            self._leave(matcher, contraction.node, reason)
 
     def _fused_calls(self, matcher: Matcher, calls: Mapping[fx.Node, Call]) -> None:
         for node in [n for n in self.graph.nodes if is_multi_head(n)]:
             self._multi_head(matcher, node)
         for node, call in calls.items():
             if call.name == "sdpa":
-                self._fused(matcher, node, lambda detail, n=node: match_sdpa(matcher, n, detail))
+                reason = self._fused(matcher, lambda detail, n=node: match_sdpa(matcher, n, detail))
+                if reason:
+                    self._leave(matcher, node, reason)
 
     def _multi_head(self, matcher: Matcher, node: fx.Node) -> None:
-        site = describe_site(node)
+        """Replace a multi-head call by its projections around a fused call; undone if the inside is refused."""
         try:
-            call = without_weights(node)
-            inner = expand_multi_head(matcher, call)
+            expanded = expand_multi_head(matcher, without_weights(node))
         except Refusal as error:
-            self.decisions.append(Decision(PASS_NAME, site, "left", str(error)))
+            self._leave(matcher, node, str(error))
             return
-        self._fused(matcher, inner, lambda detail: match_inner(matcher, inner, call, detail))
+        reason = self._fused(matcher, lambda detail: match_inner(matcher, expanded, detail))
+        if reason:
+            expanded.undo()
+            self._leave(matcher, node, reason)
+        else:
+            expanded.finish()
 
-    def _fused(self, matcher: Matcher, node: fx.Node, match: Callable[[Detail], Site]) -> None:
+    def _fused(self, matcher: Matcher, match: Callable[[Detail], Site]) -> str:
+        """Rewrite the site that ``match`` finds; returns why not, or nothing."""
         reason = ""
         for detail in Detail:
             try:
-                self._replace(matcher, [plan(match(detail), matcher.effects)], describe_site(node))
-                return
+                self._replace(matcher, [plan(match(detail), matcher.effects)])
+                return ""
             except Retry as error:
                 reason = str(error)
             except (Refusal, AxisError) as error:
-                reason = str(error)
-                break
-        self.decisions.append(Decision(PASS_NAME, describe_site(node), "left", reason))
+                return str(error)
+        return reason
 
-    def _replace(self, matcher: Matcher, plans: list[Plan], site: str) -> None:
+    def _replace(self, matcher: Matcher, plans: list[Plan]) -> None:
+        out = plans[0].site.out
+        place, site = matcher.effects.position[out], describe_site(out)
         rewrite(plans, matcher.effects)
         counters["vblackwell"]["fuse_attention"] += len(plans)
         for made in plans:
-            self.decisions.append(Decision(PASS_NAME, site, "rewritten", describe(made), details=details(made)))
+            decision = Decision(PASS_NAME, site, "rewritten", describe(made), details=details(made))
+            self.decisions.append((place, decision))
 
-    def _report_rest(self, carriers: Carriers, calls: Mapping[fx.Node, Call]) -> None:
-        for node in calls:
-            if node in carriers.softmaxes and node not in self.settled and not node._erased and calls[node].name != "exp":
-                reason = "no matrix product sums values with these weights"
-                self.decisions.append(Decision(PASS_NAME, describe_site(node), "left", reason))
+    def _leave(self, matcher: Matcher, node: fx.Node, reason: str) -> None:
+        decision = Decision(PASS_NAME, describe_site(node), "left", reason)
+        self.decisions.append((matcher.effects.position[node], decision))
+
+    def _report_rest(self, matcher: Matcher) -> None:
+        for node in self.graph.nodes:
+            if node in matcher.carriers.softmaxes and node not in self.settled and is_named_softmax(node):
+                self._leave(matcher, node, "no matrix product sums values with these weights")
+
+
+def is_named_softmax(node: fx.Node) -> bool:
+    """Whether the node is a softmax call; an exponential is one only together with its sum."""
+    call = call_of(node)
+    return call is not None and call.name in ("softmax", "safe_softmax")
 
 
 def _may_begin(call: Call) -> bool:

@@ -49,7 +49,7 @@ def match_sdpa(matcher: Matcher, node: fx.Node, detail: Detail) -> Site:
     if call.get("is_causal", False) is not False:
         logits = _causal(lifter, logits, call.get("is_causal"), rows, keys)
     site.logits = split_logits(site.algebra, logits, keys)
-    _set_scale(site, call.get("scale"), shape_of(q)[-1])
+    _set_scale(site, call.get("scale"), q)
     site.dropout = check_dropout(call.get("dropout_p", 0.0))
     check_operands(site)
     return site
@@ -104,16 +104,18 @@ def _causal(lifter: Lifter, logits: Expression, flag: Any, rows: Dim, keys: Dim)
     return make("where", inside, logits, lifter.algebra.const(float("-inf")))
 
 
-def _set_scale(site: Site, scale: Any, features: Any) -> None:
-    value = value_of(scale)
+def _set_scale(site: Site, scale: Any, q: fx.Node) -> None:
+    value, features = value_of(scale), shape_of(q)[-1]
     if isinstance(value, (int, float)):
         site.logits.scale = float(value)
     elif scale is None and isinstance(features, int):
         site.logits.scale = 1.0 / math.sqrt(features)
+    elif scale is None:
+        site.logits.features_of = q
     elif isinstance(scale, fx.Node) and isinstance(value, torch.SymFloat):
         site.logits.scalar = scale
     else:
-        raise Refusal("the scale depends on a size that is known only at run time")
+        raise Refusal("a scale that is no number")
 
 
 # ------------------------------------------------------------------------------------ multi_head_attention_forward
@@ -122,7 +124,7 @@ def is_multi_head(node: fx.Node) -> bool:
 
 
 @dataclass
-class _MultiHead:
+class MultiHead:
     """One call, its arguments by name."""
 
     node: fx.Node
@@ -132,41 +134,55 @@ class _MultiHead:
         return self.arguments[name]
 
 
-def without_weights(node: fx.Node) -> "_MultiHead":
-    """The call, told not to return weights that nobody reads; raises Refusal where somebody does."""
+@dataclass
+class Expanded:
+    """A multi-head call written as projections around an SDPA node that has no masks yet.
+
+    Nothing reads the new nodes until :meth:`finish`; :meth:`undo` removes them.
+    """
+
+    call: MultiHead
+    attention: fx.Node
+    output: fx.Node
+    emitter: Emitter
+
+    def finish(self) -> None:
+        result = next(u for u in self.call.node.users if u.args[1] == 0)
+        result.replace_all_uses_with(self.output)
+        for user in list(self.call.node.users):
+            user.graph.erase_node(user)
+        self.call.node.graph.erase_node(self.call.node)
+
+    def undo(self) -> None:
+        self.emitter.undo()
+
+
+def without_weights(node: fx.Node) -> MultiHead:
+    """The call, provided that nobody reads the weights that it returns; raises Refusal where somebody does."""
     bound = _MHA_SIGNATURE.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
-    call = _MultiHead(node, dict(bound.arguments))
     for user in node.users:
-        if user.op != "call_function" or user.target is not operator.getitem:
+        is_item = user.op == "call_function" and user.target is operator.getitem
+        if not is_item or (user.args[1] != 0 and user.users):
             raise Refusal("the attention weights are returned")
-        if user.args[1] != 0 and user.users:
-            raise Refusal("the attention weights are returned")
-    return call
-
-
-def expand_multi_head(matcher: Matcher, call: _MultiHead) -> fx.Node:
-    """Write a multi-head call as projections around an SDPA node without masks, which is returned.
-
-    The masks are the caller's business (:func:`match_inner`). Raises Refusal before anything is changed.
-    """
-    _check_multi_head(call)
-    result = next((u for u in call.node.users if u.args[1] == 0), None)
-    if result is None:
+    if not any(user.args[1] == 0 for user in node.users):
         raise Refusal("nobody reads the result")
+    return MultiHead(node, dict(bound.arguments))
+
+
+def expand_multi_head(matcher: Matcher, call: MultiHead) -> Expanded:
+    """Write the projections of a multi-head call into the graph; raises Refusal before anything is changed."""
+    _check_multi_head(call)
+    result = next(u for u in call.node.users if u.args[1] == 0)
     emitter = Emitter(call.node, matcher.effects.position)
     q, k, v = _project(emitter, call)
     attention = emitter.function(F.scaled_dot_product_attention, q, k, v)
-    output = _project_out(emitter, call, attention)
-    output = emitter.with_strides(output, tensor_of(result))
-    result.replace_all_uses_with(output)
-    for user in list(call.node.users):
-        user.graph.erase_node(user)
-    call.node.graph.erase_node(call.node)
-    return attention
+    output = emitter.with_strides(_project_out(emitter, call, attention), tensor_of(result))
+    output.meta["example_value"] = tensor_of(result)
+    return Expanded(call, attention, output, emitter)
 
 
-def _check_multi_head(call: _MultiHead) -> None:
+def _check_multi_head(call: MultiHead) -> None:
     special = ("bias_k", "bias_v", "static_k", "static_v")
     if any(call.arguments[name] is not None for name in special) or call.add_zero_attn:
         raise Refusal("extra keys (bias_k, add_zero_attn or static_k)")
@@ -187,7 +203,7 @@ def _autocast_is_on(node: fx.Node) -> bool:
     return any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in node.graph.nodes)
 
 
-def _project(emitter: Emitter, call: _MultiHead) -> list[fx.Node]:
+def _project(emitter: Emitter, call: MultiHead) -> list[fx.Node]:
     """Queries, keys and values, ``[N, heads, length, features]`` each."""
     inputs = [call.query, call.key, call.value]
     if len(shape_of(call.query)) == 2:
@@ -201,7 +217,7 @@ def _project(emitter: Emitter, call: _MultiHead) -> list[fx.Node]:
     return heads
 
 
-def _linear_inputs(emitter: Emitter, call: _MultiHead, inputs: list[fx.Node]) -> list[fx.Node]:
+def _linear_inputs(emitter: Emitter, call: MultiHead, inputs: list[fx.Node]) -> list[fx.Node]:
     biases: list[Any] = [None] * 3
     packed = call.in_proj_bias
     if not call.use_separate_proj_weight and inputs[0] is inputs[1] is inputs[2]:
@@ -221,7 +237,7 @@ def _thirds(emitter: Emitter, node: fx.Node, dim: int) -> list[fx.Node]:
     return [emitter.function(operator.getitem, parts, n) for n in range(3)]
 
 
-def _project_out(emitter: Emitter, call: _MultiHead, attention: fx.Node) -> fx.Node:
+def _project_out(emitter: Emitter, call: MultiHead, attention: fx.Node) -> fx.Node:
     """``[length, N, features]`` (without N for unbatched input)."""
     rows_first = emitter.method("transpose", attention, 1, 2)
     flat = emitter.method("flatten", rows_first, 2)
@@ -230,11 +246,12 @@ def _project_out(emitter: Emitter, call: _MultiHead, attention: fx.Node) -> fx.N
     return emitter.method("squeeze", output, 1) if len(shape_of(call.query)) == 2 else output
 
 
-def match_inner(matcher: Matcher, attention: fx.Node, call: _MultiHead, detail: Detail) -> Site:
+def match_inner(matcher: Matcher, expanded: Expanded, detail: Detail) -> Site:
     """The site of the attention inside an expanded multi-head call, with the call's masks."""
-    site = match_sdpa(matcher, attention, detail)
+    call = expanded.call
+    site = match_sdpa(matcher, expanded.attention, detail)
     lifter = _lifter(matcher, site, detail)
-    scale = site.logits.scale
+    scale, features_of = site.logits.scale, site.logits.features_of
     n, heads = site.out_dims[:2]
     logits = site.algebra.score
     trusted = call.is_causal and call.key_padding_mask is None and not call.need_weights
@@ -247,7 +264,7 @@ def match_inner(matcher: Matcher, attention: fx.Node, call: _MultiHead, detail: 
         dims: Dims = (n, site.keys) if len(shape_of(padding)) == 2 else (site.keys,)
         logits = add_mask(lifter, logits, padding, broadcast_input(dims, shape_of(padding)), False)
     site.logits = split_logits(site.algebra, logits, site.keys)
-    site.logits.scale = scale
+    site.logits.scale, site.logits.features_of = scale, features_of
     site.dropout = check_dropout(call.dropout_p if call.training else 0.0)
     return site
 

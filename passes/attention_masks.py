@@ -24,6 +24,7 @@ class Logits:
         scale: constant factor of the score.
         scalar: symbolic factor of the score, or None.
         inverse: whether the score is divided by ``scalar``.
+        features_of: a tensor by the square root of whose last size the score is divided.
         mask: conditions that all hold where a key takes part.
         every_row: whether each row is proved to keep a key.
     """
@@ -33,6 +34,7 @@ class Logits:
     scale: float = 1.0
     scalar: fx.Node | None = None
     inverse: bool = False
+    features_of: fx.Node | None = None
     every_row: bool = False
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_plan import Plan
 from vbcompile.passes.graph_axes import Dim, Dims, permutation
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_emit import Emitter
-from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, tensor_of, value_of
+from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, tensor_of
 
 _SEED_BOUND = 2**62
 
@@ -20,13 +21,34 @@ _SEED_BOUND = 2**62
 def rewrite(plans: Sequence[Plan], effects: Effects) -> fx.Node:
     """Replace the site (a sum of fused calls, where there are several plans) and erase what nobody reads any more.
 
-    Returns the node that now holds the site's result.
+    Returns the node that now holds the site's result. Raises Refusal, with the graph as before, where a run-time size
+    that is needed is in no node.
     """
     out = plans[0].site.out
     emitter = Emitter(plans[0].site.insert_before, effects.position)
+    try:
+        result, log_sums = _emit(emitter, plans)
+    except LookupError as error:
+        emitter.undo()
+        raise Refusal(str(error)) from error
+    if effects.is_written(out, effects.position[out], len(effects.position)):
+        result = emitter.method("clone", result)  # the operator's result is saved for its backward
+    for node, lse in log_sums:
+        node.replace_all_uses_with(lse)
+    out.replace_all_uses_with(result)
+    region = set().union(*(plan.site.region for plan in plans)) | {out} | {node for node, _ in log_sums}
+    _erase(out.graph, region, effects)
+    return result
+
+
+def _emit(emitter: Emitter, plans: Sequence[Plan]) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
+    """The result and, for each ``logsumexp`` node that is replaced, its replacement."""
+    out = plans[0].site.out
     result: fx.Node | None = None
+    log_sums: list[tuple[fx.Node, fx.Node]] = []
     for plan in plans:
-        term = _emit_call(emitter, plan)
+        term, sums = _emit_call(emitter, plan)
+        log_sums += sums
         result = term if result is None else emitter.function(operator.add, result, term)
     assert result is not None
     if tensor_of(result).dtype != tensor_of(out).dtype:
@@ -34,14 +56,10 @@ def rewrite(plans: Sequence[Plan], effects: Effects) -> fx.Node:
     if not plans[0].function.rows_first or len(plans) > 1:
         result = emitter.with_strides(result, tensor_of(out))
     result.meta["example_value"] = tensor_of(out)
-    if effects.is_written(out, effects.position[out], len(effects.position)):
-        result = emitter.method("clone", result)  # the operator's result is saved for its backward
-    out.replace_all_uses_with(result)
-    _erase(out.graph, set().union(*(plan.site.region for plan in plans)) | {out}, effects)
-    return result
+    return result, log_sums
 
 
-def _emit_call(emitter: Emitter, plan: Plan) -> fx.Node:
+def _emit_call(emitter: Emitter, plan: Plan) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
     site, space = plan.site, plan.site.space
     lead = plan.lead or [()]
     features, values = space.resolve(site.features), space.resolve(site.values)
@@ -61,10 +79,10 @@ def _emit_call(emitter: Emitter, plan: Plan) -> fx.Node:
     )  # fmt: skip
     result = emitter.function(operator.getitem, call, 0)
     result = emitter.arrange(result, (*lead, plan.rows, values), list(out_dims))
-    _emit_log_sums(emitter, plan, call, (*lead, plan.rows))
+    log_sums = _emit_log_sums(emitter, plan, call, (*lead, plan.rows))
     for name, factor, dims in site.factors:
         result = _apply_factor(emitter, result, name, factor, space.resolve_all(dims), list(out_dims))
-    return _add_residual(emitter, plan, result, list(out_dims))
+    return _add_residual(emitter, plan, result, list(out_dims)), log_sums
 
 
 def _add_residual(emitter: Emitter, plan: Plan, result: fx.Node, target: list[Dim]) -> fx.Node:
@@ -98,6 +116,9 @@ def _captured(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: l
 def _scale(emitter: Emitter, plan: Plan) -> Any:
     logits = plan.site.logits
     scale = logits.scale * plan.factor
+    if logits.features_of is not None:
+        size = emitter.method("size", logits.features_of, -1)
+        return emitter.function(operator.truediv, float(scale), emitter.function(torch._sym_sqrt, size))
     if logits.scalar is None:
         return float(scale)
     if logits.inverse:
@@ -113,15 +134,15 @@ def _apply_factor(emitter: Emitter, result: fx.Node, name: str, factor: Any, dim
     return emitter.function({"mul": operator.mul, "div": operator.truediv}[name], result, factor)
 
 
-def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> None:
-    site = plan.site
-    for node, wanted in site.log_sums:
+def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> list[tuple[fx.Node, fx.Node]]:
+    found = []
+    for node, wanted in plan.site.log_sums:
         lse = emitter.function(operator.getitem, call, 1)
-        lse = emitter.arrange(lse, dims, list(site.space.resolve_all(wanted)))
+        lse = emitter.arrange(lse, dims, list(plan.site.space.resolve_all(wanted)))
         if tensor_of(lse).dtype != tensor_of(node).dtype:
             lse = emitter.method("to", lse, tensor_of(node).dtype)
-        node.replace_all_uses_with(lse)
-        site.region.add(node)
+        found.append((node, lse))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- memory order
@@ -184,6 +205,3 @@ def _is_pure(node: fx.Node) -> bool:
     if call is None or call.in_place:
         return False
     return call.name != "dropout" or not call.get("training", True)
-
-
-__all__ = ["rewrite", "value_of"]

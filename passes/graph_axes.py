@@ -111,7 +111,7 @@ def product(dim: Dim) -> Size:
 def _divides(a: Size, b: Size) -> bool:
     if type(a) is int and type(b) is int:
         return a > 0 and b % a == 0
-    return known((b // a) * a == b)
+    return known((b // a) * a == b) or known(b % a == 0)
 
 
 # ------------------------------------------------------------------------------------------------------ views

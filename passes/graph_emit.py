@@ -7,7 +7,7 @@ from torch import SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vbcompile.passes.graph_axes import Dim, Dims, product
-from vbcompile.passes.graph_ops import known_equal, shape_of, tensor_of, value_of
+from vbcompile.passes.graph_ops import known_equal, tensor_of, value_of
 
 
 class Emitter:
@@ -22,6 +22,7 @@ class Emitter:
         self.graph = before.graph
         self.before = before
         self.position = position
+        self._made: list[fx.Node] = []
         self._meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
         self._mode = next(
             (v.fake_mode for v in map(value_of, [before, *before.all_input_nodes]) if isinstance(v, FakeTensor)), None
@@ -45,7 +46,14 @@ class Emitter:
         with self._mode, torch.no_grad():
             node.meta["example_value"] = run(args, kwargs)
         self.position[node] = self.position[self.before]
+        self._made.append(node)
         return node
+
+    def undo(self) -> None:
+        """Erase every node made so far (nothing else may read them yet)."""
+        for node in reversed(self._made):
+            self.graph.erase_node(node)
+        self._made.clear()
 
     # ------------------------------------------------------------------------------------------------------- views
     def arrange(self, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
@@ -68,31 +76,32 @@ class Emitter:
         return node if pieces == wanted else self._reshape(node, tuple(pieces), wanted)
 
     def _reshape(self, node: fx.Node, dims: Dims, sizes: list[Dim]) -> fx.Node:
-        known = {dim: place for place, dim in enumerate(dims)}
-        wanted: list[Any] = []
-        for dim in sizes:
-            size = product(dim)
-            wanted.append(self.method("size", node, known[dim]) if isinstance(size, SymInt) and dim in known else size)
-        unknown = [place for place, size in enumerate(wanted) if isinstance(size, SymInt)]
-        for place in unknown[1:]:
-            wanted[place] = self.size_node(wanted[place])
-        if unknown:
-            wanted[unknown[0]] = -1
+        places = {dim: place for place, dim in enumerate(dims)}
+        wanted: list[Any] = [product(dim) for dim in sizes]
+        symbolic = [n for n, size in enumerate(wanted) if isinstance(size, SymInt)]
+        if len(symbolic) == 1:
+            return self.method("reshape", node, tuple(-1 if n in symbolic else size for n, size in enumerate(wanted)))
+        inferred = False
+        for n in symbolic:
+            known = self.method("size", node, places[sizes[n]]) if sizes[n] in places else self._find_size(wanted[n])
+            if known is None and inferred:
+                raise LookupError(f"no node holds the size {wanted[n]}")
+            inferred = inferred or known is None
+            wanted[n] = -1 if known is None else known
         return self.method("reshape", node, tuple(wanted))
 
-    def size_node(self, size: SymInt) -> fx.Node:
-        """A node that holds a symbolic size; raises LookupError where the graph has none."""
+    def _find_size(self, size: SymInt) -> fx.Node | None:
+        """A node that holds a symbolic size; None where the graph has none before this place."""
         for node in self.graph.nodes:
             if node is self.before:
                 break
             value = value_of(node)
             if isinstance(value, SymInt) and known_equal(value, size):
                 return node
-            if isinstance(value, Tensor):
-                for dim, have in enumerate(value.shape):
-                    if isinstance(have, SymInt) and known_equal(have, size):
-                        return self.method("size", node, dim)
-        raise LookupError(f"no node holds the size {size}")
+            for dim, have in enumerate(value.shape) if isinstance(value, Tensor) else ():
+                if isinstance(have, SymInt) and known_equal(have, size):
+                    return self.method("size", node, dim)
+        return None
 
     def with_strides(self, node: fx.Node, wanted: Tensor) -> fx.Node:
         """The tensor in the memory order of ``wanted`` (of equal shape); a copy only where the order differs."""
@@ -129,6 +138,3 @@ def _pieces(dim: Dim, target: list[Dim]) -> list[Dim]:
 
 def _inside(pieces: list[Dim], group: Dim) -> list[Dim]:
     return [p for p in pieces if p and p[0] in group]
-
-
-__all__ = ["Emitter", "same_strides", "shape_of"]
