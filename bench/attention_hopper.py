@@ -41,108 +41,146 @@ CASES = [  # B, H, Hk, Q, K, causal offset, rows first, dtype
 ]
 
 
-def variants(name: str) -> dict[int, list]:
-    """Configurations to try, by head dimension."""
-    from vbcompile.kernels.attention_hopper import FORWARD_CONFIGS, ForwardConfig
+def variants(name: str) -> list[tuple[str, int, list]]:
+    """(direction, head dimension, configurations to try)."""
+    from vbcompile.kernels import attention_hopper as hopper
 
+    tables = {"forward": hopper.FORWARD_CONFIGS, "backward": hopper.BACKWARD_CONFIGS}
     if name == "shipped":
-        return {d: sorted({FORWARD_CONFIGS[d, c] for c in (False, True)}, key=repr) for d in (64, 128)}
-    base = ForwardConfig(group=1)
-    dynamic = replace(base, dynamic=True, group=8)
-    wide = [
-        base,
-        dynamic,
-        replace(base, overlap=False),
-        replace(dynamic, overlap=False),
-        replace(dynamic, group=1),
-        replace(dynamic, group=16),
-        replace(dynamic, ping_pong=False),
-    ]
-    three = ForwardConfig(consumers=3, overlap=False, group=1)
+        pick = lambda table, d: sorted({table[d, c] for c in (False, True)}, key=repr)
+        return [(way, d, pick(table, d)) for way, table in tables.items() for d in (128, 64)]
+    full = hopper.ForwardConfig(group=1)
+    causal = replace(full, dynamic=True, group=8)
+    wide = [full, replace(full, pack=True), causal, replace(causal, pack=True), replace(causal, ping_pong=False)]
+    three = replace(full, consumers=3, pack=True, ping_pong=False)
     narrow = [
-        base,
-        dynamic,
-        replace(base, poly=8),
-        replace(base, poly=4),
-        replace(dynamic, poly=8),
-        replace(dynamic, poly=8, group=32),
-        replace(dynamic, poly=8, ping_pong=False),
-        replace(dynamic, overlap=False),
+        replace(causal, poly=8, group=32),
+        replace(causal, poly=8, group=64),
+        replace(causal, poly=8, group=32, pack=True),
         three,
         replace(three, poly=8),
-        replace(three, dynamic=True, group=8),
         replace(three, dynamic=True, group=32),
+        replace(three, dynamic=True, group=32, poly=8),
+        replace(three, dynamic=True, group=64),
     ]
-    return {64: narrow, 128: wide}
+    back = hopper.BackwardConfig()
+    return [
+        ("forward", 128, wide),
+        ("forward", 64, narrow),
+        ("backward", 128, [back, replace(back, group=8)]),
+        (
+            "backward",
+            64,
+            [back, replace(back, group=16), replace(back, stages=3, group=16)],
+        ),
+    ]
 
 
-def reference(q, k, v, scale, offset):
-    """(out, lse) in float64, and plain PyTorch's out in q's dtype."""
+def reference(q, k, v, scale, offset, dtype):
+    """(out, lse) of plain PyTorch in ``dtype``."""
     import torch
 
     group = q.shape[1] // k.shape[1]
-
-    def run(dtype):
-        kk, vv = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
-        s = q.to(dtype) @ kk.mT * scale
-        if offset is not None:
-            rows = torch.arange(q.shape[2], device=q.device)[:, None]
-            s = s.masked_fill(torch.arange(k.shape[2], device=q.device)[None] > rows + offset, -math.inf)
-        return s.softmax(-1) @ vv, s.double().logsumexp(-1)
-
-    out, lse = run(torch.float64)
-    return out, lse, run(q.dtype)[0]
+    q, k, v = q.to(dtype), *(x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+    s = q @ k.mT * scale
+    if offset is not None:
+        rows = torch.arange(q.shape[2], device=q.device)[:, None]
+        s = s.masked_fill(torch.arange(k.shape[2], device=q.device)[None] > rows + offset, -math.inf)
+    return s.softmax(-1) @ v, s.double().logsumexp(-1)
 
 
-def check(dim: int, config) -> dict:
+def check(way: str, dim: int, config) -> dict:
     """Worst ratio of our error to plain PyTorch's over the cases; raises if one is wrong."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    worst = 0.0
+    for case in CASES:
+        batch, heads, key_heads, queries, keys, *_, dtype = case
+        like = {"device": "cuda", "dtype": getattr(torch, dtype)}
+        sizes = ((heads, queries), (key_heads, keys), (key_heads, keys), (heads, queries))
+        q, k, v, g = (torch.randn(batch, s, h, dim, **like).transpose(1, 2) for h, s in sizes)
+        ratios = (check_forward if way == "forward" else check_backward)(q, k, v, g, case, config)
+        worst = max(worst, *ratios)
+        if not all(ratio <= 2.0 for ratio in ratios):  # NaN fails too
+            raise AssertionError(f"{case}: error ratios {ratios}")
+    return {"worst_ratio": worst}
+
+
+def error_ratio(ours, plain, exact) -> float:
+    """Our largest error over plain PyTorch's."""
+    return ((ours.double() - exact).abs().max() / (plain.double() - exact).abs().max().clamp_min(1e-12)).item()
+
+
+def check_forward(q, k, v, g, case, config) -> list[float]:
     import torch
 
     from vbcompile.kernels.attention_hopper import forward
 
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    worst = 0.0
-    for batch, heads, key_heads, queries, keys, offset, rows_first, dtype in CASES:
-        sizes = ((heads, queries), (key_heads, keys), (key_heads, keys))
-        like = {"device": "cuda", "dtype": getattr(torch, dtype)}
-        q, k, v = (torch.randn(batch, s, h, dim, **like).transpose(1, 2) for h, s in sizes)
-        scale = 1.0 / math.sqrt(dim)
-        out, lse = forward(q, k, v, scale, offset, rows_first, config)
-        exact, exact_lse, plain = reference(q, k, v, scale, offset)
-        error = (out.double() - exact).abs().max().item()
-        bound = (plain.double() - exact).abs().max().item()
-        lse_error = (lse.double() - exact_lse).abs().max().item()
-        ratio = error / bound
-        worst = max(worst, ratio)
-        if not (ratio <= 2.0 and lse_error < 1e-3) or not out.isfinite().all():
-            raise AssertionError(f"{(batch, heads, key_heads, queries, keys, offset)}: {ratio=} {error=} {lse_error=}")
-    return {"worst_ratio": worst}
+    scale = q.shape[-1] ** -0.5
+    out, lse = forward(q, k, v, scale, case[5], case[6], config)
+    exact, exact_lse = reference(q, k, v, scale, case[5], torch.float64)
+    plain, _ = reference(q, k, v, scale, case[5], q.dtype)
+    return [error_ratio(out, plain, exact), (lse.double() - exact_lse).abs().max().item() / 5e-4]
 
 
-def measure(shape, configs: list) -> dict:
-    """Median milliseconds of one forward per configuration (None is cuDNN), in rounds of random order: neighbours in
+def check_backward(q, k, v, g, case, config) -> list[float]:
+    import torch
+
+    from vbcompile.kernels.attention_hopper import backward, forward
+
+    scale, offset = q.shape[-1] ** -0.5, case[5]
+    grad_lse = torch.randn(q.shape[:3], device="cuda") if case[6] else None
+
+    def gradients(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, lse = reference(*leaves, scale, offset, dtype)
+        loss = (out * g.to(dtype)).sum().double()
+        if grad_lse is not None:
+            loss = loss + (lse * grad_lse.double()).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    exact, plain = gradients(torch.float64), gradients(q.dtype)
+    out, lse = forward(q, k, v, scale, offset, case[6])
+    ours = backward(g, grad_lse, q, k, v, out, lse, scale, offset, config)
+    return [error_ratio(a, b, c) for a, b, c in zip(ours, plain, exact, strict=True)]
+
+
+def measure(way: str, shape, configs: list) -> dict:
+    """Median milliseconds of one call per configuration (None is cuDNN), in rounds of random order: neighbours in
     time share the card's temperature and clock."""
     import torch
     import triton
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from vbcompile.kernels.attention_hopper import forward
+    from vbcompile.kernels.attention_hopper import backward, forward
 
     batch, heads, length, dim, causal, *_ = shape
     torch.manual_seed(length + dim)
-    q, k, v = (torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v, g = (torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v = (x.requires_grad_(way == "backward") for x in (q, k, v))
+    scale, offset = dim**-0.5, 0 if causal else None
+    out, lse = forward(q.detach(), k.detach(), v.detach(), scale, offset, False)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        peer = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     def run(config):
+        if way == "backward" and config is None:
+            return torch.autograd.grad(peer, (q, k, v), g, retain_graph=True)
+        if way == "backward":
+            return backward(g, None, q.detach(), k.detach(), v.detach(), out, lse, scale, offset, config)
         if config is not None:
-            return forward(q, k, v, dim**-0.5, 0 if causal else None, False, config)[0]
+            return (forward(q, k, v, scale, offset, False, config)[0],)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return (torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal),)
 
-    expected = run(None).float()
+    expected = [x.float() for x in run(None)]
     for config in configs:
         first, second = run(config), run(config)
-        if not torch.equal(first, second) or (first.float() - expected).abs().max() > 0.05:
-            raise AssertionError(f"{config}: two runs differ or cuDNN differs")
+        same = [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+        off = [(a.float() - b).norm() / b.norm() for a, b in zip(first, expected, strict=True)]
+        if not same[-1] or max(off) > 0.01:
+            raise AssertionError(f"{config}: two runs agree {same}, distance from cuDNN {off}")
     times: dict[int, list[float]] = {i: [] for i in range(len(configs))}
     for _ in range(ROUNDS):
         for i in random.sample(range(len(configs)), len(configs)):
@@ -151,18 +189,19 @@ def measure(shape, configs: list) -> dict:
     return {"times": [times[i] for i in range(len(configs))]}
 
 
-def worker(arguments) -> None:
+def worker() -> None:
     """Child process: reads jobs (JSON lines), writes results (JSON lines)."""
-    from vbcompile.kernels.attention_hopper import ForwardConfig
+    from vbcompile.kernels.attention_hopper import BackwardConfig, ForwardConfig
 
     for line in sys.stdin:
         job = json.loads(line)
-        configs = [ForwardConfig(**c) if c else None for c in job["configs"]]
+        kind = ForwardConfig if job["way"] == "forward" else BackwardConfig
+        configs = [kind(**c) if c else None for c in job["configs"]]
         try:
             if job["kind"] == "check":
-                result = check(job["dim"], configs[0])
+                result = check(job["way"], job["dim"], configs[0])
             else:
-                result = measure(job["shape"], configs)
+                result = measure(job["way"], job["shape"], configs)
         except (AssertionError, ValueError, RuntimeError) as error:
             result = {"error": f"{type(error).__name__}: {str(error)[-600:]}"}
         print(json.dumps({**job, **result}), flush=True)
@@ -192,31 +231,36 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true")
     arguments = parser.parse_args()
     if arguments.worker:
-        return worker(arguments)
+        return worker()
     deadline = time.monotonic() + arguments.seconds
-    tried = variants(arguments.set)
-    checks = [{"kind": "check", "dim": dim, "configs": [asdict(c)]} for dim, configs in tried.items() for c in configs]
+    checks = [
+        {"kind": "check", "way": way, "dim": dim, "configs": [asdict(c)]}
+        for way, dim, configs in variants(arguments.set)
+        for c in configs
+    ]
     with ThreadPoolExecutor(12) as pool:
         checked = [r for rs in pool.map(lambda job: run_child([job], 60), checks) for r in rs]
     for job in checked:
         if "error" in job:
-            print("FAILED", job["dim"], job["configs"], job["error"])
+            print("FAILED", job["way"], job["dim"], job["configs"], job["error"])
     print(f"checked, {deadline - time.monotonic():.0f} s left", flush=True)
     results = list(checked)
-    for shape in SHAPES:
-        good = [job["configs"][0] for job in checked if "error" not in job and job["dim"] == shape[3]]
-        left = deadline - time.monotonic()
-        results += run_child([{"kind": "time", "shape": shape, "configs": [None, *good]}], min(max(left, 5), 40))
-        show(results[-1])
+    for way, dim, _ in variants(arguments.set):
+        fit = [j["configs"][0] for j in checked if "error" not in j and (j["way"], j["dim"]) == (way, dim)]
+        for shape in [s for s in SHAPES if s[3] == dim]:
+            left = min(max(deadline - time.monotonic(), 5), 40)
+            results += run_child([{"kind": "time", "way": way, "shape": shape, "configs": [None, *fit]}], left)
+            show(results[-1])
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "attention_hopper.json").write_text(json.dumps(results, indent=1))
 
 
 def show(result: dict) -> None:
     """One row per configuration of one shape, the fastest first: median and range over the rounds."""
-    batch, heads, length, dim, causal, wanted, _ = result["shape"]
-    print(f"B,H,S,D {batch},{heads},{length},{dim} causal {causal} wanted {wanted} {result.get('error', '')}")
-    flops = 4 * batch * heads * length**2 * dim * (0.5 if causal else 1)
+    way = result["way"]
+    batch, heads, length, dim, causal, *wanted = result["shape"]
+    print(f"{way} {batch},{heads},{length},{dim} causal {causal} wanted {wanted} {result.get('error', '')[-500:]}")
+    flops = (4 if way == "forward" else 10) * batch * heads * length**2 * dim * (0.5 if causal else 1)
     rows = [(statistics.median(t), t, c) for t, c in zip(result.get("times", []), result["configs"], strict=False)]
     for ms, times, c in sorted(rows, key=lambda row: row[0]):
         rates = [flops / t / 1e9 for t in (ms, max(times), min(times))]

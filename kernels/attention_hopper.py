@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ class ForwardConfig:
     """Shape of one forward launch.
 
     consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages: K and V tiles in flight;
-    ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; poly: one of so many
-    exponentials on the FMA units (0 none, 2, 4, 8); group: heads whose longest query tiles start together;
-    dynamic: work items from a counter instead of in rounds.
+    ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; pack: weights
+    rounded before the loop's edge, fewer registers; poly: one of so many exponentials on the FMA units
+    (0 none, 2, 4, 8); group: heads whose longest query tiles start together; dynamic: work items from a counter
+    instead of in rounds.
     """
 
     consumers: int = 2
@@ -39,6 +41,7 @@ class ForwardConfig:
     stages: int = 2
     ping_pong: bool = True
     overlap: bool = True
+    pack: bool = False
     poly: int = 0
     group: int = 8
     dynamic: bool = False
@@ -56,6 +59,30 @@ FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (128, False): ForwardConfig(),
     (128, True): ForwardConfig(),
 }
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Shape of one backward launch.
+
+    block_q: queries per tile (64 or 128); block_k: keys of one block; stages: Q and dO tiles in flight; group: key
+    heads whose longest key tiles start together.
+    """
+
+    block_q: int = 64
+    block_k: int = 128
+    stages: int = 2
+    group: int = 1
+
+
+# (head_dim, causal) -> configuration
+BACKWARD_CONFIGS: dict[tuple[int, bool], BackwardConfig] = {
+    (64, False): BackwardConfig(),
+    (64, True): BackwardConfig(),
+    (128, False): BackwardConfig(),
+    (128, True): BackwardConfig(),
+}
+PAD = 128  # query rows of the backward's float32 buffers are padded to multiples of this
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -140,7 +167,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def describe(x: Tensor, rows: int):
+def describe(x: Tensor, rows: int) -> Any:
     """Tensor map of ``x [B, H, S, D]`` in blocks of ``rows`` rows of one head.
 
     A dimension of size 1 may carry any stride; the accelerator wants multiples of 16 bytes all the same.
@@ -152,6 +179,15 @@ def describe(x: Tensor, rows: int):
     strides[-1] = 1
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[-1]], layout)
+
+
+def describe_float32(x: Tensor, block: list[int], swizzle: int) -> Any:
+    """Tensor map of a contiguous float32 matrix in blocks of ``block``; swizzle in bytes."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=32, rank=2)
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], block, layout)
 
 
 def allocate(like: Tensor, rows_first: bool) -> Tensor:
@@ -225,9 +261,98 @@ def forward(
             CAUSAL=causal,
             PING_PONG=config.ping_pong and config.consumers == 2,
             OVERLAP=config.overlap,
+            PACK=config.pack,
             POLY=config.poly,
             DYNAMIC=config.dynamic,
             num_warps=4,
             maxnreg=config.registers,
         )
     return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal_offset: int | None,
+    config: BackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward``.
+
+    Args:
+        grad_out: ``[B, H, Q, D]``, gradient of out, any strides. grad_lse: ``[B, H, Q]`` gradient of lse, or None.
+        q, k, v, scale, causal_offset: as in ``forward``; out, lse: what it returned.
+        config: shape of the launch; the shipped one by default.
+
+    Returns:
+        dq, dk, dv, shapes and dtypes of q, k, v. dq is summed in float32 in no fixed order: repeated runs may differ
+        in the last bit of it.
+
+    Raises:
+        ValueError: what ``refuses`` names.
+    """
+    reason = refuses(q, k, v, scale, causal_offset)
+    if reason:
+        raise ValueError(f"Hopper attention: {reason}")
+    from vbcompile.kernels.attention_hopper_backward import attention_backward, finish_backward, prepare_backward
+
+    batch, heads, queries, dim = q.shape
+    k_heads, keys = k.shape[1], k.shape[2]
+    causal = causal_offset is not None and causal_offset < keys - 1
+    config = config or BACKWARD_CONFIGS[dim, causal]
+    grad_out = grad_out if refuses_layout("grad_out", grad_out) is None else grad_out.contiguous()
+    out = out if out.stride(-1) == 1 else out.contiguous()
+    padded = -(-queries // PAD) * PAD
+    dq_sum = q.new_empty(batch * heads * padded, dim, dtype=torch.float32)
+    lse_log2, delta = q.new_empty(2, batch * heads, padded, dtype=torch.float32)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    rows = (padded // 64, batch * heads)
+    with torch.cuda.device(q.device):
+        prepare_backward[rows](
+            out,
+            grad_out,
+            lse.contiguous(),
+            None if grad_lse is None else grad_lse.contiguous(),
+            lse_log2,
+            delta,
+            dq_sum,
+            queries,
+            padded,
+            heads,
+            *out.stride()[:3],
+            *grad_out.stride()[:3],
+            HAS_GRAD_LSE=grad_lse is not None,
+            D=dim,
+            ROWS=64,
+        )
+        attention_backward[(-(-keys // config.block_k) * batch * k_heads,)](
+            describe(q, config.block_q),
+            describe(k, config.block_k),
+            describe(v, config.block_k),
+            describe(grad_out, config.block_q),
+            describe_float32(lse_log2, [1, config.block_q], 0),
+            describe_float32(delta, [1, config.block_q], 0),
+            describe_float32(dq_sum, [config.block_q, dim], 128),
+            describe(dk, config.block_k),
+            describe(dv, config.block_k),
+            scale,
+            scale * math.log2(math.e),
+            queries,
+            keys,
+            k_heads,
+            heads // k_heads,
+            causal_offset if causal_offset is not None and causal else NO_CAUSAL_BOUND,
+            batch * k_heads,
+            padded,
+            STAGES=config.stages,
+            GROUP=config.group,
+            num_warps=8,
+            maxnreg=168,
+        )
+        finish_backward[rows](dq_sum, dq, scale, queries, padded, heads, *dq.stride()[:3], D=dim, ROWS=64)
+    return dq, dk, dv

@@ -321,7 +321,8 @@ def advance(
     # Rounded after the wait: P V may still be reading the registers of the last weights.
     o, p = warpgroup_mma_wait(0, [o, p])
     mbarrier.arrive(v_empty.index(slot))
-    return new_m, total, o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None], carry_weights(p, q_tile.dtype, PACK)
+    o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None]
+    return new_m, total, o, carry_weights(p, q_tile.dtype, PACK)
 
 
 @gluon.jit
@@ -335,6 +336,7 @@ def consume(
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
     OVERLAP: gl.constexpr,
+    PACK: gl.constexpr,
     POLY: gl.constexpr,
     DYNAMIC: gl.constexpr,
 ):
@@ -379,7 +381,12 @@ def consume(
         m = gl.max(s, 1)
         base = gl.where(m == float("-inf"), 0.0, m)
         p = exp2_mixed(s * scale_log2 - (base * scale_log2)[:, None], POLY)
-        state = (m, sum_within_lane(p), gl.full([64, D], 0.0, gl.float32, o_layout), carry_weights(p, q_tile.dtype, CONSUMERS == 3))
+        state = (
+            m,
+            sum_within_lane(p),
+            gl.full([64, D], 0.0, gl.float32, o_layout),
+            carry_weights(p, q_tile.dtype, PACK),
+        )
         for j in range(1, tiles):
             place = (first_row, (tiles - 1 - j) * BLOCK_K, j < tiles - clear)
             state = advance(
@@ -393,7 +400,7 @@ def consume(
                 place,
                 sizes,
                 w,
-                CONSUMERS == 3,
+                PACK,
                 CAUSAL,
                 PING_PONG,
                 OVERLAP,
@@ -454,6 +461,7 @@ def attention_forward(
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
     OVERLAP: gl.constexpr,
+    PACK: gl.constexpr,
     POLY: gl.constexpr,
     DYNAMIC: gl.constexpr,
 ):
@@ -495,8 +503,8 @@ def attention_forward(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, POLY, DYNAMIC)),
-                (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, POLY, DYNAMIC)),
+                (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC)),
+                (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC)),
                 (produce, (descriptors, buffers, barriers, work, sizes, CONSUMERS, BLOCK_K, GROUP, CAUSAL, DYNAMIC)),
             ],
             [4, 1],
@@ -505,9 +513,9 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, POLY, DYNAMIC)),
-                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, POLY, DYNAMIC)),
-                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, POLY, DYNAMIC)),
+                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC)),
+                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC)),
+                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC)),
                 (produce, (descriptors, buffers, barriers, work, sizes, CONSUMERS, BLOCK_K, GROUP, CAUSAL, DYNAMIC)),
             ],
             [4, 4, 1],
