@@ -14,7 +14,11 @@ def grouped(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def fold(t: Tensor, lead: Sequence[int], heads: int) -> Tensor:
-    """``[*lead, S, D] -> [batch, heads, S, D]``: the last axes of ``lead`` become the heads, the others the batch."""
+    """``[*lead, S, D] -> [batch, heads, S, D]``: the last axes of ``lead`` become the heads, the others the batch.
+
+    Rows come out contiguous, which all of PyTorch's kernels take for granted.
+    """
+    t = t if t.stride(-1) == 1 else t.contiguous()
     t = t.expand(*lead, *t.shape[-2:])
     return t.reshape(-1, heads, *t.shape[-2:])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels.attention import arrange
+from vbcompile.kernels.attention import arrange, attention_backward_reference
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.registry import Implementation, operator
@@ -23,6 +23,7 @@ from vbcompile.kernels.score_function import (
 )
 
 aten = torch.ops.aten
+_ABSORBS = -1e4  # below this, float32 has less than three decimals left beside the bias
 
 
 # -------------------------------------------------------------------------------------------- refusals
@@ -134,6 +135,7 @@ class _CpuCall:
     Attributes:
         empty: rows without a key, ``[*lead, Q]``; None where there can be none.
         poisoned: empty rows whose scores still get a gradient (NaN, as softmax gives): emptied by a bias, not a mask.
+        absorbed: whether a row's bias is so low that ``lse`` cannot hold the number of its keys (a minimum for all).
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
@@ -144,6 +146,7 @@ class _CpuCall:
         self.bias: Tensor | None = None
         self.empty: Tensor | None = None
         self.poisoned: Tensor | None = None
+        self.absorbed = False
         if not self.causal and (function.mask is not None or function.program[function.score] != ("score",)):
             self._set_bias(q, k, captured, function)
 
@@ -168,7 +171,9 @@ class _CpuCall:
         total = total if keep is None else torch.where(keep, total, -torch.inf)
         total = total.broadcast_to(torch.broadcast_shapes(total.shape, size))
         rows = (*self.lead, q.shape[-2])
-        self.empty = (total == -torch.inf).all(-1).expand(rows)
+        highest = total.amax(-1)
+        self.empty = (highest == -torch.inf).expand(rows)
+        self.absorbed = bool(((highest < _ABSORBS) & (highest > -torch.inf)).any())
         if function.empty_rows == "nan":
             self.poisoned = self.empty if keep is None else self.empty & keep.broadcast_to(total.shape).any(-1)
         shared = total.shape[:-2].numel() == 1
@@ -193,6 +198,10 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
     call = _CpuCall(q, k, v, captured, function)
+    if call.absorbed:
+        return attention_backward_reference(
+            grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
+        )
     out4, grad4 = (fold(t, call.lead, call.heads) for t in (out, grad_out))
     lse4 = lse.reshape(-1, call.heads, lse.shape[-1])
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
