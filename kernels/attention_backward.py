@@ -210,7 +210,7 @@ def attention_grad_q_kernel(
     STEP: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
     PLAIN: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr, UNBOUNDED: tl.constexpr, DROPOUT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +262,7 @@ def attention_grad_q_kernel(
                 state, q_tile, grad_tile, row_lse, row_low, row_delta, k, v, k_head, v_head, start, first_row,
                 captured, gradients, seed, lead, lead_sizes, k_strides, v_strides, captured_strides, gradient_strides,
                 scale, dropout_p, q_length, k_length, LOGITS, MASK, STEP, UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA,
-                PRECISION, True, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
+                PRECISION, not EVEN_K, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     for start in range(full_begin, full_end, BLOCK_K):
         state = _visit_keys(
@@ -277,7 +277,7 @@ def attention_grad_q_kernel(
                 state, q_tile, grad_tile, row_lse, row_low, row_delta, k, v, k_head, v_head, start, first_row,
                 captured, gradients, seed, lead, lead_sizes, k_strides, v_strides, captured_strides, gradient_strides,
                 scale, dropout_p, q_length, k_length, LOGITS, MASK, STEP, UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA,
-                PRECISION, True, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
+                PRECISION, not EVEN_K, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     accumulator, sums = state
     i = rows[:, None]
@@ -319,13 +319,12 @@ def _visit_queries(
         ok = i_ok
     else:
         ok = i_ok & j_ok if BOUNDED else j_ok
-    place = tl.cast(join_index(lead, lead_sizes), tl.int64) * q_length + rows
+    head = tl.cast(join_index(lead, lead_sizes), tl.int64) * q_length
     exists = rows < q_length if BOUNDED else None
-    row_lse = _rows_of(lse, place, exists)
+    row_lse = _rows_of(lse + head, rows, exists)
     if EMPTY_IS_ZERO:
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    row_delta = tl.load(delta + place, mask=exists)
-    row_low = tl.load(low + place, mask=exists) if UNBOUNDED else row_delta
+    row_low = tl.load(low + head + rows, mask=exists) if UNBOUNDED else row_lse
     score = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
     if not PLAIN:
         score *= scale
@@ -340,13 +339,15 @@ def _visit_queries(
         weights = tl.where(keep, weights, 0.0)
     else:
         keep = None
-    grad_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
     dropped = weights
     if DROPOUT:
         kept = keep_weights(seed, dropout_p, join_index(lead, lead_sizes), i, j, q_length, k_length, WIDE)
         dropped = tl.where(kept, weights / (1.0 - dropout_p), 0.0)
-        grad_weights = tl.where(kept, grad_weights / (1.0 - dropout_p), 0.0)
     grad_v = tl.dot(dropped.to(grad_tile.dtype), grad_tile, grad_v, input_precision=PRECISION)
+    grad_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
+    if DROPOUT:
+        grad_weights = tl.where(kept, grad_weights / (1.0 - dropout_p), 0.0)
+    row_delta = tl.load(delta + head + rows, mask=exists)
     upstream = weights * (grad_weights - row_delta[None, :])
     grad_score, sums = STEP(
         sums, score, upstream, keep, i, j, i_ok, j_ok, ok, lead, q_length, k_length, captured, captured_strides,
@@ -366,7 +367,7 @@ def attention_grad_kv_kernel(
     STEP: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
     PLAIN: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr, UNBOUNDED: tl.constexpr, DROPOUT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_K: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -410,12 +411,12 @@ def attention_grad_kv_kernel(
             lead, q_length, k_length, captured, captured_strides, BLOCK_Q,
         )  # fmt: skip
         if HEAD:
-            for start in range(begin, full_begin, BLOCK_Q):
+            for start in tl.range(begin, full_begin, BLOCK_Q, num_stages=1):
                 state = _visit_queries(
                     state, k_tile, v_tile, q, grad_out, q_head, grad_head, lse, low, delta, start, first_column,
                     captured, gradients, seed, lead, lead_sizes, q_strides, grad_out_strides, captured_strides,
                     gradient_strides, scale, dropout_p, q_length, k_length, LOGITS, MASK, STEP, EMPTY_IS_ZERO,
-                    UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA, PRECISION, True, EVEN_K, D, D_PADDED, DV, DV_PADDED,
+                    UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA, PRECISION, not EVEN_Q, EVEN_K, D, D_PADDED, DV, DV_PADDED,
                     BLOCK_Q, BLOCK_K,
                 )  # fmt: skip
         for start in range(full_begin, full_end, BLOCK_Q):
@@ -427,12 +428,12 @@ def attention_grad_kv_kernel(
                 BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         if TAIL:
-            for start in range(full_end, end, BLOCK_Q):
+            for start in tl.range(full_end, end, BLOCK_Q, num_stages=1):
                 state = _visit_queries(
                     state, k_tile, v_tile, q, grad_out, q_head, grad_head, lse, low, delta, start, first_column,
                     captured, gradients, seed, lead, lead_sizes, q_strides, grad_out_strides, captured_strides,
                     gradient_strides, scale, dropout_p, q_length, k_length, LOGITS, MASK, STEP, EMPTY_IS_ZERO,
-                    UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA, PRECISION, True, EVEN_K, D, D_PADDED, DV, DV_PADDED,
+                    UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA, PRECISION, not EVEN_Q, EVEN_K, D, D_PADDED, DV, DV_PADDED,
                     BLOCK_Q, BLOCK_K,
                 )  # fmt: skip
         grad_k_tile, grad_v_tile, sums = state

@@ -73,7 +73,7 @@ def attention_forward_kernel(
     LOGITS: tl.constexpr, MASK: tl.constexpr, OPAQUE: tl.constexpr, SINK: tl.constexpr, KEY_RANGE: tl.constexpr,
     PLAIN: tl.constexpr, MAY_BE_EMPTY: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr, UNBOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -87,6 +87,7 @@ def attention_forward_kernel(
         LOGITS, MASK, OPAQUE, SINK, KEY_RANGE: functions of ``attention_program.TileProgram``.
         PLAIN: logits are the scaled scores and scale is positive, so that scaling moves into the exponent.
         HEAD, TAIL: whether masked tiles may come before, after the full ones.
+        EVEN_Q, EVEN_K: whether blocks divide the lengths.
     """
     scale = tl.cast(scale, tl.float32)
     tiles = tl.cdiv(q_length, BLOCK_Q)
@@ -122,7 +123,7 @@ def attention_forward_kernel(
                 state, q_tile, k, v, k_head, v_head, start, first_row, captured, seed, lead, lead_sizes,
                 k_strides, v_strides, captured_strides, scale, dropout_p, q_length, k_length,
                 LOGITS, MASK, MAY_BE_EMPTY, UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA, PRECISION,
-                True, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
+                not EVEN_K, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     for start in range(full_begin, full_end, BLOCK_K):
         state = _visit(
@@ -137,7 +138,7 @@ def attention_forward_kernel(
                 state, q_tile, k, v, k_head, v_head, start, first_row, captured, seed, lead, lead_sizes,
                 k_strides, v_strides, captured_strides, scale, dropout_p, q_length, k_length,
                 LOGITS, MASK, MAY_BE_EMPTY, UNBOUNDED, DROPOUT, WIDE, PLAIN, TMA, PRECISION,
-                True, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
+                not EVEN_K, EVEN_Q, D, D_PADDED, DV, DV_PADDED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     accumulator, total, top = state
     denominator = tl.where(total == 0.0, 1.0, total) if EMPTY_IS_ZERO else total
@@ -147,6 +148,6 @@ def attention_forward_kernel(
         lse + tl.cast(head, tl.int64) * q_length + rows, (top * scale if PLAIN else top) + tl.log(total), mask=row_ok
     )
     store_tile(
-        out + offset_of(lead, out_strides), out_strides, first_row, q_length, accumulator / denominator[:, None],
+        out + offset_of(lead, out_strides), out_strides, first_row, q_length, accumulator * (1.0 / denominator)[:, None],
         BLOCK_Q, DV, DV_PADDED,
     )  # fmt: skip
