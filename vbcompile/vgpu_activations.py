@@ -8,10 +8,10 @@ however long the copies take. Times decide which positions cost nothing.
 
 import dataclasses
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, product
+from itertools import accumulate, cycle, product
 from typing import Literal
 
 from vbcompile.vgpu_plan import Operator, Plan, PlanError, Tier
@@ -164,7 +164,7 @@ class _Outcome:
 
 
 class _Problem:
-    """Ways are the three choices, and ``away``: offloaded at once and fetched back only when needed, at full price."""
+    """Ways are the three choices, and ``away``: offloaded with all the haste that the budget asks for, which waits."""
 
     def __init__(
         self,
@@ -205,35 +205,54 @@ class _Problem:
         return durations
 
     def evaluate(self, ways: Sequence[str]) -> _Outcome:
-        fates = self._fates(ways)
+        unhurried = self._unhurried(ways)
+        fates = [
+            unhurried[index] if way == "offload" else self._simple_fate(activation, way)
+            for index, (activation, way) in enumerate(zip(self.activations, ways, strict=True))
+        ]
         live, away = self._memory(fates)
+        self._relax(ways, fates, unhurried, live)
         peak = max(live, default=0)
         host = max(away, default=0)
         fits = peak <= self.budget and (self.tier is None or host <= self.tier.capacity)
         step = self._step_ns(ways, fates)
         return _Outcome(tuple(ways), tuple(fates), step, peak, live.index(peak) if live else 0, host, fits)
 
-    def _fates(self, ways: Sequence[str]) -> list[Fate]:
+    def _unhurried(self, ways: Sequence[str]) -> dict[int, Fate]:
+        """For each offloaded one the positions at which nothing has to wait, if the step runs at its own pace."""
         starts = self.starts(ways)
-        fates = [self._simple_fate(activation, way) for activation, way in zip(self.activations, ways, strict=True)]
-        link = 0
-        for index in self.by_production:
+        moved = [index for index in self.by_production if ways[index] in ("offload", "away")]
+        gone, link = {}, 0
+        for index in moved:
             activation = self.activations[index]
-            if ways[index] in ("offload", "away"):
-                link = max(link, starts[activation.produced + 1]) + self.write_ns[index]
-            if ways[index] == "offload":
-                gone = max(bisect_left(starts, link), activation.last_forward + 1)
-                fates[index] = dataclasses.replace(fates[index], free_before=min(gone, activation.first_backward))
-        link = starts[-1]
-        for index in reversed(self.by_need):
+            link = max(link, starts[activation.produced + 1]) + self.write_ns[index]
+            free = max(bisect_left(starts, link), activation.last_forward + 1)
+            gone[index] = min(free, activation.first_backward)
+        fates, link = {}, starts[-1]
+        for index in sorted(moved, key=lambda i: (self.activations[i].first_backward, i), reverse=True):
             activation = self.activations[index]
-            if ways[index] in ("offload", "away"):
-                link = min(link, starts[activation.first_backward]) - self.read_ns[index]
-            if ways[index] == "offload":
-                begin = bisect_right(starts, link) - 1
-                earliest = min(fates[index].free_before + 1, activation.first_backward)
-                fates[index] = dataclasses.replace(fates[index], back_at=max(begin, earliest))
+            link = min(link, starts[activation.first_backward]) - self.read_ns[index]
+            earliest = min(gone[index] + 1, activation.first_backward)
+            fates[index] = Fate("offload", gone[index], max(bisect_right(starts, link) - 1, earliest))
         return fates
+
+    def _relax(self, ways: Sequence[str], fates: list[Fate], unhurried: dict[int, Fate], live: list[int]) -> None:
+        """Let those that are hurried away stay longer and return earlier where memory is left."""
+        hurried = [index for index in self.by_production if ways[index] == "away"]
+        for index in hurried:
+            size, position = self.activations[index].nbytes, fates[index].free_before
+            last = min(unhurried[index].free_before, fates[index].back_at - 1)
+            while position < last and live[position] + size <= self.budget:
+                live[position] += size
+                position += 1
+            fates[index] = dataclasses.replace(fates[index], free_before=position)
+        for index in reversed(hurried):
+            size, position = self.activations[index].nbytes, fates[index].back_at
+            first = max(unhurried[index].back_at, fates[index].free_before + 1)
+            while position > first and live[position - 1] + size <= self.budget:
+                position -= 1
+                live[position] += size
+            fates[index] = dataclasses.replace(fates[index], back_at=position)
 
     @staticmethod
     def _simple_fate(activation: Activation, way: str) -> Fate:
@@ -354,19 +373,32 @@ def _cheapest(problem: _Problem, ways: Sequence[str], outcome: _Outcome) -> tupl
 def _lateness(
     problem: _Problem, ways: Sequence[str], starts: Sequence[int], peak: int
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """How much each activation, if offloaded too, would overrun the link's time before and after the peak."""
-    late_out, late_back = {}, {}
-    queued = 0
-    for index in reversed(problem.by_production):
-        produced = problem.activations[index].produced
-        late_out[index] = queued + problem.write_ns[index] - (starts[peak] - starts[min(produced + 1, peak)])
-        queued += problem.write_ns[index] if ways[index] == "offload" else 0
-    queued = 0
-    for index in problem.by_need:
-        need = problem.activations[index].first_backward
-        late_back[index] = queued + problem.read_ns[index] - (starts[max(need, peak)] - starts[peak])
-        queued += problem.read_ns[index] if ways[index] == "offload" else 0
-    return late_out, late_back
+    """By how much each activation, offloaded too, would make the link overrun: on the way out, and back.
+
+    On the way out, what is produced from some operator on has to leave between there and the peak; on the way back,
+    what is needed up to some operator has to return between the peak and there. One more activation counts in the
+    windows of all that are produced before it, or needed after it.
+    """
+    acts = problem.activations
+    out_windows = [max(starts[peak] - starts[min(a.produced + 1, peak)], 0) for a in acts]
+    back_windows = [max(starts[max(a.first_backward, peak)] - starts[peak], 0) for a in acts]
+    late_out = _overrun(problem.by_production[::-1], ways, problem.write_ns, out_windows)
+    return late_out, _overrun(problem.by_need, ways, problem.read_ns, back_windows)
+
+
+def _overrun(order: Sequence[int], ways: Sequence[str], cost: Sequence[int], windows: Sequence[int]) -> dict[int, int]:
+    """Each one's cost beyond the least slack of the windows that it would count in; those grow along ``order``."""
+    queued, before = 0, {}
+    for index in order:
+        before[index] = queued
+        queued += cost[index] if ways[index] == "offload" else 0
+    late, slack = {}, None
+    for index in reversed(order):
+        own = windows[index] - before[index]
+        if ways[index] == "offload":
+            slack = own - cost[index] if slack is None else min(slack, own - cost[index])
+        late[index] = cost[index] - (own if slack is None else min(slack, own))
+    return late
 
 
 def _idle_at(activation: Activation, operator: int) -> bool:
@@ -379,25 +411,20 @@ def _holds(fate: Fate, operator: int) -> bool:
 
 
 def _improved(problem: _Problem, best: _Outcome) -> _Outcome:
-    """Change one fate at a time while that saves time, the dearest first, for a bounded number of tries."""
-    tries = 0
-    improved = True
-    while improved and tries < _TRIES:
-        improved = False
-        order = sorted(range(len(best.ways)), key=lambda i: (best.ways[i] == "keep", -problem.activations[i].nbytes, i))
-        for index, way in _alternatives(problem, best.ways, order):
+    """Change one fate at a time while that saves time, the largest first, for a bounded number of tries."""
+    order = sorted(range(len(best.ways)), key=lambda i: (best.ways[i] == "keep", -problem.activations[i].nbytes, i))
+    changes = [(index, way) for index in order for way in problem.ways_of(index)]
+    tries, since = 0, 0
+    for index, way in cycle(changes):
+        if way != best.ways[index]:
             tries += 1
             candidate = problem.evaluate((*best.ways[:index], way, *best.ways[index + 1 :]))
             if candidate.fits and candidate.rank < best.rank:
-                best, improved = candidate, True
-                break
-            if tries >= _TRIES:
-                break
+                best, since = candidate, 0
+        since += 1
+        if tries >= _TRIES or since >= len(changes):
+            break
     return best
-
-
-def _alternatives(problem: _Problem, ways: Sequence[str], order: Iterable[int]) -> Iterable[tuple[int, str]]:
-    return ((index, way) for index in order for way in problem.ways_of(index) if way != ways[index])
 
 
 def _left_over(tier: Tier, weights: Plan | None) -> Tier | None:

@@ -15,9 +15,10 @@ def check_plan(plan: Plan) -> None:
 
 def _check_capacities(plan: Plan) -> None:
     used = {level: nbytes for level, nbytes in plan.bytes_per_level.items() if level != DEVICE}
-    for level in {plan.tier(read.level).via for read in plan.reads}:
-        _require(level is not None, "a disk read leads nowhere")
-        used[level] = used.get(level, 0) + plan.staging_bytes
+    for via in {plan.tier(read.level).via for read in plan.reads}:
+        if via is None:
+            raise AssertionError("a disk read leads nowhere")
+        used[via] = used.get(via, 0) + plan.staging_bytes
     for level, nbytes in used.items():
         _require(nbytes <= plan.tier(level).capacity, f"level {level} holds {nbytes} bytes, more than its capacity")
 

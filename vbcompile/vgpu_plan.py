@@ -236,10 +236,10 @@ class Prediction:
 
 
 class Instruction(NamedTuple):
-    """One entry of a step's program; ``index`` counts copies, or operators where ``action`` is ``run``."""
+    """One entry of a step's program; ``target`` is a copy, or an operator where ``action`` is ``run``."""
 
     action: Literal["prefetch", "wait", "run", "release"]
-    index: int
+    target: int
 
 
 @dataclass(frozen=True)

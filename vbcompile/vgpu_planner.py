@@ -52,6 +52,11 @@ def plan_weights(sweep: Sweep, budget: int, tiers: Sequence[Tier], *, alignment:
     return problem.finish(_with_less_ring(problem, best))
 
 
+def fits_on_device(sweep: Sweep, budget: int, *, alignment: int = ALIGNMENT) -> bool:
+    """Whether all weights, and what else the step needs, are within the budget: then a plan is declined."""
+    return Problem(sweep, budget, (), alignment).fits
+
+
 def smallest_budget(sweep: Sweep, tiers: Sequence[Tier], *, alignment: int = ALIGNMENT) -> int:
     """Bytes of device memory below which :func:`plan_weights` refuses.
 
@@ -73,6 +78,7 @@ def smallest_budget(sweep: Sweep, tiers: Sequence[Tier], *, alignment: int = ALI
 
 def _search(problem: Problem) -> Candidate | None:
     if len(problem.free) <= _EXHAUSTIVE:
+        problem.thorough = True
         return _best(problem, _all_sets(problem), problem.bound(0))
     best: Candidate | None = None
     enough = problem.bound(0) + problem.bound(0) // _GOOD_ENOUGH

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from vbcompile.vgpu_plan import DEVICE, Copy, Plan, Prediction, Read, Sweep, Tier, padded, staged
 from vbcompile.vgpu_simulator import pace
@@ -32,6 +33,8 @@ class Candidate:
 class Problem:
     """The question, with everything that does not change during the search."""
 
+    thorough = False  # whether every way of holding weights for a second use is tried for each resident set
+
     def __init__(self, sweep: Sweep, budget: int, tiers: tuple[Tier, ...], alignment: int) -> None:
         self.sweep, self.budget, self.tiers, self.alignment = sweep, budget, tiers, alignment
         self.sizes = [padded(weight.nbytes, alignment) for weight in sweep.weights]
@@ -41,7 +44,7 @@ class Problem:
         self.pinned = frozenset(i for i, weight in enumerate(sweep.weights) if weight.pinned or not weight.nbytes)
         self.free = [index for index in self.order if index not in self.pinned]
         self.used_again = any(len(uses) > 1 for uses in sweep.uses)
-        self.rate = sum(tier.read_rate for tier in tiers if tier.via is None)
+        self.rate = sum(tier.read_rate for tier in tiers if tier.via is None) or 1
         self._seen: dict[tuple[frozenset[int], int], Candidate | None] = {}
 
     @property
@@ -69,9 +72,30 @@ class Problem:
         return sum(self.sizes[index] for index in weights)
 
     def bound(self, ring: int) -> int:
-        """No plan with a ring of this size is faster."""
-        streamed = sum(self.sweep.weights[index].nbytes for index in self.used) - (self.room - ring)
-        return max(self.sweep.compute_ns, least_time(streamed, self.tiers))
+        """No plan with a ring of this size is faster.
+
+        A stretch of operators in which no weight returns has to load all that it reads and that was not there when it
+        began: in the first stretch the resident weights were, in later ones what the ring holds as well.
+        """
+        first, *later = self.stretches
+        stored = sum(self.sweep.weights[index].nbytes for index in self.used) - (self.room - ring)
+        again = sum(max(nbytes - self.room, 0) for nbytes in later)
+        moved = max(max(first - (self.room - ring), 0) + again, stored)
+        return max(self.sweep.compute_ns, least_time(moved, stored, self.tiers))
+
+    @cached_property
+    def stretches(self) -> list[int]:
+        """Bytes read by each stretch of operators in which no weight returns; the next operator's use is no return."""
+        totals, seen, last = [0], set[int](), set[int]()
+        for operator in self.sweep.operators:
+            fresh = set(operator.weights) - last
+            if fresh & seen:
+                totals.append(0)
+                seen, fresh = set(), set(operator.weights)
+            totals[-1] += sum(self.sweep.weights[index].nbytes for index in fresh)
+            seen |= fresh
+            last = set(operator.weights)
+        return totals
 
     def evaluate(self, resident: frozenset[int], ring: int | None = None) -> Candidate | None:
         """The best copies for a resident set; the ring takes what it leaves. None: it cannot be done."""
@@ -85,12 +109,24 @@ class Problem:
         if not self.pinned <= resident or ring < 0:
             return None
         streamed = frozenset(self.used) - resident
-        holds = (-1, 0, ring // 4, ring // 2, ring - ring // 4) if self.used_again else (0,)
-        found = [c for hold in holds if (c := self._with_hold(resident, streamed, ring, hold)) is not None]
-        return min(found, key=lambda candidate: candidate.rank, default=None)
+        tried: list[list[Stay]] = []
+        found: list[Candidate | None] = []
+        for hold in self._holds(ring):
+            entries = stays(self.sweep, streamed, self.sizes, hold)
+            if entries not in tried and (hold >= 0 or self.thorough or not any(found)):
+                tried.append(entries)
+                found.append(self._with_stays(resident, streamed, ring, entries))
+        return min((c for c in found if c is not None), key=lambda candidate: candidate.rank, default=None)
 
-    def _with_hold(self, resident: frozenset[int], streamed: frozenset[int], ring: int, hold: int) -> Candidate | None:
-        entries = stays(self.sweep, streamed, self.sizes, hold)
+    def _holds(self, ring: int) -> tuple[int, ...]:
+        """Bytes that may pass a weight by before it has to be copied again."""
+        if not self.used_again:
+            return (0,)
+        return (0, ring // 4, ring // 2, ring - ring // 4, -1) if self.thorough else (ring // 2, 0, -1)
+
+    def _with_stays(
+        self, resident: frozenset[int], streamed: frozenset[int], ring: int, entries: Sequence[Stay]
+    ) -> Candidate | None:
         places = place(entries, ring, len(self.sweep.operators))
         if places is None:
             return None

@@ -38,19 +38,19 @@ def spread(traffic: Sequence[Traffic], tiers: Sequence[Tier], staging: int) -> d
     return None
 
 
-def least_time(nbytes: int, tiers: Sequence[Tier]) -> int:
-    """Nanoseconds below which ``nbytes`` cannot reach the device, whatever the plan.
+def least_time(moved: int, stored: int, tiers: Sequence[Tier]) -> int:
+    """Nanoseconds below which ``moved`` bytes of ``stored`` ones cannot reach the device, whatever the plan.
 
     All links at full rate together; then, for each tier from the fastest, what the faster ones cannot hold at the rate
     of the others.
     """
     direct = sorted((tier for tier in tiers if tier.via is None), key=lambda tier: -tier.read_rate)
     disks = [tier for tier in tiers if tier.via is not None]
-    least = 0
-    for count in range(len(direct)):
+    least = _at_rate(moved, sum(tier.read_rate for tier in direct))
+    for count in range(1, len(direct)):
         rate = sum(tier.read_rate for tier in direct[count:])
-        least = max(least, _at_rate(nbytes - sum(tier.capacity for tier in direct[:count]), rate))
-    beyond = nbytes - sum(tier.capacity for tier in direct)
+        least = max(least, _at_rate(stored - sum(tier.capacity for tier in direct[:count]), rate))
+    beyond = stored - sum(tier.capacity for tier in direct)
     return max(least, _at_rate(beyond, sum(tier.read_rate for tier in disks)))
 
 
