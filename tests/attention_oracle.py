@@ -131,7 +131,8 @@ def _one(
         return f"{name}: {int(ours_nan.sum())} NaN, eager has {int(eager_nan.sum())}, of {ours.numel()}"
     truth = torch.where(eager_nan & ours_nan, float("nan"), truth.double())
     scale = _largest(truth)
-    scale = largest if scale < 1e-6 * largest else scale  # zero in truth: what is left is the rounding of its addends
+    if scale < 1e-6 * largest or truth.numel() < FEW_ELEMENTS:
+        scale = max(scale, largest)  # sums that cancel: what is left is the rounding of their addends
     units = FLOOR_UNITS[ours.dtype] if units is None else units
     units *= FACTOR_FOR_FEW if truth.numel() < FEW_ELEMENTS else 1.0
     allowed = factor * _error(eager, truth) + units * torch.finfo(ours.dtype).eps * scale
@@ -150,19 +151,47 @@ def _kind(x: Tensor | None) -> str:
 
 
 def differences(
-    ours: Outcome, eager: Outcome, truth: Outcome, factor: float = 2.0, floor_units: float | None = None
+    ours: Outcome,
+    eager: Outcome,
+    truth: Outcome,
+    factor: float = 2.0,
+    floor_units: float | None = None,
+    lost_gradients: bool = True,
 ) -> list[str]:
     """Why ``ours`` is not as good as ``eager``; empty if it is.
 
     Every output and gradient: equal shape and dtype, NaN in the same places (a NaN that is eager's overflow alone need
     not be copied), and a largest error against ``truth`` of at most ``factor`` times eager's plus ``floor_units`` units
     in the last place of the largest value (default ``FLOOR_UNITS``; more for a handful of numbers).
+
+    Args:
+        lost_gradients: whether NaN must agree in gradients too where an output is NaN. Such a run is lost anyway: the
+            values' gradient is NaN throughout, whatever the others hold.
     """
     if ours.values.keys() != eager.values.keys():
         return [f"results {sorted(ours.values)}, eager has {sorted(eager.values)}"]
     largest = max(map(_largest, truth.values.values()), default=0.0)
+    if not lost_gradients and any(bool(torch.isnan(x).any()) for x in _outputs(eager)):
+        ours, eager = _with_equal_nan_gradients(ours, eager)
     found = (
         _one(name, ours.values[name], eager.values[name], truth.values[name], factor, largest, floor_units)
         for name in eager.values
     )
     return [problem for problem in found if problem is not None]
+
+
+def _outputs(outcome: Outcome) -> list[Tensor]:
+    return [x for name, x in outcome.values.items() if x is not None and name.startswith("output")]
+
+
+def _with_equal_nan_gradients(*outcomes: Outcome) -> list[Outcome]:
+    """The outcomes with NaN in their gradients wherever any of them has it."""
+    cleaned = [Outcome(dict(outcome.values)) for outcome in outcomes]
+    for name in outcomes[0].values:
+        values = [outcome.values.get(name) for outcome in outcomes]
+        if not name.startswith("gradient") or any(x is None for x in values) or len({x.shape for x in values}) > 1:
+            continue
+        lost = torch.stack([torch.isnan(x) for x in values]).any(0)
+        for outcome, x in zip(cleaned, values, strict=True):
+            outcome.values[name] = x.masked_fill(lost, float("nan"))
+    return cleaned
