@@ -226,9 +226,9 @@ class Lifter:
             size = count_instructions(found)
             return size > _PROGRAM_LIMIT or (len(found.atoms) <= 1 and size > 1 and _is_expensive(found))
         tensors, axes = _tensors_and_axes(found)
-        if tensor_of(node).is_floating_point() and not tensor_of(node).requires_grad:
-            if any(tensor_of(t).requires_grad for t, _ in tensors):
-                return True  # detached
+        detached = tensor_of(node).is_floating_point() and not tensor_of(node).requires_grad
+        if detached and any(tensor_of(t).requires_grad for t, _ in tensors):
+            return True
         if len(axes) >= 2:
             return count_instructions(found) > _PROGRAM_LIMIT
         return any(atoms >= found.atoms for _, atoms in tensors)
@@ -396,17 +396,15 @@ class Lifter:
         dim = positive_dim(call.get("dim", 0), len(coordinates))
         index = self.index(coordinates[dim])
         make, size = self.algebra.make, self.algebra.size
-        starts = [0]
-        for part in parts[:-1]:
-            starts.append(starts[-1] + shape_of(part)[dim])
-        result: Expression | None = None
-        for part, start in reversed(list(zip(parts, starts, strict=True))):
+        values, ends, start = [], [], 0
+        for part in parts:
             shifted = make("sub", index, size(start))
-            value = self._value(part, (*coordinates[:dim], shifted, *coordinates[dim + 1 :]))
-            result = value if result is None else make("where", make("lt", index, size(end)), value, result)
-            end = start
-        if result is None:
-            raise Opaque
+            values.append(self._value(part, (*coordinates[:dim], shifted, *coordinates[dim + 1 :])))
+            start = start + shape_of(part)[dim]
+            ends.append(start)
+        result = values[-1]
+        for value, end in reversed(list(zip(values[:-1], ends, strict=False))):
+            result = make("where", make("lt", index, size(end)), value, result)
         return result
 
     # ------------------------------------------------------------------------------------------------ factories

@@ -101,6 +101,8 @@ def _split_where(algebra: Algebra, e: Expression, fill: float) -> tuple[Expressi
     (a, masked_a), (b, masked_b) = _split(algebra, a, fill), _split(algebra, b, fill)
     if not masked_a and not masked_b:
         return e, []
+    if masked_a == masked_b:
+        return algebra.make("where", condition, a, b), masked_a
     in_a = conjunction(algebra, [condition, *masked_a])
     in_b = conjunction(algebra, [algebra.make("not", condition), *masked_b])
     assert in_a is not None and in_b is not None

@@ -7,14 +7,15 @@ import torch
 from torch import fx
 
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
-from vbcompile.passes.graph_ops import Call, tensor_of
+from vbcompile.passes.attention_contraction import contraction_of
+from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
 
 if TYPE_CHECKING:
     from vbcompile.passes.attention_lift import Coordinates, Lifter
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
-_SAME_NAME = {"sub", "mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
+_SAME_NAME = {"mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
 _FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid"}
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
@@ -96,7 +97,22 @@ class _Rules:
     def add(self) -> Expression:
         if self.kind == BOOL:
             return self.make("or", self.read_as(BOOL, "input"), self.read_as(BOOL, "other"))
-        return self.same_name()
+        return self._rounded(self.same_name())
+
+    def sub(self) -> Expression:
+        return self._rounded(self.same_name())
+
+    def _rounded(self, total: Expression) -> Expression:
+        """A float16 sum with a mask of -65504 as the source rounds it: to multiples of 32, so that the score vanishes.
+
+        In float32 the score would survive, and rows without a key would not come out as the mean of all values.
+        """
+        operands = [self.call.input, self.call.get("other")]
+        if self._dtype != torch.float16 or not self._direct or not any(map(_may_be_very_low, operands)):
+            return total
+        shift = self.const(1.5 * 2.0**23 * 32.0)  # float32 numbers around it are 32 apart
+        rounded = self.make("sub", self.make("add", total, shift), shift)
+        return self.make("where", self.make("lt", total, self.const(-(2.0**15))), rounded, total)
 
     def div(self) -> Expression:
         mode = self.call.get("rounding_mode")
@@ -213,6 +229,28 @@ class _Rules:
         if self.call.get("training", True) is not False and self.call.get("p", 0.5) != 0:
             raise self.opaque("dropout of the scores")
         return self.read("input")
+
+
+def _may_be_very_low(node: Any, limit: int = 64) -> bool:
+    """Whether a float16 operand may be a mask that holds -65504: a constant of that size is on its way, or an input."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo and len(seen) < limit:
+        n = todo.pop()
+        if not isinstance(n, fx.Node):
+            if isinstance(n, (int, float)) and float("-inf") < n <= -(2.0**15):
+                return True
+            continue
+        if n in seen or not is_tensor(n):
+            continue
+        seen.add(n)
+        call = call_of(n)
+        if n.op in ("placeholder", "get_attr"):
+            if tensor_of(n).is_floating_point() and not tensor_of(n).requires_grad:
+                return True
+        elif call is not None and contraction_of(call, n) is None:
+            todo += call.arguments.values()
+    return False
 
 
 _RULES: dict[str, Any] = {

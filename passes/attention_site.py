@@ -260,6 +260,7 @@ class Matcher:
 
     def _check(self, site: Site, softmax: Softmax, keys: Dim) -> None:
         begin, end = site.first, self.effects.position[site.out]
+        _check_axes(site)
         for operand in (site.q, site.k):
             if self.effects.is_written(operand.node, begin, end):
                 raise Refusal("queries or keys are modified in place before the values are weighted")
@@ -320,6 +321,15 @@ def _residual(second: Contraction, out_dims: Dims) -> tuple[Any, Dims, Any] | No
     if not is_tensor(second.addend):
         raise Refusal("the second matrix product adds something that is no tensor")
     return second.addend, broadcast_input(out_dims, shape_of(second.addend)), second.beta
+
+
+def _check_axes(site: Site) -> None:
+    """Refuse a product that mixes what another one computed (talking heads): its "keys" are scores."""
+    q, k, v = (_atoms(site.space, operand.dims) for operand in (site.q, site.k, site.v))
+    if k - q - v - {*site.space.resolve(site.keys), *site.space.resolve(site.features)}:
+        raise Refusal("the scores are mixed along an axis that is neither of queries nor of values")
+    if set(site.space.resolve(site.rows)) & v:
+        raise Refusal("the values differ from row to row")
 
 
 def check_operands(site: Site) -> None:

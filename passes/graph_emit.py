@@ -61,19 +61,18 @@ class Emitter:
 
         Entries that the node does not have become dimensions of size one. Merging atoms that lie apart copies.
         """
+        present = {atom for dim in dims for atom in dim}
+        wanted: list[Dim] = [group if set(group) & present else () for group in target]
+        if list(dims) == wanted:
+            return node
         pieces = [piece for dim in dims for piece in _pieces(dim, target)]
         order = [p for group in target for p in sorted(_inside(pieces, group), key=lambda p: group.index(p[0]))]
-        if any(len(p) == 0 for p in dims) and order != pieces:
-            node = self._reshape(node, dims, pieces)
-        elif [p for d in dims for p in (d,)] != pieces:
-            node = self._reshape(node, dims, pieces)
-        else:
-            pieces = list(dims)
-        if order != [p for p in pieces if p]:
+        if order != pieces:
+            if list(dims) != pieces:
+                node = self._reshape(node, dims, pieces)
             node = self.method("permute", node, [pieces.index(p) for p in order])
-            pieces = order
-        wanted = [group if any(set(p) & set(group) for p in order) else () for group in target]
-        return node if pieces == wanted else self._reshape(node, tuple(pieces), wanted)
+            dims = tuple(order)
+        return node if list(dims) == wanted else self._reshape(node, dims, wanted)
 
     def _reshape(self, node: fx.Node, dims: Dims, sizes: list[Dim]) -> fx.Node:
         places = {dim: place for place, dim in enumerate(dims)}
@@ -108,8 +107,9 @@ class Emitter:
         if same_strides(tensor_of(node), wanted):
             return node
         order = sorted(range(wanted.dim()), key=lambda d: (-_hint(wanted.stride(d)), d))
-        node = self.method("permute", node, order)
-        node = self.method("contiguous", node)
+        if order == sorted(order):
+            return self.method("contiguous", node)
+        node = self.method("contiguous", self.method("permute", node, order))
         return self.method("permute", node, [order.index(d) for d in range(wanted.dim())])
 
 
