@@ -179,9 +179,10 @@ class Matcher:
     ) -> Site:
         algebra = Algebra()
         out_dims = tuple(labels[x] for x in second.out_labels)
-        out, divisor = second.node, None
+        way, divisor = [second.node], None
         if softmax.late_sum is not None:
-            out, divisor = find_late_division(space, softmax.late_sum, out, out_dims, keys)
+            way, divisor, out_dims = find_late_division(space, softmax.late_sum, second.node, out_dims, keys)
+        out = way[-1]
         begin, end = self.effects.position[first.node], self.effects.position[out]
         lifter = self.lifter(space, algebra, first, begin, end, detail)
         logits = algebra.make("to_float", lifter.lift(softmax.logits, softmax.dims))
@@ -200,7 +201,7 @@ class Matcher:
             empty_rows=empty, factors=list(reversed(weights.factors)), score_dtype=tensor_of(first.node).dtype,
             residual=_residual(second, out_dims), alpha=second.alpha, first=begin,
         )  # fmt: skip
-        site.region = {first.node, second.node, *weights.region, *lifter.region}
+        site.region = {first.node, *way, *weights.region, *lifter.region}
         site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
         self._check(site, softmax, keys)
         return site

@@ -7,7 +7,7 @@ from torch import fx
 
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Weights
-from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, view_input
+from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
 from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, positive_dim, shape_of, value_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
@@ -287,17 +287,33 @@ def _split_padding(call: Any, found: Softmax) -> Softmax:
 
 # ----------------------------------------------------------------------------------------------- division afterwards
 def find_late_division(
-    space: Space, late: Denominator, product: fx.Node, out_dims: Dims, keys: Dim
-) -> tuple[fx.Node, fx.Node]:
-    """The division of the second product by the sum of the weights, and its divisor; raises Refusal without one."""
-    users = list(product.users)
-    call = call_of(users[0]) if len(users) == 1 else None
-    if call is not None and call.name == "div" and call.input is product and call.get("rounding_mode") is None:
-        divisor = call.get("other")
-        same_shape = len(shape_of(users[0])) == len(out_dims)
-        if is_tensor(divisor) and same_shape and len(shape_of(divisor)) <= len(out_dims):
-            reduced = _reduction(space, divisor, broadcast_input(out_dims, shape_of(divisor)), keys, {"sum"})
-            if reduced is not None and _is_numerator(reduced[0], late.numerator):
-                if space.resolve_all(reduced[1]) == space.resolve_all(late.dims):
-                    return users[0], divisor
+    space: Space, late: Denominator, product: fx.Node, dims: Dims, keys: Dim
+) -> tuple[list[fx.Node], fx.Node, Dims]:
+    """The division of the second product, maybe transposed first, by the sum of the weights.
+
+    Returns the nodes from the product to the division, the divisor, and the dimensions of the quotient; raises Refusal
+    where there is no such division.
+    """
+    way = [product]
+    while len(users := list(way[-1].users)) == 1:
+        call = call_of(users[0])
+        if call is None or call.in_place or call.input is not way[-1]:
+            break
+        order = permutation(call, len(dims))
+        if order is None:
+            if call.name == "div" and _divides_by_sum(space, call, late, dims, keys):
+                return [*way, users[0]], call.get("other"), dims
+            break
+        dims = tuple(dims[d] for d in order)
+        way.append(users[0])
     raise Refusal("an exponential that is not divided by its own sum")
+
+
+def _divides_by_sum(space: Space, call: Any, late: Denominator, dims: Dims, keys: Dim) -> bool:
+    divisor = call.get("other")
+    if not is_tensor(divisor) or call.get("rounding_mode") is not None or len(shape_of(divisor)) > len(dims):
+        return False
+    reduced = _reduction(space, divisor, broadcast_input(dims, shape_of(divisor)), keys, {"sum"})
+    if reduced is None or not _is_numerator(reduced[0], late.numerator):
+        return False
+    return space.resolve_all(reduced[1]) == space.resolve_all(late.dims)
