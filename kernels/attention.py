@@ -212,7 +212,7 @@ def attention(
         ValueError: ranks, devices, dtypes or shapes that do not fit together.
     """
     check(q, k, v, captured, dropout_p, seed)
-    case = make_case(q, k, v, captured, dropout_p, score_function)
+    case = make_case(q, k, v, captured, scale, dropout_p, score_function)
     choice = operator("attention").choose(get_target(q.device), case)
     return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
 
@@ -250,7 +250,7 @@ def attention_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of ``(q, k, v, *captured)``; an empty tensor where ``needs`` is False."""
-    case = make_case(q, k, v, captured, dropout_p, score_function, needs, grad_lse is not None)
+    case = make_case(q, k, v, captured, scale, dropout_p, score_function, needs, grad_lse is not None)
     choice = operator("attention_backward").choose(get_target(q.device), case)
     grads = choice.implementation.run(
         grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)

@@ -22,6 +22,8 @@ class AttentionCase:
         aligned: whether their rows start at multiples of 16 bytes, as the tensor memory accelerator needs.
         needs: for the backward, which of ``(q, k, v, *captured)`` want a gradient; empty for the forward.
         lse_gradient: whether a gradient with respect to ``lse`` comes in.
+        positive_scale: whether the scores' factor is above zero.
+        deterministic: whether repeated runs must agree in every bit.
     """
 
     dtype: torch.dtype
@@ -35,6 +37,8 @@ class AttentionCase:
     aligned: bool = True
     needs: tuple[bool, ...] = ()
     lse_gradient: bool = False
+    positive_scale: bool = True
+    deterministic: bool = False
 
     @property
     def score_function(self) -> ScoreFunction:
@@ -69,6 +73,7 @@ def make_case(
     k: Tensor,
     v: Tensor,
     captured: Sequence[Tensor],
+    scale: float,
     dropout_p: float,
     function: str,
     needs: Sequence[bool] = (),
@@ -87,6 +92,8 @@ def make_case(
         all(_is_aligned(t) for t in (q, k, v)),
         tuple(needs),
         lse_gradient,
+        scale > 0,
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 

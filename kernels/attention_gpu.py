@@ -1,17 +1,19 @@
-"""Our own GPU kernels as implementations of attention: the general Triton ones and Hopper's warp-specialised forward."""
+"""Our own GPU kernels as implementations of attention: the general Triton ones and Hopper's warp-specialised ones."""
+
+from collections.abc import Callable
 
 import torch
 
 from vbcompile.device import Target
 from vbcompile.kernels import attention_hopper, attention_triton
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
-from vbcompile.kernels.attention_fold import fold_inputs
+from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import ScoreFunction, causal_offset
 
-# time relative to cuDNN's forward or backward; medians on an H200, see bench/results/attention*.json
+# time relative to cuDNN's; medians on an H200, see bench/results/attention*.json
 _TRITON_COST = {"attention": 1.4, "attention_backward": 1.6}
-_HOPPER_COST = 0.97
+_HOPPER_COST = {"attention": {64: 0.97, 128: 0.93}, "attention_backward": {64: 1.15, 128: 0.99}}
 
 
 def _triton_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
@@ -41,6 +43,18 @@ def _arranged(out: torch.Tensor, lead: torch.Size, rows_first: bool) -> torch.Te
     return arrange(out.reshape(*lead, *out.shape[-2:]), rows_first)
 
 
+def _hopper_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+    function = ScoreFunction.loads(score_function)
+    lead = lead_shape(q, k, v, captured)
+    heads = fold_heads(lead)
+    q4, k4, v4 = fold_inputs(q, k, v, lead)
+    out4, grad4 = fold(out, lead, heads), fold(grad_out, lead, heads)
+    lse3, grad3 = (None if t is None else t.reshape(-1, heads, t.shape[-1]) for t in (lse, grad_lse))
+    offset = causal_offset(function, q.shape[-2], k.shape[-2])
+    grads = attention_hopper.backward(grad4, grad3, q4, k4, v4, out4, lse3, scale, offset)
+    return unfold_gradients(grads, (q, k, v), lead, captured)
+
+
 def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
     if target.vendor != "nvidia" or target.arch != "sm_90":
         return "uses the instructions of Hopper (sm_90)"
@@ -62,20 +76,24 @@ def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
         return "a tensor is empty"
     if case.q_length < 64:
         return "fewer than 64 queries do not fill its tiles"
+    if not case.positive_scale:
+        return "the scale is not positive"
+    if case.deterministic and case.needs:
+        return "sums the gradient of q in no fixed order"
     return None
 
 
-operator("attention").register(
-    Implementation("hopper", _hopper_forward, _refuses_hopper, lambda target, case: _HOPPER_COST)
-)
-operator("attention").register(
-    Implementation("triton", _triton_forward, attention_triton.refuses, lambda target, case: _TRITON_COST["attention"])
-)
-operator("attention_backward").register(
-    Implementation(
-        "triton",
-        _triton_backward,
-        attention_triton.refuses,
-        lambda target, case: _TRITON_COST["attention_backward"],
-    )
-)
+def _hopper_cost(name: str) -> Callable[[Target, AttentionCase], float]:
+    return lambda target, case: _HOPPER_COST[name][case.q[-1]]
+
+
+def _triton_cost(name: str) -> Callable[[Target, AttentionCase], float]:
+    return lambda target, case: _TRITON_COST[name]
+
+
+for _name, _hopper, _triton in (
+    ("attention", _hopper_forward, _triton_forward),
+    ("attention_backward", _hopper_backward, _triton_backward),
+):
+    operator(_name).register(Implementation("hopper", _hopper, _refuses_hopper, _hopper_cost(_name)))
+    operator(_name).register(Implementation("triton", _triton, attention_triton.refuses, _triton_cost(_name)))

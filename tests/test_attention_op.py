@@ -231,7 +231,7 @@ def target(vendor, device_type, arch):
 
 def test_choice_is_explained_for_machines_one_does_not_have():
     q = torch.empty(2, 4, 128, 64, dtype=torch.bfloat16)
-    case = make_case(q, q, q, [], 0.0, causal().dumps())
+    case = make_case(q, q, q, [], 1.0, 0.0, causal().dumps())
     hopper = operator("attention").choose(target("nvidia", "cuda", "sm_90"), case)
     ampere = operator("attention").choose(target("nvidia", "cuda", "sm_80"), case)
     assert ampere.implementation.name != "cudnn"
@@ -247,6 +247,6 @@ def test_describe_lists_every_implementation():
 
 def test_reference_is_the_last_resort():
     q = torch.randn(1, 2, 4, 8)
-    case = make_case(q, q, q, [], 0.0, with_score(softcap).dumps())
+    case = make_case(q, q, q, [], 1.0, 0.0, with_score(softcap).dumps())
     chosen = operator("attention").choose(target("cpu", "cpu", "cpu"), case)
     assert chosen.implementation.run is op_module.attention_reference
