@@ -48,21 +48,24 @@ NOT_IN_HALF = ("additive_min",)  # eager PyTorch rounds float32's minimum to -in
 
 
 TILES = {  # block_q, block_k, warps, stages, descriptors
-    ("forward", 128): [(128, 128, 8, 2, 1), (128, 128, 8, 3, 1), (128, 64, 4, 3, 1), (128, 64, 8, 3, 1),
-                       (128, 64, 8, 4, 1), (64, 128, 4, 2, 1), (128, 128, 8, 2, 0), (128, 64, 4, 3, 0)],
-    ("forward", 64): [(128, 128, 8, 3, 1), (128, 128, 4, 3, 1), (128, 64, 4, 3, 1), (128, 64, 4, 4, 1),
-                      (64, 128, 4, 3, 1), (128, 128, 4, 2, 0), (256, 64, 8, 3, 1)],
-    ("grad_q", 128): [(128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 128, 8, 2, 1), (64, 64, 4, 2, 1),
-                      (64, 128, 4, 2, 1), (128, 64, 8, 2, 0), (64, 64, 4, 3, 1)],
-    ("grad_q", 64): [(128, 64, 8, 2, 1), (128, 128, 8, 2, 1), (128, 64, 4, 2, 1), (64, 64, 4, 3, 1),
-                     (64, 128, 4, 2, 1), (128, 64, 4, 3, 1)],
-    ("grad_kv", 128): [(64, 128, 8, 2, 1), (64, 128, 8, 3, 1), (32, 128, 8, 2, 1), (32, 128, 8, 3, 1),
-                       (64, 64, 4, 2, 1), (64, 128, 8, 2, 0), (32, 64, 4, 3, 1)],
-    ("grad_kv", 64): [(64, 128, 8, 2, 1), (64, 128, 8, 3, 1), (64, 128, 4, 2, 1), (64, 64, 4, 2, 1),
-                      (64, 64, 4, 3, 1), (32, 128, 4, 3, 1)],
+    ("forward", 128): [(128, 128, 8, 3, 1), (128, 64, 4, 2, 1), (64, 64, 4, 3, 1), (64, 64, 4, 2, 1)],
+    ("forward", 64): [(128, 128, 4, 3, 1), (128, 64, 4, 3, 1), (128, 64, 4, 2, 1), (64, 128, 4, 2, 1)],
+    ("grad_q", 128): [(128, 64, 8, 3, 1), (64, 64, 4, 2, 1), (128, 32, 4, 3, 1)],
+    ("grad_q", 64): [(128, 64, 4, 3, 1), (64, 64, 4, 3, 1), (64, 64, 4, 4, 1)],
+    ("grad_kv", 128): [(64, 128, 8, 2, 1), (64, 128, 8, 3, 1), (64, 64, 4, 2, 1)],
+    ("grad_kv", 64): [(64, 128, 8, 3, 1), (64, 64, 4, 2, 1), (64, 64, 4, 3, 1), (32, 128, 4, 3, 1)],
 }  # fmt: skip
-DECODE_TILES = [(16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2), (16, 128, 4, 3), (16, 128, 8, 3), (16, 32, 4, 5),
-                (16, 64, 2, 4), (16, 256, 8, 2)]  # fmt: skip
+HEAVY_TILES = {  # the same where a bias or a function enters the scores
+    ("forward", 128): [(128, 64, 8, 3, 1), (128, 128, 8, 2, 1), (128, 64, 4, 2, 1), (64, 64, 4, 3, 1),
+                       (128, 64, 8, 2, 1)],
+    ("forward", 64): [(128, 64, 4, 3, 1), (128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (64, 64, 4, 3, 1),
+                      (128, 128, 4, 2, 1)],
+    ("grad_q", 128): [(128, 64, 8, 2, 1), (64, 64, 4, 2, 1)],
+    ("grad_q", 64): [(128, 64, 4, 3, 1), (64, 64, 4, 3, 1), (128, 64, 8, 2, 1)],
+    ("grad_kv", 128): [(64, 64, 4, 2, 1), (64, 128, 8, 2, 1), (32, 128, 8, 2, 1)],
+    ("grad_kv", 64): [(64, 64, 4, 3, 1), (64, 128, 8, 2, 1), (32, 128, 8, 3, 1)],
+}  # fmt: skip
+DECODE_TILES = [(16, 64, 2, 3), (16, 64, 2, 4), (16, 64, 4, 3), (16, 32, 2, 6), (16, 128, 4, 2)]
 
 
 # ---------------------------------------------------------------------------------------------------- check
@@ -118,33 +121,35 @@ def function_of(causal: bool):
     return forms.make_function(mask=forms.causal()) if causal else forms.make_function()
 
 
-def tile_candidates(kernel: str, d: int) -> list[tuple]:
-    """``(block_q, block_k, warps, stages, tma)``"""
-    return TILES[kernel, d]
+def heavy_function(name: str):
+    import attention_forms as forms
+
+    step = forms.plus(0) if name == "bias" else forms.softcap(30.0)
+    return forms.make_function(step)
 
 
-def one_kernel(kernel: str, shape: tuple, tiles: tuple) -> Callable[[], Any]:
-    """A call of one kernel with given tiles."""
-    from vbcompile.kernels import attention_triton as ours
+def one_kernel(kernel: str, shape: tuple, tiles: tuple, heavy: str = "") -> Callable[[], Any]:
+    """A call of one kernel with given tiles; ``heavy`` names a score function instead of a plain or causal one."""
+    from vbcompile.kernels import attention_gradients, attention_problem, attention_triton
     from vbcompile.kernels.attention_tuning import TileConfig, forced_tiles
 
     b, h, s, d, causal = shape
     q, k, v, grad = tensors(b, h, s, d)
-    function, scale = function_of(causal), d**-0.5
+    function, scale = heavy_function(heavy) if heavy else function_of(causal), d**-0.5
+    captured = [torch.randn(1, h, s, s, device="cuda", dtype=q.dtype)] if heavy == "bias" else []
     config = TileConfig(*tiles[:4], bool(tiles[4]))
 
     def run() -> Any:
         with forced_tiles(**{kernel: config}):
             if kernel == "forward":
-                return ours.forward(q, k, v, [], scale, 0.0, None, function)
-            return getattr(backward, kernel)(grad, lse, True)
+                return attention_triton.forward(q, k, v, captured, scale, 0.0, None, function)
+            return getattr(backward, kernel)(True)
 
     if kernel != "forward":
-        out, lse = ours.forward(q, k, v, [], scale, 0.0, None, function)
-        problem = ours._describe(q, k, v, [], scale, 0.0, function)
-        with forced_tiles(**{kernel: config}):
-            backward = ours._Backward(problem, q, k, v, [], (), scale, 0.0, None, function)
-        backward.rows(grad, None, out, lse)
+        out, lse = attention_triton.forward(q, k, v, captured, scale, 0.0, None, function)
+        problem = attention_problem.describe(q, k, v, captured, scale, 0.0, function)
+        backward = attention_gradients.Backward(problem, q, k, v, captured, (), grad, lse, scale, 0.0, None, function)
+        backward.rows(None, out)
     return run
 
 
@@ -159,22 +164,25 @@ def warm(job: tuple) -> str | None:
 
 
 def sweep(jobs: int) -> list[dict[str, Any]]:
-    shapes = [SHAPES[0], SHAPES[1], SHAPES[4], SHAPES[5]]
-    todo = [(kernel, shape, tiles) for kernel in ("forward", "grad_q", "grad_kv") for shape in shapes
-            for tiles in tile_candidates(kernel, shape[3])]  # fmt: skip
+    plain = [SHAPES[0], SHAPES[1], SHAPES[4], SHAPES[5]]
+    todo: list[tuple] = [(kernel, shape, tiles, "") for (kernel, d), candidates in TILES.items() for shape in plain
+                         if shape[3] == d for tiles in candidates]  # fmt: skip
+    todo += [(kernel, shape, tiles, heavy) for (kernel, d), candidates in HEAVY_TILES.items()
+             for heavy in ("bias", "softcap") for shape in (SHAPES[0], SHAPES[4])
+             if shape[3] == d for tiles in candidates]  # fmt: skip
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         failures = list(pool.map(warm, todo))
     rows = []
-    for (kernel, shape, tiles), failure in zip(todo, failures, strict=True):
-        row: dict[str, Any] = {"kernel": kernel, "shape": shape, "tiles": tiles}
+    for (kernel, shape, tiles, heavy), failure in zip(todo, failures, strict=True):
+        row: dict[str, Any] = {"kernel": kernel, "shape": shape, "tiles": tiles, "function": heavy}
         if failure is None:
-            ms = milliseconds(one_kernel(kernel, shape, tiles))
+            ms = milliseconds(one_kernel(kernel, shape, tiles, heavy))
             share = {"forward": 1.0, "grad_q": 1.5, "grad_kv": 2.0}[kernel]
             row |= {"ms": ms, "tflops": operations(*shape) * share / ms / 1e9}
         else:
             row["failure"] = failure
         rows.append(row)
-        print(kernel, shape, tiles, failure or f"{row['ms']:.3f} ms {row['tflops']:.0f}", flush=True)
+        print(kernel, shape, tiles, heavy, failure or f"{row['ms']:.3f} ms {row['tflops']:.0f}", flush=True)
     return rows
 
 
@@ -185,12 +193,11 @@ def sdpa(backend: SDPBackend, q, k, v, causal: bool):
 
 
 def forward_and_backward(run: Callable[..., torch.Tensor], q, k, v, grad) -> tuple[float, float]:
-    """Milliseconds of an autograd function forward and backward."""
+    """Milliseconds of an autograd function forward and backward (both together less the first: one graph each)."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     forward_ms = milliseconds(lambda: run(q, k, v))
-    out = run(*leaves)
-    backward_ms = milliseconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    return forward_ms, backward_ms
+    both = milliseconds(lambda: torch.autograd.grad(run(*leaves), leaves, grad))
+    return forward_ms, both - forward_ms
 
 
 def ours_times(function, captured, q, k, v, grad, scale, needs=None) -> tuple[float, float]:
@@ -275,9 +282,10 @@ def decode() -> list[dict[str, Any]]:
     from vbcompile.kernels.attention_triton import forward
     from vbcompile.kernels.attention_tuning import TileConfig, forced_tiles
 
-    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    peak = 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6  # GB/s, bytes read and written
+    peak = 8 * source.numel() / milliseconds(lambda: torch.neg(source, out=target)) / 1e6  # GB/s, read and written
+    del source, target
     rows = []
     for batch in (1, 32):
         q = torch.randn(batch, 8, 4, 1, 128, device="cuda", dtype=torch.bfloat16)

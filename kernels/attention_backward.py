@@ -203,14 +203,14 @@ def _visit_keys(
 
 @triton.jit
 def attention_grad_q_kernel(
-    q, k, v, grad_out, grad_q, lse, delta, low, captured, gradients, seed, lead_sizes,
+    q, k, v, grad_out, grad_q, lse, delta, low, captured, gradients, seed, summary, lead_sizes,
     q_strides, k_strides, v_strides, grad_out_strides, grad_q_strides, captured_strides, gradient_strides,
-    scale, dropout_p, q_length, k_length,
+    summary_strides, scale, dropout_p, q_length, k_length,
     LOGITS: tl.constexpr, MASK: tl.constexpr, OPAQUE: tl.constexpr, KEY_RANGE: tl.constexpr,
     STEP: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
     PLAIN: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr, UNBOUNDED: tl.constexpr, DROPOUT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, SUMMARY: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -252,9 +252,13 @@ def attention_grad_q_kernel(
     for _ in tl.static_range(SUMS):
         sums = sums + (tl.zeros([BLOCK_Q, 1], tl.float32),)  # noqa: RUF005
     state = (tl.zeros([BLOCK_Q, D_PADDED], tl.float32), sums)
+    tile_entries = summary
+    if SUMMARY is not None:
+        tile_entries += offset_of(lead, summary_strides) + tile * summary_strides[4]
     begin, full_begin, full_end, end = tile_range(
         KEY_RANGE, first_row, tl.minimum(first_row + BLOCK_Q, q_length) - 1, k_length, rows[:, None], row_ok[:, None],
-        lead, q_length, k_length, captured, captured_strides, BLOCK_K,
+        lead, q_length, k_length, captured, captured_strides,
+        tile_entries, summary_strides[5], SUMMARY, BLOCK_K,
     )  # fmt: skip
     if HEAD:
         for start in range(begin, full_begin, BLOCK_K):
@@ -359,15 +363,16 @@ def _visit_queries(
 
 @triton.jit
 def attention_grad_kv_kernel(
-    q, k, v, grad_out, grad_k, grad_v, lse, delta, low, empty, captured, gradients, seed,
+    q, k, v, grad_out, grad_k, grad_v, lse, delta, low, empty, captured, gradients, seed, summary,
     lead_sizes, outer_sizes, group_sizes,
     q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, captured_strides,
-    gradient_strides, scale, dropout_p, q_length, k_length,
+    gradient_strides, summary_strides, scale, dropout_p, q_length, k_length,
     LOGITS: tl.constexpr, MASK: tl.constexpr, OPAQUE: tl.constexpr, QUERY_RANGE: tl.constexpr,
     STEP: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
     PLAIN: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr, UNBOUNDED: tl.constexpr, DROPOUT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, SUMMARY: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -376,6 +381,7 @@ def attention_grad_kv_kernel(
     One program: ``BLOCK_K`` columns of one head of k and v; it visits the rows of every head of q that reads them, so
     that grouped queries need no sum afterwards. The grid is ``[heads of k and v * tiles]``. ``outer_sizes`` are the
     leading sizes of k and v, ``group_sizes`` those along which both are broadcast; elsewhere they are 1.
+    ``MASKED_STAGES``: pipeline depth of the masked tiles.
     """
     scale = tl.cast(scale, tl.float32)
     tiles = tl.cdiv(k_length, BLOCK_K)
@@ -406,12 +412,16 @@ def attention_grad_kv_kernel(
         state = (grad_k_tile, grad_v_tile, sums)
         q_head = locate(q, lead, q_strides, TMA)
         grad_head = locate(grad_out, lead, grad_out_strides, TMA)
+        tile_entries = summary
+        if SUMMARY is not None:
+            tile_entries += offset_of(lead, summary_strides) + tile * summary_strides[5]
         begin, full_begin, full_end, end = tile_range(
             QUERY_RANGE, first_column, tl.minimum(first_column + BLOCK_K, k_length) - 1, q_length, j, j_ok,
-            lead, q_length, k_length, captured, captured_strides, BLOCK_Q,
+            lead, q_length, k_length, captured, captured_strides,
+            tile_entries, summary_strides[4], SUMMARY, BLOCK_Q,
         )  # fmt: skip
         if HEAD:
-            for start in tl.range(begin, full_begin, BLOCK_Q, num_stages=1):
+            for start in tl.range(begin, full_begin, BLOCK_Q, num_stages=MASKED_STAGES):
                 state = _visit_queries(
                     state, k_tile, v_tile, q, grad_out, q_head, grad_head, lse, low, delta, start, first_column,
                     captured, gradients, seed, lead, lead_sizes, q_strides, grad_out_strides, captured_strides,
@@ -428,7 +438,7 @@ def attention_grad_kv_kernel(
                 BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         if TAIL:
-            for start in tl.range(full_end, end, BLOCK_Q, num_stages=1):
+            for start in tl.range(full_end, end, BLOCK_Q, num_stages=MASKED_STAGES):
                 state = _visit_queries(
                     state, k_tile, v_tile, q, grad_out, q_head, grad_head, lse, low, delta, start, first_column,
                     captured, gradients, seed, lead, lead_sizes, q_strides, grad_out_strides, captured_strides,

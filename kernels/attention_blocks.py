@@ -102,11 +102,17 @@ def store_tile(
 @triton.jit
 def tile_range(
     RANGE: tl.constexpr, first, last, limit, i, i_ok, lead, q_length, k_length, captured, strides,
-    BLOCK: tl.constexpr,
+    summary, summary_step, SUMMARY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``(begin, full_begin, full_end, end)``: tiles to visit are ``[begin, end)``, all in multiples of ``BLOCK`` but
-    the end; those in ``[full_begin, full_end)`` need no check of the mask's bounds nor of the limit."""
-    if RANGE is None:
+    the end; those in ``[full_begin, full_end)`` need no check of the mask's bounds nor of the limit.
+
+    From the mask's bounds; or, if ``SUMMARY`` (the number of its entries rounded up to a power of two) is given, from
+    the entries at ``summary``, ``summary_step`` apart, that ``mask_summary_kernel`` wrote.
+    """
+    if SUMMARY is not None:
+        begin, full_begin, full_end, end = _summary_range(summary, summary_step, limit, SUMMARY, BLOCK)
+    elif RANGE is None:
         begin = 0
         full_begin = 0
         full_end = (limit // BLOCK) * BLOCK
@@ -121,6 +127,23 @@ def tile_range(
         full_begin = (full_begin + BLOCK - 1) // BLOCK * BLOCK
         full_end = tl.maximum(tl.minimum(full_end, end), 0) // BLOCK * BLOCK
         full_end = tl.maximum(full_end, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def _summary_range(summary, step, limit, SUMMARY: tl.constexpr, BLOCK: tl.constexpr):
+    """From the first to the last tile that is needed; full: the first run of tiles whose elements all take part."""
+    tiles = tl.cdiv(limit, BLOCK)
+    place = tl.arange(0, SUMMARY)
+    entries = tl.load(summary + place * step, mask=place < tiles, other=0)
+    first = tl.min(tl.where(entries != 0, place, tiles), 0)
+    last = tl.max(tl.where(entries != 0, place + 1, 0), 0)
+    full_first = tl.min(tl.where(entries == 2, place, tiles), 0)
+    full_last = tl.min(tl.where((entries != 2) & (place > full_first), place, tiles), 0)
+    end = tl.minimum(last * BLOCK, limit)
+    begin = tl.minimum(first, last) * BLOCK
+    full_begin = tl.maximum(tl.minimum(full_first, last) * BLOCK, begin)
+    full_end = tl.maximum(tl.minimum(tl.minimum(full_last, last), limit // BLOCK) * BLOCK, full_begin)
     return begin, full_begin, full_end, end
 
 

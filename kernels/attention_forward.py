@@ -67,13 +67,13 @@ def _visit(
 
 @triton.jit
 def attention_forward_kernel(
-    q, k, v, out, lse, captured, seed, lead_sizes,
-    q_strides, k_strides, v_strides, out_strides, captured_strides,
+    q, k, v, out, lse, captured, seed, summary, lead_sizes,
+    q_strides, k_strides, v_strides, out_strides, captured_strides, summary_strides,
     scale, dropout_p, q_length, k_length,
     LOGITS: tl.constexpr, MASK: tl.constexpr, OPAQUE: tl.constexpr, SINK: tl.constexpr, KEY_RANGE: tl.constexpr,
     PLAIN: tl.constexpr, MAY_BE_EMPTY: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr, UNBOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, SUMMARY: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +86,7 @@ def attention_forward_kernel(
         *_strides: see ``locate``; captured_strides: six strides for each captured tensor.
         LOGITS, MASK, OPAQUE, SINK, KEY_RANGE: functions of ``attention_program.TileProgram``.
         PLAIN: logits are the scaled scores and scale is positive, so that scaling moves into the exponent.
+        summary, SUMMARY: see ``tile_range``; None without; ``summary_strides`` as those of a captured tensor.
         HEAD, TAIL: whether masked tiles may come before, after the full ones.
         EVEN_Q, EVEN_K: whether blocks divide the lengths.
     """
@@ -113,9 +114,13 @@ def attention_forward_kernel(
         )
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     state = (tl.zeros([BLOCK_Q, DV_PADDED], tl.float32), total, top)
+    tile_entries = summary
+    if SUMMARY is not None:
+        tile_entries += offset_of(lead, summary_strides) + first_row // BLOCK_Q * summary_strides[4]
     begin, full_begin, full_end, end = tile_range(
         KEY_RANGE, first_row, tl.minimum(first_row + BLOCK_Q, q_length) - 1, k_length, rows[:, None], row_ok[:, None],
-        lead, q_length, k_length, captured, captured_strides, BLOCK_K,
+        lead, q_length, k_length, captured, captured_strides,
+        tile_entries, summary_strides[5], SUMMARY, BLOCK_K,
     )  # fmt: skip
     if HEAD:
         for start in range(begin, full_begin, BLOCK_K):

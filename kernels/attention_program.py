@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from vbcompile.kernels.attention_tiles import MaskAnalysis, RangeEmitter, analyse_mask
-from vbcompile.kernels.score_function import ScoreFunction
+from vbcompile.kernels.score_function import LEAVES, ScoreFunction
 from vbcompile.kernels.score_gradient import differentiate
 from vbcompile.kernels.score_triton import (
     CONTEXT,
@@ -44,6 +44,8 @@ class TileProgram:
         row_step, row_finish: gradients by tiles of rows, see :func:`_row_gradients`.
         column_step, column_finish: gradients by tiles of columns.
         sink_step: gradients of the sink by tiles of rows; None where nobody wants them.
+        mask_captured: numbers of the captured tensors that the mask reads; mask_axes: leading axes whose index it reads;
+            mask_reads_score: whether it reads the score.
         row_sums, column_sums: how many sums ``row_step`` and ``column_step`` carry.
         unbounded: whether logits may be so large that their products with ``log2(e)`` overflow.
     """
@@ -65,6 +67,9 @@ class TileProgram:
     key_tail: bool
     query_head: bool
     query_tail: bool
+    mask_captured: tuple[int, ...]
+    mask_axes: frozenset[int]
+    mask_reads_score: bool
     row_sums: int
     column_sums: int
     unbounded: bool
@@ -98,6 +103,9 @@ def compile_program(
         key_tail="key_tail" in builder.ends,
         query_head="query_head" in builder.ends,
         query_tail="query_tail" in builder.ends,
+        mask_captured=tuple(function.captured(function.mask)),
+        mask_axes=_lead_axes(function, function.mask),
+        mask_reads_score=function.depends_on(function.mask, "score"),
         row_sums=row_sums,
         column_sums=column_sums,
         unbounded=has_unbounded_terms(function.program, function.score),
@@ -109,6 +117,16 @@ _FUNCTIONS: Final = (
     *("logits", "mask", "opaque", "query_opaque", "sink", "key_range", "scattered_key_range", "query_range"),
     *("row_step", "row_finish", "column_step", "column_finish", "sink_step"),
 )
+
+
+def _lead_axes(function: ScoreFunction, position: int | None) -> frozenset[int]:
+    """Leading axes whose index an instruction reads, directly or not."""
+    if position is None:
+        return frozenset()
+    name, *arguments = function.program[position]
+    if name in LEAVES:
+        return frozenset(arguments) if name == "lead_index" else frozenset()
+    return frozenset().union(*(_lead_axes(function, a) for a in arguments))
 
 
 class _ProgramBuilder:

@@ -9,9 +9,11 @@ import functools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
+
+_SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,16 @@ class TileConfig:
     warps: int
     stages: int
     tma: bool = False
+
+    def smaller(self) -> "TileConfig | None":
+        """Tiles that need less of a device: fewer stages, else half the larger block; None for the smallest."""
+        if self.stages > 1:
+            return replace(self, stages=self.stages - 1)
+        if max(self.block_q, self.block_k) == _SMALLEST_BLOCK:
+            return None
+        if self.block_q > self.block_k:
+            return replace(self, block_q=self.block_q // 2)
+        return replace(self, block_k=self.block_k // 2)
 
 
 _forced: dict[str, TileConfig] = {}

@@ -8,6 +8,7 @@ import torch
 from attention_compare import DEVICE, compare
 from attention_forms import Form, make_forms
 
+from vbcompile.kernels import attention_problem
 from vbcompile.kernels.attention_triton import forward, interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -31,6 +32,12 @@ def test_float32(name):
 @pytest.mark.parametrize("name", ["causal", "bias", "softcap", "sink", "grouped", "dropout"])
 def test_float16(name):
     check(ODD_SIZES[name], torch.float16)
+
+
+@pytest.mark.parametrize("name", ["document_causal", "bool_mask", "key_padding", "static_cache"])
+def test_summary_of_opaque_masks(name, monkeypatch):
+    monkeypatch.setattr(attention_problem, "SUMMARY_TILES", 1)
+    check(FORMS[name], torch.float32)
 
 
 @pytest.mark.parametrize(
