@@ -1,7 +1,6 @@
 """Before a run, from shapes alone: what fits where, peak memory, step time, bottleneck, smallest workable budget."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -111,8 +110,8 @@ def estimate(
         inputs: Inputs of the module (positional, or by name); only shapes and dtypes count. With them the step is
             traced: order, work and live memory are those of the model. Without them each module's own weights are
             taken in order of definition, used once for ``tokens`` rows.
-        budget: Device memory, e.g. ``"20GiB"``; None: ``VB_HBM_BUDGET``, else the stack's level 0.
-        stack: The tiers; None: those of this machine, or of ``max_memory``.
+        budget: Device memory, e.g. ``"20GiB"``; None: level 0 of the stack.
+        stack: The tiers; None: those of this machine within ``VB_HBM_BUDGET``, or of ``max_memory``.
         tokens: Rows of each matrix product (batch times sequence length) where ``inputs`` are not given.
         weight_bits: Bits per element of matrices as they are stored, scales included (FP4: 4.5).
         training: Forward and backward, with gradients and two values of optimizer state per weight.
@@ -127,9 +126,8 @@ def estimate(
     _require_positive(tokens=tokens, weight_bits=weight_bits, tflops=tflops)
     if stack is None:
         stack = create_vgpu_stack(max_memory=max_memory, budget=budget)
-    elif budget is not None or os.environ.get("VB_HBM_BUDGET"):
-        wanted = parse_size("budget", budget if budget is not None else os.environ["VB_HBM_BUDGET"])
-        stack = stack.with_budget(min(wanted, stack.budget))
+    elif budget is not None:
+        stack = stack.with_budget(min(parse_size("budget", budget), stack.budget))
     notes: list[str] = []
     rates = _rates(stack, tflops, notes)
     sweep, traced = _sweep(model, inputs, tokens, weight_bits, training, rates)

@@ -1,7 +1,7 @@
 """Measured bandwidths of the links between the tiers, and of the device itself, in about a second.
 
-Copies and events go through ``torch.Stream``, ``torch.Event`` and ``torch.accelerator``, so that every vendor's device
-is measured alike. What cannot be measured stays None, with the reason in ``reasons``.
+Copies are queued and timed with ``torch.Stream`` and ``torch.Event``, which every vendor's device has.
+What cannot be measured stays None, with the reason in ``reasons``.
 """
 
 import logging
