@@ -282,10 +282,9 @@ def decode() -> list[dict[str, Any]]:
     from vbcompile.kernels.attention_triton import forward
     from vbcompile.kernels.attention_tuning import TileConfig, forced_tiles
 
-    source = torch.randn(2**30, device="cuda")
+    source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     peak = 8 * source.numel() / milliseconds(lambda: torch.neg(source, out=target)) / 1e6  # GB/s, read and written
-    del source, target
     rows = []
     for batch in (1, 32):
         q = torch.randn(batch, 8, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
