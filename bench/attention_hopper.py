@@ -51,28 +51,33 @@ def variants(name: str) -> list[tuple[str, int, list]]:
         return [(way, d, pick(table, d)) for way, table in tables.items() for d in (128, 64)]
     full = hopper.ForwardConfig(group=1)
     causal = replace(full, dynamic=True, group=8)
-    wide = [full, replace(full, pack=True), causal, replace(causal, pack=True), replace(causal, ping_pong=False)]
+    wide = [
+        full,
+        replace(full, q_stages=2, pack=True),
+        replace(full, q_stages=2),
+        causal,
+        replace(causal, q_stages=2, pack=True),
+        replace(causal, q_stages=2, pack=True, ping_pong=False),
+    ]
     three = replace(full, consumers=3, pack=True, ping_pong=False)
+    two = replace(causal, poly=8, group=32)
     narrow = [
-        replace(causal, poly=8, group=32),
-        replace(causal, poly=8, group=64),
-        replace(causal, poly=8, group=32, pack=True),
         three,
-        replace(three, poly=8),
-        replace(three, dynamic=True, group=32),
-        replace(three, dynamic=True, group=32, poly=8),
-        replace(three, dynamic=True, group=64),
+        replace(three, q_stages=2),
+        replace(three, q_stages=2, stages=3),
+        replace(three, q_stages=2, dynamic=True, group=32),
+        two,
+        replace(two, q_stages=2),
+        replace(two, q_stages=2, stages=3),
+        replace(two, q_stages=2, pack=True),
     ]
     back = hopper.BackwardConfig()
+    half = replace(back, block_k=64)
     return [
         ("forward", 128, wide),
         ("forward", 64, narrow),
-        ("backward", 128, [back, replace(back, group=8)]),
-        (
-            "backward",
-            64,
-            [back, replace(back, group=16), replace(back, stages=3, group=16)],
-        ),
+        ("backward", 64, [back, half, replace(half, group=16), replace(half, stages=3)]),
+        ("backward", 128, [back, replace(back, group=8), replace(back, late=True), replace(back, late=True, group=8)]),
     ]
 
 
@@ -247,10 +252,12 @@ def main() -> None:
     results = list(checked)
     for way, dim, _ in variants(arguments.set):
         fit = [j["configs"][0] for j in checked if "error" not in j and (j["way"], j["dim"]) == (way, dim)]
-        for shape in [s for s in SHAPES if s[3] == dim]:
-            left = min(max(deadline - time.monotonic(), 5), 40)
-            results += run_child([{"kind": "time", "way": way, "shape": shape, "configs": [None, *fit]}], left)
-            show(results[-1])
+        jobs = [
+            {"kind": "time", "way": way, "shape": shape, "configs": [None, *fit]} for shape in SHAPES if shape[3] == dim
+        ]
+        for result in run_child(jobs, min(max(deadline - time.monotonic(), 5), 60)):
+            results.append(result)
+            show(result)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "attention_hopper.json").write_text(json.dumps(results, indent=1))
 

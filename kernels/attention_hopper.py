@@ -29,16 +29,16 @@ MAX_ROWS = 1 << 29  # row numbers plus offsets stay inside 32 bits
 class ForwardConfig:
     """Shape of one forward launch.
 
-    consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages: K and V tiles in flight;
-    ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; pack: weights
-    rounded before the loop's edge, fewer registers; poly: one of so many exponentials on the FMA units
-    (0 none, 2, 4, 8); group: heads whose longest query tiles start together; dynamic: work items from a counter
-    instead of in rounds.
+    consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages, q_stages: K and V tiles, query
+    tiles in flight; ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; pack:
+    weights rounded before the loop's edge, fewer registers; poly: one of so many exponentials on the FMA units (0 none,
+    2, 4, 8); group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds.
     """
 
     consumers: int = 2
     block_k: int = 128
     stages: int = 2
+    q_stages: int = 1
     ping_pong: bool = True
     overlap: bool = True
     pack: bool = False
@@ -65,14 +65,25 @@ FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
 class BackwardConfig:
     """Shape of one backward launch.
 
-    block_q: queries per tile (64 or 128); block_k: keys of one block; stages: Q and dO tiles in flight; group: key
-    heads whose longest key tiles start together.
+    block_q: queries per tile (64 or 128); block_k: keys of one block (64 or 128); stages: Q and dO tiles in flight;
+    group: key heads whose longest key tiles start together; late: row statistics loaded when needed, fewer registers.
     """
 
     block_q: int = 64
     block_k: int = 128
     stages: int = 2
     group: int = 1
+    late: bool = False
+
+    @property
+    def warps(self) -> int:
+        """Computing warps: one warpgroup per 64 keys."""
+        return self.block_k // 16
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread at entry: one block per multiprocessor with 128 keys, two with 64."""
+        return {64: 128, 128: 168}[self.block_k]
 
 
 # (head_dim, causal) -> configuration
@@ -257,6 +268,7 @@ def forward(
             BLOCK_K=config.block_k,
             D=dim,
             STAGES=config.stages,
+            Q_STAGES=config.q_stages,
             GROUP=config.group,
             CAUSAL=causal,
             PING_PONG=config.ping_pong and config.consumers == 2,
@@ -351,8 +363,9 @@ def backward(
             padded,
             STAGES=config.stages,
             GROUP=config.group,
-            num_warps=8,
-            maxnreg=168,
+            LATE=config.late,
+            num_warps=config.warps,
+            maxnreg=config.registers,
         )
         finish_backward[rows](dq_sum, dq, scale, queries, padded, heads, *dq.stride()[:3], D=dim, ROWS=64)
     return dq, dk, dv

@@ -8,8 +8,8 @@ which the next products take them from registers (FlashAttention-3, arXiv 2407.0
     dP^T = V dO^T           dS^T = P^T * (dP^T - delta),  delta = rowsum(dO * O) - d lse
     dV  += P^T dO           dK  += scale dS^T Q           dQ += scale dS K   (added in device memory, float32)
 
-One producer warp loads tiles by the tensor memory accelerator, two warpgroups compute. Order within one tile, tensor
-cores in brackets: [S], [dP] exponentials, [dV] dS, [dQ], [dK, S of the next tile] dQ to memory.
+One producer warp loads tiles by the tensor memory accelerator, a warpgroup per 64 keys computes. Order within one tile,
+tensor cores in brackets: [S], [dP] exponentials, [dV] dS, [dQ], [dK, S of the next tile] dQ to memory.
 """
 
 import triton
@@ -133,17 +133,19 @@ def compute(
     BLOCK_K: gl.constexpr,
     D: gl.constexpr,
     GROUP: gl.constexpr,
+    LATE: gl.constexpr,
 ):
-    """Both computing warpgroups."""
+    """The computing warpgroups, 64 keys each."""
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = buffers
     q_full, q_empty, do_full, do_empty, kv_full = barriers
     dq_desc, dk_desc, dv_desc = results
     _, keys, k_heads, per_key_head, offset, _ = sizes
     STAGES: gl.constexpr = q_smem.shape[0]
     dtype: gl.constexpr = q_smem.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_Q, 16])
-    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
-    q_warps: gl.constexpr = [8, 1] if BLOCK_Q == 128 else [4, 2]
+    WARPS: gl.constexpr = BLOCK_K // 16
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_Q, 16])
+    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    q_warps: gl.constexpr = [BLOCK_Q // 16, WARPS * 16 // BLOCK_Q]
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], q_warps, [16, D // q_warps[1], 16])
     left: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
     key_tile, batch, k_head = place_block(sizes, BLOCK_K, GROUP)
@@ -169,17 +171,23 @@ def compute(
         s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         mbarrier.wait(do_full.index(slot), phase)
         dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        lse = lse_smem.index(slot).load(s_layout)
+        if not LATE:
+            lse = lse_smem.index(slot).load(s_layout)
         dk = warpgroup_mma_wait(2, [dk])  # of the last tile
         mbarrier.arrive(q_empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
         scores = warpgroup_mma_wait(1, [s])
         if (first_row + offset < first_key + BLOCK_K - 1) | (first_key + BLOCK_K > keys):
             scores = mask_transposed(scores, first_key, first_row, sizes)
+        if LATE:
+            lse = lse_smem.index(slot).load(s_layout)
         p = gl.exp2(scores * scale_log2 - lse)
         weights = gl.convert_layout(p.to(dtype), left, assert_trivial=True)
         dv = warpgroup_mma(weights, do_tile, dv, is_async=True)
-        delta = delta_smem.index(slot).load(s_layout)
+        if not LATE:
+            delta = delta_smem.index(slot).load(s_layout)
         dp = warpgroup_mma_wait(1, [dp])
+        if LATE:
+            delta = delta_smem.index(slot).load(s_layout)
         ds = (p * (dp - delta)).to(dtype)
         ds_smem.store(ds)
         fence_async_shared()
@@ -231,6 +239,7 @@ def attention_backward(
     padded_queries,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    LATE: gl.constexpr,
 ):
     """q, dO ``[B, H, Q, D]`` in blocks ``[1, 1, BLOCK_Q, D]``; k, v, dK, dV ``[B, Hk, K, D]`` in blocks
     ``[1, 1, BLOCK_K, D]``; log2(e) lse and delta ``[B * H, padded Q]`` float32 in blocks ``[1, BLOCK_Q]``; dQ
@@ -272,7 +281,20 @@ def attention_backward(
         [
             (
                 compute,
-                (buffers, barriers, results, sizes, scale, scale_log2, padded_queries, BLOCK_Q, BLOCK_K, D, GROUP),
+                (
+                    buffers,
+                    barriers,
+                    results,
+                    sizes,
+                    scale,
+                    scale_log2,
+                    padded_queries,
+                    BLOCK_Q,
+                    BLOCK_K,
+                    D,
+                    GROUP,
+                    LATE,
+                ),
             ),
             (produce, (descriptors, loaded, barriers, sizes, BLOCK_Q, BLOCK_K, GROUP)),
         ],

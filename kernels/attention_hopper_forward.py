@@ -6,7 +6,7 @@ product S of the next key tile is issued before the product P V of the current o
 tile runs under the tensor cores' work (FlashAttention-3, arXiv 2407.08608, algorithm 2); with ``PING_PONG`` two
 consumers take turns at the tensor cores (section 3.1 there).
 
-    shared memory   Q [consumers, 64, D] | O [consumers, 64, D] | K, V [STAGES, BLOCK_K, D] each | next work item
+    shared memory   Q [Q_STAGES * consumers, 64, D] | O [consumers, 64, D] | K, V [STAGES, BLOCK_K, D] | next work item
     barriers        full / empty per buffer; named hardware barriers 8 and 9 give the turns
 
 Work items (a query tile of a head) are handed out in rounds or, DYNAMIC, from a counter in device memory: with a causal
@@ -150,6 +150,7 @@ def produce(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     _, q_heads, heads_per_key_head, _, query_tiles, heads, counter = sizes
     STAGES: gl.constexpr = k_smem.shape[0]
+    Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
     loaded = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -164,10 +165,11 @@ def produce(
         k_head = q_head // heads_per_key_head
         tiles, _ = count_key_tiles(query_tile, sizes, BLOCK_Q, BLOCK_K, CAUSAL)
         for w in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(w), (done & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            slot = w + done % Q_STAGES * CONSUMERS
+            mbarrier.wait(q_empty.index(slot), (done // Q_STAGES & 1) ^ 1)
+            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             row = query_tile * BLOCK_Q + w * 64
-            tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(w), q_smem.index(w))
+            tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
         for j in range(tiles):
             slot = loaded % STAGES
             phase = (loaded // STAGES & 1) ^ 1
@@ -300,7 +302,8 @@ def advance(
     k_tile = k_smem.index(next_slot).reshape([BLOCK_K, D]).permute((1, 0))
     zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
     s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
-    weights = use_weights(p, q_tile.dtype, o_layout)
+    old = p
+    weights = use_weights(old, q_tile.dtype, o_layout)
     mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
     o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
     if PING_PONG:
@@ -318,11 +321,15 @@ def advance(
     if OVERLAP:
         part = finish_first(part)
     total = total * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
-    # Rounded after the wait: P V may still be reading the registers of the last weights.
-    o, p = warpgroup_mma_wait(0, [o, p])
+    if PACK:
+        # The old weights are kept until P V has read them: the new ones must not be rounded into their registers.
+        carried = carry_weights(p, q_tile.dtype, PACK)
+        o, weights, carried = warpgroup_mma_wait(0, [o, old, carried])
+    else:
+        o, carried = warpgroup_mma_wait(0, [o, p])
     mbarrier.arrive(v_empty.index(slot))
     o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None]
-    return new_m, total, o, carry_weights(p, q_tile.dtype, PACK)
+    return new_m, total, o, carried
 
 
 @gluon.jit
@@ -347,12 +354,12 @@ def consume(
     o_desc, lse_pointer = results
     _, q_heads, _, _, query_tiles, heads, _ = sizes
     STAGES: gl.constexpr = k_smem.shape[0]
+    Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_tile = q_smem.index(w).reshape([64, D])
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -364,7 +371,9 @@ def consume(
         tiles, clear = count_key_tiles(query_tile, sizes, BLOCK_Q, BLOCK_K, CAUSAL)
         first_row = query_tile * BLOCK_Q + w * 64
 
-        mbarrier.wait(q_full.index(w), done & 1)
+        q_slot = w + done % Q_STAGES * CONSUMERS
+        q_tile = q_smem.index(q_slot).reshape([64, D])
+        mbarrier.wait(q_full.index(q_slot), done // Q_STAGES & 1)
         slot = taken % STAGES
         mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
         if PING_PONG:
@@ -408,14 +417,17 @@ def consume(
             )
             taken += 1
         m, total, o, p = state
-        mbarrier.arrive(q_empty.index(w))
+        mbarrier.arrive(q_empty.index(q_slot))
         slot = taken % STAGES
         mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
         weights = use_weights(p, q_tile.dtype, o_layout)
         o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
         row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
         rows = first_row + gl.arange(0, 64, s_rows)
-        lse = m * (scale_log2 * LN2) + gl.log(row_total)
+        log2_total = gl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [row_total], dtype=gl.float32, is_pure=True, pack=1
+        )
+        lse = (m * scale_log2 + log2_total) * LN2
         gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
         share = gl.convert_layout(1.0 / row_total, o_rows)
         o = warpgroup_mma_wait(0, [o])
@@ -457,6 +469,7 @@ def attention_forward(
     BLOCK_K: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
@@ -469,12 +482,12 @@ def attention_forward(
     lse ``[B, H, Q]`` float32, contiguous. ``counter`` int32, zero at launch (DYNAMIC only);
     ``heads`` is B * H; not causal means an offset beyond all keys."""
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 1, 1, 64, D], q_desc.layout)
     o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -484,7 +497,7 @@ def attention_forward(
     item_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(item_full.index(0), count=1)
     mbarrier.init(item_empty.index(0), count=CONSUMERS)
-    for w in gl.static_range(CONSUMERS):
+    for w in gl.static_range(Q_STAGES * CONSUMERS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for i in gl.static_range(STAGES):
