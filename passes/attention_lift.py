@@ -16,6 +16,7 @@ from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Algebra, Exp
 from vbcompile.passes.graph_axes import (
     REPEATS,
     RESHAPES,
+    Atom,
     AxisError,
     Dim,
     Space,
@@ -57,6 +58,7 @@ class Lifter:
 
     Args:
         contraction: the matrix product whose elements are the scores; None where there is none (a fused call's mask).
+        recalled: what was found out about tensors for other sites of the graph.
         may_cut: whether axes may be cut to follow a reshape of a mask or bias.
         symbolic_sizes: whether sizes that are known only at run time may become part of an expression.
         position: place of every node of the graph.
@@ -76,6 +78,7 @@ class Lifter:
         stable: Callable[[fx.Node, bool], bool],
         representative: Callable[[fx.Node], fx.Node],
         outer: Mapping[fx.Node, fx.Node],
+        recalled: dict[Any, tuple[Expression, list[Atom]]],
         may_cut: bool = True,
         symbolic_sizes: bool = True,
     ) -> None:
@@ -89,6 +92,7 @@ class Lifter:
         self._stable = stable
         self._representative = representative
         self._outer = outer
+        self._recalled = recalled
         self._may_cut = may_cut
         self._symbolic_sizes = symbolic_sizes
         self._memo: dict[Any, Expression | None] = {}
@@ -103,10 +107,60 @@ class Lifter:
             return self._the_score(coordinates)
         if self.depends(argument):
             return self._dependent_value(argument, coordinates)
+        found = self._recall(argument, coordinates)
+        if found is not None:
+            return found
+        cuts = self.space.count_cuts()
         try:
-            return self._value(argument, coordinates)
+            found = self._value(argument, coordinates)
         except Opaque:
             return self._capture(argument, coordinates, direct=True)
+        if self.space.count_cuts() == cuts:
+            self._remember(argument, coordinates, found)
+        return found
+
+    # ---------------------------------------------------------------- what other sites of the graph found out already
+    def _key(self, argument: fx.Node, coordinates: Coordinates) -> tuple[Any, list[Atom]] | None:
+        """The tensor and the pattern of its coordinates, and the atoms that fill the pattern."""
+        if not self._plain(coordinates):
+            return None
+        atoms = list(dict.fromkeys(atom for c in self.space.resolve_all(coordinates) for atom in c))  # type: ignore
+        pattern = tuple(tuple((atoms.index(a), str(a.size)) for a in c) for c in self.space.resolve_all(coordinates))  # type: ignore
+        return (argument, pattern, self._may_cut, self._symbolic_sizes), atoms
+
+    def _remember(self, argument: fx.Node, coordinates: Coordinates, found: Expression) -> None:
+        key = self._key(argument, coordinates)
+        if key is not None and found.atoms <= set(key[1]):
+            self._recalled[key[0]] = found, key[1]
+
+    def _recall(self, argument: fx.Node, coordinates: Coordinates) -> Expression | None:
+        key = self._key(argument, coordinates)
+        if key is None or key[0] not in self._recalled:
+            return None
+        found, atoms = self._recalled[key[0]]
+        renamed = dict(zip(atoms, key[1], strict=True))
+        return self._rename(found, renamed, {})
+
+    def _rename(self, e: Expression, atoms: dict[Atom, Atom], done: dict[Expression, Expression]) -> Expression | None:
+        """The expression over other axes; None where a tensor in it may have changed meanwhile."""
+        if e in done:
+            return done[e]
+        algebra = self.algebra
+        result: Expression | None
+        if e.name == "axis":
+            result = algebra.axis(atoms[e.arguments[0]])
+        elif e.name == "tensor":
+            node, dims = e.arguments
+            moved = tuple(tuple(atoms[a] for a in dim) for dim in dims)
+            result = algebra.tensor(node, moved, e.kind) if self._stable(node, False) else None
+        elif e.is_leaf:
+            result = {"const": algebra.const, "size": algebra.size, "scalar": algebra.scalar}[e.name](e.arguments[0])
+        else:
+            parts = [self._rename(a, atoms, done) for a in e.arguments]
+            result = None if any(p is None for p in parts) else algebra.raw(e.name, *parts)  # type: ignore[arg-type]
+        if result is not None:
+            done[e] = result
+        return result
 
     def number(self, argument: Any) -> Expression:
         """A Python or symbolic number; raises Refusal for anything else."""
@@ -301,9 +355,11 @@ class Lifter:
     # ---------------------------------------------------------------------------------------------------- views
     def _view(self, call: Call, node: fx.Node, coordinates: Coordinates) -> tuple[fx.Node, Coordinates] | None:
         if self._plain(coordinates) or call.name not in RESHAPES | REPEATS:
-            cuts = None if self._may_cut or self.score is None or self.depends(node) else self.space.snapshot()
+            if self._may_cut or self.score is None or self.depends(node):
+                return view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+            cuts = self.space.snapshot()
             moved = view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
-            if cuts is not None and self.space.snapshot() != cuts:
+            if self.space.count_cuts() != len(cuts):
                 self.space.restore(cuts)
                 raise Opaque
             return moved

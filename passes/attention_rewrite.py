@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from vbcompile.kernels.attention import arrange_fake
+from vbcompile.kernels.score_function import accumulation_dtype
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_plan import Plan
-from vbcompile.passes.graph_axes import Dim, Dims, permutation
+from vbcompile.passes.graph_axes import Dim, Dims, permutation, product
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, tensor_of
@@ -73,9 +75,11 @@ def _emit_call(emitter: Emitter, plan: Plan) -> tuple[fx.Node, list[tuple[fx.Nod
     if site.dropout:
         device = tensor_of(q).device
         seed = emitter.function(torch.randint, 0, _SEED_BOUND, (1,), dtype=torch.int64, device=device)
-    call = emitter.function(
+    sizes = [product(dim) for dim in lead]
+    call = emitter.operator(
         torch.ops.vblackwell.attention.default,
         q, k, v, captured, _scale(emitter, plan), site.dropout, seed, plan.function.dumps(),
+        value=lambda: fake_result(tensor_of(q), sizes, product(values), plan.function.rows_first),
     )  # fmt: skip
     result = emitter.function(operator.getitem, call, 0)
     result = emitter.arrange(result, (*lead, plan.rows, values), list(out_dims))
@@ -96,6 +100,12 @@ def _add_residual(emitter: Emitter, plan: Plan, result: fx.Node, target: list[Di
     if beta != 1:
         node = emitter.function(operator.mul, node, beta)
     return emitter.function(operator.add, result, node)
+
+
+def fake_result(q: Tensor, lead: list[Any], features: Any, rows_first: bool) -> tuple[Tensor, Tensor]:
+    """What the operator's own fake gives for these sizes."""
+    out = arrange_fake(q.new_empty([*lead, q.shape[-2], features]), rows_first)
+    return out, q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
 
 
 def _operand(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:

@@ -95,6 +95,7 @@ class Matcher:
         self.effects = effects
         self.carriers = carriers
         self.outer = outer
+        self._recalled: dict[Any, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ from the end
     def match(self, second: Contraction, finish: Callable[[Site], Planned]) -> list[Planned]:
@@ -216,6 +217,7 @@ class Matcher:
 
         return Lifter(
             space, algebra, contraction=first, position=position, stable=stable,
+            recalled=self._recalled,
             representative=self.effects.representative, outer=self.outer,
             may_cut=detail is Detail.FULL, symbolic_sizes=detail is not Detail.LOADED,
         )  # fmt: skip

@@ -62,6 +62,9 @@ class Space:
         self._cuts[atom] = parts
         return parts
 
+    def count_cuts(self) -> int:
+        return len(self._cuts)
+
     def snapshot(self) -> dict[Atom, Dim]:
         return dict(self._cuts)
 

@@ -38,6 +38,12 @@ class Emitter:
             node = self.graph.call_method(name, args, kwargs)
         return self._finish(node, lambda a, k: getattr(a[0], name)(*a[1:], **k))
 
+    def operator(self, target: Any, *args: Any, value: Any) -> fx.Node:
+        """A call whose fake result ``value()`` makes, for operators that are slow to run on fake tensors."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args)
+        return self._finish(node, lambda a, k: value())
+
     def _finish(self, node: fx.Node, run: Any) -> fx.Node:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         node.meta = dict(self._meta)
