@@ -19,10 +19,16 @@ def environment() -> dict[str, str]:
     return {"date": datetime.date.today().isoformat(), "device": _device(), "driver": _driver(), **versions}
 
 
-def write(name: str, rows: list[dict[str, Any]], folder: str | None = None) -> Path:
-    """Write ``rows`` to ``<folder>/<name>.json``; the folder defaults to ``$OUT`` or ``bench/results``."""
-    path = Path(folder or os.environ.get("OUT") or RESULTS) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def folder() -> Path:
+    """Where results go: ``$OUT`` where that is set, else ``bench/results``."""
+    path = Path(os.environ.get("OUT") or RESULTS)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write ``rows`` and the environment to ``<name>.json``."""
+    path = folder() / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
     return path
 

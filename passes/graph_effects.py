@@ -90,11 +90,16 @@ def _switches_grad_mode(node: fx.Node) -> bool:
     )
 
 
+_IN_PLACE_METHODS = {"__setitem__"} | {
+    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+}
+
+
 def written_tensors(node: fx.Node) -> list[fx.Node] | None:
     """The tensors that a node changes; None where it may change any of its inputs, or others."""
     if node.op == "call_method":
         target = str(node.target)
-        writes = (target.endswith("_") and not target.endswith("__")) or target in ("__setitem__", "__iadd__", "__imul__")
+        writes = (target.endswith("_") and not target.endswith("__")) or target in _IN_PLACE_METHODS
         return [node.args[0]] if writes and isinstance(node.args[0], fx.Node) else []  # type: ignore[list-item]
     if node.op != "call_function":
         return []

@@ -170,6 +170,11 @@ _METHODS = {
     "bitwise_not": "not", "moveaxis": "movedim", "negative": "neg", "absolute": "abs", "concat": "cat",
     "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "adjoint": "mT",
 }  # fmt: skip
+# Dynamo of some releases records `a == b` as a.__eq__(b); reflected ones only where the order does not matter
+_METHODS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs")}
+_METHODS |= {f"__{name}__": name for name in ("add", "sub", "mul", "floordiv", "mod", "pow")}
+_METHODS |= {f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")}
+_METHODS |= {"__invert__": "not", "__truediv__": "div"}
 _PARAMETERS |= {"hardtanh": ("input", "min", "max"), "logsigmoid": ("input",)}
 _FUNCTIONS: dict[Any, str] = _functions()
 _METHOD_PARAMETERS = {"where": ("input", "condition", "other")}
