@@ -162,6 +162,19 @@ def test_a_wide_link_hides_the_offload_and_a_narrow_one_leaves_it_to_recomputati
     assert len(slow.chosen("recompute")) >= 6 and slow.step_ns <= slow.kept_step_ns + 8 * 300
 
 
+def test_the_price_of_an_offload_counts_those_that_it_delays(monkeypatch):
+    """A link with time for ten of forty: the rest has to be recomputed although each alone would fit in its window."""
+    monkeypatch.setattr(vgpu_activations, "_TRIES", 0)
+    layers = 40
+    operators = [Operator(f"o{i}", 1000) for i in range(2 * layers)]
+    activations = [
+        Activation(f"a{i}", 4000, i, i, 2 * layers - 1 - i, 2 * layers - 1 - i, recompute_ns=400) for i in range(layers)
+    ]
+    plan = plan_activations(operators, activations, 4000 * 12, link())
+    assert plan.step_ns <= plan.kept_step_ns + 400 * layers
+    assert 4 <= len(plan.chosen("offload")) <= 11
+
+
 def test_streamed_weights_take_their_share_of_the_link():
     sweep = llama_sweep("8B", 16, 2048, training=True)
     ram = Tier(1, "cpu", 10**15, 55 * 10**9, latency_ns=15_000)

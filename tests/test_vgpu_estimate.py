@@ -6,13 +6,11 @@ import json
 import pytest
 import torch
 from torch import nn
-from vgpu_reference import link
 
 from vbcompile.config import ConfigError
 from vbcompile.estimate import PlanError, estimate
 from vbcompile.vgpu import create_vgpu_stack
 from vbcompile.vgpu_calibration import Calibration
-from vbcompile.vgpu_plan import Operator
 from vbcompile.vgpu_size import MIB
 from vbcompile.vgpu_trace import trace
 
@@ -114,11 +112,8 @@ def test_tied_weights_count_once_and_are_used_twice(inputs):
 def test_a_trace_knows_work_order_and_live_memory():
     model = mlp(4, 256)
     traced = trace(model, [torch.empty(32, 256, device="meta")])
-    assert [op.weights for op in traced.operators if op.weights] == [
-        (f"{2 * i}.bias", f"{2 * i}.weight") for i in range(4)
-    ] or [set(op.weights) for op in traced.operators if op.weights] == [
-        {f"{2 * i}.weight", f"{2 * i}.bias"} for i in range(4)
-    ]
+    read = [set(op.weights) for op in traced.operators if op.weights]
+    assert read == [{f"{2 * i}.weight", f"{2 * i}.bias"} for i in range(4)]
     assert sum(op.flops for op in traced.operators) == 4 * 2 * 32 * 256 * 256
     one = 32 * 256 * 4
     assert 2 * one <= traced.peak_bytes <= 3 * one
@@ -195,7 +190,7 @@ def test_a_model_that_looks_at_values_is_named():
     with pytest.raises(ValueError, match="cannot be traced without its data"):
         estimate(Peeks(), inputs=[torch.ones(3)], stack=stack())
     with pytest.raises(ValueError, match="no output"):
-        estimate(Peeks.__base__() if False else nn.Identity(), inputs=[torch.ones(3)], stack=stack(), training=True)
+        estimate(nn.Identity(), inputs=[torch.ones(3)], stack=stack(), training=True)
 
 
 # Training
@@ -260,4 +255,3 @@ def test_shapes_that_are_none_are_refused(shape):
 def test_an_empty_model_fits():
     assert estimate({}, stack=stack()).fits
     assert estimate(nn.ReLU(), inputs=[torch.ones(3)], stack=stack()).step_ns >= 0
-    assert link().read_ns(0) == 0 and Operator("o", 0).weights == ()

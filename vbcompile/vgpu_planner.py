@@ -18,7 +18,7 @@ _EXHAUSTIVE = 8
 
 _RING_STEPS = (2, 3, 4, 6, 8, 12)
 _RING_SIZES = 12  # distinct weight sizes that ring sizes are made of, largest first
-_PHASES = 4
+_PHASES = 2
 _SWAPS = 24
 _GOOD_ENOUGH = 2000  # search ends at 1/2000 above the least possible time
 
