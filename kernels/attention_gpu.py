@@ -13,7 +13,10 @@ from vbcompile.kernels.score_function import ScoreFunction, causal_offset
 
 # time relative to cuDNN's; medians on an H200, see bench/results/attention*.json
 _TRITON_COST = {"attention": 1.4, "attention_backward": 1.6}
-_HOPPER_COST = {"attention": {64: 0.97, 128: 0.93}, "attention_backward": {64: 1.15, 128: 0.99}}
+_HOPPER_COST = {  # by head dimension and whether the mask is causal
+    "attention": {(64, False): 0.95, (64, True): 0.96, (128, False): 0.94, (128, True): 0.88},
+    "attention_backward": {(64, False): 1.03, (64, True): 0.89, (128, False): 0.99, (128, True): 0.96},
+}
 
 
 def _triton_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
@@ -84,7 +87,7 @@ def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
 
 
 def _hopper_cost(name: str) -> Callable[[Target, AttentionCase], float]:
-    return lambda target, case: _HOPPER_COST[name][case.q[-1]]
+    return lambda target, case: _HOPPER_COST[name][case.q[-1], case.form == "causal"]
 
 
 def _triton_cost(name: str) -> Callable[[Target, AttentionCase], float]:
