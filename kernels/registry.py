@@ -15,7 +15,13 @@ from vbcompile.device import Target
 
 # operator -> modules whose import registers its implementations; imported when a choice is first asked for
 _ATTENTION = tuple(f"vbcompile.kernels.{m}" for m in ("attention", "attention_sdpa", "attention_gpu"))
-MODULES = {"attention": _ATTENTION, "attention_backward": _ATTENTION}
+_FP4_LINEAR = tuple(f"vbcompile.kernels.{m}" for m in ("fp4_linear", "fp4_linear_gpu", "fp4_linear_cpu"))
+MODULES = {
+    "attention": _ATTENTION,
+    "attention_backward": _ATTENTION,
+    "fp4_linear": _FP4_LINEAR,
+    "fp4_linear_backward": _FP4_LINEAR,
+}
 
 
 @dataclass(frozen=True)

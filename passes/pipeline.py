@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.fx as fx
 
@@ -11,6 +12,7 @@ from vbcompile.config import Config
 from vbcompile.device import Target
 from vbcompile.kernels.registry import describe
 from vbcompile.passes.attention import fuse_attention
+from vbcompile.passes.fp4 import quantize_weights
 from vbcompile.passes.implementation_choice import explain_choices
 from vbcompile.passes.precision import use_mixed_precision
 from vbcompile.report import Decision, GraphReport
@@ -26,11 +28,21 @@ class PassContext:
         config: the resolved configuration.
         target: the device that the graph runs on.
         training: whether autograd records what the graph computes.
+        example_inputs: one for each placeholder; a pass that adds placeholders at the end adds to it.
+        wrappers: applied in order to the compiled graph; what comes out is called with the caller's own arguments, so
+            the wrapper of a pass that adds placeholders supplies their values.
     """
 
     config: Config
     target: Target
     training: bool
+    example_inputs: list[Any] = field(default_factory=list)
+    wrappers: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = field(default_factory=list)
+
+    def undo(self, inputs: int, wrappers: int) -> None:
+        """Forget the inputs and wrappers that were added beyond these numbers."""
+        del self.example_inputs[inputs:]
+        del self.wrappers[wrappers:]
 
 
 @dataclass(frozen=True)
@@ -57,14 +69,24 @@ def _no_attention_kernel(target: Target) -> str | None:
     return f"no fused attention kernel for {target.vendor} {target.arch}; the model's own operators run"
 
 
+def _no_fp4_kernel(target: Target) -> str | None:
+    """Decoding whole weights in plain PyTorch at every call would be slower than what the model does."""
+    reasons = [(how, reason) for name, how, reason in describe(target) if name == "fp4_linear" and how != "reference"]
+    if any(not reason for _, reason in reasons):
+        return None
+    listed = "; ".join(f"{how}: {reason}" for how, reason in reasons)
+    return f"no FP4 kernel for {target.vendor} {target.arch}, weights keep their precision ({listed})"
+
+
 PASSES = (
     Pass("attention", fuse_attention, lambda config: config.attention, _no_attention_kernel),
     Pass("mixed_precision", use_mixed_precision, lambda config: config.mixed_precision is not False),
+    # after mixed precision: the layers that it runs in bfloat16 take bfloat16 activations
+    Pass("fp4", quantize_weights, lambda config: config.fp4, _no_fp4_kernel),
 )
 
 # parts of the modes that this version does not have, by option name
 MISSING = {
-    "fp4": "FP4 weights: this version has no such pass; weights keep their precision",
     "recompute": "recomputation of activations: this version has no such pass; activations are kept",
     "offload": "offload and prefetch: this version has no such pass; everything stays on the device",
 }
@@ -87,11 +109,13 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport) ->
             report.unavailable.append((pass_.name, refusal))
             continue
         backup = copy_graphs(gm)
+        added = len(context.example_inputs), len(context.wrappers)
         try:
             found = pass_.run(gm, context)
             report.decisions += explain_choices(gm, context.target, context.training, found)
         except Exception as error:
             restore_graphs(backup)
+            context.undo(*added)
             if context.config.strict:
                 raise
             reason = f"{type(error).__name__}: {error}"

@@ -54,9 +54,10 @@ def vblackwell(
         graph_break=compat.graph_break_reason(gm),
     )
     original = pipeline.copy_graphs(gm)
-    pipeline.run_passes(gm, pipeline.PassContext(config, target, training), report)
+    context = pipeline.PassContext(config, target, training, list(example_inputs))
+    pipeline.run_passes(gm, context, report)
     _warn_of_missing_passes(config, report)
-    compiled = _compile(gm, example_inputs, config, report, original)
+    compiled = _compile(gm, context, report, original, len(example_inputs))
     _publish(report)
     return compiled
 
@@ -70,21 +71,26 @@ def _device_of(example_inputs: Sequence[Any]) -> torch.device:
 
 def _compile(
     gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    config: Config,
+    context: pipeline.PassContext,
     report: GraphReport,
     original: pipeline.Backup,
+    original_inputs: int,
 ) -> Callable[..., Any]:
     """Hand the rewritten graph on; if the compiler refuses it, the original graph."""
+    config = context.config
     try:
-        return _downstream(gm, example_inputs, config)
+        compiled = _downstream(gm, context.example_inputs, config)
+        for wrap in context.wrappers:
+            compiled = wrap(compiled)
+        return compiled
     except Exception as error:
         if config.strict or not report.count("rewritten"):
             raise
         reason = f"the rewritten graph does not compile: {type(error).__name__}: {error}"
         log.warning("passes undone, the original graph runs: %s", reason)
         pipeline.restore_graphs(original)
-        compiled = _downstream(gm, example_inputs, config)
+        context.undo(original_inputs, 0)
+        compiled = _downstream(gm, context.example_inputs, config)
         report.failures.append(("compile", reason))
         report.decisions.clear()
         return compiled
@@ -101,9 +107,9 @@ def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Confi
 
 @functools.cache
 def _sources_hash() -> str:
-    from vbcompile.kernels import attention
+    from vbcompile.kernels import attention, fp4_linear
 
-    return compat.source_hash(pipeline, attention)
+    return compat.source_hash(pipeline, attention, fp4_linear)
 
 
 def _cache_key(config: Config) -> str:

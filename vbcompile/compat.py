@@ -174,3 +174,13 @@ def source_hash(*modules: Any) -> str:
     for module in modules:
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()[:16]
+
+
+def static_fake(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake of ``tensor`` in the mode of the compile in progress, its sizes constant; ``tensor`` outside of one."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return tensor
+    return context.fake_mode.from_tensor(tensor, static_shapes=True)

@@ -1,0 +1,170 @@
+"""The logical operator ``vblackwell::fp4_linear``: a linear layer whose weight is packed FP4.
+
+    out = x @ weight.T + bias,   weight[n, k] = code[n, k] * block_scale[n, k // block] * row_scale[n]
+
+``x [..., K]`` in float16, bfloat16, float32 or float64; the weight in one of the layouts of
+:mod:`vbcompile.kernels.fp4_layout`; ``out [..., N]`` in the dtype of x, contiguous, accumulated in float32 (float64 for
+float64). The weight is frozen: gradients are with respect to x and bias, exact ones of the decoded weight, and nothing
+but the packed weight is kept for them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
+from vbcompile.kernels.registry import Choice, Implementation, operator
+
+
+@dataclass(frozen=True)
+class Fp4LinearCase:
+    """What an implementation is chosen by.
+
+    Attributes:
+        dtype: of x.
+        m: rows of x, rounded up to a power of two; 0 for none.
+        n, k: rows and columns of the weight.
+    """
+
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    format_name: str
+    layout: str
+
+
+def make_case(dtype: torch.dtype, rows: int, n: int, k: int, format_name: str, layout: str) -> Fp4LinearCase:
+    """The case of ``rows`` rows of x."""
+    return Fp4LinearCase(dtype, 1 << (rows - 1).bit_length() if rows else 0, n, k, format_name, layout)
+
+
+def choose(target: Target, case: Fp4LinearCase) -> Choice:
+    """The implementation that runs a case on a target."""
+    return operator("fp4_linear").choose(target, case)
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+def fp4_linear_reference(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str,
+) -> Tensor:  # fmt: skip
+    """The meaning of the operator in plain PyTorch: decode the weight to the dtype of x, then its own linear layer."""
+    weight = dequantize_weight(codes, block_scales, row_scale, k, format_name, layout, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def fp4_linear_backward_reference(
+    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str
+) -> Tensor:
+    """``grad @ weight`` in plain PyTorch, the weight decoded to the dtype of grad."""
+    return grad @ dequantize_weight(codes, block_scales, row_scale, k, format_name, layout, grad.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- operator
+@torch.library.custom_op("vblackwell::fp4_linear", mutates_args=())
+def fp4_linear(
+    x: Tensor,
+    codes: Tensor,
+    block_scales: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    k: int,
+    format_name: str,
+    layout: str,
+) -> Tensor:
+    """Run the cheapest implementation that takes this case; see the module's docstring for the meaning.
+
+    Args:
+        x: ``[..., K]``, any strides, any number of leading axes, possibly empty.
+        codes, block_scales: uint8, shaped as the layout says.
+        row_scale: float32 ``[N]``.
+        bias: ``[N]``, floating point, or None.
+        k: K.
+        format_name: ``nvfp4`` or ``mxfp4``.
+        layout: one of :data:`vbcompile.kernels.fp4_layout.LAYOUTS`.
+
+    Raises:
+        ValueError: unknown format or layout; shapes, dtypes or devices that do not fit together.
+    """
+    check_operands(x, codes, block_scales, row_scale, bias, k, layout, fp4_format(format_name).block_size)
+    n = row_scale.shape[0]
+    case = make_case(x.dtype, math.prod(x.shape[:-1]), n, k, format_name, layout)
+    run = choose(get_target(x.device), case).implementation.run
+    return run(x, codes, block_scales, row_scale, bias, k, format_name, layout).contiguous()
+
+
+@fp4_linear.register_fake
+def _(x, codes, block_scales, row_scale, bias, k, format_name, layout):
+    return x.new_empty([*x.shape[:-1], row_scale.shape[0]])
+
+
+@torch.library.custom_op("vblackwell::fp4_linear_backward", mutates_args=())
+def fp4_linear_backward(
+    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str
+) -> Tensor:
+    """Gradient with respect to x, ``[..., K]``, of ``grad [..., N]`` through the decoded weight."""
+    n = row_scale.shape[0]
+    case = make_case(grad.dtype, math.prod(grad.shape[:-1]), n, k, format_name, layout)
+    choice = operator("fp4_linear_backward").choose(get_target(grad.device), case)
+    return choice.implementation.run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
+
+
+@fp4_linear_backward.register_fake
+def _(grad, codes, block_scales, row_scale, k, format_name, layout):
+    return grad.new_empty([*grad.shape[:-1], k])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, block_scales, row_scale, bias, ctx.k, ctx.format_name, ctx.layout = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(codes, block_scales, row_scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, block_scales, row_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = fp4_linear_backward(grad, codes, block_scales, row_scale, ctx.k, ctx.format_name, ctx.layout)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+fp4_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, block_scales, row_scale, ctx.k, ctx.format_name, ctx.layout = inputs
+    ctx.save_for_backward(codes, block_scales, row_scale)
+
+
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient is linear in ``grad``, so its own gradient is the product without bias."""
+    codes, block_scales, row_scale = ctx.saved_tensors
+    twice = fp4_linear(grad, codes, block_scales, row_scale, None, ctx.k, ctx.format_name, ctx.layout)
+    return twice, None, None, None, None, None, None
+
+
+fp4_linear_backward.register_autograd(_double_backward, setup_context=_backward_setup)
+
+
+# ------------------------------------------------------------------------------------------------------ implementations
+def _never_refuses(target: Target, case: Fp4LinearCase | None) -> None:
+    return None
+
+
+def _last_resort(target: Target, case: Fp4LinearCase) -> float:
+    return math.inf
+
+
+operator("fp4_linear").register(Implementation("reference", fp4_linear_reference, _never_refuses, _last_resort))
+operator("fp4_linear_backward").register(
+    Implementation("reference", fp4_linear_backward_reference, _never_refuses, _last_resort)
+)

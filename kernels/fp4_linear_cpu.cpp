@@ -1,0 +1,337 @@
+// Weight-only FP4 linear layer on CPUs: products of one or a few rows, and decoding. Plain C interface.
+//
+// Weights are in the plain layout: two E2M1 codes a byte, the even element in the low nibble; one scale byte a block.
+// The caller passes the 256 values of the scale byte, so one code path serves every format.
+
+#include <ATen/Parallel.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+constexpr int kGroup = 32;  // elements that are decoded together: two NVFP4 blocks, one MXFP4 block
+constexpr int64_t kRowsEach = 16;
+alignas(64) constexpr float kE2M1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                         -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+
+// Sixteen floats, and the same operations for each kind of vector: decode() takes 16 bytes of codes and gives the even
+// elements of a group of 32 and the odd ones; two_scales() is `a` in the first eight lanes and `b` in the others;
+// interleave() puts even and odd elements back in order.
+#if defined(__AVX512F__)
+
+struct Lanes {
+  __m512 v;
+};
+inline Lanes zero() { return {_mm512_setzero_ps()}; }
+inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void decode(const uint8_t* p, Lanes& even, Lanes& odd) {
+  const __m512 table = _mm512_load_ps(kE2M1);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  even.v = _mm512_permutexvar_ps(bytes, table);  // takes the low four bits of each index
+  odd.v = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+}
+inline Lanes two_scales(const float* a, const float* b) {
+  return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(*a), 0xFF00, _mm_load_ss(b))};
+}
+inline Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes scaled(Lanes a, float s) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(s))}; }
+inline Lanes add_product(Lanes acc, Lanes a, Lanes b) { return {_mm512_fmadd_ps(a.v, b.v, acc.v)}; }
+inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
+inline void interleave(Lanes even, Lanes odd, float* p) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(even.v, first, odd.v));
+  _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(even.v, last, odd.v));
+}
+
+#elif defined(__AVX2__)
+
+struct Lanes {
+  __m256 v[2];
+};
+inline Lanes zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+inline Lanes load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+inline __m256 look_up(__m256i codes) {
+  const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_load_ps(kE2M1), codes);  // takes the low three bits
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
+  return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(sign));
+}
+inline void decode(const uint8_t* p, Lanes& even, Lanes& odd) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i)));
+    even.v[i] = look_up(bytes);
+    odd.v[i] = look_up(_mm256_srli_epi32(bytes, 4));
+  }
+}
+inline Lanes two_scales(const float* a, const float* b) { return {{_mm256_broadcast_ss(a), _mm256_broadcast_ss(b)}}; }
+inline Lanes multiply(Lanes a, Lanes b) { return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}}; }
+inline Lanes scaled(Lanes a, float s) {
+  const __m256 t = _mm256_set1_ps(s);
+  return {{_mm256_mul_ps(a.v[0], t), _mm256_mul_ps(a.v[1], t)}};
+}
+inline Lanes add_product(Lanes acc, Lanes a, Lanes b) {
+  return {{_mm256_fmadd_ps(a.v[0], b.v[0], acc.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], acc.v[1])}};
+}
+inline float sum(Lanes a) {
+  const __m256 t = _mm256_add_ps(a.v[0], a.v[1]);
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
+inline void interleave(Lanes even, Lanes odd, float* p) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256 low = _mm256_unpacklo_ps(even.v[i], odd.v[i]), high = _mm256_unpackhi_ps(even.v[i], odd.v[i]);
+    _mm256_storeu_ps(p + 16 * i, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(p + 16 * i + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+}
+
+#elif defined(__ARM_NEON)
+
+struct Lanes {
+  float32x4_t v[4];
+};
+inline Lanes zero() {
+  const float32x4_t z = vdupq_n_f32(0.f);
+  return {{z, z, z, z}};
+}
+inline Lanes load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+inline Lanes widen(int8x16_t twice) {
+  const int16x8_t low = vmovl_s8(vget_low_s8(twice)), high = vmovl_s8(vget_high_s8(twice));
+  return {{vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), .5f),
+           vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))), .5f),
+           vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), .5f),
+           vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(high))), .5f)}};
+}
+inline void decode(const uint8_t* p, Lanes& even, Lanes& odd) {
+  static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  const int8x16_t table = vld1q_s8(twice);
+  const uint8x16_t bytes = vld1q_u8(p);
+  even = widen(vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15))));
+  odd = widen(vqtbl1q_s8(table, vshrq_n_u8(bytes, 4)));
+}
+inline Lanes two_scales(const float* a, const float* b) {
+  const float32x4_t x = vld1q_dup_f32(a), y = vld1q_dup_f32(b);
+  return {{x, x, y, y}};
+}
+inline Lanes multiply(Lanes a, Lanes b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+  return a;
+}
+inline Lanes scaled(Lanes a, float s) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vmulq_n_f32(a.v[i], s);
+  return a;
+}
+inline Lanes add_product(Lanes acc, Lanes a, Lanes b) {
+  for (int i = 0; i < 4; ++i) acc.v[i] = vfmaq_f32(acc.v[i], a.v[i], b.v[i]);
+  return acc;
+}
+inline float sum(Lanes a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3]))); }
+inline void interleave(Lanes even, Lanes odd, float* p) {
+  for (int i = 0; i < 4; ++i) vst2q_f32(p + 8 * i, (float32x4x2_t{{even.v[i], odd.v[i]}}));
+}
+
+#else
+
+struct Lanes {
+  float v[16];
+};
+inline Lanes zero() { return {}; }
+inline Lanes load(const float* p) {
+  Lanes out;
+  std::memcpy(out.v, p, sizeof(out.v));
+  return out;
+}
+inline void decode(const uint8_t* p, Lanes& even, Lanes& odd) {
+  for (int i = 0; i < 16; ++i) {
+    even.v[i] = kE2M1[p[i] & 15];
+    odd.v[i] = kE2M1[p[i] >> 4];
+  }
+}
+inline Lanes two_scales(const float* a, const float* b) {
+  Lanes out;
+  for (int i = 0; i < 16; ++i) out.v[i] = i < 8 ? *a : *b;
+  return out;
+}
+inline Lanes multiply(Lanes a, Lanes b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline Lanes scaled(Lanes a, float s) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= s;
+  return a;
+}
+inline Lanes add_product(Lanes acc, Lanes a, Lanes b) {
+  for (int i = 0; i < 16; ++i) acc.v[i] += a.v[i] * b.v[i];
+  return acc;
+}
+inline float sum(Lanes a) {
+  float t = 0.f;
+  for (int i = 0; i < 16; ++i) t += a.v[i];
+  return t;
+}
+inline void interleave(Lanes even, Lanes odd, float* p) {
+  for (int i = 0; i < 16; ++i) {
+    p[2 * i] = even.v[i];
+    p[2 * i + 1] = odd.v[i];
+  }
+}
+
+#endif
+
+struct Weight {
+  const uint8_t* codes;
+  const uint8_t* block_scales;
+  const float* row_scale;
+  const float* scale_values;
+  int64_t n, padded_k, block;
+};
+
+// One row of the weight, group by group; a last group of half the size is completed with zeros.
+struct Row {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const float* values;
+  bool two;  // blocks of half a group
+
+  Row(const Weight& w, int64_t row)
+      : codes(w.codes + row * w.padded_k / 2),
+        scales(w.block_scales + row * w.padded_k / w.block),
+        values(w.scale_values),
+        two(w.block < kGroup) {}
+
+  Lanes group(int64_t g, Lanes& even, Lanes& odd) const {
+    decode(codes + g * (kGroup / 2), even, odd);
+    const uint8_t* at = two ? scales + 2 * g : scales + g;
+    return two_scales(values + at[0], values + at[two]);
+  }
+  Lanes half_group(int64_t g, Lanes& even, Lanes& odd) const {
+    uint8_t bytes[kGroup / 2] = {};
+    std::memcpy(bytes, codes + g * (kGroup / 2), kGroup / 4);
+    decode(bytes, even, odd);
+    return two_scales(values + scales[2 * g], values + scales[2 * g]);
+  }
+};
+
+// Sums of R rows of x with one row of the weight; rows of x hold `groups` groups in decoded order.
+template <int R>
+void dot_rows(const Weight& w, int64_t row, const float* x, int64_t groups, float* sums) {
+  const Row weight(w, row);
+  const int64_t whole = w.padded_k / kGroup, x_stride = groups * kGroup;
+  Lanes even_sum[R], odd_sum[R];
+  for (int r = 0; r < R; ++r) even_sum[r] = odd_sum[r] = zero();
+  auto add = [&](int64_t g, Lanes scale, Lanes even, Lanes odd) {
+    if constexpr (R == 1) {
+      const float* at = x + g * kGroup;
+      Lanes& total = g % 2 ? odd_sum[0] : even_sum[0];
+      total = add_product(total, scale, add_product(multiply(even, load(at)), odd, load(at + kGroup / 2)));
+    } else {
+      even = multiply(even, scale);
+      odd = multiply(odd, scale);
+      for (int r = 0; r < R; ++r) {
+        const float* at = x + r * x_stride + g * kGroup;
+        even_sum[r] = add_product(even_sum[r], even, load(at));
+        odd_sum[r] = add_product(odd_sum[r], odd, load(at + kGroup / 2));
+      }
+    }
+  };
+  Lanes even, odd;
+  int64_t g = 0;
+  for (; g + 1 < whole; g += 2) {
+    Lanes scale = weight.group(g, even, odd);
+    add(g, scale, even, odd);
+    scale = weight.group(g + 1, even, odd);
+    add(g + 1, scale, even, odd);
+  }
+  for (; g < groups; ++g) {
+    const Lanes scale = g < whole ? weight.group(g, even, odd) : weight.half_group(g, even, odd);
+    add(g, scale, even, odd);
+  }
+  for (int r = 0; r < R; ++r) sums[r] = (sum(even_sum[r]) + sum(odd_sum[r])) * w.row_scale[row];
+}
+
+inline uint16_t to_bfloat16(float value) {  // finite values, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+inline float to_float(float value, float*) { return value; }
+inline uint16_t to_float(float value, uint16_t*) { return to_bfloat16(value); }
+
+template <typename T>
+void dequantize(const Weight& w, T* out, int64_t k) {
+  const int64_t whole = w.padded_k / kGroup;
+  at::parallel_for(0, w.n, kRowsEach, [&](int64_t begin, int64_t end) {
+    alignas(64) float group[kGroup];
+    for (int64_t row = begin; row < end; ++row) {
+      const Row weight(w, row);
+      for (int64_t g = 0; g * kGroup < k; ++g) {
+        Lanes even, odd;
+        const Lanes scale = g < whole ? weight.group(g, even, odd) : weight.half_group(g, even, odd);
+        const float row_scale = w.row_scale[row];
+        interleave(scaled(multiply(even, scale), row_scale), scaled(multiply(odd, scale), row_scale), group);
+        T* to = out + row * k + g * kGroup;
+        const int64_t count = k - g * kGroup < kGroup ? k - g * kGroup : kGroup;
+        if (count == kGroup) {
+          for (int i = 0; i < kGroup; ++i) to[i] = to_float(group[i], static_cast<T*>(nullptr));
+        } else {
+          for (int64_t i = 0; i < count; ++i) to[i] = to_float(group[i], static_cast<T*>(nullptr));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [m, n] = x @ weight.T + bias. x has m rows of ceil(padded_k / 32) groups: its even columns, then its odd ones, zeros
+// past the end. bias may be null. All float32.
+void vblackwell_fp4_product(const float* x, const uint8_t* codes, const uint8_t* block_scales, const float* row_scale,
+                            const float* scale_values, const float* bias, float* y, int64_t m, int64_t n,
+                            int64_t padded_k, int64_t block) {
+  const Weight w{codes, block_scales, row_scale, scale_values, n, padded_k, block};
+  const int64_t groups = (padded_k + kGroup - 1) / kGroup;
+  at::parallel_for(0, n, kRowsEach, [&](int64_t begin, int64_t end) {
+    float sums[4];
+    for (int64_t row = begin; row < end; ++row) {
+      const float add = bias ? bias[row] : 0.f;
+      for (int64_t i = 0; i < m;) {
+        const float* at = x + i * groups * kGroup;
+        int taken = 1;
+        if (m - i >= 4) {
+          dot_rows<4>(w, row, at, groups, sums);
+          taken = 4;
+        } else if (m - i >= 2) {
+          dot_rows<2>(w, row, at, groups, sums);
+          taken = 2;
+        } else {
+          dot_rows<1>(w, row, at, groups, sums);
+        }
+        for (int r = 0; r < taken; ++r) y[(i + r) * n + row] = sums[r] + add;
+        i += taken;
+      }
+    }
+  });
+}
+
+// out [n, k] = the weight in float32, or in bfloat16 where `half` is not zero.
+void vblackwell_fp4_dequantize(const uint8_t* codes, const uint8_t* block_scales, const float* row_scale,
+                               const float* scale_values, void* out, int64_t n, int64_t k, int64_t padded_k,
+                               int64_t block, int64_t half) {
+  const Weight w{codes, block_scales, row_scale, scale_values, n, padded_k, block};
+  if (half)
+    dequantize(w, static_cast<uint16_t*>(out), k);
+  else
+    dequantize(w, static_cast<float*>(out), k);
+}
+
+}  // extern "C"

@@ -1,0 +1,88 @@
+"""Triton implementations of the FP4 linear layer, and what they cost beside the vendor's bfloat16 product.
+
+Costs are in units of the time of that product for the same shape, so a cost above 1 means slower than the unpacked
+weight. They are estimates for a device with about 260 bfloat16 operations a byte of memory traffic, as data-centre
+accelerators have; see ``bench/results/fp4_linear.json`` for measured ones.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vbcompile.device import Target
+from vbcompile.kernels import fp4_linear_triton
+from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_linear import Fp4LinearCase
+from vbcompile.kernels.registry import Implementation, operator
+
+_OPERATIONS_A_BYTE = 260.0
+_MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
+
+
+def bits_per_weight(format_name: str) -> float:
+    """Stored bits of a weight, its share of the block scale included."""
+    return 4 + 8 / fp4_format(format_name).block_size
+
+
+def _dense(m: int, weight_bytes: float) -> float:
+    """Time of a product per weight, in bytes of memory traffic."""
+    return max(weight_bytes, 2 * m / _OPERATIONS_A_BYTE)
+
+
+def _product_cost(target: Target, case: Fp4LinearCase) -> float:
+    stored = bits_per_weight(case.format_name) / 8
+    ours = max(stored / _MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _COMPUTE_SHARE)
+    return ours / _dense(case.m, 2)
+
+
+def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
+    size = case.dtype.itemsize
+    decode = (bits_per_weight(case.format_name) / 8 + size) / _MEMORY_SHARE
+    return (decode + _dense(case.m, size)) / _dense(case.m, 2)
+
+
+def _refuses_product(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := fp4_linear_triton.refuses_target(target):
+        return reason
+    return None if case is None else fp4_linear_triton.refuses_product(target, case.dtype, case.m, case.layout)
+
+
+def _refuses_dequantize(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := fp4_linear_triton.refuses_target(target):
+        return reason
+    if case is None:
+        return None
+    if case.layout == "plain":
+        return "the weight is in the plain layout"
+    if case.layout.endswith("t") and target.vendor != "nvidia":
+        return f"layout {case.layout} is NVIDIA's"
+    if target.vendor == "cpu" and case.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return "no kernel for float64" if case.dtype == torch.float64 else None
+
+
+def dequantize_product(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str,
+) -> Tensor:  # fmt: skip
+    """Decode the weight to scratch memory, then the vendor's product."""
+    weight = fp4_linear_triton.dequantize(codes, block_scales, row_scale, k, format_name, layout, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def dequantize_backward(
+    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str
+) -> Tensor:
+    """Decode the weight to scratch memory, then ``grad @ weight``."""
+    return grad @ fp4_linear_triton.dequantize(codes, block_scales, row_scale, k, format_name, layout, grad.dtype)
+
+
+operator("fp4_linear").register(
+    Implementation("triton", fp4_linear_triton.product, _refuses_product, _product_cost),
+)
+operator("fp4_linear").register(
+    Implementation("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost),
+)
+operator("fp4_linear_backward").register(
+    Implementation("triton_dequantize", dequantize_backward, _refuses_dequantize, _dequantize_cost),
+)

@@ -1,0 +1,87 @@
+"""Triton kernels of the weight-only FP4 linear layer: product and dequantization."""
+
+import triton
+import triton.language as tl
+
+from vbcompile.kernels.fp4_tiles import decode_tiles
+
+
+@triton.jit
+def fp4_product_kernel(
+    x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr,
+    m, n, k, x_stride, column_tiles, steps_each, splits,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    HALF: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``out = x @ weight.T * row_scale + bias`` for BLOCK_M rows of x and 64 * ROWS rows of the weight.
+
+    x ``[m, k]``, rows ``x_stride`` apart; codes ``[n tiles, column_tiles, 2048]`` and scales ``[n tiles, column_tiles,
+    4096 / BLOCK]`` in a tile layout; row_scale, bias ``[n]``; out ``[m, n]``. Program ``(tile of n, split of k, tile of
+    m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32 ``[splits, m, n]``)
+    and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero again afterwards.
+    """
+    tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    width: tl.constexpr = 64 * COLUMNS
+    rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_n = tile * 64 * ROWS + tl.arange(0, 64 * ROWS)
+    tiles = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * column_tiles
+    code_at = codes_ptr + tiles * 2048 + tl.arange(0, COLUMNS * 2048)[None, :]
+    per_tile: tl.constexpr = 4096 // BLOCK
+    scale_at = scales_ptr + tiles * per_tile + tl.arange(0, COLUMNS * per_tile)[None, :]
+    columns = tl.arange(0, width)
+    x_at = x_ptr + rows_m.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    live = (rows_m < m)[:, None]
+    total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
+    first = split * steps_each
+    for step in tl.range(first, tl.minimum(first + steps_each, column_tiles // COLUMNS), num_stages=STAGES):
+        words = tl.load(code_at + step * (COLUMNS * 2048), eviction_policy="evict_first")
+        scales = tl.load(scale_at + step * (COLUMNS * per_tile), eviction_policy="evict_first")
+        x = tl.load(x_at + step * width, mask=live & (columns < k - step * width)[None, :], other=0.0)
+        weight = decode_tiles(words, scales, ROWS, COLUMNS, BLOCK, WIDE, HALF, ASM)
+        total = tl.dot(weight.to(x.dtype), tl.trans(x), total, input_precision="ieee")
+    keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
+    out_at = rows_m.to(tl.int64)[None, :] * n + rows_n[:, None]
+    if SPLIT:
+        size = m.to(tl.int64) * n
+        tl.store(partial_ptr + split * size + out_at, total, mask=keep)
+        tl.debug_barrier()
+        counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
+        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+            total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
+            for part in range(splits):
+                total += tl.load(partial_ptr + part * size + out_at, mask=keep, other=0.0, cache_modifier=".cg")
+            _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIAS)
+            tl.store(counter, 0)
+    else:
+        _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIAS)
+
+
+@triton.jit
+def _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIAS: tl.constexpr):
+    """Scale the sums, add the bias in float32, round once and store."""
+    scale = tl.load(row_scale_ptr + rows_n, mask=rows_n < n, other=0.0)
+    total = total * (scale * 256.0)[:, None]
+    if BIAS:
+        total += tl.load(bias_ptr + rows_n, mask=rows_n < n, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def fp4_dequantize_kernel(
+    codes_ptr, scales_ptr, row_scale_ptr, out_ptr, n, k, column_tiles,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """out ``[n, k]`` = the weight, from a tile layout; program ``(row tile, COLUMNS column tiles)``."""
+    tile, step = tl.program_id(0), tl.program_id(1)
+    rows = tile * 64 + tl.arange(0, 64)
+    columns = step * 64 * COLUMNS + tl.arange(0, 64 * COLUMNS)
+    first = tile.to(tl.int64) * column_tiles + step * COLUMNS
+    per_tile: tl.constexpr = 4096 // BLOCK
+    words = tl.load(codes_ptr + first * 2048 + tl.arange(0, COLUMNS * 2048)[None, :], eviction_policy="evict_first")
+    scales = tl.load(scales_ptr + first * per_tile + tl.arange(0, COLUMNS * per_tile)[None, :])
+    weight = decode_tiles(words, scales, 1, COLUMNS, BLOCK, WIDE, HALF, ASM)
+    row_scale = tl.load(row_scale_ptr + rows, mask=rows < n, other=0.0) * 256.0
+    value = weight.to(tl.float32) * row_scale[:, None]
+    keep = (rows < n)[:, None] & (columns < k)[None, :]
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * k + columns[None, :]
+    tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask=keep)

@@ -1,0 +1,238 @@
+"""Launches of the Triton FP4 linear kernels: what they refuse, tile shapes, workspace.
+
+Tile shapes come from a formula of (architecture, rows of x, shape of the weight): nothing is tuned at run time.
+"""
+
+import functools
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_layout import TILE
+
+MOST_ROWS: int = 512  # of x; beyond, decoding once and a vendor product is always faster
+_OLDEST_NVIDIA = (8, 0)
+_DTYPES = (torch.float16, torch.bfloat16)
+_TYPICAL_MULTIPROCESSORS = 128
+_POOL_COUNTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one product is cut up.
+
+    Attributes:
+        block_m: rows of x a program takes.
+        rows: tiles of 64 rows of the weight a program takes.
+        columns: tiles of 64 columns a step.
+        splits: programs that share the columns of one tile.
+    """
+
+    block_m: int
+    rows: int
+    columns: int
+    splits: int
+    warps: int
+    stages: int
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``)."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return bool(knobs.runtime.interpret)
+
+
+def refuses_target(target: Target) -> str | None:
+    """Why these kernels cannot run on a target."""
+    if target.vendor == "cpu" and interpreted():
+        return None
+    if target.vendor not in ("nvidia", "amd", "intel"):
+        return f"no Triton FP4 kernels for {target.vendor}"
+    if "triton" not in target.features:
+        return "Triton is not installed with a compiler for this device"
+    capability = target.compute_capability
+    if capability is not None and capability < _OLDEST_NVIDIA:
+        return f"needs sm_80 or later, this is {target.arch}"
+    return None
+
+
+def preferred_layout(target: Target) -> str:
+    """The layout that weights on a target are stored in; ``plain`` where no kernel of ours reads another."""
+    if refuses_target(target):
+        return "plain"
+    if target.vendor != "nvidia":
+        return "fragments2"
+    return "fragments2t" if _is_hopper_or_datacenter(target) else "fragments8t"
+
+
+def _is_hopper_or_datacenter(target: Target) -> bool:
+    """Architectures whose matrix instructions work on whole warp groups: sm_90, sm_100, sm_103."""
+    capability = target.compute_capability
+    return capability is not None and capability[0] in (9, 10)
+
+
+def refuses_product(target: Target, dtype: torch.dtype, m: int, layout: str) -> str | None:
+    """Why the product kernel cannot run a case."""
+    if layout == "plain":
+        return "the weight is in the plain layout"
+    if layout.endswith("t") and target.vendor != "nvidia":
+        return f"layout {layout} is NVIDIA's"
+    if dtype not in _DTYPES and not (dtype == torch.float32 and target.vendor == "cpu"):
+        return f"takes float16 and bfloat16, not {dtype}"
+    if dtype == torch.bfloat16 and target.vendor == "cpu":
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if m == 0:
+        return "there are no rows"
+    if m > MOST_ROWS:
+        return f"more than {MOST_ROWS} rows: decoding the weight once is faster"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- tiles
+@functools.lru_cache(maxsize=1024)
+def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
+    """The tile shape for ``x [m, k]`` and a weight ``[n, k]``; depends on m by power-of-two buckets only."""
+    column_tiles = -(-k // (2 * TILE)) * 2
+    hopper = _is_hopper_or_datacenter(target)
+    wide_steps = column_tiles % 4 == 0 and hopper
+    if m <= 16:
+        config = TileConfig(16, 2, 4 if wide_steps else 2, 1, 4, 4 if hopper else 3)
+    elif m <= 32:
+        config = TileConfig(32, 2, 2, 1, 4, 4 if hopper else 3)
+    elif m <= 64:
+        config = TileConfig(64, 2, 2, 1, 4, 4 if hopper else 2)
+    elif m <= 128 or not hopper:
+        config = TileConfig(128, 2, 2 if hopper else 1, 1, 8, 3 if hopper else 2)
+    else:
+        config = TileConfig(256, 2, 2, 1, 8, 3)
+    tiles = -(-n // (config.rows * TILE)) * -(-m // config.block_m)
+    multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
+    return TileConfig(
+        **{**vars(config), "splits": _splits(tiles, column_tiles // config.columns, multiprocessors, config)}
+    )
+
+
+def _splits(tiles: int, steps: int, multiprocessors: int, config: TileConfig) -> int:
+    """How many programs share a tile's columns: enough to fill the device, each with a few steps."""
+    resident = 2 if config.block_m <= 64 else 1
+    wanted = resident * multiprocessors
+    best, best_time = 1, float("inf")
+    for splits in range(1, min(steps, 16) + 1):
+        steps_each = -(-steps // splits)
+        waves = -(-tiles * splits // wanted)
+        # a program pays about three steps to start and, where split, one more a split to add up
+        time = waves * (steps_each + 3) + (splits if splits > 1 else 0)
+        if time < best_time:
+            best, best_time = splits, time
+    return best
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+def product(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: TileConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in a tile layout."""
+    from vbcompile.kernels.fp4_linear_kernels import fp4_product_kernel
+
+    target = get_target(x.device)
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
+        rows = rows.contiguous()
+    m, n = rows.shape[0], row_scale.shape[0]
+    config = config or tile_config(target, min(1 << (m - 1).bit_length(), 2 * MOST_ROWS), n, k)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    column_tiles = codes.shape[1]
+    steps = column_tiles // config.columns
+    steps_each = -(-steps // config.splits)
+    splits = -(-steps // steps_each)
+    grid = (-(-n // (config.rows * TILE)), splits, -(-m // config.block_m))
+    partial = arrived = out
+    if splits > 1:
+        partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+        arrived = _counters(x.device, grid[0] * grid[2])
+    fp4_product_kernel[grid](
+        rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial, arrived,
+        m, n, k, rows.stride(0), column_tiles, steps_each, splits,
+        BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
+        STAGES=config.stages, num_warps=config.warps, **_decoding(target, format_name, layout, x.dtype),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], n)
+
+
+def dequantize(
+    codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str, dtype: torch.dtype
+) -> Tensor:
+    """The weight ``[n, k]`` in ``dtype``, from a tile layout; rounded once from float32."""
+    from vbcompile.kernels.fp4_linear_kernels import fp4_dequantize_kernel
+
+    n, column_tiles = row_scale.shape[0], codes.shape[1]
+    out = torch.empty(n, k, dtype=dtype, device=codes.device)
+    fp4_dequantize_kernel[(-(-n // TILE), column_tiles // 2)](
+        codes, block_scales, row_scale, out, n, k, column_tiles,
+        COLUMNS=2, num_warps=4, **_decoding(get_target(codes.device), format_name, layout, dtype),
+    )  # fmt: skip
+    return out
+
+
+def _decoding(target: Target, format_name: str, layout: str, dtype: torch.dtype) -> dict[str, Any]:
+    capability = target.compute_capability
+    asm = 0
+    if layout.endswith("t") and capability is not None:
+        asm = 90 if capability >= (9, 0) else 80
+    # float32 results decode through float16, which holds every code times scale too
+    half = dtype != torch.bfloat16
+    return {"BLOCK": fp4_format(format_name).block_size, "WIDE": "8" in layout, "HALF": half, "ASM": asm}
+
+
+# ----------------------------------------------------------------------------------------------------------- workspace
+@dataclass
+class _Pool:
+    """Zeroed counters of one device; kernels leave them zero."""
+
+    counters: Tensor
+    used: int = 0
+
+
+_pools: dict[torch.device, _Pool] = {}
+_by_stream: dict[tuple[torch.device, int], Tensor] = {}
+_lock = threading.Lock()
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """``count`` zeroed int32 counters that no other kernel in flight uses.
+
+    Kernels of one stream follow one another and share theirs. A launch recorded into a CUDA graph gets its own, because
+    a graph may be replayed on any stream; where none are left, or none were made before the recording began, the graph
+    zeroes fresh ones at each replay.
+    """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    with _lock:
+        pool = _pools.get(device)
+        if pool is None and not capturing:
+            pool = _pools[device] = _Pool(torch.zeros(_POOL_COUNTERS, dtype=torch.int32, device=device))
+            torch.cuda.synchronize(device)  # other streams may use it first
+        have = None if capturing else _by_stream.get(key)
+        if have is not None and have.numel() >= count:
+            return have
+        if pool is None or pool.used + count > pool.counters.numel():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        wanted = count if capturing else max(count, 1024)
+        wanted = min(-(-wanted // 4) * 4, pool.counters.numel() - pool.used)
+        taken = pool.counters[pool.used : pool.used + wanted]
+        pool.used += wanted
+        if not capturing:
+            _by_stream[key] = taken
+        return taken

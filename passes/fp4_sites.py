@@ -1,0 +1,155 @@
+"""Where a graph multiplies by a parameter or buffer: ``linear``, ``addmm``, ``mm`` and ``matmul``."""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from vbcompile.passes.graph_ops import Call, call_of, describe_site, positive_dim, value_of
+
+HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A product with a weight.
+
+    Attributes:
+        node: the call.
+        x, bias: its operands; bias None or a node.
+        weight: placeholder of the weight.
+        transposed: the weight is ``[K, N]``.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    transposed: bool
+    bias: fx.Node | None
+
+    @property
+    def name(self) -> str:
+        return describe_site(self.node)
+
+
+def weight_inputs(graph: fx.Graph, example_inputs: list[Any]) -> dict[fx.Node, tuple[int, Tensor]]:
+    """Placeholders that hold parameters and buffers, with their position and the live tensor."""
+    found = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = example_inputs[position] if position < len(example_inputs) else None
+        static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+        if isinstance(value, nn.Parameter) or (static and isinstance(value, Tensor)):
+            found[node] = (position, value)
+    return found
+
+
+def linear_sites(graph: fx.Graph, weights: dict[fx.Node, tuple[int, Tensor]]) -> Iterator[LinearSite]:
+    """The products of the graph whose right factor is one of ``weights``, in order; each may be replaced when it is its
+    turn."""
+    for node in list(graph.nodes):
+        site = _match(node)
+        if site is not None and site.weight in weights:
+            yield site
+
+
+def _match(node: fx.Node) -> LinearSite | None:
+    call = call_of(node)
+    if call is None or call.in_place or call.name not in ("linear", "matmul", "mm", "addmm"):
+        return None
+    if call.name == "linear":
+        x, bias, (weight, flipped) = call.input, call.get("bias"), _source(call.get("weight"))
+        transposed = flipped
+    elif call.name == "addmm":
+        if any(call.get(factor, 1) != 1 for factor in ("beta", "alpha")):
+            return None
+        x, bias, (weight, flipped) = call.get("mat1"), call.input, _source(call.get("mat2"))
+        transposed = not flipped
+    else:
+        x, bias, (weight, flipped) = call.input, None, _source(call.get("other"))
+        transposed = not flipped
+    if not isinstance(x, fx.Node) or weight is None or (bias is not None and not _is_vector(bias)):
+        return None
+    rank = getattr(value_of(weight), "ndim", 0)
+    return LinearSite(node, x, weight, transposed, bias) if rank == 2 else None
+
+
+def _is_vector(node: Any) -> bool:
+    return isinstance(node, fx.Node) and getattr(value_of(node), "ndim", 0) == 1
+
+
+def _source(node: Any) -> tuple[fx.Node | None, bool]:
+    """The placeholder behind transposes of a matrix, and whether their number is odd."""
+    flipped = False
+    while isinstance(node, fx.Node) and node.op != "placeholder":
+        call = call_of(node)
+        if call is None or call.in_place or not is_transpose(call):
+            return None, False
+        node, flipped = call.input, not flipped
+    return (node, flipped) if isinstance(node, fx.Node) else (None, False)
+
+
+def is_transpose(call: Call) -> bool:
+    """Whether a call does nothing but transpose a matrix."""
+    name, arguments = call.name, call.arguments
+    if getattr(value_of(arguments.get("input")), "ndim", 0) != 2:
+        return False
+    if name == "transpose":
+        return {positive_dim(arguments[d], 2) for d in ("dim0", "dim1") if isinstance(arguments.get(d), int)} == {0, 1}
+    if name == "permute":
+        return [positive_dim(d, 2) for d in arguments.get("dims", ())] == [1, 0]
+    return name in ("t", "T", "mT")
+
+
+def is_written(weight: fx.Node) -> bool:
+    """Whether the graph may write to the weight, itself or through a view of it."""
+    waiting, seen = [weight], set()
+    while waiting:
+        for user in waiting.pop().users:
+            call = call_of(user)
+            method = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+            named = isinstance(method, str) and method.endswith("_") and not method.endswith("__")
+            if named or user.target is operator.setitem or "out" in user.kwargs or (call is not None and call.in_place):
+                return True
+            if call is not None and call.name in _VIEWS and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+_VIEWS = {
+    "t", "T", "mT", "transpose", "permute", "reshape", "getitem", "detach", "narrow", "select", "unsqueeze", "squeeze",
+    "expand", "flatten", "unflatten", "view_as",
+}  # fmt: skip
+
+
+def is_vocabulary_projection(site: LinearSite) -> bool:
+    """Whether a site makes logits: by its module's name, or because its weight is an embedding's too."""
+    embeddings = (F.embedding, torch.embedding)
+    if any(user.target in embeddings for user in site.weight.users):
+        return True
+    path = site.name.split(" ")[0]
+    return any(name in path.replace("'", ".").split(".") for name in HEAD_NAMES)
+
+
+def autocast_dtypes(graph: fx.Graph, device_type: str) -> dict[fx.Node, torch.dtype]:
+    """The dtype that autocast gives the products, for nodes where it is on."""
+    enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+    ambient = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    stack: list[tuple[Any, torch.dtype | None]] = [(None, ambient)]
+    found = {}
+    for node in graph.nodes:
+        if node.target is enter:
+            kind, dtype, enabled, *_ = (*node.args, None, True)[:3] if len(node.args) < 3 else node.args
+            state = stack[-1][1]
+            if kind == device_type:
+                state = (dtype or torch.get_autocast_dtype(device_type)) if enabled else None
+            stack.append((node, state))
+        elif node.target is leave:
+            stack = [entry for entry in stack if entry[0] is not node.args[0]]
+        elif stack[-1][1] is not None:
+            found[node] = stack[-1][1]
+    return found
