@@ -99,6 +99,24 @@ def test_doctor(capsys):
     assert any("attention" in json.dumps(kernel) for kernel in diagnosis["kernels"])
 
 
+_PLANNED = """
+import torch
+def make():
+    return torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8))), [torch.randn(4, 512)]
+"""
+
+
+def test_plan(tmp_path, capsys):
+    path = tmp_path / "planned.py"
+    path.write_text(_PLANNED)
+    assert main(["plan", f"{path}:make", "--budget", "4MiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert main(["plan", f"{path}:make", "--budget", "1KiB"]) == 1
+    assert "smallest" in capsys.readouterr().err
+    assert main(["plan", f"{path}:make", "--budget", "much"]) == 2
+    assert main(["plan", str(path)]) == 2
+
+
 def test_no_command_is_a_usage_error():
     with pytest.raises(SystemExit) as error:
         main([])

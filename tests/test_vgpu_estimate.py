@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vbcompile.config import ConfigError
-from vbcompile.estimate import PlanError, estimate
+from vbcompile.estimator import PlanError, estimate
 from vbcompile.vgpu import create_vgpu_stack
 from vbcompile.vgpu_calibration import Calibration
 from vbcompile.vgpu_size import MIB

@@ -47,8 +47,10 @@ _HOME = {
         "print_stats",
     ),
     "doctor": ("diagnose",),
+    "estimator": ("PlanError", "estimate"),
     "explainer": ("explain",),
     "troubleshooting": ("check_model_device", "out_of_memory_advice"),
+    "vgpu": ("VGPUStack", "create_vgpu_stack"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Command line: ``vbcompile demo | run | explain | doctor``.
+"""Command line: ``vbcompile demo | run | explain | plan | doctor``.
 
 Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 """
@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
 
+    plan = commands.add_parser("plan", help="what of a model fits where, peak memory and step time, before a run")
+    plan.add_argument("target", help="FILE.py:NAME or package.module:NAME, as for explain; built on the meta device")
+    plan.add_argument("--budget", help="device memory, e.g. 20GiB (default: all of it, or VB_HBM_BUDGET)")
+    plan.add_argument("--training", action="store_true", help="plan forward, backward and optimizer state")
+    plan.add_argument("--weight-bits", type=float, help="bits per element of stored matrices, e.g. 4.5")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(command=_plan)
+
     doctor = commands.add_parser(
         "doctor", help="devices, drivers, versions, kernels that can run here, and what to fix"
     )
@@ -102,12 +110,17 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _explain_call(path: str, name: str, arguments: argparse.Namespace) -> Any:
     from vbcompile.explainer import explain
 
+    model, inputs, keywords = _make(path, name)
+    return explain(model, *inputs, mode=arguments.mode, **keywords)
+
+
+def _make(path: str, name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+    """Model, inputs and keyword inputs from the user's function."""
     made = _load(path, name)()
     if not isinstance(made, tuple) or not 2 <= len(made) <= 3:
         raise UsageError(f"{name} must return (model, inputs) or (model, inputs, keywords)")
     model, inputs, keywords = (*made, {})[:3]
-    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return explain(model, *inputs, mode=arguments.mode, **keywords)
+    return model, inputs if isinstance(inputs, (tuple, list)) else (inputs,), keywords
 
 
 def _load(path: str, name: str) -> Callable[..., Any]:
@@ -137,6 +150,36 @@ def _explain_script(arguments: argparse.Namespace) -> Any:
     enable(arguments.mode, verbose=False)
     _run_script(arguments.target, arguments.rest)
     return Explanation(reports)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from vbcompile.config import ConfigError
+    from vbcompile.estimator import PlanError, estimate
+
+    path, _, name = arguments.target.rpartition(":")
+    if not path:
+        raise UsageError(f"plan needs FILE.py:NAME or package.module:NAME, not {arguments.target!r}")
+    with torch.device("meta"):
+        model, inputs, keywords = _make(path, name)
+    if inputs and keywords:
+        raise UsageError("plan takes inputs by position or by keyword, not both")
+    try:
+        result = estimate(
+            model,
+            inputs=keywords or inputs,
+            budget=arguments.budget,
+            training=arguments.training,
+            weight_bits=arguments.weight_bits,
+        )
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    except PlanError as error:
+        print(f"vbcompile: {error}", file=sys.stderr)
+        return 1
+    print(result.to_json() if arguments.json else result)
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
