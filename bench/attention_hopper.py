@@ -231,7 +231,7 @@ def run_child(jobs: list[dict], limit: float) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--set", default="explore")
+    parser.add_argument("--set", choices=("shipped", "explore"), default="shipped")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--worker", action="store_true")
     arguments = parser.parse_args()

@@ -52,12 +52,12 @@ class ForwardConfig:
         return {2: 168, 3: 128}[self.consumers]
 
 
-# (head_dim, causal) -> configuration
+# (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(),
-    (64, True): ForwardConfig(),
-    (128, False): ForwardConfig(),
-    (128, True): ForwardConfig(),
+    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, pack=True, group=1),
+    (64, True): ForwardConfig(stages=3, q_stages=2, poly=8, group=32, dynamic=True),
+    (128, False): ForwardConfig(group=1),
+    (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
 }
 
 
@@ -86,12 +86,11 @@ class BackwardConfig:
         return {64: 128, 128: 168}[self.block_k]
 
 
-# (head_dim, causal) -> configuration
 BACKWARD_CONFIGS: dict[tuple[int, bool], BackwardConfig] = {
-    (64, False): BackwardConfig(),
-    (64, True): BackwardConfig(),
-    (128, False): BackwardConfig(),
-    (128, True): BackwardConfig(),
+    (64, False): BackwardConfig(block_k=64, group=16),
+    (64, True): BackwardConfig(block_k=64, stages=3),
+    (128, False): BackwardConfig(late=True),
+    (128, True): BackwardConfig(late=True, group=8),
 }
 PAD = 128  # query rows of the backward's float32 buffers are padded to multiples of this
 

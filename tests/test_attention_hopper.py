@@ -1,0 +1,298 @@
+"""Hopper attention: what it refuses, what it compiles to for sm_90a (no GPU needed), and numerics on a GPU."""
+
+import contextlib
+import math
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vbcompile.kernels import attention_hopper as hopper
+
+pytest.importorskip("triton")
+
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block may use on Hopper
+REGISTER_FILE = 65536  # registers of one multiprocessor
+
+
+# ------------------------------------------------------------------------------------------- refusals
+def tensors(batch=1, heads=4, key_heads=2, queries=64, keys=128, dim=64, dtype=torch.bfloat16):
+    q = torch.empty(batch, heads, queries, dim, dtype=dtype)
+    k, v = (torch.empty(batch, key_heads, keys, dim, dtype=dtype) for _ in range(2))
+    return q, k, v
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "offset", "reason"),
+    [
+        ({}, 0.1, None, None),
+        ({}, 0.1, 0, None),
+        ({"dim": 128, "dtype": torch.float16}, 0.1, 64, None),
+        ({"dtype": torch.float32}, 0.1, None, "dtypes"),
+        ({"dim": 96}, 0.1, None, "head dimensions"),
+        ({"key_heads": 3}, 0.1, None, "no multiple"),
+        ({"queries": 0}, 0.1, None, "empty"),
+        ({}, -0.1, None, "scale"),
+        ({}, 0.0, None, "scale"),
+        ({}, math.nan, None, "scale"),
+        ({}, 0.1, -1, "causal offset"),
+    ],
+)
+def test_problem_is_refused_with_a_reason(change, scale, offset, reason):
+    answer = hopper.refuses_problem(*tensors(**change), scale, offset)
+    assert answer is None if reason is None else reason in answer
+
+
+def test_mismatched_tensors_are_refused():
+    q, k, v = tensors()
+    assert "fit together" in hopper.refuses_problem(q, k, v[:, :, :100], 0.1, None)
+    assert "fit together" in hopper.refuses_problem(q.expand(2, -1, -1, -1), k, v, 0.1, None)
+    assert "dtypes" in hopper.refuses_problem(q, k.half(), v, 0.1, None)
+    assert "[B, H, S, D]" in hopper.refuses_problem(q[0], k, v, 0.1, None)
+
+
+def test_strides_the_accelerator_cannot_address_are_refused():
+    x = torch.empty(2, 4, 32, 64, dtype=torch.bfloat16)
+    assert hopper.refuses_layout("x", x) is None
+    assert hopper.refuses_layout("x", x.transpose(1, 2)) is None
+    assert "last dimension" in hopper.refuses_layout("x", x.mT)
+    assert "positive multiple" in hopper.refuses_layout("x", x[:, :1].expand(2, 4, 32, 64))
+    odd = torch.empty(2 * 4 * 32 * 68, dtype=torch.bfloat16)
+    assert "positive multiple" in hopper.refuses_layout(
+        "x", odd.as_strided((2, 4, 32, 64), (4 * 32 * 68, 32 * 68, 68, 1))
+    )
+    assert "aligned" in hopper.refuses_layout("x", odd[1:].as_strided((1, 1, 32, 64), (64, 64, 64, 1)))
+    assert hopper.refuses_layout("x", odd.as_strided((1, 1, 32, 64), (7, 0, 64, 1))) is None  # size 1: any stride
+
+
+def test_other_devices_are_refused():
+    assert hopper.refuses_capability((9, 0)) is None
+    assert "8.0" in hopper.refuses_capability((8, 0))
+    assert "10.0" in hopper.refuses_capability((10, 0))
+    assert "NVIDIA" in hopper.refuses(*tensors(), 0.1, None)
+    with pytest.raises(ValueError, match="NVIDIA"):
+        hopper.forward(*tensors(), 0.1, None, False)
+
+
+# ------------------------------------------------------------------------------------------- the cubic of exp2
+def cubic_exp2(x: np.ndarray) -> np.ndarray:
+    """The instructions of ``exp2_mixed`` in float32."""
+    single = np.float32
+    t = np.maximum(x, single(-125.0))
+    r = t + single(12582912.0)
+    f = t - (r - single(12582912.0))
+    p = single(0.055171654) * f + single(0.24261113)
+    p = p * f + single(0.69326097)
+    p = p * f + single(0.99992806)
+    power = (r.view(np.uint32) << np.uint32(23)) + np.uint32(0x3F800000)
+    return p * power.view(np.float32)
+
+
+def test_cubic_of_exp2_is_close_and_keeps_nan():
+    x = -np.random.default_rng(0).uniform(0, 120, 100_000).astype(np.float32)
+    assert np.max(np.abs(cubic_exp2(x) / np.exp2(x.astype(np.float64)) - 1)) < 1e-4
+    assert cubic_exp2(np.float32([-np.inf]))[0] < 1e-37
+    assert np.isnan(cubic_exp2(np.float32([np.nan]))[0])
+    source = (Path(hopper.__file__).parent / "attention_hopper_tiles.py").read_text()
+    for constant in (0.055171654, 0.24261113, 0.69326097, 0.99992806, 12582912.0, -125.0):
+        assert f"0f{np.float32(constant).view(np.uint32):08X}" in source
+
+
+# ------------------------------------------------------------------------------------------- compiled for sm_90a
+class Recorder:
+    """Stands for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((arguments, options))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Runs forward and backward on the CPU up to their launches; gives the recorders by kernel name."""
+    from vbcompile.kernels import attention_hopper_backward, attention_hopper_forward
+
+    homes = {
+        "attention_forward": attention_hopper_forward,
+        "attention_backward": attention_hopper_backward,
+        "prepare_backward": attention_hopper_backward,
+        "finish_backward": attention_hopper_backward,
+    }
+    kernels = {name: getattr(home, name) for name, home in homes.items()}
+    recorders = {name: Recorder() for name in homes}
+    for name, home in homes.items():
+        monkeypatch.setattr(home, name, recorders[name])
+    monkeypatch.setattr(hopper, "refuses", lambda *a: None)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return kernels, recorders
+
+
+def compile_for_hopper(kernel, arguments, options):
+    """The kernel compiled as the launcher would specialise it."""
+    import triton
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    target = GPUTarget("cuda", 90, 32)
+    backend = CUDABackend(target)
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        kind = "constexpr"
+        if not parameter.is_constexpr:
+            kind = native_specialize_impl(backend, value, False, not parameter.do_not_specialize, True)[0]
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        signature[parameter.name] = kind
+    source = GluonASTSource(kernel, signature, constexprs=constants)
+    chosen = {name: options[name] for name in ("num_warps", "maxnreg")}
+    return triton.compile(source, target=target, options=chosen), chosen["maxnreg"]
+
+
+def disassemble(compiled) -> list[str]:
+    """Machine instructions, predicates removed."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+
+
+def check_machine_code(compiled, registers: int) -> None:
+    """Tensor cores run asynchronously, tiles come by the copy engine, nothing spills, blocks fit."""
+    names = [name.split(".")[0] for name in disassemble(compiled)]
+    assert names.count("HGMMA") >= 16
+    assert names.count("UTMALDG") >= 3
+    assert "USETMAXREG" in names
+    assert not {"LDL", "STL", "HMMA"} & set(names)
+    # Serialised products carry a WARPGROUP instruction before and after every HGMMA.
+    assert names.count("WARPGROUP") <= names.count("HGMMA")
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    assert compiled.metadata.num_warps * 32 * registers <= REGISTER_FILE
+
+
+@pytest.mark.parametrize(
+    ("dim", "causal", "dtype"),
+    [(d, c, torch.bfloat16) for d, c in hopper.FORWARD_CONFIGS] + [(128, True, torch.float16)],
+)
+def test_forward_compiles_without_spills(recorded, dim, causal, dtype):
+    kernels, recorders = recorded
+    out, lse = hopper.forward(*tensors(dim=dim, dtype=dtype), 0.1, 64 if causal else None, rows_first=True)
+    assert out.stride() == (64 * 4 * dim, dim, 4 * dim, 1) and lse.shape == (1, 4, 64)
+    ((arguments, options),) = recorders["attention_forward"].launches
+    assert options["CAUSAL"] == causal
+    check_machine_code(*compile_for_hopper(kernels["attention_forward"], arguments, options))
+
+
+@pytest.mark.parametrize(("dim", "causal"), list(hopper.BACKWARD_CONFIGS))
+def test_backward_compiles_without_spills(recorded, dim, causal):
+    kernels, recorders = recorded
+    q, k, v = tensors(dim=dim)
+    lse = torch.empty(1, 4, 64)
+    dq, dk, dv = hopper.backward(q, None, q, k, v, q, lse, 0.1, 64 if causal else None)
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+    ((arguments, options),) = recorders["attention_backward"].launches
+    compiled, registers = compile_for_hopper(kernels["attention_backward"], arguments, options)
+    check_machine_code(compiled, registers)
+    if hopper.BACKWARD_CONFIGS[dim, causal].block_k == 64:  # meant to run two blocks on a multiprocessor
+        assert 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
+        assert 2 * compiled.metadata.num_warps * 32 * registers <= REGISTER_FILE
+
+
+def test_offset_beyond_all_keys_is_no_causal_kernel(recorded):
+    _, recorders = recorded
+    hopper.forward(*tensors(keys=128), 0.1, 127, rows_first=False)
+    hopper.forward(*tensors(keys=128), 0.1, 126, rows_first=False)
+    assert [options["CAUSAL"] for _, options in recorders["attention_forward"].launches] == [False, True]
+
+
+# ------------------------------------------------------------------------------------------- numerics
+CASES = [  # batch, heads, key heads, queries, keys, causal offset, rows first, dtype
+    (2, 4, 2, 300, 520, None, False, torch.bfloat16),
+    (1, 2, 1, 333, 333, 0, True, torch.bfloat16),
+    (1, 3, 3, 128, 1000, 872, True, torch.float16),
+    (2, 4, 4, 1024, 1024, 0, False, torch.bfloat16),
+    (1, 1, 1, 1, 77, None, True, torch.bfloat16),
+    (1, 8, 2, 700, 65, 3, False, torch.bfloat16),
+    (3, 6, 2, 515, 2049, 100, True, torch.float16),
+]
+
+
+def plain_attention(q, k, v, scale, offset):
+    """(out, lse) of plain PyTorch in the dtype of q; lse in float64."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    s = q @ k.mT * scale
+    if offset is not None:
+        rows = torch.arange(q.shape[2], device=q.device)[:, None]
+        s = s.masked_fill(torch.arange(k.shape[2], device=q.device)[None] > rows + offset, -math.inf)
+    return s.softmax(-1) @ v, s.double().logsumexp(-1)
+
+
+def error(x, exact) -> float:
+    return (x.double() - exact).abs().max().item()
+
+
+@pytest.fixture
+def hopper_gpu():
+    if torch.cuda.get_device_capability() != (9, 0) or hopper.refuses_triton():
+        pytest.skip("needs a Hopper GPU and a verified Triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(hopper_gpu, case, dim):
+    batch, heads, key_heads, queries, keys, offset, rows_first, dtype = case
+    sizes = ((heads, queries), (key_heads, keys), (key_heads, keys), (heads, queries))
+    q, k, v, g = (torch.randn(batch, s, h, dim, device="cuda", dtype=dtype).transpose(1, 2) for h, s in sizes)
+    g_lse = torch.randn(batch, heads, queries, device="cuda") if rows_first else None
+    scale = dim**-0.5
+
+    def results(kind):
+        leaves = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        out, lse = plain_attention(*leaves, scale, offset)
+        loss = (out * g.to(kind)).sum().double() + (0.0 if g_lse is None else (lse * g_lse.double()).sum())
+        return [out.detach(), *torch.autograd.grad(loss, leaves)], lse.detach()
+
+    exact, exact_lse = results(torch.float64)
+    plain, _ = results(dtype)
+    out, lse = hopper.forward(q, k, v, scale, offset, rows_first)
+    ours = [out, *hopper.backward(g, g_lse, q, k, v, out, lse, scale, offset)]
+    assert error(lse, exact_lse) < 1e-3
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        assert error(a, c) <= 2 * error(b, c) + 1e-6, name
+
+
+@pytest.mark.gpu
+def test_repeated_runs_agree(hopper_gpu):
+    q, k, v, g = (torch.randn(2, 8, 1500, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    runs = []
+    for _ in range(3):
+        out, lse = hopper.forward(q, k, v, 0.09, 0, False)
+        runs.append((out, lse, *hopper.backward(g, None, q, k, v, out, lse, 0.09, 0)[1:]))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize("position", [0, 7, 130])
+def test_nan_key_reaches_its_rows_only(hopper_gpu, dim, position):
+    q, k, v = (torch.randn(1, 1, 256, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    k[0, 0, position] = math.nan
+    out, _ = hopper.forward(q, k, v, 0.1, 0, False)
+    assert out[0, 0, position:].isnan().all() and out[0, 0, :position].isfinite().all()
