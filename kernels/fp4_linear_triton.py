@@ -116,9 +116,7 @@ def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
         config = TileConfig(256, 2, 2, 1, 8, 3)
     tiles = -(-n // (config.rows * TILE)) * -(-m // config.block_m)
     multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
-    return TileConfig(
-        **{**vars(config), "splits": _splits(tiles, column_tiles // config.columns, multiprocessors, config)}
-    )
+    return replace(config, splits=_splits(tiles, column_tiles // config.columns, multiprocessors, config))
 
 
 def _splits(tiles: int, steps: int, multiprocessors: int, config: TileConfig) -> int:
