@@ -1,0 +1,28 @@
+"""The README's figures are those of the results files, and its commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from vbcompile.__main__ import _parser
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tables_are_generated_from_the_results():
+    subprocess.run([sys.executable, ROOT / "bench" / "readme_tables.py", "--check"], check=True)
+
+
+def test_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    known = set(_parser()._subparsers._group_actions[0].choices)
+    assert set(re.findall(r"^vbcompile (\w+)", text, re.MULTILINE)) <= known
+    targets = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
+    assert targets and targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_files_named_in_the_text_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`((?:passes|kernels|bench|docs|vbcompile|tests)/[\w./]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
