@@ -121,13 +121,21 @@ class Program:
             changes["groups"] = "none"
         if self.softmax in ("exp", "logsumexp"):  # unguarded, they are no softmax where every logit is a finite minimum
             changes["masks"] = tuple((kind, _INFINITE.get(fill, fill)) for kind, fill in self.masks)
+        if self.cap in ("clamp", "leaky") and self.dtype in ("float16", "bfloat16"):
+            changes["cap"] = "tanh"  # a kink's gradient is a matter of chance where the scores are rounded so much
         if self.trap == "heads_mixed" and (three or groups == "broadcast" or self.layout == "five"):
             changes["trap"] = "none"
         return Program(**{**self.__dict__, **changes})
 
     @property
     def fuses(self) -> bool:
-        return self.trap == "none"
+        """Whether it must be fused; over a single key there is nothing to fuse."""
+        return self.trap == "none" and self.lengths[1] > 1
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it must be left alone; over axes of size one the traps are no traps."""
+        return self.trap != "none" and self.sizes.heads > 1 and min(self.lengths) > 1
 
     # ------------------------------------------------------------------------------------------ inputs
     @property

@@ -115,7 +115,7 @@ def test_random_programs(rewrite):
         sites = rewrite(gm, program.training)
         counts["wanted"] += program.fuses
         counts["fused"] += sites if program.fuses else 0
-        assert sites <= program.fuses, "fused what must be left alone"
+        assert sites <= (not program.refuses), "fused what must be left alone"
         assert compare(program, inputs, run(gm, fresh(inputs), training=program.training)) == []
 
     check()
@@ -159,8 +159,8 @@ def _through_dynamo(program: Program, backend: Backend, dynamic: bool) -> None:
         if dynamic:
             compiled = backend.compile(sized.__call__, dynamic=True, fullgraph=True)
         ours = run(compiled, fresh(inputs), training=program.training)
-        assert backend.sites() >= program.fuses
-        assert (backend.sites() > 0) is program.fuses
+        assert backend.sites() > 0 or not program.fuses
+        assert backend.sites() == 0 or not program.refuses
         assert compare(sized, inputs, ours) == []
 
 
