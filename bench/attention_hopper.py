@@ -60,7 +60,7 @@ def variants(name: str) -> list[tuple[str, int, list]]:
         replace(causal, q_stages=2, pack=True, ping_pong=False),
     ]
     three = replace(full, consumers=3, pack=True, ping_pong=False)
-    two = replace(causal, poly=8, group=32)
+    two = replace(causal, poly=True, group=32)
     narrow = [
         three,
         replace(three, q_stages=2),

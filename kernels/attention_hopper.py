@@ -31,8 +31,8 @@ class ForwardConfig:
 
     consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages, q_stages: K and V tiles, query
     tiles in flight; ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; pack:
-    weights rounded before the loop's edge, fewer registers; poly: one of so many exponentials on the FMA units (0 none,
-    2, 4, 8); group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds.
+    weights rounded before the loop's edge, fewer registers; poly: an eighth of the exponentials on the FMA units;
+    group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds.
     """
 
     consumers: int = 2
@@ -42,7 +42,7 @@ class ForwardConfig:
     ping_pong: bool = True
     overlap: bool = True
     pack: bool = False
-    poly: int = 0
+    poly: bool = False
     group: int = 8
     dynamic: bool = False
 
@@ -55,7 +55,7 @@ class ForwardConfig:
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, pack=True, group=1),
-    (64, True): ForwardConfig(stages=3, q_stages=2, poly=8, group=32, dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, poly=True, group=32, dynamic=True),
     (128, False): ForwardConfig(group=1),
     (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
 }

@@ -29,8 +29,8 @@ def pass_turn(index: gl.constexpr):
 
 @gluon.jit
 def exp2_mixed(x, POLY: gl.constexpr):
-    """2**x for x <= 0. Of every POLY neighbours one is computed by a cubic on the FMA units (relative error 7.5e-5),
-    the others on the special function units, whose rate bounds small head dimensions; POLY = 0 uses these alone."""
+    """2**x for x <= 0. POLY: of every eight neighbours one is computed by a cubic on the FMA units (relative error
+    7.5e-5), the others on the special function units, whose rate bounds small head dimensions; else all on these."""
     cubic: gl.constexpr = """{
         .reg .f32 t, r, f, p;
         .reg .b32 i;
@@ -48,26 +48,17 @@ def exp2_mixed(x, POLY: gl.constexpr):
         mul.rn.ftz.f32 $OUT, p, r;
     }
     """
-    if POLY == 0:
-        return gl.exp2(x)
-    elif POLY == 2:
-        asm: gl.constexpr = "ex2.approx.ftz.f32 $0, $2;" + cubic.replace("$OUT", "$1").replace("$IN", "$3")
-        return gl.inline_asm_elementwise(asm, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2)
-    elif POLY == 4:
-        asm: gl.constexpr = (
-            "ex2.approx.ftz.f32 $0, $4; ex2.approx.ftz.f32 $1, $5; ex2.approx.ftz.f32 $2, $6;"
-            + cubic.replace("$OUT", "$3").replace("$IN", "$7")
-        )
-        return gl.inline_asm_elementwise(asm, "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4)
+    special: gl.constexpr = (
+        "ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10;"
+        "ex2.approx.ftz.f32 $3, $11; ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13;"
+        "ex2.approx.ftz.f32 $6, $14;"
+    )
+    if POLY:
+        asm: gl.constexpr = special + cubic.replace("$OUT", "$7").replace("$IN", "$15")
+        registers: gl.constexpr = "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f"
+        return gl.inline_asm_elementwise(asm, registers, [x], dtype=gl.float32, is_pure=True, pack=8)
     else:
-        asm: gl.constexpr = (
-            "ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10;"
-            "ex2.approx.ftz.f32 $3, $11; ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13;"
-            "ex2.approx.ftz.f32 $6, $14;" + cubic.replace("$OUT", "$7").replace("$IN", "$15")
-        )
-        return gl.inline_asm_elementwise(
-            asm, "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=8
-        )
+        return gl.exp2(x)
 
 
 @gluon.jit
