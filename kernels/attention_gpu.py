@@ -36,7 +36,7 @@ def _hopper_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     lead = lead_shape(q, k, v, captured)
     q4, k4, v4 = fold_inputs(q, k, v, lead)
     offset = causal_offset(function, q.shape[-2], k.shape[-2])
-    out, lse = attention_hopper.forward(q4, k4, v4, scale, offset, function.rows_first and len(lead) == 2)
+    out, lse = attention_hopper.forward(q4, k4, v4, scale, offset, function.rows_first)
     return _arranged(out, lead, function.rows_first), lse.reshape(*lead, q.shape[-2])
 
 
