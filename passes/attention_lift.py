@@ -152,7 +152,8 @@ class Lifter:
         elif e.name == "tensor":
             node, dims = e.arguments
             moved = tuple(tuple(atoms[a] for a in dim) for dim in dims)
-            result = algebra.tensor(node, moved, e.kind) if self._stable(node, False) else None
+            is_there = not node._erased and self._stable(node, False)
+            result = algebra.tensor(node, moved, e.kind) if is_there else None
         elif e.is_leaf:
             result = {"const": algebra.const, "size": algebra.size, "scalar": algebra.scalar}[e.name](e.arguments[0])
         else:

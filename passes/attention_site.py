@@ -153,17 +153,17 @@ class Matcher:
         todo = [logits]
         while todo and len(seen) < _SEARCH_LIMIT:
             node = todo.pop(0)
-            if node in seen or not is_tensor(node) or not tensor_of(node).is_floating_point():
+            if node in seen or node.op not in ("call_function", "call_method"):
                 continue
             seen.add(node)
-            call = call_of(node)
-            if call is None:
+            if is_tensor(node) and not tensor_of(node).is_floating_point():
                 continue
+            call = call_of(node)
             contraction = contraction_of(call, node)
             if contraction is not None:
                 found.append(contraction)
                 todo += [contraction.addend] if isinstance(contraction.addend, fx.Node) else []
-            else:
+            elif call is None or call.name != "linear":
                 todo += node.all_input_nodes
         return sorted(found, key=_operand_size)
 

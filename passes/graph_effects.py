@@ -48,7 +48,7 @@ class Effects:
         return _any_between(self._unknown, after, before)
 
     def representative(self, node: fx.Node, depth: int = 3) -> fx.Node:
-        """The first node asked for that computes the same value from the same inputs; the node itself if there is none."""
+        """A node asked for before that computes the same value earlier in the graph; the node itself if there is none."""
         call = call_of(node)
         if call is None or call.in_place or call.name == "dropout" or depth == 0:
             return node
@@ -57,7 +57,10 @@ class Effects:
             return node
         alike = {i: self.representative(i, depth - 1).name for i in inputs}
         key = str((node.op, node.target, fx.map_arg((node.args, node.kwargs), lambda n: alike[n])))
-        return self._first_of.setdefault(key, node)
+        first = self._first_of.get(key)
+        if first is None or first._erased or self.position.get(first, 0) > self.position.get(node, 0):
+            first = self._first_of[key] = node
+        return first
 
     def switches_grad_mode(self, after: int, before: int) -> bool:
         return _any_between(self._switches, after, before)
