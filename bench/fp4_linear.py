@@ -1,4 +1,4 @@
-"""The FP4 linear layer on a GPU: checks against float64, a sweep of tile shapes, and a table beside the vendor's product.
+"""The FP4 linear layer on a GPU: checks against float64, a sweep of tile shapes, a table beside the vendor's product.
 
     python bench/fp4_linear.py check             exhaustive decoding, odd shapes, gradients, a compiled model
     python bench/fp4_linear.py sweep [--m M ...]  tile shapes
@@ -173,9 +173,8 @@ def copies(n: int, k: int, name: str, count: int) -> list[LinearWeight]:
 def calls(
     x: torch.Tensor, weights: list[LinearWeight], run: Callable[..., Any], **extra: Any
 ) -> list[Callable[[], Any]]:
-    return [
-        lambda w=w: run(x, *w.tensors, None, w.k, w.format_name, w.layout, **extra) for w in (weights * 8)[: max(len(weights), 8)]
-    ]  # fmt: skip
+    order = (weights * 8)[: max(len(weights), 8)]
+    return [lambda w=w: run(x, *w.tensors, None, w.k, w.format_name, w.layout, **extra) for w in order]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sweep
@@ -245,7 +244,7 @@ def table() -> list[dict[str, Any]]:
             case = make_case(x.dtype, m, n, k, name, weights[0].layout)
             row = {
                 "n": n, "k": k, "m": m, "format": name, "floor": floor,
-                "bf16": microseconds([lambda w=w: F.linear(x, w) for w in dense * 3]),
+                "bf16": microseconds([lambda w=w, x=x: F.linear(x, w) for w in dense * 3]),
                 "implementation": choose(target, case).implementation.name,
                 "triton_dequantize": microseconds(calls(x, weights, fp4_linear_gpu.dequantize_product)),
             }  # fmt: skip

@@ -1,0 +1,269 @@
+"""The FP4 linear operator: layouts, every implementation against float64, gradients, contract."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vbcompile.device import Target, get_target
+from vbcompile.kernels import fp4_linear_cpu, fp4_linear_triton
+from vbcompile.kernels.fp4 import PackedWeight, dequantize
+from vbcompile.kernels.fp4_layout import LAYOUTS, dequantize_weight, refuses_layout, to_layout
+from vbcompile.kernels.fp4_linear import choose, fp4_linear, fp4_linear_backward, fp4_linear_reference, make_case
+from vbcompile.kernels.fp4_quantize import quantize
+from vbcompile.kernels.registry import operator
+
+FORMATS = ("nvfp4", "mxfp4")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 70, 100), (3, 33, 48), (6, 20, 77), (40, 130, 260))  # rows, N, K
+HOPPER = Target("nvidia", "cuda", "sm_90", multiprocessors=132, features=frozenset({"triton", "bf16", "fp8"}))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+
+
+def weight(n, k, format_name="nvfp4", layout="plain", scale=0.02):
+    return to_layout(quantize(torch.randn(n, k) * scale, format_name), layout)
+
+
+def decoded(w, dtype=torch.float64):
+    return dequantize_weight(*w.tensors, w.k, w.format_name, w.layout, dtype)
+
+
+def check_error(got, x, w, bias):
+    """Our error against float64 is at most twice plain PyTorch's in the same dtype."""
+    dense = decoded(w)
+    exact = x.double() @ dense.T + (0 if bias is None else bias.double())
+    plain = F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    assert got.dtype == x.dtype and got.shape == exact.shape and got.is_contiguous()
+    ours, theirs = float((got.double() - exact).norm()), float((plain.double() - exact).norm())
+    assert ours <= 2 * theirs + 1e-7 * float(exact.norm())
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("shape", [(5, 70), (130, 200), (64, 128), (1, 33)])
+def test_layouts_hold_the_same_weight(layout, format_name, shape):
+    source = torch.randn(shape) * torch.logspace(-3, 1, shape[0])[:, None]
+    source[0] = 0 if shape[0] > 1 else source[0]
+    packed = quantize(source, format_name)
+    if refuses_layout(packed, layout):
+        pytest.fail("an ordinary weight must fit every layout")
+    assert torch.equal(decoded(to_layout(packed, layout), torch.float32), dequantize(packed))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_code_and_scale_survives_every_layout(layout):
+    for name, scales, block in (("nvfp4", range(127), 16), ("mxfp4", range(254), 32)):
+        codes = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
+        blocks = torch.tensor(scales, dtype=torch.uint8)[:, None].repeat(1, 512 // block)
+        packed = PackedWeight(codes, blocks, torch.ones(1), name, (len(scales), 512))
+        assert torch.equal(decoded(to_layout(packed, layout)), dequantize(packed, torch.float64))
+
+
+def test_scales_too_far_apart_are_refused_by_tile_layouts():
+    codes = torch.full((1, 32), 0x22, dtype=torch.uint8)
+    packed = PackedWeight(codes, torch.tensor([[100, 119]], dtype=torch.uint8), torch.ones(1), "mxfp4", (1, 64))
+    assert "differ by more" in refuses_layout(packed, "fragments2t")
+    with pytest.raises(ValueError, match="differ by more"):
+        to_layout(packed, "fragments2t")
+    assert refuses_layout(packed, "plain") is None
+    packed.codes[:, :16] = 0  # a block of zeros has no scale to keep
+    assert refuses_layout(packed, "fragments2t") is None
+
+
+def test_layout_errors():
+    packed = quantize(torch.randn(4, 32))
+    with pytest.raises(ValueError, match="unknown FP4 layout 'tiles'; valid: plain"):
+        to_layout(packed, "tiles")
+    with pytest.raises(ValueError, match="takes a matrix"):
+        to_layout(quantize(torch.randn(2, 4, 32)), "plain")
+
+
+# ------------------------------------------------------------------------------------------------------- implementations
+CASES = list(itertools.product(FORMATS, DTYPES, SHAPES, (False, True)))
+
+
+@pytest.mark.parametrize(("format_name", "dtype", "shape", "biased"), CASES)
+def test_cpu_kernels_are_as_exact_as_pytorch(format_name, dtype, shape, biased):
+    assert fp4_linear_cpu.unavailable() is None
+    m, n, k = shape
+    w, x = weight(n, k, format_name), torch.randn(m, k).to(dtype)
+    bias = torch.randn(n).to(dtype) if biased else None
+    for run in (fp4_linear_cpu.product, fp4_linear_cpu.dequantize_product):
+        check_error(run(x, *w.tensors, bias, k, format_name, "plain"), x, w, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_cpu_decoding_is_exact(dtype, format_name):
+    w = weight(37, 208 if format_name == "nvfp4" else 224, format_name)
+    got = fp4_linear_cpu.dequantize(*w.tensors, w.k, format_name, dtype)
+    assert torch.equal(got, decoded(w, torch.float32).to(dtype))
+
+
+def test_cpu_kernels_say_why_they_cannot_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    case = make_case(torch.float32, 1, 64, 64, "nvfp4", "plain")
+    cpu = next(i for i in operator("fp4_linear").implementations if i.name == "cpu")
+    assert "no-such-compiler" in cpu.refuses(get_target("cpu"), None)
+    assert cpu.refuses(HOPPER, case) == "runs on CPUs"
+    with pytest.raises(fp4_linear_cpu.Unavailable, match="no-such-compiler"):
+        fp4_linear_cpu.library.__wrapped__()
+
+
+def test_a_failing_compiler_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setenv("VB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fp4_linear_cpu, "compile_flags", lambda: ("-O0", "--no-such-flag"))
+    with pytest.raises(fp4_linear_cpu.Unavailable, match="compiler failed"):
+        fp4_linear_cpu.library.__wrapped__()
+    assert not list(tmp_path.glob("*/*.so"))
+
+
+def test_interpreted_triton_kernels():
+    """In a process of its own: Triton decides at import whether it interprets."""
+    program = """
+import torch
+from vbcompile.kernels import fp4_linear_triton as T
+from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
+from vbcompile.kernels.fp4_quantize import quantize
+torch.manual_seed(0)
+for name in ("nvfp4", "mxfp4"):
+    for layout in ("fragments2", "fragments8"):
+        for m, n, k in ((1, 70, 100), (19, 130, 260), (3, 1, 33)):
+            w = to_layout(quantize(torch.randn(n, k) * 0.02, name), layout)
+            dense = dequantize_weight(*w.tensors, k, name, layout, torch.float32)
+            for dtype in (torch.float16, torch.float32):
+                assert torch.equal(T.dequantize(*w.tensors, k, name, layout, dtype), dense.to(dtype))
+                bias = torch.randn(n).to(dtype) if m > 1 else None
+                x = torch.randn(m, k + 3).to(dtype)[:, :k]
+                exact = x.double() @ dense.double().T + (0 if bias is None else bias.double())
+                plain = torch.nn.functional.linear(x, dense.to(dtype), bias)
+                for config in (None, T.TileConfig(16, 2, 2, 2, 4, 2), T.TileConfig(32, 1, 1, 3, 4, 2)):
+                    got = T.product(x, *w.tensors, bias, k, name, layout, config)
+                    ours, theirs = (got.double() - exact).norm(), (plain.double() - exact).norm()
+                    assert ours <= 2 * theirs + 1e-7 * exact.norm(), (name, layout, m, n, k, dtype, config)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+
+
+# ------------------------------------------------------------------------------------------------------------- operator
+@pytest.mark.parametrize("layout", ["plain", "fragments2t"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_operator_on_odd_inputs(dtype, layout):
+    w = weight(70, 100, layout=layout)
+    bias = torch.randn(70, dtype=torch.float32)
+    for x in (
+        torch.randn(2, 3, 100),
+        torch.randn(100),
+        torch.randn(0, 100),
+        torch.randn(2, 0, 100),
+        torch.randn(100, 5).t(),
+        torch.randn(4, 200)[:, ::2],
+        torch.randn(2, 1, 100).expand(2, 3, 100),
+    ):
+        x = x.to(dtype)
+        got = fp4_linear(x, *w.tensors, bias, 100, "nvfp4", layout)
+        check_error(got, x, w, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_decoded_weight(dtype):
+    w = weight(48, 100)
+    x = torch.randn(2, 5, 100, dtype=dtype, requires_grad=True)
+    bias = torch.randn(48, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 5, 48, dtype=dtype)
+    got = torch.autograd.grad(fp4_linear(x, *w.tensors, bias, 100, "nvfp4", "plain"), (x, bias), grad)
+    want = torch.autograd.grad(F.linear(x, decoded(w, dtype), bias), (x, bias), grad)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradcheck_in_float64():
+    w = weight(5, 33)
+    x = torch.randn(3, 33, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    run = lambda x, bias: fp4_linear(x, *w.tensors, bias, 33, "nvfp4", "plain")
+    assert torch.autograd.gradcheck(run, (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x: run(x, None), (x,))
+
+
+@pytest.mark.parametrize("layout", ["plain", "fragments8t"])
+def test_operator_contract(layout):
+    w = weight(40, 64, "mxfp4", layout)
+    for shape in ((3, 64), (2, 3, 64), (0, 64)):
+        x = torch.randn(shape, requires_grad=True)
+        bias = torch.randn(40, requires_grad=True)
+        for b in (bias, None):
+            torch.library.opcheck(fp4_linear, (x, *w.tensors, b, 64, "mxfp4", layout))
+        torch.library.opcheck(fp4_linear_backward, (torch.randn(*shape[:-1], 40), *w.tensors, 64, "mxfp4", layout))
+
+
+def test_nothing_but_the_packed_weight_is_kept_for_the_backward():
+    w, saved = weight(64, 128), []
+    x = torch.randn(4, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fp4_linear(x, *w.tensors, None, 128, "nvfp4", "plain")
+    assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in w.tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 99)}, "x must be floating point"),
+        ({"x": torch.ones(2, 100, dtype=torch.int32)}, "x must be floating point"),
+        ({"bias": torch.randn(71)}, r"bias must be floating point \[70\]"),
+        ({"codes": torch.zeros(70, 50, dtype=torch.uint8)}, "codes and block scales"),
+        ({"row_scale": torch.ones(70, dtype=torch.float64)}, "row_scale must be float32"),
+        ({"layout": "tiles"}, "unknown FP4 layout"),
+        ({"format_name": "fp4"}, "unknown FP4 format 'fp4'"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(change, message):
+    w = weight(70, 100)
+    arguments = dict(zip(("codes", "block_scales", "row_scale"), w.tensors, strict=True))
+    arguments = {"x": torch.randn(2, 100), **arguments, "bias": None, "k": 100, "format_name": "nvfp4"}
+    with pytest.raises(ValueError, match=message):
+        fp4_linear(**{**arguments, "layout": "plain", **change})
+
+
+# --------------------------------------------------------------------------------------------------------------- choice
+def test_choice_on_hopper_follows_the_number_of_rows():
+    names = {m: choose(HOPPER, make_case(torch.bfloat16, m, 4096, 4096, "nvfp4", "fragments2t")) for m in (1, 64, 4096)}
+    assert [c.implementation.name for c in names.values()] == ["triton", "triton", "triton_dequantize"]
+    large = make_case(torch.bfloat16, 4096, 4096, 4096, "nvfp4", "fragments2t")
+    assert names[4096].implementation.cost(HOPPER, large) > 1  # and says that it is slower than bfloat16
+
+
+def test_choice_names_the_reason_for_the_reference():
+    old = Target("nvidia", "cuda", "sm_75", features=frozenset({"triton"}))
+    choice = choose(old, make_case(torch.float16, 1, 64, 64, "nvfp4", "plain"))
+    assert choice.implementation.name == "reference"
+    assert any("sm_80" in reason for _, reason in choice.elsewhere)
+    assert fp4_linear_triton.preferred_layout(old) == "plain"
+
+
+def test_reference_takes_every_layout():
+    x = torch.randn(3, 100)
+    for layout in LAYOUTS:
+        w = weight(70, 100, layout=layout)
+        check_error(fp4_linear_reference(x, *w.tensors, None, 100, "nvfp4", layout), x, w, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 16, 100, 700])
+def test_on_a_gpu(dtype, m):
+    layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
+    for format_name, (n, k) in itertools.product(FORMATS, ((1000, 2880), (70, 100))):
+        w = to_layout(quantize(torch.randn(n, k, device="cuda") * 0.02, format_name), layout)
+        x, bias = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
+        check_error(fp4_linear(x, *w.tensors, bias, k, format_name, layout), x, w, bias)
