@@ -18,9 +18,17 @@ def _trials(mode: str, every: int = 1, families: tuple[str, ...] = ()) -> list:
     return [pytest.param(case, id=case.name) for case in chosen[::every]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def backend():
-    torch.set_num_threads(1)
     return vblackwell("eager")
 
 

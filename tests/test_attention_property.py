@@ -70,7 +70,11 @@ PROGRAMS = st.builds(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

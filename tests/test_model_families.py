@@ -17,7 +17,11 @@ SDPA = ("llama", "gpt2", "gemma3_text", "bert", "bart", "whisper", "vit", "swin"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _families(every: int = 1, names: tuple[str, ...] = ()) -> list:
