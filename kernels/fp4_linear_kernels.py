@@ -15,7 +15,7 @@ def fp4_product_kernel(
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias`` for BLOCK_M rows of x and 64 * ROWS rows of the weight.
 
-    x ``[m, k]``, rows ``x_stride`` apart; codes ``[n tiles, column_tiles, 2048]`` and scales ``[n tiles, column_tiles,
+    x ``[m, k]``, rows ``x_stride`` apart; codes int32 ``[n tiles, column_tiles, 512]`` and scales ``[n tiles, column_tiles,
     4096 / BLOCK]`` in a tile layout; row_scale, bias ``[n]``; out ``[m, n]``. Program ``(tile of n, split of k, tile of
     m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32 ``[splits, m, n]``)
     and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero again afterwards.
@@ -25,7 +25,7 @@ def fp4_product_kernel(
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = tile * 64 * ROWS + tl.arange(0, 64 * ROWS)
     tiles = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * column_tiles
-    code_at = codes_ptr + tiles * 2048 + tl.arange(0, COLUMNS * 2048)[None, :]
+    code_at = codes_ptr + tiles * 512 + tl.arange(0, COLUMNS * 512)[None, :]
     per_tile: tl.constexpr = 4096 // BLOCK
     scale_at = scales_ptr + tiles * per_tile + tl.arange(0, COLUMNS * per_tile)[None, :]
     columns = tl.arange(0, width)
@@ -34,7 +34,7 @@ def fp4_product_kernel(
     total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
     first = split * steps_each
     for step in tl.range(first, tl.minimum(first + steps_each, column_tiles // COLUMNS), num_stages=STAGES):
-        words = tl.load(code_at + step * (COLUMNS * 2048), eviction_policy="evict_first")
+        words = tl.load(code_at + step * (COLUMNS * 512), eviction_policy="evict_first")
         scales = tl.load(scale_at + step * (COLUMNS * per_tile), eviction_policy="evict_first")
         x = tl.load(x_at + step * width, mask=live & (columns < k - step * width)[None, :], other=0.0)
         weight = decode_tiles(words, scales, ROWS, COLUMNS, BLOCK, WIDE, HALF, ASM)
@@ -77,7 +77,7 @@ def fp4_dequantize_kernel(
     columns = step * 64 * COLUMNS + tl.arange(0, 64 * COLUMNS)
     first = tile.to(tl.int64) * column_tiles + step * COLUMNS
     per_tile: tl.constexpr = 4096 // BLOCK
-    words = tl.load(codes_ptr + first * 2048 + tl.arange(0, COLUMNS * 2048)[None, :], eviction_policy="evict_first")
+    words = tl.load(codes_ptr + first * 512 + tl.arange(0, COLUMNS * 512)[None, :], eviction_policy="evict_first")
     scales = tl.load(scales_ptr + first * per_tile + tl.arange(0, COLUMNS * per_tile)[None, :])
     weight = decode_tiles(words, scales, 1, COLUMNS, BLOCK, WIDE, HALF, ASM)
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < n, other=0.0) * 256.0

@@ -159,7 +159,7 @@ def product(
         partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
         arrived = _counters(x.device, grid[0] * grid[2])
     fp4_product_kernel[grid](
-        rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial, arrived,
+        rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial, arrived,
         m, n, k, rows.stride(0), column_tiles, steps_each, splits,
         BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
         STAGES=config.stages, num_warps=config.warps, **_decoding(target, format_name, layout, x.dtype),
@@ -176,7 +176,7 @@ def dequantize(
     n, column_tiles = row_scale.shape[0], codes.shape[1]
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     fp4_dequantize_kernel[(-(-n // TILE), column_tiles // 2)](
-        codes, block_scales, row_scale, out, n, k, column_tiles,
+        codes.view(torch.int32), block_scales, row_scale, out, n, k, column_tiles,
         COLUMNS=2, num_warps=4, **_decoding(get_target(codes.device), format_name, layout, dtype),
     )  # fmt: skip
     return out
