@@ -152,7 +152,7 @@ def _cell(result: FamilyResult | None) -> str:
 
 
 def write(path: Path, corpus: Sequence[Result], families: Sequence[FamilyResult], device: str) -> None:
-    """Every trial, with the device, versions and date that they hold for."""
+    """The summary and every trial that is not as it should be, with the device, versions and date they hold for."""
     import transformers
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
@@ -165,7 +165,9 @@ def write(path: Path, corpus: Sequence[Result], families: Sequence[FamilyResult]
             "python": platform.python_version(),
         },
         "corpus_summary": summarise(corpus),
-        "corpus": [asdict(r) for r in corpus],
+        "corpus_trials": len(corpus),
+        "corpus_not_as_expected": [asdict(r) for r in corpus if not r.ok],
+        "families_trials": len(families),
         "families": [asdict(r) for r in families],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
