@@ -7,11 +7,13 @@ pointwise part becomes a score function (``attention_lift``, ``attention_masks``
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import fx
 from torch._dynamo.utils import counters
 
+from vbcompile.passes.attention_checks import check_region
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_fused_calls import (
     expand_multi_head,
@@ -21,10 +23,11 @@ from vbcompile.passes.attention_fused_calls import (
     without_weights,
 )
 from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.attention_matcher import Matcher
 from vbcompile.passes.attention_plan import Plan, plan
 from vbcompile.passes.attention_report import describe, details
 from vbcompile.passes.attention_rewrite import rewrite
-from vbcompile.passes.attention_site import Detail, Matcher, Retry, Site, check_region
+from vbcompile.passes.attention_site import Detail, Retry, Site
 from vbcompile.passes.attention_weights import Carriers
 from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
@@ -78,7 +81,7 @@ class _GraphPass:
         carriers.sweep(self.graph, calls)
         matcher = Matcher(Effects(self.graph), carriers, self.outer)
         self._fused_calls(matcher, calls)
-        for node, call in calls.items():
+        for node in calls:
             if not any(i in carriers.carrying for i in node.all_input_nodes) or node._erased:
                 continue
             contraction = contraction_of(call_of(node), node)  # earlier rewrites may have changed its arguments
@@ -114,7 +117,7 @@ class _GraphPass:
             self._multi_head(matcher, node)
         for node, call in calls.items():
             if call.name == "sdpa":
-                reason = self._fused(matcher, lambda detail, n=node: match_sdpa(matcher, n, detail))
+                reason = self._fused(matcher, partial(match_sdpa, matcher, node))
                 if reason:
                     self._leave(matcher, node, reason)
 
@@ -125,7 +128,7 @@ class _GraphPass:
         except Refusal as error:
             self._leave(matcher, node, str(error))
             return
-        reason = self._fused(matcher, lambda detail: match_inner(matcher, expanded, detail))
+        reason = self._fused(matcher, partial(match_inner, matcher, expanded))
         if reason:
             expanded.undo()
             self._leave(matcher, node, reason)

@@ -22,7 +22,7 @@ BOOL, INT, FLOAT = "b", "i", "f"
 class Expression:
     """A node of an expression graph: an operator of ``score_function.POINTWISE`` or a leaf.
 
-    Leaves: ``score``; ``axis`` (an Atom); ``const`` (bool, int, float); ``size`` (SymInt); ``scalar`` (an FX node with a
+    Leaves: ``score``; ``axis`` (Atom); ``const`` (bool, int, float); ``size`` (SymInt); ``scalar`` (an FX node with a
     symbolic float); ``tensor`` (an FX node and its dimensions). ``kind`` is the kind of number: bool, int or float.
     """
 
@@ -34,7 +34,7 @@ class Expression:
         self.kind = kind
         self._atoms: frozenset[Atom] | None = None
         self._leaves: frozenset[str] | None = None
-        self._affine: Affine | None | bool = False
+        self._affine: Affine | bool | None = False
 
     @property
     def is_leaf(self) -> bool:
@@ -154,7 +154,18 @@ class Algebra:
         if name == "to_int":
             return INT
         kinds = {a.kind for a in (arguments[1:] if name == "where" else arguments)}
-        if FLOAT in kinds or name in ("to_float", "div", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos"):
+        if FLOAT in kinds or name in (
+            "to_float",
+            "div",
+            "exp",
+            "log",
+            "sqrt",
+            "rsqrt",
+            "tanh",
+            "sigmoid",
+            "sin",
+            "cos",
+        ):
             return FLOAT
         return BOOL if kinds == {BOOL} and name in ("where", "maximum", "minimum") else INT
 

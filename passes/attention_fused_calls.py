@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from vbcompile.passes.attention_checks import check_dropout, check_operands
 from vbcompile.passes.attention_expression import BOOL, Algebra, Expression
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import split_logits
-from vbcompile.passes.attention_site import Detail, Matcher, Operand, Site, check_dropout, check_operands
+from vbcompile.passes.attention_matcher import Matcher
+from vbcompile.passes.attention_site import Detail, Operand, Site
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, shape_of, tensor_of, value_of
@@ -36,7 +38,7 @@ def match_sdpa(matcher: Matcher, node: fx.Node, detail: Detail) -> Site:
     grouped = call.get("enable_gqa") is True
     k_batch, v_batch = (_batch(space, batch, t, grouped) for t in (k, v))
     site = _new_site(
-        matcher, space, node, out_dims, rows, keys, features,
+        matcher, space, Operand(node, out_dims), rows, keys, features,
         q=Operand(q, (*_batch(space, batch, q, False), rows, features)),
         k=Operand(k, (*k_batch, keys, features)),
         v=Operand(v, (*v_batch, keys, out_dims[-1])),
@@ -56,13 +58,21 @@ def match_sdpa(matcher: Matcher, node: fx.Node, detail: Detail) -> Site:
 
 
 def _new_site(
-    matcher: Matcher, space: Space, node: fx.Node, out_dims: Dims, rows: Dim, keys: Dim, features: Dim, **operands: Operand
+    matcher: Matcher,
+    space: Space,
+    out: Operand,
+    rows: Dim,
+    keys: Dim,
+    features: Dim,
+    q: Operand,
+    k: Operand,
+    v: Operand,
 ) -> Site:
     algebra = Algebra()
     return Site(
-        space, algebra, out=node, out_dims=out_dims, rows=rows, keys=keys, features=features, values=out_dims[-1],
-        logits=split_logits(algebra, algebra.score, keys), empty_rows="zero", region={node},
-        score_dtype=tensor_of(node).dtype, first=matcher.effects.position[node], **operands,
+        space, algebra, q, k, v, out.node, out.dims, rows, keys, features, values=out.dims[-1],
+        logits=split_logits(algebra, algebra.score, keys), empty_rows="zero", region={out.node},
+        score_dtype=tensor_of(out.node).dtype, first=matcher.effects.position[out.node],
     )  # fmt: skip
 
 

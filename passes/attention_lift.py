@@ -5,7 +5,7 @@ the coordinates, pointwise operators become expressions, ``arange`` becomes an i
 leaves as a captured tensor, unless it depends on the scores, which must be understood or the site is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from vbcompile.passes.graph_axes import (
     Dim,
     Space,
     broadcast_input,
-    index_items,
     product,
     view_input,
 )
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known, known_equal, positive_dim, shape_of, tensor_of, value_of
+from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known, known_equal, shape_of, tensor_of, value_of
 
 Coordinate = Dim | Expression
 Coordinates = tuple[Coordinate, ...]
@@ -112,9 +111,9 @@ class Lifter:
             return found
         cuts = self.space.count_cuts()
         try:
-            found = self._value(argument, coordinates)
+            found = self.value(argument, coordinates)
         except Opaque:
-            return self._capture(argument, coordinates, direct=True)
+            return self.capture(argument, coordinates, direct=True)
         if self.space.count_cuts() == cuts:
             self._remember(argument, coordinates, found)
         return found
@@ -155,7 +154,12 @@ class Lifter:
             is_there = not node._erased and self._stable(node, False)
             result = algebra.tensor(node, moved, e.kind) if is_there else None
         elif e.is_leaf:
-            result = {"const": algebra.const, "size": algebra.size, "scalar": algebra.scalar}[e.name](e.arguments[0])
+            again: dict[str, Callable[[Any], Expression]] = {
+                "const": algebra.const,
+                "size": algebra.size,
+                "scalar": algebra.scalar,
+            }
+            result = again[e.name](e.arguments[0])
         else:
             parts = [self._rename(a, atoms, done) for a in e.arguments]
             result = None if any(p is None for p in parts) else algebra.raw(e.name, *parts)  # type: ignore[arg-type]
@@ -236,7 +240,7 @@ class Lifter:
         return result
 
     # ---------------------------------------------------------------------------------------- independent tensors
-    def _value(self, node: fx.Node, coordinates: Coordinates) -> Expression:
+    def value(self, node: fx.Node, coordinates: Coordinates) -> Expression:
         """Raises Opaque where the tensor cannot be expressed at these coordinates."""
         key = node, coordinates
         if key not in self._memo:
@@ -256,12 +260,12 @@ class Lifter:
         except (Opaque, AxisError):
             if not plain:
                 raise
-            return self._capture(node, coordinates)
+            return self.capture(node, coordinates)
         if plain and self._better_loaded(node, coordinates, found):
-            return self._capture(node, coordinates)
+            return self.capture(node, coordinates)
         return found
 
-    def _capture(self, node: fx.Node, coordinates: Coordinates, direct: bool = False) -> Expression:
+    def capture(self, node: fx.Node, coordinates: Coordinates, direct: bool = False) -> Expression:
         if not all(isinstance(c, tuple) for c in coordinates) or node not in self._position:
             raise Opaque
         if not self._stable(node, direct):
@@ -296,37 +300,39 @@ class Lifter:
             if node in self._outer:
                 return self._through_boundary(node, coordinates)
             raise Opaque("" if call is None else "an in-place operator")
-        special = getattr(self, f"_read_{call.name}", None)
-        if special is not None:
-            return special(call, node, coordinates)
+        from vbcompile.passes.attention_sources import read_source
+
+        found = read_source(self, call, node, coordinates)
+        if found is not None:
+            return found
         moved = self._view(call, node, coordinates)
         if moved is not None:
-            return self._read(*moved)
+            return self.read(*moved)
         from vbcompile.passes.attention_pointwise import pointwise
 
         return pointwise(self, call, node, coordinates)
 
-    def _read(self, argument: Any, coordinates: Coordinates) -> Expression:
+    def read(self, argument: Any, coordinates: Coordinates) -> Expression:
         """An input of the node in hand."""
         if not is_tensor(argument):
             return self.number(argument)
         if argument is self.score or self.depends(argument):
             return self.lift(argument, coordinates)
-        return self._value(argument, coordinates)
+        return self.value(argument, coordinates)
 
     def operand(self, argument: Any, coordinates: Coordinates, direct: bool) -> Expression:
         """An input of a pointwise operator, broadcast; ``direct``: of one that depends on the scores."""
         if not is_tensor(argument):
             return self.number(argument)
         narrowed = broadcast_input(coordinates, shape_of(argument))  # type: ignore[arg-type]
-        return self.lift(argument, narrowed) if direct else self._read(argument, narrowed)
+        return self.lift(argument, narrowed) if direct else self.read(argument, narrowed)
 
     @staticmethod
     def _plain(coordinates: Coordinates) -> bool:
         return all(isinstance(c, tuple) for c in coordinates)
 
     def _through_boundary(self, node: fx.Node, coordinates: Coordinates) -> Expression:
-        found = self._value(self._outer[node], coordinates)
+        found = self.value(self._outer[node], coordinates)
         if "tensor" in found.leaves or "scalar" in found.leaves or "size" in found.leaves:
             raise Opaque
         return found
@@ -342,7 +348,7 @@ class Lifter:
             result = make("add", result, make("mul", self.algebra.axis(atom), self.algebra.size(stride)))
         return result
 
-    def _coordinate(self, index: Expression, size: Any) -> Coordinate:
+    def coordinate(self, index: Expression, size: Any) -> Coordinate:
         """An integer expression as a coordinate of a dimension; raises Opaque where it may be negative."""
         if index.name == "axis" and known_equal(index.arguments[0].size, size):
             return (index.arguments[0],)
@@ -373,175 +379,6 @@ class Lifter:
         if len(kept) != len(sizes) or not all(known_equal(a, b) for a, b in zip(kept, sizes, strict=True)):
             raise Opaque
         return call.input, tuple(() if known_equal(size, 1) else rest.pop(0) for size in inner)
-
-    def _read_getitem(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        source = call.input
-        if not is_tensor(source):
-            raise Opaque
-        moved = view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
-        if moved is not None:
-            return self._read(*moved)
-        items = index_items(call.get("index"), len(shape_of(source)))
-        if self.depends(source):
-            raise Opaque
-        if all(is_tensor(item) for item in items):
-            return self._gather(source, items, coordinates)
-        return self._slice(source, items, coordinates)
-
-    def _gather(self, source: fx.Node, items: Sequence[fx.Node], coordinates: Coordinates) -> Expression:
-        """``x[i, j, ...]`` with an integer tensor for every dimension."""
-        inner = []
-        for item, size in zip(items, shape_of(source), strict=True):
-            if tensor_of(item).dtype == torch.bool:
-                raise Opaque
-            where = broadcast_input(coordinates, shape_of(item))  # type: ignore[arg-type]
-            inner.append(self._coordinate(self._value(item, where), size))
-        return self._value(source, tuple(inner))
-
-    def _slice(self, source: fx.Node, items: Sequence[Any], coordinates: Coordinates) -> Expression:
-        """Basic indexing with constant bounds."""
-        given, inner = list(coordinates), []
-        sizes = iter(shape_of(source))
-        for item in items:
-            if item is None:
-                given.pop(0)
-                continue
-            size = next(sizes)
-            if isinstance(item, slice):
-                inner.append(self._slice_coordinate(item, given.pop(0), size))
-            elif isinstance(value_of(item), (int, SymInt)) and not isinstance(item, bool):
-                inner.append(self._fixed(value_of(item), size))
-            else:
-                raise Opaque
-        return self._value(source, tuple(inner))
-
-    def _slice_coordinate(self, item: slice, coordinate: Coordinate, size: Any) -> Coordinate:
-        start, step = value_of(item.start), value_of(item.step)
-        start = 0 if start is None else start
-        if step not in (None, 1) or not isinstance(start, (int, SymInt)):
-            raise Opaque
-        if not known(start >= 0):
-            start = start + size
-            if not known(start >= 0):
-                raise Opaque
-        return self._coordinate(self.algebra.make("add", self.index(coordinate), self.algebra.size(start)), size)
-
-    def _fixed(self, index: Any, size: Any) -> Coordinate:
-        if known_equal(size, 1):
-            return ()
-        index = index if known(index >= 0) else index + size
-        return self._coordinate(self.algebra.size(index), size)
-
-    def _read_narrow(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        dim = positive_dim(call.get("dim"), len(coordinates))
-        items: list[Any] = [slice(None)] * len(coordinates)
-        items[dim] = slice(call.get("start"), None)
-        return self._slice(call.input, items, coordinates)
-
-    def _read_select(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        shape = shape_of(call.input)
-        dim = positive_dim(call.get("dim"), len(shape))
-        items: list[Any] = [slice(None)] * len(shape)
-        items[dim] = call.get("index")
-        return self._slice(call.input, items, coordinates)
-
-    def _read_cat(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        """A choice of the parts, where they can be read at shifted positions."""
-        parts = call.get("tensors")
-        if not isinstance(parts, (tuple, list)) or not all(is_tensor(p) and not self.depends(p) for p in parts):
-            raise Opaque
-        dim = positive_dim(call.get("dim", 0), len(coordinates))
-        index = self.index(coordinates[dim])
-        make, size = self.algebra.make, self.algebra.size
-        values, ends, start = [], [], 0
-        for part in parts:
-            shifted = make("sub", index, size(start))
-            values.append(self._value(part, (*coordinates[:dim], shifted, *coordinates[dim + 1 :])))
-            start = start + shape_of(part)[dim]
-            ends.append(start)
-        result = values[-1]
-        for value, end in reversed(list(zip(values[:-1], ends, strict=False))):
-            result = make("where", make("lt", index, size(end)), value, result)
-        return result
-
-    # ------------------------------------------------------------------------------------------------ factories
-    def _read_arange(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        make = self.algebra.make
-        dtype = tensor_of(node).dtype
-        start, step = self.number(call.get("start", 0)), self.number(call.get("step", 1))
-        if dtype in (torch.float16, torch.bfloat16):
-            raise Opaque  # would round the positions
-        index = self.index(coordinates[0])
-        if dtype.is_floating_point:
-            start, step, index = (make("to_float", e) for e in (start, step, index))
-        return make("add", make("mul", index, step), start)
-
-    def constant(self, value: Any, dtype: torch.dtype) -> Expression:
-        """A constant as a tensor of ``dtype`` holds it."""
-        kind = kind_of(dtype)
-        if isinstance(value, fx.Node):
-            return self.algebra.make({BOOL: "to_bool", INT: "to_int", FLOAT: "to_float"}[kind], self._read(value, ()))
-        if not isinstance(value, (bool, int, float)):
-            raise Opaque
-        if kind != FLOAT:
-            return self.algebra.const(bool(value) if kind == BOOL else int(value))
-        rounded = value if dtype in (torch.float64, torch.float32) else torch.tensor(value, dtype=dtype).item()
-        return self.algebra.const(float(rounded))
-
-    def _read_full(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        value = {"zeros": 0, "ones": 1}.get(call.name.removesuffix("_like").removeprefix("new_"), call.get("fill_value"))
-        return self.constant(value, tensor_of(node).dtype)
-
-    _read_zeros = _read_ones = _read_zeros_like = _read_ones_like = _read_full_like = _read_full
-    _read_new_zeros = _read_new_ones = _read_new_full = _read_full
-
-    def _read_tensor(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        return self.constant(call.get("data"), tensor_of(node).dtype)
-
-    _read_scalar_tensor = _read_tensor
-
-    def _read_tril(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        make = self.algebra.make
-        row, column = (self.index(c) for c in coordinates[-2:])
-        limit = make("add", row, self.number(call.get("diagonal", 0)))
-        inside = make("le" if call.name == "tril" else "ge", column, limit)
-        value = self._read(call.input, coordinates)
-        return make("where", inside, value, self.constant(0, tensor_of(node).dtype))
-
-    _read_triu = _read_tril
-
-    # -------------------------------------------------------------------------------------- differences and sums
-    def _read_diff(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        """``x[i] - x[i - 1]`` of a formula, where what is prepended continues the formula to ``i = -1``."""
-        prepend = call.get("prepend")
-        if call.get("n", 1) != 1 or call.get("append") is not None or tensor_of(node).dtype == torch.bool:
-            raise Opaque
-        dim = positive_dim(call.get("dim", -1), len(coordinates))
-        make, const = self.algebra.make, self.algebra.const
-        index = self.index(coordinates[dim])
-
-        def at(shifted: Expression) -> Expression:
-            return self._value(call.input, (*coordinates[:dim], shifted, *coordinates[dim + 1 :]))
-
-        if prepend is None:
-            return make("sub", at(make("add", index, const(1))), at(index))
-        if not is_tensor(prepend) or not known_equal(shape_of(prepend)[dim], 1):
-            raise Opaque
-        before = self._value(prepend, (*coordinates[:dim], (), *coordinates[dim + 1 :]))
-        if at(const(-1)) is not before:
-            raise Opaque
-        return make("sub", at(index), at(make("sub", index, const(1))))
-
-    def _read_cumsum(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
-        """Of what does not change along the axis."""
-        make = self.algebra.make
-        dim = positive_dim(call.get("dim"), len(coordinates))
-        axis = self.space.dim(shape_of(node)[dim])
-        value = self._value(call.input, (*coordinates[:dim], axis, *coordinates[dim + 1 :]))
-        if not axis or axis[0] in value.atoms or value.kind == FLOAT:
-            raise Opaque
-        count = make("add", self.index(coordinates[dim]), self.algebra.const(1))
-        return make("mul", make("to_int", value), count)
 
 
 def _name(node: fx.Node) -> str:

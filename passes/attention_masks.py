@@ -1,7 +1,7 @@
 """From an expression of the logits to scale, logits and mask.
 
-A fill of ``-inf`` becomes the mask. A finite fill keeps its value, because a row whose keys are all filled must come out
-as in the source, unless every row is proved to keep a key: then a fill so low that its weight is zero is a mask too.
+A fill of ``-inf`` becomes the mask. A finite fill keeps its value, because a row whose keys are all filled must come
+out as in the source, unless every row is proved to keep a key: then a fill so low that its weight is zero is a mask too.
 """
 
 from dataclasses import dataclass
@@ -182,7 +182,11 @@ def _extract_scale(algebra: Algebra, logits: Logits) -> Logits:
         factor = parent.arguments[1] if parent.arguments[0] is algebra.score else parent.arguments[0]
         if parent.name == "div" and parent.arguments[0] is not algebra.score:
             return logits
-        if factor.name == "const" and factor.value not in (0, float("inf"), float("-inf")) and factor.value == factor.value:
+        if (
+            factor.name == "const"
+            and factor.value not in (0, float("inf"), float("-inf"))
+            and factor.value == factor.value
+        ):
             logits.scale = logits.scale * factor.value if parent.name == "mul" else logits.scale / factor.value
         elif factor.name == "scalar" and logits.scalar is None:
             logits.scalar, logits.inverse = factor.arguments[0], parent.name == "div"

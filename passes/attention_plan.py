@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import SymInt, fx
 
-from vbcompile.kernels.score_function import Builder, ScoreFunction
+from vbcompile.kernels.score_function import Builder, Instruction, ScoreFunction
 from vbcompile.passes.attention_expression import Expression
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import conjunction
@@ -38,7 +38,7 @@ class Plan:
     k: Operand = None  # type: ignore[assignment]
     v: Operand = None  # type: ignore[assignment]
     dtype: torch.dtype = torch.float32
-    function: ScoreFunction = ScoreFunction()
+    function: ScoreFunction = field(default_factory=ScoreFunction)
     captured: list[tuple[fx.Node, Dims]] = field(default_factory=list)
     factor: float = 1.0
 
@@ -170,7 +170,11 @@ class _Peeler:
 
     def _scaling(self, call: Call, here: Operand) -> tuple[Operand, bool, float] | None:
         factor = value_of(call.get("other"))
-        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor in (0, float("inf"), -float("inf")):
+        if (
+            not isinstance(factor, (int, float))
+            or isinstance(factor, bool)
+            or factor in (0, float("inf"), -float("inf"))
+        ):
             return None
         if factor != factor or tensor_of(call.input).dtype != tensor_of(here.node).dtype or len(call.arguments) != 2:
             return None
@@ -181,7 +185,9 @@ class _Peeler:
         begin = self.effects.position.get(node)
         if begin is None:
             return False
-        return not self.effects.is_written(node, begin, self.end) and not self.effects.switches_grad_mode(begin, self.end)
+        return not self.effects.is_written(node, begin, self.end) and not self.effects.switches_grad_mode(
+            begin, self.end
+        )
 
     def _is_ordered(self, operand: Operand) -> bool:
         """Whether the dimensions stand in canonical order already."""
@@ -324,7 +330,7 @@ class _ProgramBuilder:
 
     def _fine_axis(self, atom: Any) -> int:
         emit = self._builder.emit
-        places = [((("q_index",)), self.made.rows), ((("k_index",)), self.made.keys)]
+        places: list[tuple[Instruction, Dim]] = [(("q_index",), self.made.rows), (("k_index",), self.made.keys)]
         places += [(("lead_index", d), dim) for d, dim in enumerate(self.made.lead)]
         for leaf, dim in places:
             if atom not in dim:

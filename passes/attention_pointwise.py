@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
 from vbcompile.passes.attention_contraction import contraction_of
+from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
 
 if TYPE_CHECKING:
@@ -173,7 +173,9 @@ class _Rules:
         value = self.read_as(FLOAT, "input")
         tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
         smooth = self.make("add", self.make("maximum", value, self.const(0.0)), tail)
-        return self.make("where", self.make("gt", value, self.const(float(self.call.get("threshold", 20)))), value, smooth)
+        return self.make(
+            "where", self.make("gt", value, self.const(float(self.call.get("threshold", 20)))), value, smooth
+        )
 
     def leaky_relu(self) -> Expression:
         value = self.read_as(FLOAT, "input")

@@ -128,7 +128,7 @@ def _scale(emitter: Emitter, plan: Plan) -> Any:
     scale = logits.scale * plan.factor
     if logits.features_of is not None:
         size = emitter.method("size", logits.features_of, -1)
-        return emitter.function(operator.truediv, float(scale), emitter.function(torch._sym_sqrt, size))
+        return emitter.function(operator.truediv, float(scale), emitter.function(torch.sym_sqrt, size))
     if logits.scalar is None:
         return float(scale)
     if logits.inverse:

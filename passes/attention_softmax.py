@@ -35,7 +35,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Denominator:
-    """What a handwritten softmax has to be divided by: the sum over keys of ``numerator``, whose dimensions are given."""
+    """What a handwritten softmax is divided by: the sum over keys of ``numerator``, which has ``dims``."""
 
     numerator: fx.Node
     dims: Dims
@@ -121,7 +121,9 @@ def _already_normalised(space: Space, logits: fx.Node, dims: Dims, keys: Dim) ->
         return call.input
     if call.name != "sub" or not (is_tensor(call.input) and is_tensor(call.get("other"))) or "alpha" in call.arguments:
         return None
-    reduced = _reduction(space, call.get("other"), broadcast_input(dims, shape_of(call.get("other"))), keys, {"logsumexp"})
+    reduced = _reduction(
+        space, call.get("other"), broadcast_input(dims, shape_of(call.get("other"))), keys, {"logsumexp"}
+    )
     if reduced is None or reduced[0] is not call.input or shape_of(call.input) != shape_of(logits):
         return None
     return call.input if space.resolve_all(reduced[1]) == space.resolve_all(dims) else None

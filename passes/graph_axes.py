@@ -52,7 +52,9 @@ class Space:
         """The dimension in finest atoms."""
         if not any(atom in self._cuts for atom in dim):
             return dim
-        return tuple(fine for atom in dim for fine in (self.resolve(self._cuts[atom]) if atom in self._cuts else (atom,)))
+        return tuple(
+            fine for atom in dim for fine in (self.resolve(self._cuts[atom]) if atom in self._cuts else (atom,))
+        )
 
     def resolve_all(self, dims: Dims) -> Dims:
         return tuple(self.resolve(dim) for dim in dims)
@@ -193,7 +195,7 @@ def _movedim(call: Call, rank: int) -> list[int]:
 
 
 def index_items(index: Any, rank: int) -> list[Any]:
-    """The items of an index expression with the ellipsis written out (full slices), covering all ``rank`` dimensions."""
+    """The items of an index with the ellipsis written out as full slices, covering all ``rank`` dimensions."""
     items = list(index) if isinstance(index, (tuple, list)) else [index]
     consumed = sum(item is not None and item is not Ellipsis for item in items)
     fill = [slice(None)] * (rank - consumed)
@@ -209,7 +211,9 @@ def is_full_slice(item: Any, size: Size) -> bool:
         return False
     start, stop = value_of(item.start), value_of(item.stop)
     begins = start is None or (type(start) is int and start == 0)
-    return begins and (stop is None or known_equal(stop, size) or (type(stop) is int and type(size) is int and stop >= size))
+    return begins and (
+        stop is None or known_equal(stop, size) or (type(stop) is int and type(size) is int and stop >= size)
+    )
 
 
 def _plain_index(space: Space, call: Call, source: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
@@ -217,7 +221,8 @@ def _plain_index(space: Space, call: Call, source: fx.Node, dims: Dims) -> tuple
     index = call.get("index")
     if any(isinstance(i, (list, bool)) for i in (index if isinstance(index, tuple) else (index,))):
         return None
-    given, result = list(dims), []
+    given = list(dims)
+    result: list[Dim] = []
     position = 0
     for item in index_items(index, len(shape)):
         if item is None:

@@ -1,7 +1,7 @@
 """Side effects in a torch-level graph: in-place operators, aliases, grad-mode switches.
 
-FX does not know that ``x.add_(1)`` or ``x[m] = 0`` change other nodes' values, so every rewrite that moves a read has to
-ask here first. :func:`make_functional` turns in-place operators on fresh tensors into ordinary ones.
+FX does not know that ``x.add_(1)`` or ``x[m] = 0`` change other nodes' values, so every rewrite that moves a read has
+to ask here first. :func:`make_functional` turns in-place operators on fresh tensors into ordinary ones.
 """
 
 import operator
@@ -48,7 +48,7 @@ class Effects:
         return _any_between(self._unknown, after, before)
 
     def representative(self, node: fx.Node, depth: int = 3) -> fx.Node:
-        """A node asked for before that computes the same value earlier in the graph; the node itself if there is none."""
+        """A node asked for before that computes the same value earlier in the graph; else the node itself."""
         call = call_of(node)
         if call is None or call.in_place or call.name == "dropout" or depth == 0:
             return node
@@ -94,7 +94,8 @@ def _switches_grad_mode(node: fx.Node) -> bool:
 
 
 _IN_PLACE_METHODS = {"__setitem__"} | {
-    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+    f"__i{name}__"
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
 }
 
 

@@ -23,7 +23,9 @@ class Emitter:
         self.before = before
         self.position = position
         self._made: list[fx.Node] = []
-        self._meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        self._meta = {
+            k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
+        }
         self._mode = next(
             (v.fake_mode for v in map(value_of, [before, *before.all_input_nodes]) if isinstance(v, FakeTensor)), None
         )

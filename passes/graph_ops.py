@@ -1,7 +1,7 @@
 """One name and one argument list per operator, whichever of its spellings a torch-level graph holds.
 
-``torch.softmax(x, -1)``, ``x.softmax(dim=-1)`` and ``F.softmax(x, -1)`` are three different nodes; :func:`call_of` gives
-the same :class:`Call` for all of them. Operators that the passes do not reason about have no :class:`Call`.
+``torch.softmax(x, -1)``, ``x.softmax(dim=-1)`` and ``F.softmax(x, -1)`` are three different nodes; :func:`call_of`
+gives the same :class:`Call` for all of them. Operators that the passes do not reason about have no :class:`Call`.
 """
 
 import operator
@@ -36,11 +36,58 @@ class Call:
         return self.arguments.get("input")
 
 
-_UNARY = (
-    "neg abs exp exp2 log log1p log2 sqrt rsqrt sin cos tanh sigmoid square reciprocal relu silu sign bool int long "
-    "float half bfloat16 double detach contiguous clone positive cpu cuda"
-).split()
-_BINARY = "mul floordiv mod pow eq ne lt le gt ge and or xor maximum minimum type_as view_as".split()
+_UNARY = [
+    "neg",
+    "abs",
+    "exp",
+    "exp2",
+    "log",
+    "log1p",
+    "log2",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "square",
+    "reciprocal",
+    "relu",
+    "silu",
+    "sign",
+    "bool",
+    "int",
+    "long",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "detach",
+    "contiguous",
+    "clone",
+    "positive",
+    "cpu",
+    "cuda",
+]
+_BINARY = [
+    "mul",
+    "floordiv",
+    "mod",
+    "pow",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "xor",
+    "maximum",
+    "minimum",
+    "type_as",
+    "view_as",
+]
 
 # canonical name -> positional parameters
 _PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -150,7 +197,8 @@ def _functions() -> dict[Any, str]:
     for function in ("softmax", "log_softmax", "dropout", "relu", "silu", "leaky_relu", "softplus", "tanh", "sigmoid"):
         table[getattr(F, function)] = function
     table |= {
-        F.linear: "linear", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh", torch.functional.einsum: "einsum",
+        F.linear: "linear", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh",
+        torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
         F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",

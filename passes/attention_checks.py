@@ -1,0 +1,119 @@
+"""Which operand plays which role, and what speaks against fusing a site."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from vbcompile.passes.attention_contraction import Contraction
+from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.attention_site import Operand, Site
+from vbcompile.passes.graph_axes import Dim, Dims, Space
+from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, shape_of, tensor_of, value_of
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_axes(site: Site) -> None:
+    """Refuse a product that mixes what another one computed (talking heads): its "keys" are scores."""
+    q, k, v = (atoms_of(site.space, operand.dims) for operand in (site.q, site.k, site.v))
+    if k - q - v - {*site.space.resolve(site.keys), *site.space.resolve(site.features)}:
+        raise Refusal("the scores are mixed along an axis that is neither of queries nor of values")
+    if set(site.space.resolve(site.rows)) & v:
+        raise Refusal("the values differ from row to row")
+
+
+def check_operands(site: Site) -> None:
+    """Raise Refusal for dtypes, devices and sizes that the operator does not take."""
+    tensors = [tensor_of(operand.node) for operand in (site.q, site.k, site.v)]
+    if any(t.dtype not in FLOATS for t in tensors) or site.score_dtype not in FLOATS:
+        raise Refusal(f"dtype {tensors[0].dtype}")
+    if len({t.device for t in tensors}) != 1:
+        raise Refusal("queries, keys and values are on different devices")
+    if any(t.is_sparse or t.is_nested or t.layout != torch.strided for t in tensors):
+        raise Refusal("sparse or nested tensors")
+    if any(type(size) is int and size == 0 for t in tensors for size in t.shape):
+        raise Refusal("an empty tensor")
+
+
+def check_region(sites: Sequence[Site], out: fx.Node) -> None:
+    """Raise Refusal where a value inside the sites is used outside of them."""
+    region = set().union(*(site.region for site in sites)) | {out}
+    allowed = region | {node for site in sites for node, _ in site.log_sums}
+    for node in region - {out}:
+        for user in node.users:
+            if user not in allowed and not reads_metadata_only(user) and not is_dead(user):
+                what = "the attention weights are" if node in _weights_of(sites) else "an intermediate of the scores is"
+                how = "returned" if user.op == "output" else f"used elsewhere ({user.name})"
+                raise Refusal(f"{what} {how}")
+
+
+def _weights_of(sites: Sequence[Site]) -> set[fx.Node]:
+    return {
+        n for site in sites for n in site.region if (c := call_of(n)) is not None and c.name in ("softmax", "dropout")
+    }
+
+
+def is_dead(node: fx.Node) -> bool:
+    """Whether the node has no effect and nobody reads it."""
+    call = call_of(node)
+    return call is not None and not call.in_place and all(is_dead(user) for user in node.users)
+
+
+def check_dropout(probability: Any) -> Any:
+    """The probability of an active dropout (number or node); raises Refusal where the fused call cannot draw it."""
+    import torch._inductor.config
+
+    value = value_of(probability)
+    if isinstance(value, torch.SymFloat) and value.node.maybe_as_float() is not None:
+        probability = value.node.maybe_as_float()
+    if isinstance(probability, fx.Node) and not isinstance(value, torch.SymFloat):
+        raise Refusal("a dropout probability that is no number")
+    if probability and torch._inductor.config.fallback_random:
+        raise Refusal("dropout must repeat eager's random numbers (fallback_random)")
+    if isinstance(probability, (int, float)):
+        if not 0 <= probability < 1:
+            raise Refusal(f"dropout probability {probability}")
+        return float(probability)
+    return probability
+
+
+def bind_roles(space: Space, first: Contraction, dims: dict[str, Dim], keys: Dim) -> tuple[Operand, Operand, Dim]:
+    """Which operand holds queries and which keys, and the axis of the rows; raises Refusal."""
+    wanted = set(space.resolve(keys))
+    sides = [atoms_of(space, first.lhs_dims(dims)), atoms_of(space, first.rhs_dims(dims))]
+    holds = [bool(wanted & side) for side in sides]
+    if all(holds) or not any(holds):
+        raise Refusal("the softmax runs over an axis that both operands of the first matrix product share")
+    one = first if holds[1] else first.swapped()  # rhs holds the keys
+    if not wanted <= atoms_of(space, one.rhs_dims(dims)):
+        raise Refusal("the softmax runs over axes of both operands of the first matrix product")
+    if _is_parameter_matrix(one.rhs):
+        raise Refusal("a linear layer followed by a softmax: the keys are a weight matrix")
+    own = [x for x in first.out_labels if x in one.lhs_labels and x not in one.rhs_labels]
+    rows = space.resolve(dims[own[-1]])[-1:] if own else ()
+    return Operand(one.lhs, one.lhs_dims(dims)), Operand(one.rhs, one.rhs_dims(dims)), rows
+
+
+def atoms_of(space: Space, dims: Dims) -> set[Any]:
+    return {atom for dim in space.resolve_all(dims) for atom in dim}
+
+
+def _is_parameter_matrix(node: fx.Node) -> bool:
+    """Whether the node is a parameter of rank two, or a view of one."""
+    while len(shape_of(node)) <= 2:
+        if node.op == "get_attr" or (node.op == "placeholder" and is_parameter(node)):
+            return True
+        call = call_of(node)
+        if call is None or not isinstance(call.input, fx.Node) or not is_tensor(call.input):
+            return False
+        if call.name not in ("transpose", "t", "T", "mT", "permute", "to", "contiguous", "clone", "float", "half"):
+            return False
+        node = call.input
+    return False
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder is a module's parameter."""
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "parameters_" in str(node.target)

@@ -1,0 +1,267 @@
+"""Matches attention from its second matrix product back to its first, with every role bound to axes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import fx
+
+from vbcompile.passes.attention_checks import bind_roles, check_axes, check_dropout, check_operands
+from vbcompile.passes.attention_contraction import Contraction, contraction_of
+from vbcompile.passes.attention_expression import Algebra, Expression
+from vbcompile.passes.attention_lift import Lifter, Refusal
+from vbcompile.passes.attention_masks import Logits, conjuncts, split_logits
+from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
+from vbcompile.passes.attention_softmax import Softmax, find_late_division, read_softmax
+from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
+from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
+from vbcompile.passes.graph_effects import Effects
+from vbcompile.passes.graph_ops import call_of, is_tensor, shape_of, tensor_of
+
+Planned = TypeVar("Planned")
+_SEARCH_LIMIT = 300  # nodes looked at between the softmax and the first matrix product
+
+
+class Matcher:
+    """Matches the sites of one graph.
+
+    Args:
+        effects: side effects of the graph.
+        carriers: nodes that carry softmax weights.
+        outer: for the placeholders of an inner graph, the nodes outside that they stand for.
+    """
+
+    def __init__(self, effects: Effects, carriers: Carriers, outer: Mapping[fx.Node, fx.Node]) -> None:
+        self.effects = effects
+        self.carriers = carriers
+        self.outer = outer
+        self._recalled: dict[Any, Any] = {}
+
+    # ------------------------------------------------------------------------------------------------ from the end
+    def match(self, second: Contraction, finish: Callable[[Site], Planned]) -> list[Planned]:
+        """The sites whose sum the second product (its ``lhs`` being the weights) computes; raises Refusal.
+
+        ``finish`` makes the rest of the plan; it too may raise Refusal, and Retry to have the site read in less detail.
+        """
+        summed = second.summed
+        if len(summed) == 0:
+            raise Refusal("the second matrix product sums over no axis")
+        space = Space()
+        labels = {x: space.dim(size, x) for x, size in zip(second.out_labels, shape_of(second.node), strict=True)}
+        for label, size in zip(second.lhs_labels, shape_of(second.lhs), strict=True):
+            if label in summed:
+                labels[label] = space.dim(size, "k")
+        dims = second.lhs_dims(labels)
+        keys = tuple(atom for label in second.lhs_labels if label in summed for atom in labels[label])
+        found = walk_back(space, second.lhs, dims, self.carriers)
+        if len(found) > 1 and second.addend is not None:
+            raise Refusal("a sum of weights whose second matrix product adds something")
+        return [self._site(space, second, labels, keys, weights, len(found) > 1, finish) for weights in found]
+
+    def _site(
+        self,
+        space: Space,
+        second: Contraction,
+        labels: dict[str, Dim],
+        keys: Dim,
+        weights: Weights,
+        joint: bool,
+        finish: Callable[[Site], Planned],
+    ) -> Planned:
+        softmax = read_softmax(space, weights, keys)
+        if softmax.late_sum is not None and (joint or weights.factors or second.addend is not None):
+            raise Refusal("an exponential that is not divided by its own sum")
+        reason = "no matrix product computes the scores"
+        for first in self._candidates(softmax.logits):
+            for detail in Detail:
+                cuts = space.snapshot()
+                try:
+                    return finish(self._bind(space, second, labels, keys, softmax, first, detail))
+                except Retry as error:
+                    reason = str(error)
+                    space.restore(cuts)
+                except (Refusal, AxisError) as error:
+                    reason = str(error)
+                    space.restore(cuts)
+                    break
+        raise Refusal(reason)
+
+    def _candidates(self, logits: fx.Node) -> list[Contraction]:
+        """Matrix products behind the logits, smallest operands first."""
+        found: list[Contraction] = []
+        seen: set[fx.Node] = set()
+        todo = [logits]
+        while todo and len(seen) < _SEARCH_LIMIT:
+            node = todo.pop(0)
+            if node in seen or node.op not in ("call_function", "call_method"):
+                continue
+            seen.add(node)
+            if is_tensor(node) and not tensor_of(node).is_floating_point():
+                continue
+            call = call_of(node)
+            contraction = contraction_of(call, node)
+            if contraction is not None:
+                found.append(contraction)
+                todo += [contraction.addend] if isinstance(contraction.addend, fx.Node) else []
+            elif call is None or call.name != "linear":
+                todo += node.all_input_nodes
+        return sorted(found, key=_operand_size)
+
+    # ------------------------------------------------------------------------------------------------------ binding
+    def _bind(
+        self,
+        space: Space,
+        second: Contraction,
+        labels: dict[str, Dim],
+        keys: Dim,
+        softmax: Softmax,
+        first: Contraction,
+        detail: "Detail",
+    ) -> Site:
+        algebra = Algebra()
+        out_dims = tuple(labels[x] for x in second.out_labels)
+        way, divisor = [second.node], None
+        if softmax.late_sum is not None:
+            way, divisor, out_dims = find_late_division(space, softmax.late_sum, second.node, out_dims, keys)
+        out = way[-1]
+        begin, end = self.effects.position[first.node], self.effects.position[out]
+        lifter = self.lifter(space, algebra, first, begin, end, detail)
+        logits = algebra.make("to_float", lifter.lift(softmax.logits, softmax.dims))
+        if lifter.score_dims is None:
+            raise Refusal("the softmax does not depend on the matrix product behind it")
+        split = split_logits(algebra, logits, keys)
+        weights = softmax.weights
+        split, empty = self._keep(lifter, split, logits, weights, keys)
+        dims = first.label_dims(space, lifter.score_dims)
+        query, key, rows = bind_roles(space, first, dims, keys)
+        site = Site(
+            space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
+            features=tuple(atom for x in first.summed for atom in dims[x]),
+            values=tuple(a for x in second.out_labels if x not in second.lhs_labels for a in labels[x]),
+            logits=split, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
+            empty_rows=empty, factors=list(reversed(weights.factors)), score_dtype=tensor_of(first.node).dtype,
+            residual=_residual(second, out_dims), alpha=second.alpha, first=begin,
+        )  # fmt: skip
+        site.region = {first.node, *way, *weights.region, *lifter.region}
+        site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
+        self._check(site, softmax, keys)
+        return site
+
+    def lifter(
+        self, space: Space, algebra: Algebra, first: Contraction | None, begin: int, end: int, detail: "Detail"
+    ) -> Lifter:
+        position, is_written = self.effects.position, self.effects.is_written
+
+        def stable(node: fx.Node, direct: bool) -> bool:
+            return not is_written(node, begin if direct else position.get(node, -1), end)
+
+        return Lifter(
+            space, algebra, contraction=first, position=position, stable=stable,
+            recalled=self._recalled,
+            representative=self.effects.representative, outer=self.outer,
+            may_cut=detail is Detail.FULL, symbolic_sizes=detail is not Detail.LOADED,
+        )  # fmt: skip
+
+    def _keep(
+        self, lifter: Lifter, split: Logits, logits: Expression, weights: Weights, keys: Dim
+    ) -> tuple[Logits, str]:
+        """Check masks that are applied to the weights; returns what rows without a key give."""
+        if not weights.kept:
+            return split, "zero" if weights.zero_empty else "nan"
+        after: set[Expression] = set()
+        for mask, dims, keep in weights.kept:
+            condition = lifter.algebra.make("to_bool", lifter.lift(mask, dims))
+            after |= set(conjuncts(condition if keep else lifter.algebra.make("not", condition)))
+        after -= {lifter.algebra.true}
+        if not after <= set(split.mask):
+            split = split_logits(lifter.algebra, logits, keys, low_fills=True)
+            if after != set(split.mask):
+                raise Refusal("the weights are masked where the softmax is not")
+        if after != set(split.mask) and not split.every_row and not weights.zero_empty:
+            raise Refusal("the weights are masked by a part of the mask only")
+        return split, "zero"
+
+    def _sink(self, lifter: Lifter, softmax: Softmax) -> Expression | None:
+        if softmax.sink is None:
+            return None
+        node, dims = softmax.sink
+        if isinstance(node, fx.Node) and lifter.depends(node):
+            raise Refusal("the sink depends on the scores")
+        return lifter.algebra.make("to_float", lifter.lift(node, dims))
+
+    def _dependents(self, lifter: Lifter, readers: Sequence[fx.Node | None]) -> set[fx.Node]:
+        """Nodes between the logits and ``readers`` that the fused call makes superfluous."""
+        found: set[fx.Node] = set()
+        todo = [i for reader in readers if reader is not None for i in (reader, *reader.all_input_nodes)]
+        while todo:
+            node = todo.pop()
+            if node in found or not lifter.depends(node) or node in lifter.region:
+                continue
+            found.add(node)
+            todo += node.all_input_nodes
+        return found
+
+    def _check(self, site: Site, softmax: Softmax, keys: Dim) -> None:
+        begin, end = site.first, self.effects.position[site.out]
+        check_axes(site)
+        for operand in (site.q, site.k):
+            if self.effects.is_written(operand.node, begin, end):
+                raise Refusal("queries or keys are modified in place before the values are weighted")
+        if self.effects.switches_grad_mode(begin, end):
+            raise Refusal("the gradient mode changes inside the attention")
+        self._find_log_sums(site, softmax, keys)
+        check_operands(site)
+
+    def _find_log_sums(self, site: Site, softmax: Softmax, keys: Dim) -> None:
+        if not softmax.exact_logits or site.sink is not None:
+            return
+        for user in softmax.logits.users:
+            call = call_of(user)
+            if call is None or call.name != "logsumexp" or user in site.region:
+                continue
+            dim = call.get("dim")
+            dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+            if not isinstance(dim, int):
+                continue
+            dim = dim % len(softmax.dims)
+            if site.space.resolve(softmax.dims[dim]) == site.space.resolve(keys):
+                kept = ((),) if call.get("keepdim") else ()
+                site.log_sums.append((user, (*softmax.dims[:dim], *kept, *softmax.dims[dim + 1 :])))
+        self._check_early(site)
+
+    def _check_early(self, site: Site) -> None:
+        """Refuse where the operands are not there yet when a ``logsumexp`` is read."""
+        place = self.effects.position
+        site.log_sums.sort(key=lambda found: place[found[0]])
+        if not site.log_sums:
+            return
+        early = place[site.insert_before]
+        if early > place[site.out]:
+            raise Refusal("the scores are used again after the attention")
+        if place.get(site.v.node, 0) >= early or self.effects.is_written(site.v.node, early, place[site.out]):
+            raise Refusal("the scores are used before the values are known")
+
+
+def _residual(second: Contraction, out_dims: Dims) -> tuple[Any, Dims, Any] | None:
+    """What the second product adds to its result."""
+    if second.addend is None or second.beta == 0:
+        return None
+    if not is_tensor(second.addend):
+        raise Refusal("the second matrix product adds something that is no tensor")
+    return second.addend, broadcast_input(out_dims, shape_of(second.addend)), second.beta
+
+
+def _dropout(weights: Weights) -> Any:
+    """The one dropout probability; raises Refusal for several."""
+    if len(weights.dropout) > 1:
+        raise Refusal("more than one dropout of the weights")
+    return check_dropout(weights.dropout[0] if weights.dropout else 0.0)
+
+
+def _operand_size(contraction: Contraction) -> int:
+    total = 0
+    for node in (contraction.lhs, contraction.rhs):
+        size = 1
+        for s in shape_of(node):
+            size *= s if type(s) is int else 64
+        total += size
+    return total
