@@ -1,4 +1,4 @@
-"""The kernels' results go on without a copy: what a kernel allocates has the memory order that the operator promises."""
+"""Results leave the kernels without a copy: what a kernel allocates has the memory order that the operator promises."""
 
 import pytest
 import torch

@@ -105,7 +105,10 @@ def compile_with_aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) ->
 
 
 def inside_compiled_code() -> bool:
-    """Whether a ``torch.compile`` call is under way in this thread (while it compiles and while it runs)."""
+    """Whether a ``torch.compile`` call is under way in this thread and Dynamo looks at the frames that run now.
+
+    False in what ``torch.compiler.disable`` marks.
+    """
     from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
     return get_eval_frame_callback() not in (None, False)

@@ -1,0 +1,265 @@
+"""Private parts of PyTorch that we touch: each still behaves as we rely on, on the release that is installed."""
+
+import contextlib
+import pickle
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_cache
+
+from vbcompile import compat
+from vbcompile.config import INDUCTOR_MODES
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def attend(q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) / 4.0, dim=-1) @ v
+
+
+def heads():
+    return tuple(torch.randn(2, 4, 8, 16) for _ in range(3))
+
+
+def captured(function, *inputs, dynamic=None):
+    """The graph module that Dynamo hands to a backend."""
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(gm)
+        return gm.forward
+
+    torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------------- compile_with_inductor
+def by_inductor(key, **options):
+    return lambda gm, example_inputs: compat.compile_with_inductor(gm, example_inputs, options, key)
+
+
+@contextlib.contextmanager
+def inductor_of_its_own():
+    """Inductor without caches, so that its passes run."""
+    with inductor_config.patch(force_disable_caches=True):
+        yield
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_attention_patterns_are_hidden_and_come_back(training):
+    q, k, v = (t.requires_grad_(training) for t in heads())
+    with inductor_of_its_own():
+        ours = torch.compile(attend, backend=by_inductor("key"))(q, k, v)
+        assert counters["inductor"]["fuse_attention"] == 0
+        torch._dynamo.reset()
+        torch.compile(attend, backend="inductor")(q, k, v)
+    assert counters["inductor"]["fuse_attention"] >= 1
+    torch.testing.assert_close(ours, attend(q, k, v))
+    if training:
+        ours.sum().backward()
+        assert q.grad.isfinite().all()
+
+
+def test_the_patterns_come_back_after_an_error():
+    class Fails(CustomGraphPass):
+        def __call__(self, graph):
+            raise RuntimeError("deliberate")
+
+        def uuid(self):
+            return "fails"
+
+    q, k, v = heads()
+    with inductor_of_its_own():
+        with pytest.raises(Exception, match="deliberate"):
+            torch.compile(attend, backend=by_inductor("key", joint_custom_pre_pass=Fails()))(q, k, v)
+        torch._dynamo.reset()
+        torch.compile(attend, backend="inductor")(q, k, v)
+    assert counters["inductor"]["fuse_attention"] == 1
+
+
+def test_a_users_own_pass_still_runs_and_enters_the_key():
+    class Counts(CustomGraphPass):
+        calls = 0
+
+        def __call__(self, graph):
+            type(self).calls += 1
+
+        def uuid(self):
+            return "counts"
+
+    q, k, v = heads()
+    with inductor_of_its_own():
+        torch.compile(attend, backend=by_inductor("key", joint_custom_pre_pass=Counts()))(q, k, v)
+    assert Counts.calls == 1
+    assert "counts" in compat._InductorAttentionOff("key", Counts()).uuid()
+
+
+def test_the_key_enters_the_cache_key():
+    q, k, v = heads()
+    hits = []
+    with fresh_cache(), torch._functorch.config.patch(enable_autograd_cache=False):
+        for key in ("one", "other", "one"):
+            torch._dynamo.reset()
+            before = counters["inductor"]["fxgraph_cache_hit"]
+            torch.compile(attend, backend=by_inductor(key))(q, k, v)
+            hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
+    assert hits == [0, 0, 1]
+
+
+def test_the_hook_pickles_for_the_compile_workers():
+    hook = pickle.loads(pickle.dumps(compat._InductorAttentionOff("key", None)))
+    assert hook.uuid() == compat._InductorAttentionOff("key", None).uuid()
+
+
+@pytest.mark.parametrize("mode", INDUCTOR_MODES)
+def test_inductor_mode_options(mode):
+    options = compat.inductor_mode_options(mode)
+    assert set(options) <= set(inductor_config.get_config_copy())
+    assert bool(options.get("triton.cudagraphs")) == (mode in ("reduce-overhead", "max-autotune"))
+
+
+def test_reset_cudagraphs(monkeypatch):
+    from torch._inductor import cudagraph_trees
+
+    calls = []
+    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: calls.append(1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compat.reset_cudagraphs()
+    assert not calls
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compat.reset_cudagraphs()
+    assert calls == [1]
+
+
+def test_compile_with_aot_eager():
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    run = torch.compile(model, backend=compat.compile_with_aot_eager)
+    torch.testing.assert_close(run(x), model(x))
+    run(x).sum().backward()
+    assert model.weight.grad is not None
+
+
+# --------------------------------------------------------------------------------------------------- what Dynamo does
+def test_inside_compiled_code():
+    seen = []
+
+    @torch.compiler.disable
+    def outside():
+        seen.append(("disabled", compat.inside_compiled_code()))
+
+    def function(x):
+        y = x + 1
+        seen.append(("not traced", compat.inside_compiled_code()))  # Dynamo leaves the query itself to Python
+        outside()
+        return y * 2
+
+    assert not compat.inside_compiled_code()
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert not compat.inside_compiled_code()
+    assert seen == [("not traced", True), ("disabled", False)]
+
+
+def test_is_skipped_by_dynamo():
+    class Model(nn.Module):
+        def forward(self, x):
+            return x
+
+    assert compat.is_skipped_by_dynamo(nn.Sequential.forward)
+    assert not compat.is_skipped_by_dynamo(Model.forward)
+
+
+def test_is_tracing():
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            seen.append(compat.is_tracing())
+            return x + 1
+
+    model = Model()
+    model(torch.ones(1))
+    torch.jit.trace(model, torch.ones(1), check_trace=False)
+    fx.symbolic_trace(model)
+    assert seen == [False, True, True]
+
+
+def test_is_compiled_module():
+    model = nn.Linear(2, 2)
+    assert compat.is_compiled_module(torch.compile(model))
+    assert not compat.is_compiled_module(model)
+
+
+def test_copy_graph_stands_in_for_the_original():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    kept = []
+
+    def backend(gm, example_inputs):
+        copy = compat.copy_graph(gm.graph)
+        copy.lint()
+        pairs = list(zip(gm.graph.nodes, copy.nodes, strict=True))
+        sources = [getattr(node, "_dynamo_source", None) for node, _ in pairs]
+        assert any(source is not None for source in sources)
+        assert sources == [getattr(twin, "_dynamo_source", None) for _, twin in pairs]
+        assert all(node.name == twin.name and node.meta.keys() == twin.meta.keys() for node, twin in pairs)
+        kept.append((str(gm.code), gm))
+        for node in list(gm.graph.nodes)[::-1]:  # what a failing pass may leave behind
+            if node.op == "call_function":
+                node.replace_all_uses_with(next(iter(gm.graph.nodes)))
+                gm.graph.erase_node(node)
+        gm.graph = copy
+        return compat.compile_with_aot_eager(gm, example_inputs)
+
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    assert kept[0][1].code == kept[0][0]
+
+
+def test_size_hint():
+    gm = captured(lambda x: x + 1, torch.ones(7, 3), dynamic=True)
+    shapes = [n.meta["example_value"].shape for n in gm.graph.nodes if n.op == "call_function"]
+    assert not isinstance(shapes[-1][0], int)
+    assert [compat.size_hint(s) for s in shapes[-1]] == [7, 3]
+    unbacked = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint()
+    assert compat.size_hint(unbacked) == 4096
+
+
+def test_compile_id():
+    seen = []
+
+    def backend(gm, example_inputs):
+        seen.append(compat.compile_id())
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert compat.compile_id() == "" and len(seen) == 1
+    frame, _, attempt = seen[0].partition("/")
+    assert frame.isdigit() and attempt.isdigit()
+
+
+def test_graph_break_reason():
+    reasons = []
+
+    def backend(gm, example_inputs):
+        reasons.append(compat.graph_break_reason(gm))
+        return gm.forward
+
+    def function(x):
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    torch.compile(function, backend=backend)(torch.ones(2))
+    assert "graph_break" in reasons[0] and "test_compat.py" in reasons[0]
+    assert reasons[1:] == [""]
+
+
+def test_source_hash():
+    assert compat.source_hash(compat) == compat.source_hash(compat)
+    assert compat.source_hash(compat) != compat.source_hash(pytest)
