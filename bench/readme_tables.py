@@ -55,6 +55,17 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("loss", lambda row: f"{row['loss']:.4f}"),
         ],
     ),
+    "attention_hopper": (
+        "Attention on Hopper by our kernels against cuDNN in the same run, bfloat16, TFLOP/s",
+        [
+            ("B,H,S,D", _column("shape")),
+            ("causal", lambda row: "yes" if row["causal"] else "no"),
+            ("direction", _column("direction")),
+            ("ours", lambda row: f"{row['ours_tflops']}{'*' if 'note' in row else ''}"),
+            ("cuDNN", _column("cudnn_tflops")),
+            ("ratio", _column("ratio")),
+        ],
+    ),
     "compile_time_cpu": (
         "First call of a model of SmolLM2-135M's shape, and time per call where nothing can be rewritten",
         [

@@ -55,7 +55,7 @@ class ForwardConfig:
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, pack=True, group=1),
-    (64, True): ForwardConfig(stages=3, q_stages=2, poly=True, group=32, dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
     (128, False): ForwardConfig(group=1),
     (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
 }
