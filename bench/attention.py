@@ -77,7 +77,7 @@ def check_one(job: tuple[int, str]) -> dict[str, Any]:
     *sizes, dtype, _ = CHECKS[number]
     row: dict[str, Any] = {"sizes": sizes, "dtype": dtype, "form": name}
     try:
-        found = compare(make_forms(*sizes)[name], getattr(torch, dtype))
+        found = compare(make_forms(*sizes)[name], getattr(torch, dtype), seeds=range(4))
         wrong = [r for r in found if not r[1] <= r[2]]
         return row | {"ok": not wrong, "wrong": wrong, "ratio": max(2 * r[1] / r[2] for r in found if r[2])}
     except Exception as failure:  # noqa: BLE001 - reported in the table, the others go on

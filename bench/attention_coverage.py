@@ -14,7 +14,6 @@ os.environ.setdefault("TORCHINDUCTOR_PATTERN_MATCH_DEBUG", "-")  # makes Inducto
 import argparse
 import itertools
 import json
-import platform
 import sys
 import time
 import warnings
@@ -29,12 +28,13 @@ from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 from attention_cases.case import BOTH  # noqa: E402
 from attention_corpus import CASES  # noqa: E402
 from attention_trial import Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
 from model_families import FAMILIES, FamilyResult, try_family  # noqa: E402
+from record import environment  # noqa: E402
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -151,20 +151,11 @@ def _cell(result: FamilyResult | None) -> str:
     return f"{result.sites}{mark}"
 
 
-def write(path: Path, corpus: Sequence[Result], families: Sequence[FamilyResult], device: str) -> None:
+def write(path: Path, corpus: Sequence[Result], families: Sequence[FamilyResult]) -> None:
     """The summary and every trial that is not as it should be, with the device, versions and date they hold for."""
-    import transformers
-
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     document = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"{device} ({name})",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "corpus_summary": summarise(corpus),
+        "environment": environment(),
+        "rows": summarise(corpus),
         "corpus_trials": len(corpus),
         "corpus_not_as_expected": [asdict(r) for r in corpus if not r.ok],
         "families_trials": len(families),
@@ -210,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = (
         arguments.output or ROOT / "bench" / "results" / f"attention_coverage_{arguments.device.split(':')[0]}.json"
     )
-    write(output, corpus, families, arguments.device)
+    write(output, corpus, families)
     ours = [row for row in rows if row["backend"].startswith("vblackwell")]
     bad = any(row["wrong"] or row["wrongly_fused"] for row in ours)
     return int(bad or any(not r.ok for r in families if r.backend.startswith("vblackwell")))

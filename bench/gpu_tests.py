@@ -1,6 +1,6 @@
 """Run the tests that need a GPU and record each outcome with the device, the versions and the date.
 
-    python bench/gpu_tests.py [pytest arguments]
+python bench/gpu_tests.py [pytest arguments]
 """
 
 import sys

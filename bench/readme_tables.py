@@ -55,6 +55,16 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("loss", lambda row: f"{row['loss']:.4f}"),
         ],
     ),
+    "attention_coverage_cpu": (
+        "Attention sites of our corpus that are found, and wrong results",
+        [
+            ("backend", _column("backend")),
+            ("run", lambda row: f"{row['mode']}, {row['dtype']}, {row['shapes']}"),
+            ("sites fused", lambda row: f"{row['sites_fused']} of {row['sites_to_fuse']}"),
+            ("left that must be left", lambda row: f"{row['left']} of {row['to_leave']}"),
+            ("wrong results", _column("wrong")),
+        ],
+    ),
     "attention_hopper": (
         "Attention on Hopper by our kernels against cuDNN in the same run, bfloat16, TFLOP/s",
         [
