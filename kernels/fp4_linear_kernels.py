@@ -15,10 +15,11 @@ def fp4_product_kernel(
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias`` for BLOCK_M rows of x and 64 * ROWS rows of the weight.
 
-    x ``[m, k]``, rows ``x_stride`` apart; codes int32 ``[n tiles, column_tiles, 512]`` and scales ``[n tiles, column_tiles,
-    4096 / BLOCK]`` in a tile layout; row_scale, bias ``[n]``; out ``[m, n]``. Program ``(tile of n, split of k, tile of
-    m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32 ``[splits, m, n]``)
-    and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero again afterwards.
+    x ``[m, k]``, rows ``x_stride`` apart; codes int32 ``[n tiles, column_tiles, 512]`` and scales ``[n tiles,
+    column_tiles, 4096 / BLOCK]`` in a tile layout; row_scale, bias ``[n]``; out ``[m, n]``. Program ``(tile of n, split
+    of k, tile of m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32
+    ``[splits, m, n]``) and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero
+    again afterwards.
     """
     tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width: tl.constexpr = 64 * COLUMNS

@@ -110,7 +110,7 @@ def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
         config = TileConfig(32, 2, 2, 1, 4, 4 if hopper else 3)
     elif m <= 64:
         config = TileConfig(64, 2, 2, 1, 4, 4 if hopper else 2)
-    elif m <= 128 or not hopper:
+    elif m <= 128 or target.arch != "sm_90":  # elsewhere the larger tile spills
         config = TileConfig(128, 2, 2 if hopper else 1, 1, 8, 3 if hopper else 2)
     else:
         config = TileConfig(256, 2, 2, 1, 8, 3)
@@ -159,8 +159,8 @@ def product(
         partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
         arrived = _counters(x.device, grid[0] * grid[2])
     fp4_product_kernel[grid](
-        rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial, arrived,
-        m, n, k, rows.stride(0), column_tiles, steps_each, splits,
+        rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial,
+        arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
         BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
         STAGES=config.stages, num_warps=config.warps, **_decoding(target, format_name, layout, x.dtype),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def test_layout_errors():
         to_layout(quantize(torch.randn(2, 4, 32)), "plain")
 
 
-# ------------------------------------------------------------------------------------------------------- implementations
+# ------------------------------------------------------------------------------------------------------ implementations
 CASES = list(itertools.product(FORMATS, DTYPES, SHAPES, (False, True)))
 
 
