@@ -1,8 +1,8 @@
-"""Flash attention backward in Triton: gradients of queries by tiles of rows, of keys and values by tiles of columns.
+"""Flash attention backward in Triton: gradients of queries by tiles of rows, of keys and values by columns.
 
-Weights are recomputed from the logarithm of the row sums (Dao, arXiv 2307.08691). With ``delta = rowsum(dO * O) - dlse``
-the gradient of the logits is ``weights * (dO V^T - delta)``; the score function's own derivative is compiled in. Both
-kernels work without exchange between programs, so results do not depend on their order; only sums over captured tensors
+Weights are recomputed from the logarithm of the row sums (Dao, arXiv 2307.08691). With
+``delta = rowsum(dO * O) - dlse`` the gradient of the logits is ``weights * (dO V^T - delta)``; the score function's own
+derivative is compiled in. Both kernels work without exchange between programs, so results do not depend on their order; only sums over captured tensors
 that several tiles share use atomic additions.
 """
 
@@ -66,7 +66,8 @@ def attention_rows_kernel(
     """What the backward needs per row. One program: ``BLOCK_Q`` rows of one head; the grid is ``[heads * tiles]``.
 
     Writes ``delta``; also ``low``, the part of ``lse`` (in base two) that float32 rounds off, computed for tiles with a
-    row whose ``|lse|`` is above ``REFINE_ABOVE`` (None: not written); if ``empty`` is given, 1 for heads with a row that has no key; gradients of the sink.
+    row whose ``|lse|`` is above ``REFINE_ABOVE`` (None: not written); if ``empty`` is given, 1 for heads with a row
+    that has no key; gradients of the sink.
     """
     tiles = tl.cdiv(q_length, BLOCK_Q)
     head = tl.program_id(0) // tiles
@@ -103,8 +104,8 @@ def attention_rows_kernel(
         finite = tl.abs(row_lse) != float("inf")
         if tl.max(tl.where(finite, tl.abs(row_lse), 0.0), 0) > REFINE_ABOVE:
             correction = _row_correction(
-                q, k, row_lse, first_row, lead, captured, q_strides, k_strides, captured_strides, tl.cast(scale, tl.float32),
-                q_length, k_length, LOGITS, MASK, SINK, PRECISION, D, D_PADDED, BLOCK_Q, BLOCK_K,
+                q, k, row_lse, first_row, lead, captured, q_strides, k_strides, captured_strides,
+                tl.cast(scale, tl.float32), q_length, k_length, LOGITS, MASK, SINK, PRECISION, D, D_PADDED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         tl.store(low + place, tl.where(finite, correction, 0.0), mask=row_ok)
 
@@ -323,12 +324,12 @@ def _visit_queries(
         ok = i_ok
     else:
         ok = i_ok & j_ok if BOUNDED else j_ok
-    head = tl.cast(join_index(lead, lead_sizes), tl.int64) * q_length
+    place = tl.cast(join_index(lead, lead_sizes), tl.int64) * q_length + rows
     exists = rows < q_length if BOUNDED else None
-    row_lse = _rows_of(lse + head, rows, exists)
+    row_lse = _rows_of(lse, place, exists)
     if EMPTY_IS_ZERO:
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    row_low = tl.load(low + head + rows, mask=exists) if UNBOUNDED else row_lse
+    row_low = tl.load(low + place, mask=exists) if UNBOUNDED else row_lse
     score = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
     if not PLAIN:
         score *= scale
@@ -343,15 +344,15 @@ def _visit_queries(
         weights = tl.where(keep, weights, 0.0)
     else:
         keep = None
+    grad_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
+    row_delta = tl.load(delta + place, mask=exists)
     dropped = weights
     if DROPOUT:
         kept = keep_weights(seed, dropout_p, join_index(lead, lead_sizes), i, j, q_length, k_length, WIDE)
         dropped = tl.where(kept, weights / (1.0 - dropout_p), 0.0)
     grad_v = tl.dot(dropped.to(grad_tile.dtype), grad_tile, grad_v, input_precision=PRECISION)
-    grad_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
     if DROPOUT:
         grad_weights = tl.where(kept, grad_weights / (1.0 - dropout_p), 0.0)
-    row_delta = tl.load(delta + head + rows, mask=exists)
     upstream = weights * (grad_weights - row_delta[None, :])
     grad_score, sums = STEP(
         sums, score, upstream, keep, i, j, i_ok, j_ok, ok, lead, q_length, k_length, captured, captured_strides,
@@ -372,7 +373,6 @@ def attention_grad_kv_kernel(
     PLAIN: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr, UNBOUNDED: tl.constexpr, DROPOUT: tl.constexpr,
     WIDE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, SUMMARY: tl.constexpr,
-    MASKED_STAGES: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -381,7 +381,6 @@ def attention_grad_kv_kernel(
     One program: ``BLOCK_K`` columns of one head of k and v; it visits the rows of every head of q that reads them, so
     that grouped queries need no sum afterwards. The grid is ``[heads of k and v * tiles]``. ``outer_sizes`` are the
     leading sizes of k and v, ``group_sizes`` those along which both are broadcast; elsewhere they are 1.
-    ``MASKED_STAGES``: pipeline depth of the masked tiles.
     """
     scale = tl.cast(scale, tl.float32)
     tiles = tl.cdiv(k_length, BLOCK_K)
@@ -421,7 +420,7 @@ def attention_grad_kv_kernel(
             tile_entries, summary_strides[4], SUMMARY, BLOCK_Q,
         )  # fmt: skip
         if HEAD:
-            for start in tl.range(begin, full_begin, BLOCK_Q, num_stages=MASKED_STAGES):
+            for start in range(begin, full_begin, BLOCK_Q):
                 state = _visit_queries(
                     state, k_tile, v_tile, q, grad_out, q_head, grad_head, lse, low, delta, start, first_column,
                     captured, gradients, seed, lead, lead_sizes, q_strides, grad_out_strides, captured_strides,
@@ -438,7 +437,7 @@ def attention_grad_kv_kernel(
                 BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         if TAIL:
-            for start in tl.range(full_end, end, BLOCK_Q, num_stages=MASKED_STAGES):
+            for start in range(full_end, end, BLOCK_Q):
                 state = _visit_queries(
                     state, k_tile, v_tile, q, grad_out, q_head, grad_head, lse, low, delta, start, first_column,
                     captured, gradients, seed, lead, lead_sizes, q_strides, grad_out_strides, captured_strides,

@@ -61,7 +61,7 @@ def load_tile(
     source, head, strides, start, limit,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``start ..`` of a head as ``[ROWS, PADDED]``; zero beyond ``WIDTH`` and, if ``BOUNDED``, beyond ``limit``."""
+    """Rows ``start ..`` of a head, ``[ROWS, PADDED]``; zero beyond ``WIDTH`` and, if ``BOUNDED``, ``limit``."""
     rows = tl.arange(0, ROWS)
     if TMA:
         tile = source.load([head[0] + start, head[1]])

@@ -1,8 +1,8 @@
 """Attention of few queries over many keys in Triton: the keys are split between programs, which a second kernel merges.
 
 One program takes the rows of all queries that read one head of k and v (grouped queries become rows of one tile, so
-that keys and values are read once) and one part of the keys that the mask needs. Parts are merged by their logarithms of
-row sums, as in Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023).
+that keys and values are read once) and one part of the keys that the mask needs. Parts are merged by the logarithms
+of their row sums, as in Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023).
 """
 
 import triton

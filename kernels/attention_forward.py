@@ -80,7 +80,7 @@ def attention_forward_kernel(
     """One program: ``BLOCK_Q`` rows of one head. The grid is ``[heads * tiles]``, the last tile of a head first.
 
     Args:
-        q: ``[*lead, Q, D]``; k: ``[*lead, K, D]``; v: ``[*lead, K, DV]``; pointers or, if ``TMA``, descriptors of tiles.
+        q: ``[*lead, Q, D]``; k: ``[*lead, K, D]``; v: ``[*lead, K, DV]``; pointers, or descriptors if ``TMA``.
         out: pointer, ``[*lead, Q, DV]``; lse: pointer, float32 ``[*lead, Q]``, contiguous.
         captured: tuple of pointers; seed: pointer to int64 ``[1]`` or None; lead_sizes: four sizes.
         *_strides: see ``locate``; captured_strides: six strides for each captured tensor.
@@ -153,6 +153,6 @@ def attention_forward_kernel(
         lse + tl.cast(head, tl.int64) * q_length + rows, (top * scale if PLAIN else top) + tl.log(total), mask=row_ok
     )
     store_tile(
-        out + offset_of(lead, out_strides), out_strides, first_row, q_length, accumulator * (1.0 / denominator)[:, None],
-        BLOCK_Q, DV, DV_PADDED,
+        out + offset_of(lead, out_strides), out_strides, first_row, q_length,
+        accumulator * (1.0 / denominator)[:, None], BLOCK_Q, DV, DV_PADDED,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launches of the Triton attention backward: values per row, then gradients by tiles of rows and by tiles of columns."""
+"""Launches of the Triton attention backward: values per row, then gradients by tiles of rows and of columns."""
 
 import functools
 import math
@@ -55,7 +55,7 @@ def backward(
 
 
 class Backward:
-    """The launches of one backward call, to be made in the order ``rows``, ``grad_q``, ``grad_kv``, and their buffers."""
+    """The launches of one backward call, in the order ``rows``, ``grad_q``, ``grad_kv``, and their buffers."""
 
     def __init__(
         self,
@@ -180,7 +180,6 @@ class Backward:
             HEAD=seen or program.query_head,
             TAIL=seen or program.query_tail or problem.q_length % tiles.block_q != 0,
             SUMMARY=problems.power_of_two(summary.shape[-2]) if summary is not None else None,
-            MASKED_STAGES=tiles.stages if seen else 1,
             **problem.flags(tma), **problem.widths, **problem.cuts(tiles),
         )  # fmt: skip
 

@@ -44,7 +44,8 @@ class TileProgram:
         row_step, row_finish: gradients by tiles of rows, see :func:`_row_gradients`.
         column_step, column_finish: gradients by tiles of columns.
         sink_step: gradients of the sink by tiles of rows; None where nobody wants them.
-        mask_captured: numbers of the captured tensors that the mask reads; mask_axes: leading axes whose index it reads;
+        mask_captured: numbers of the captured tensors that the mask reads; mask_axes: leading axes of which it reads
+            the index;
             mask_reads_score: whether it reads the score.
         row_sums, column_sums: how many sums ``row_step`` and ``column_step`` carry.
         unbounded: whether logits may be so large that their products with ``log2(e)`` overflow.
@@ -98,7 +99,7 @@ def compile_program(
     row_sums, column_sums = builder.backward()
     names = compile_source(builder.source)
     return TileProgram(
-        **{name: names.get(name) for name in _FUNCTIONS},
+        **{name: names.get(name) for name in _FUNCTIONS},  # type: ignore[arg-type]
         key_head="key_head" in builder.ends,
         key_tail="key_tail" in builder.ends,
         query_head="query_head" in builder.ends,

@@ -2,7 +2,7 @@
 
 For masks with terms that interval arithmetic cannot bound (documents, arbitrary boolean masks), one small program per
 tile evaluates the mask and notes whether none, some or all of its elements take part. The attention kernels then visit
-the tiles between the first and the last one needed, and leave out the mask in the first run of tiles that all take part.
+the tiles between the first and the last one needed, and leave out the mask in the first run of full tiles.
 """
 
 import triton
@@ -16,8 +16,8 @@ def mask_summary_kernel(
     summary, captured, lead_sizes, captured_strides, q_length, k_length,
     MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile's entry of ``summary``, uint8 ``[*lead of the mask, tiles of rows, tiles of columns]``: how many of
-    its elements take part, 0 none, 1 some, 2 all.
+    """Write one tile's entry of ``summary``, uint8 ``[*lead of the mask, tiles of rows, tiles of columns]``: 0 if none
+    of its elements takes part, 1 if some do, 2 if all.
 
     The grid is ``[tiles of columns, tiles of rows, heads of the mask]``. Rows beyond the last count for nothing; tiles
     that reach beyond the last column are never full.

@@ -1,9 +1,9 @@
 """Which tiles of scores a mask needs: interval arithmetic on the mask's instructions.
 
 A mask is a conjunction. Its terms ``j <= A * i + U`` and ``j >= A * i + U`` (``A`` in -1, 0, 1; ``U`` the same for a
-whole tile of rows and columns) bound the columns of a tile of rows, and the rows of a tile of columns: causal masks with
-any offset, sliding windows, prefixes, lengths per sequence. From them follow, per tile, the range outside which every
-element is masked (``hull``) and the range inside which none of them masks (``full``). The other terms are opaque.
+whole tile of rows and columns) bound the columns of a tile of rows, and the rows of a tile of columns: causal masks
+with any offset, sliding windows, prefixes, lengths per sequence. From them follow, per tile, the range outside which
+every element is masked (``hull``) and the range inside which none of them masks (``full``). The other terms are opaque.
 
 Terms whose ``U`` differs between rows (a captured position per row) still bound the columns, by its extremes.
 """

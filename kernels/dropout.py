@@ -1,8 +1,8 @@
 """Dropout masks that a kernel and plain PyTorch compute alike: counter-based, so that nothing is stored.
 
 Element ``n`` of a row-major tensor is kept where ``uniform(seed, n) > p``. The generator is Philox 4x32 with ten rounds
-(Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on the counter ``(n, 0, 0, 0)``, its
-first word made a float in ``[0, 1)``; ``triton.language.rand`` gives the same numbers.
+(Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on the counter ``(n, 0, 0, 0)``,
+its first word made a float in ``[0, 1)``; ``triton.language.rand`` gives the same numbers.
 """
 
 from collections.abc import Sequence

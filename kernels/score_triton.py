@@ -32,7 +32,7 @@ _CALL: Final = {  # float functions of one argument
     "tanh": "math.tanh",
     "sigmoid": "math.sigmoid",
 }
-_PRECISE: Final = {"sqrt": "tl.sqrt_rn", "tanh": "math.tanh_precise"}
+_PRECISE: Final = {"sqrt": "tl.sqrt_rn", "tanh": "math.tanh_precise", "sigmoid": "math.sigmoid_precise"}
 _SMALL_FACTOR: Final = 256  # an index times this fits 32 bits
 
 
@@ -147,7 +147,10 @@ class Emitter:
             x, y = (self._number(a, common) for a in arguments)
             return f"{x} {_COMPARE[name]} {y}"
         if name in _LOGIC or name in ("not", "to_bool"):
-            truths = [self.value(a) if k == "bool" else f"({self.value(a)} != 0)" for a, k in zip(arguments, kinds)]
+            truths = [
+                self.value(a) if k == "bool" else f"({self.value(a)} != 0)"
+                for a, k in zip(arguments, kinds, strict=True)
+            ]
             if name in _LOGIC:
                 return f"{truths[0]} {_LOGIC[name]} {truths[1]}"
             return f"{truths[0]} == 0" if name == "not" else truths[0]
@@ -169,7 +172,7 @@ class Emitter:
             case "add" | "sub" | "mul":
                 return f"{x} {_ARITHMETIC[name]} {y}"
             case "div":
-                return f"tl.div_rn({x}, {y})" if self._precise else f"{x} / {y}"
+                return self._divide(x, y, arguments[1])
             case "floordiv":
                 return f"math.floor_divide{'_float' if common == 'float' else ''}({x}, {y})"
             case "mod":
@@ -189,6 +192,14 @@ class Emitter:
             case "to_float":
                 return x
         return f"{_PRECISE.get(name, _CALL[name]) if self._precise else _CALL[name]}({x})"
+
+    def _divide(self, x: str, y: str, divisor: int) -> str:
+        name, *arguments = self._program[divisor]
+        if self._precise:
+            return f"tl.div_rn({x}, {y})"
+        if name == "const" and 1e-30 < abs(arguments[0]) < 1e30:
+            return f"{x} * {_to_float32(1 / arguments[0])!r}"
+        return f"{x} / {y}"
 
     def _power(self, x: str, y: str, exponent: int, common: str) -> str:
         name, *arguments = self._program[exponent]

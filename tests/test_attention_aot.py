@@ -21,6 +21,8 @@ SHARED_MEMORY = {  # bytes that one program can have
     "gfx942": 65536,
     "gfx950": 163840,
 }
+# Loop-invariant scalars stored once outside the loops: the tiles without them were a sixth slower on an H200.
+ALLOWED_SPILLS = {("sm_90", "grad_kv", 128): 96}
 KERNELS = {"forward", "rows", "grad_q", "grad_kv", "decode", "merge"}
 
 
@@ -32,15 +34,16 @@ def compile_all(head_size: int, dtype: str, architectures: list[str]) -> list[di
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def check(rows: list[dict], architectures: list[str]) -> None:
+def check(head_size: int, dtype: str, architectures: list[str]) -> None:
+    rows = compile_all(head_size, dtype, architectures)
     for arch in architectures:
         assert {r["kernel"] for r in rows if r["arch"] == arch} == KERNELS
-    assert not [r for r in rows if r["spills"] or r["shared"] > SHARED_MEMORY[r["arch"]]]
+    assert not [r for r in rows if r["spills"] > ALLOWED_SPILLS.get((r["arch"], r["kernel"], head_size), 0)]
+    assert not [r for r in rows if r["shared"] > SHARED_MEMORY[r["arch"]]]
 
 
 def test_head_size_128():
-    architectures = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
-    check(compile_all(128, "bfloat16", architectures), architectures)
+    check(128, "bfloat16", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
 
 
 @pytest.mark.slow
@@ -48,7 +51,7 @@ def test_head_size_128():
     ("head_size", "dtype"), [(64, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")]
 )
 def test_other_sizes(head_size, dtype):
-    check(compile_all(head_size, dtype, list(SHARED_MEMORY)), list(SHARED_MEMORY))
+    check(head_size, dtype, list(SHARED_MEMORY))
 
 
 def test_hopper_kernel_uses_the_matrix_and_copy_engines():
