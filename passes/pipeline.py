@@ -78,9 +78,13 @@ def _no_fp4_kernel(target: Target) -> str | None:
     return f"no FP4 kernel for {target.vendor} {target.arch}, weights keep their precision ({listed})"
 
 
+def _wants_mixed_precision(config: Config) -> bool:
+    return config.mode_named if config.mixed_precision is None else config.mixed_precision
+
+
 PASSES = (
     Pass("attention", fuse_attention, lambda config: config.attention, _no_attention_kernel),
-    Pass("mixed_precision", use_mixed_precision, lambda config: config.mixed_precision is not False),
+    Pass("mixed_precision", use_mixed_precision, _wants_mixed_precision),
     # after mixed precision: the layers that it runs in bfloat16 take bfloat16 activations
     Pass("fp4", quantize_weights, lambda config: config.fp4, _no_fp4_kernel),
 )
@@ -92,12 +96,13 @@ MISSING = {
 }
 
 
-def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport) -> None:
+def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, original: "Backup") -> None:
     """Run every wanted pass on ``gm`` in place, recording decisions and failures in ``report``.
 
     A pass that raises is undone: the graph before it is kept, with one warning that names the pass and the reason.
-    With ``strict`` the exception goes on to the caller.
+    With ``strict`` the exception goes on to the caller. ``original`` is a backup of ``gm`` as it comes in.
     """
+    backup: Backup | None = original  # None: out of date
     for name, reason in MISSING.items():
         if getattr(context.config, name):
             report.unavailable.append((name, reason))
@@ -108,11 +113,13 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport) ->
         if refusal:
             report.unavailable.append((pass_.name, refusal))
             continue
-        backup = copy_graphs(gm)
+        backup = backup or copy_graphs(gm)
         added = len(context.example_inputs), len(context.wrappers)
         try:
             found = pass_.run(gm, context)
             report.decisions += explain_choices(gm, context.target, context.training, found)
+            if any(d.action == "rewritten" for d in found):
+                backup = None
         except Exception as error:
             restore_graphs(backup)
             context.undo(*added)
@@ -133,6 +140,6 @@ def copy_graphs(gm: fx.GraphModule) -> Backup:
 
 
 def restore_graphs(backup: Backup) -> None:
-    """Put the copied graphs back in place."""
+    """Put the graphs back in place; the backup itself stays as it is."""
     for module, graph in backup:
-        module.graph = graph
+        module.graph = copy_graph(graph)

@@ -55,7 +55,7 @@ def vblackwell(
     )
     original = pipeline.copy_graphs(gm)
     context = pipeline.PassContext(config, target, training, list(example_inputs))
-    pipeline.run_passes(gm, context, report)
+    pipeline.run_passes(gm, context, report, original)
     _warn_of_missing_passes(config, report)
     compiled = _compile(gm, context, report, original, len(example_inputs))
     _publish(report)
