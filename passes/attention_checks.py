@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vbcompile.passes.attention_contraction import Contraction
 from vbcompile.passes.attention_lift import Refusal
@@ -31,6 +32,8 @@ def check_operands(site: Site) -> None:
         raise Refusal(f"dtype {tensors[0].dtype}")
     if len({t.device for t in tensors}) != 1:
         raise Refusal("queries, keys and values are on different devices")
+    if any(is_traceable_wrapper_subclass(t) for t in tensors):
+        raise Refusal("a tensor subclass")
     if any(t.is_sparse or t.is_nested or t.layout != torch.strided for t in tensors):
         raise Refusal("sparse or nested tensors")
     if any(type(size) is int and size == 0 for t in tensors for size in t.shape):

@@ -236,6 +236,8 @@ class Algebra:
     def _simplify_not(self, a: Expression) -> Expression | None:
         if a.name == "not":
             return a.arguments[0]
+        if a.name in ("and", "or"):
+            return self.make("or" if a.name == "and" else "and", *(self.make("not", x) for x in a.arguments))
         opposite = {"le": "gt", "ge": "lt", "eq": "ne", "ne": "eq"}.get(a.name)
         if opposite is not None and all(x.kind != FLOAT for x in a.arguments):  # NaN compares False both ways
             return self.make(opposite, *a.arguments)
@@ -360,6 +362,14 @@ class Algebra:
             return constant
         return result if _is_zero(constant) else self.raw("add", result, constant)
 
+    def _compare_distance(self, name: str, x: Expression, limit: Expression) -> Expression | None:
+        """``abs(x) < limit`` as a band, ``abs(x) > limit`` as its two sides."""
+        if self.affine(x) is None or self.affine(limit) is None:
+            return None
+        below = self.make(name, x, limit)
+        above = self.make(_mirrored(name), x, self.make("sub", self.const(0), limit))
+        return self.make("and" if name in ("lt", "le") else "or", below, above)
+
     def raw(self, name: str, *arguments: Expression) -> Expression:
         """An operator without simplification."""
         key = (name, *map(id, arguments))
@@ -369,6 +379,8 @@ class Algebra:
 
     def _compare(self, name: str, a: Expression, b: Expression) -> Expression | None:
         """A comparison of affine integers: decided by the ranges of the axes, or in standard form."""
+        if a.name == "abs" and a.kind == INT and b.kind == INT and name in ("lt", "le", "gt", "ge"):
+            return self._compare_distance(name, a.arguments[0], b)
         left, right = self.affine(a), self.affine(b)
         if left is None or right is None:
             return None
@@ -387,6 +399,10 @@ class Algebra:
             positive, negative, constant = negative, positive, -constant
             name = {"le": "ge", "ge": "le"}.get(name, name)
         return self.raw(name, self.from_affine((positive, 0)), self.from_affine((negative, -constant)))
+
+
+def _mirrored(name: str) -> str:
+    return {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}[name]
 
 
 def bounds(affine: Affine) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ def match_sdpa(matcher: Matcher, node: fx.Node, detail: Detail) -> Site:
     q, k, v = call.get("query"), call.get("key"), call.get("value")
     if not all(is_tensor(t) for t in (q, k, v, node)):
         raise Refusal("operands that are not plain tensors")
+    matcher.check_place(node)
     space = Space()
     out_dims = tuple(space.dim(size) for size in shape_of(node))
     keys, features = space.dim(shape_of(k)[-2]), space.dim(shape_of(q)[-1])
@@ -182,6 +183,7 @@ def without_weights(node: fx.Node) -> MultiHead:
 
 def expand_multi_head(matcher: Matcher, call: MultiHead) -> Expanded:
     """Write the projections of a multi-head call into the graph; raises Refusal before anything is changed."""
+    matcher.check_place(call.node)
     _check_multi_head(call)
     result = next(u for u in call.node.users if u.args[1] == 0)
     emitter = Emitter(call.node, matcher.effects.position)

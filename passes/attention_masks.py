@@ -1,7 +1,8 @@
 """From an expression of the logits to scale, logits and mask.
 
 A fill of ``-inf`` becomes the mask. A finite fill keeps its value, because a row whose keys are all filled must come
-out as in the source, unless every row is proved to keep a key: then a fill so low that its weight is zero is a mask too.
+out as in the source, unless every row is proved to keep a key: then a fill so low that its weight is zero is a mask
+too.
 """
 
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ def split_logits(algebra: Algebra, logits: Expression, keys: Dim, low_fills: boo
     if not every_row and not low_fills:
         value, mask = _split(algebra, logits, float("-inf"))
         every_row = keeps_a_key(algebra, mask, keys)
+    if any("score" in condition.leaves for condition in mask):  # such a mask stays a part of the logits
+        value, mask, every_row = logits, [], False
     return _extract_scale(algebra, Logits(value, _unique(algebra, mask), every_row=every_row))
 
 

@@ -45,6 +45,7 @@ class Matcher:
         summed = second.summed
         if len(summed) == 0:
             raise Refusal("the second matrix product sums over no axis")
+        self.check_place(second.node)
         space = Space()
         labels = {x: space.dim(size, x) for x, size in zip(second.out_labels, shape_of(second.node), strict=True)}
         for label, size in zip(second.lhs_labels, shape_of(second.lhs), strict=True):
@@ -123,6 +124,7 @@ class Matcher:
         if softmax.late_sum is not None:
             way, divisor, out_dims = find_late_division(space, softmax.late_sum, second.node, out_dims, keys)
         out = way[-1]
+        self.check_place(first.node)
         begin, end = self.effects.position[first.node], self.effects.position[out]
         lifter = self.lifter(space, algebra, first, begin, end, detail)
         logits = algebra.make("to_float", lifter.lift(softmax.logits, softmax.dims))
@@ -145,6 +147,11 @@ class Matcher:
         site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
         self._check(site, softmax, keys)
         return site
+
+    def check_place(self, *nodes: fx.Node) -> None:
+        """Raise Refusal for nodes under a function transform, for which the operator has no rule."""
+        if any(self.effects.is_transformed(node) for node in nodes):
+            raise Refusal("a function transform (vmap, grad) around the attention")
 
     def lifter(
         self, space: Space, algebra: Algebra, first: Contraction | None, begin: int, end: int, detail: "Detail"

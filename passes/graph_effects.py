@@ -28,8 +28,13 @@ class Effects:
         self._switches: list[int] = []
         self._unknown: list[int] = []
         self._first_of: dict[Any, fx.Node] = {}
+        self._transformed: set[fx.Node] = set()
+        depth = 0
         for place, node in enumerate(graph.nodes):
             self.position[node] = place
+            depth += _nesting_change(node)
+            if depth > 0:
+                self._transformed.add(node)
             if _switches_grad_mode(node):
                 self._switches.append(place)
             written = written_tensors(node)
@@ -62,6 +67,10 @@ class Effects:
             first = self._first_of[key] = node
         return first
 
+    def is_transformed(self, node: fx.Node) -> bool:
+        """Whether the node is computed under a function transform (``vmap``, ``grad``, ``jvp``)."""
+        return node in self._transformed
+
     def switches_grad_mode(self, after: int, before: int) -> bool:
         return _any_between(self._switches, after, before)
 
@@ -83,6 +92,12 @@ def storage_of(node: Any) -> Any:
         return value.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def _nesting_change(node: fx.Node) -> int:
+    """+1 where a function transform begins, -1 where it ends."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
 
 
 def _switches_grad_mode(node: fx.Node) -> bool:
@@ -110,6 +125,8 @@ def written_tensors(node: fx.Node) -> list[fx.Node] | None:
     written = [value for value in _flat(node.kwargs.get("out")) if isinstance(value, fx.Node)]
     name = getattr(node.target, "__name__", "")
     in_place = node.target in _IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True
+    place = _INPLACE_ARGUMENT.get(name)
+    in_place = in_place or (place is not None and len(node.args) > place and node.args[place] is not False)
     in_place = in_place or (name.endswith("_") and not name.endswith("__") and name not in _OPERATOR_NAMES)
     call = call_of(node)
     if in_place or (call is not None and call.in_place):
@@ -131,6 +148,14 @@ def _has_mutable_schema(target: Any) -> bool:
     return False
 
 
+# place of the parameter ``inplace`` of functions in torch.nn.functional
+_INPLACE_ARGUMENT = {
+    **dict.fromkeys(("relu", "relu6", "silu", "selu", "mish", "hardswish", "hardsigmoid"), 1),
+    **dict.fromkeys(("leaky_relu", "elu", "celu"), 2),
+    **dict.fromkeys(("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"), 3),
+    **dict.fromkeys(("hardtanh", "threshold"), 3),
+    "rrelu": 4,
+}
 _OPERATOR_NAMES = {"and_", "or_", "not_", "is_"}
 _IN_PLACE_FUNCTIONS = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior,

@@ -234,6 +234,21 @@ def test_finite_fill_is_a_value_where_a_row_may_be_empty():
     assert run.function().mask is None
 
 
+def test_band_with_finite_fill_is_a_mask():
+    def function(q, k, v):
+        distance = (torch.arange(7)[:, None] - torch.arange(7)).abs()
+        return attend(q, k, v, lambda s: s.masked_fill(distance > 2, torch.finfo(s.dtype).min))
+
+    assert check(function, *qkv(q=7)).function().mask is not None
+
+
+def test_mask_that_reads_the_score_stays_in_the_logits():
+    def function(q, k, v):
+        return attend(q, k, v, lambda s: torch.where(s > -0.5, s, -INF))
+
+    assert check(function, *qkv()).function().mask is None
+
+
 def test_small_finite_fill_is_never_a_mask():
     def function(q, k, v):
         return attend(q, k, v, lambda s: s.masked_fill(torch.ones(7, 7).triu(1).bool(), -4.0))
@@ -321,6 +336,24 @@ def test_gradient_mode_changes_inside():
         return F.softmax(scores, -1) @ v
 
     assert "gradient mode" in check(function, *qkv(), sites=0).reasons[0]
+
+
+def test_function_transforms_around_attention():
+    def function(q, k, v):
+        return torch.func.vmap(attend)(q, k, v)
+
+    run = check(function, *qkv(grad=False), sites=0)
+    assert "function transform" in run.reasons[0]
+
+
+def test_activation_in_place_by_position():
+    def function(q, k, v):
+        scores = q @ k.mT
+        shifted = scores + 0.5
+        F.relu(scores, True)
+        return F.softmax(shifted + scores, -1) @ v
+
+    check(function, *qkv(grad=False), sites=0)
 
 
 def test_detached_operands_get_no_gradient():
