@@ -2,8 +2,8 @@
 
 Weights are recomputed from the logarithm of the row sums (Dao, arXiv 2307.08691). With
 ``delta = rowsum(dO * O) - dlse`` the gradient of the logits is ``weights * (dO V^T - delta)``; the score function's own
-derivative is compiled in. Both kernels work without exchange between programs, so results do not depend on their order; only sums over captured tensors
-that several tiles share use atomic additions.
+derivative is compiled in. Both kernels work without exchange between programs, so results do not depend on their order;
+only sums over captured tensors that several tiles share use atomic additions.
 """
 
 import triton
