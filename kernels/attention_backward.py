@@ -105,7 +105,8 @@ def attention_rows_kernel(
         if tl.max(tl.where(finite, tl.abs(row_lse), 0.0), 0) > REFINE_ABOVE:
             correction = _row_correction(
                 q, k, row_lse, first_row, lead, captured, q_strides, k_strides, captured_strides,
-                tl.cast(scale, tl.float32), q_length, k_length, LOGITS, MASK, SINK, PRECISION, D, D_PADDED, BLOCK_Q, BLOCK_K,
+                tl.cast(scale, tl.float32), q_length, k_length, LOGITS, MASK, SINK, PRECISION,
+                D, D_PADDED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         tl.store(low + place, tl.where(finite, correction, 0.0), mask=row_ok)
 
