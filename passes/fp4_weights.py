@@ -166,7 +166,7 @@ class WeightFeed:
         extra: list[Tensor] = []
         for n, position in enumerate(self._positions):
             weight, last = args[position], self._last[n]
-            if not last.is_current(weight):
+            if not last.is_current(weight) or last.error > self._max_error:
                 last = self._last[n] = self._packed_again(n, weight)
             extra += last.linear.tensors
         return extra
