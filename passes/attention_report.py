@@ -33,16 +33,9 @@ def _mask_word(made: Plan) -> str:
     q, k = (_int_size(dim) for dim in (made.rows, made.keys))
     # with a dynamic length the offset is asked for at two sizes: a causal mask has the same one
     sizes = [(q, k)] if q is not None and k is not None else [(16, 16), (24, 24)]
-    if all(causal_offset(function, *size) is not None for size in sizes) or _is_le(made):
+    if all(causal_offset(function, *size) is not None for size in sizes):
         return "causal"
     return "mask from positions" if function.depends_on(function.mask, "k_index") else "mask"
-
-
-def _is_le(made: Plan) -> bool:
-    function = made.function
-    assert function.mask is not None
-    name, *arguments = function.program[function.mask]
-    return name == "le" and [function.program[a] for a in arguments] == [("k_index",), ("q_index",)]
 
 
 def _int_size(dim: Any) -> int | None:
