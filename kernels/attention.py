@@ -52,6 +52,8 @@ def attention_reference(
 def _keep(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     if seed is None:
         raise ValueError("attention with dropout needs a seed tensor")
+    if dropout_p == 1.0:
+        return torch.zeros_like(p)
     from vbcompile.kernels.dropout import dropout_keep
 
     return dropout_keep(seed, p.shape, dropout_p, p.device).to(p.dtype) / (1.0 - dropout_p)
