@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict

@@ -113,7 +113,7 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
         if refusal:
             report.unavailable.append((pass_.name, refusal))
             continue
-        backup = backup or copy_graphs(gm)
+        saved = backup = backup or copy_graphs(gm)
         added = len(context.example_inputs), len(context.wrappers)
         try:
             found = pass_.run(gm, context)
@@ -121,7 +121,10 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
             if any(d.action == "rewritten" for d in found):
                 backup = None
         except Exception as error:
-            restore_graphs(backup)
+            restore_graphs(saved)
+            backup = None
+            if saved is original:
+                original[:] = copy_graphs(gm)  # the first copies are in use now
             context.undo(*added)
             if context.config.strict:
                 raise

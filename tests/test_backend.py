@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from vbcompile import compat
 from vbcompile.backend import add_listener, remove_listener, vblackwell
 from vbcompile.passes import pipeline
+from vbcompile.report import Decision
 
 
 class Block(nn.Module):
@@ -205,21 +206,44 @@ def test_a_failing_pass_is_undone_with_one_warning(failing_pass, reports, caplog
     assert reports[0].failures == [("scribble", "RuntimeError: deliberate")]
 
 
+def test_every_failing_pass_is_undone_to_the_original_graph(monkeypatch, reports):
+    def scribble(gm, context):
+        for node in gm.graph.nodes:
+            if node.op == "call_function":
+                node.target = torch.sub
+        raise RuntimeError("deliberate")
+
+    def rewrite_badly(gm, context):
+        break_output(gm)
+        return [Decision("bad", "output", "rewritten", "nonsense")]
+
+    passes = [
+        pipeline.Pass(n, run, lambda c: True) for n, run in (("a", scribble), ("b", scribble), ("c", rewrite_badly))
+    ]
+    monkeypatch.setattr(pipeline, "PASSES", tuple(passes))
+    x = torch.randn(3)
+    run = torch.compile(lambda t: t + 2 * t, backend="vblackwell", options={"downstream": "aot_eager"})
+    torch.testing.assert_close(run(x), 3 * x)
+    assert [name for name, _ in reports[0].failures] == ["a", "b", "compile"]
+
+
 def test_strict_raises_instead(failing_pass, monkeypatch):
     monkeypatch.setenv("VB_STRICT", "1")
     with pytest.raises(Exception, match="deliberate"):
         torch.compile(Block(), backend="vblackwell")(torch.randn(2, 9, 32))
 
 
+def break_output(gm):
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        bad = gm.graph.call_function(torch.matmul, (output.args[0][0], 3))
+    output.args = ((bad,),)
+    gm.recompile()
+
+
 def test_a_rewrite_that_does_not_compile_is_undone(monkeypatch, reports, caplog):
     def break_graph(gm, context):
-        from vbcompile.report import Decision
-
-        output = gm.graph.output_node()
-        with gm.graph.inserting_before(output):
-            bad = gm.graph.call_function(torch.matmul, (output.args[0][0], 3))
-        output.args = ((bad,),)
-        gm.recompile()
+        break_output(gm)
         return [Decision("bad", "output", "rewritten", "nonsense")]
 
     monkeypatch.setattr(pipeline, "PASSES", (pipeline.Pass("bad", break_graph, lambda c: True),))
