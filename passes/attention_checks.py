@@ -11,7 +11,15 @@ from vbcompile.passes.attention_contraction import Contraction
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_site import Operand, Site
 from vbcompile.passes.graph_axes import Dim, Dims, Space
-from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, shape_of, tensor_of, value_of
+from vbcompile.passes.graph_ops import (
+    call_of,
+    is_parameter,
+    is_tensor,
+    reads_metadata_only,
+    shape_of,
+    tensor_of,
+    value_of,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -115,8 +123,3 @@ def _is_parameter_matrix(node: fx.Node) -> bool:
             return False
         node = call.input
     return False
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether a placeholder is a module's parameter."""
-    return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "parameters_" in str(node.target)

@@ -8,11 +8,12 @@ too.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from vbcompile.passes.attention_expression import Affine, Algebra, Expression, _combine, bounds
+from vbcompile.passes.attention_expression import FLOAT, Affine, Algebra, Expression, _combine, bounds
 from vbcompile.passes.graph_axes import Dim
-from vbcompile.passes.graph_ops import known
+from vbcompile.passes.graph_ops import call_of, is_parameter, known, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 
@@ -45,10 +46,10 @@ def split_logits(algebra: Algebra, logits: Expression, keys: Dim, low_fills: boo
     ``low_fills``: rows without a key do not matter, so that every low fill is a mask.
     """
     value, mask = _split(algebra, logits, LOWEST_FILL)
-    every_row = keeps_a_key(algebra, mask, keys)
+    every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
     if not every_row and not low_fills:
         value, mask = _split(algebra, logits, float("-inf"))
-        every_row = keeps_a_key(algebra, mask, keys)
+        every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
     if any("score" in condition.leaves for condition in mask):  # such a mask stays a part of the logits
         value, mask, every_row = logits, [], False
     return _extract_scale(algebra, Logits(value, _unique(algebra, mask), every_row=every_row))
@@ -120,6 +121,60 @@ def _split_scaled(algebra: Algebra, e: Expression, fill: float) -> tuple[Express
         return e, []
     value, masked = _split(algebra, a, fill / b.value if e.name == "mul" else fill * b.value)
     return algebra.make(e.name, value, b), masked
+
+
+def _is_finite(value: Expression) -> bool:
+    """Whether no tensor in the logits can itself hold ``-inf``: a mask that is added takes keys from rows, too."""
+    todo, seen = [value], set()
+    while todo:
+        e = todo.pop()
+        if e in seen:
+            continue
+        seen.add(e)
+        if e.name == "tensor" and e.kind == FLOAT and not holds_learned_numbers(e.arguments[0]):
+            return False
+        if e.name == "const" and e.value == float("-inf"):
+            return False
+        if not e.is_leaf:
+            todo.extend(e.arguments)
+    return True
+
+
+_BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax"}
+_MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "reciprocal", "rsqrt", "logsumexp"}
+
+
+def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
+    """Whether a tensor is computed from parameters, integers and moderate constants alone: biases, slopes."""
+    todo: list[Any] = [node]
+    seen: set[fx.Node] = set()
+    while todo:
+        n = todo.pop()
+        if isinstance(n, (tuple, list)):
+            todo.extend(n)
+        elif isinstance(n, float) and not abs(n) < -LOWEST_FILL:
+            return False
+        if not isinstance(n, fx.Node) or n in seen or not _is_float_tensor(n):
+            continue
+        seen.add(n)
+        call = call_of(n)
+        if n.op in ("placeholder", "get_attr"):
+            if not is_parameter(n):
+                return False
+        elif (
+            len(seen) > limit
+            or (call is not None and (call.in_place or call.name in _MAY_BE_INFINITE))
+            or (call is not None and call.name == "div" and not isinstance(call.get("other"), (int, float)))
+        ):
+            return False
+        elif call is None or call.name not in _BOUNDED:
+            todo += [*n.args, *n.kwargs.values()]
+    return True
+
+
+def _is_float_tensor(node: fx.Node) -> bool:
+    value = value_of(node)
+    return not isinstance(value, torch.Tensor) or value.is_floating_point()
 
 
 def _is_fill(e: Expression, fill: float) -> bool:

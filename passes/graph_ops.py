@@ -360,6 +360,11 @@ def reads_metadata_only(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA_ATTRIBUTES
 
 
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder is a module's parameter."""
+    return isinstance(node.meta.get("example_value"), torch.nn.Parameter) or "parameters_" in str(node.target)
+
+
 def module_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph module and every graph module inside it (bodies of higher-order operators), each once."""
     for module in gm.modules():
