@@ -1,7 +1,7 @@
 """The FP4 linear layer on CPUs: C++ with vector instructions, compiled at the first use and kept in a cache folder.
 
 The compiler runs once a source, PyTorch release, set of flags and user; its result lives under
-``$VB_CACHE_DIR`` (default ``~/.cache/vbcompile``). Without a compiler the reference runs and the refusal says why.
+``$XDG_CACHE_HOME/vbcompile`` (``~/.cache/vbcompile``). Without a compiler the reference runs and the refusal says why.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ class Unavailable(RuntimeError):
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
-    return Path(os.environ.get("VB_CACHE_DIR") or Path.home() / ".cache" / "vbcompile")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vbcompile"
 
 
 def compile_flags() -> tuple[str, ...]:
@@ -70,7 +70,8 @@ def library() -> ctypes.CDLL:
         path = _build(source, folder, key, flags)
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, RuntimeError) as error:
-        raise Unavailable(f"the compiler failed: {str(error).strip().splitlines()[-1]}") from error
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise Unavailable(f"compiling it in {folder} failed: {last}") from error
 
 
 def _build(source: str, folder: Path, key: str, flags: tuple[str, ...]) -> Path:

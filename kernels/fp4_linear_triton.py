@@ -206,29 +206,35 @@ _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 _lock = threading.Lock()
 
 
+def prepare(device: torch.device) -> None:
+    """Make the workspace of a device, so that no CUDA graph's own memory pool holds it. Waits for the device once."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    with _lock:
+        if device not in _pools:
+            _pools[device] = _Pool(torch.zeros(_POOL_COUNTERS, dtype=torch.int32, device=device))
+            torch.cuda.synchronize(device)  # other streams may use it first
+
+
 def _counters(device: torch.device, count: int) -> Tensor:
     """``count`` zeroed int32 counters that no other kernel in flight uses.
 
     Kernels of one stream follow one another and share theirs. A launch recorded into a CUDA graph gets its own, because
-    a graph may be replayed on any stream; where none are left, or none were made before the recording began, the graph
-    zeroes fresh ones at each replay.
+    a graph may be replayed on any stream; where none are left, or :func:`prepare` was not called before the recording
+    began, the graph zeroes fresh ones at each replay.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
+    prepare(device)
     capturing = torch.cuda.is_current_stream_capturing()
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     with _lock:
-        pool = _pools.get(device)
-        if pool is None and not capturing:
-            pool = _pools[device] = _Pool(torch.zeros(_POOL_COUNTERS, dtype=torch.int32, device=device))
-            torch.cuda.synchronize(device)  # other streams may use it first
-        have = None if capturing else _by_stream.get(key)
+        pool, have = _pools.get(device), None if capturing else _by_stream.get(key)
         if have is not None and have.numel() >= count:
             return have
-        if pool is None or pool.used + count > pool.counters.numel():
+        wanted = -(-(count if capturing else max(count, 1024)) // 4) * 4
+        if pool is None or pool.used + wanted > pool.counters.numel():
             return torch.zeros(count, dtype=torch.int32, device=device)
-        wanted = count if capturing else max(count, 1024)
-        wanted = min(-(-wanted // 4) * 4, pool.counters.numel() - pool.used)
         taken = pool.counters[pool.used : pool.used + wanted]
         pool.used += wanted
         if not capturing:

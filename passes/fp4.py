@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vbcompile.compat import copy_graph, static_fake
+from vbcompile.compat import copy_graph, mark_as_static_input, static_fake
 from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, choose, make_case
-from vbcompile.kernels.fp4_linear_triton import preferred_layout
+from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_quantize import refuse_weight
 from vbcompile.passes.fp4_sites import (
     LinearSite,
@@ -172,6 +172,8 @@ class _Fp4Pass:
             return str(error)
         if packed.error > self.config.fp4_max_error:
             return f"relative error {packed.error:.3f} is above fp4_max_error={self.config.fp4_max_error}"
+        if packed.linear.layout != "plain":
+            prepare(weight.device)
         nodes = tuple(
             self._placeholder(f"{site.weight.name}_{part}", tensor)
             for part, tensor in zip(("codes", "block_scales", "row_scale"), packed.linear.tensors, strict=True)
@@ -184,8 +186,7 @@ class _Fp4Pass:
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
         node.meta["example_value"] = fake
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}  # CUDA graphs need not copy it
-        node._dynamo_source = None  # type: ignore[attr-defined]  # made here: no variable of the user's holds it
+        mark_as_static_input(node)
         self.context.example_inputs.append(fake)
         return node
 

@@ -187,3 +187,11 @@ def static_fake(tensor: torch.Tensor) -> torch.Tensor:
     if context is None or context.fake_mode is None:
         return tensor
     return context.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+def mark_as_static_input(node: fx.Node) -> None:
+    """Make a placeholder that a pass added acceptable to AOTAutograd, and one that CUDA graphs need not copy."""
+    from torch._dynamo.source import SyntheticLocalSource
+
+    node._dynamo_source = SyntheticLocalSource(node.name)  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
