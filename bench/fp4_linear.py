@@ -3,6 +3,7 @@
     python bench/fp4_linear.py check             exhaustive decoding, odd shapes, gradients, a compiled model
     python bench/fp4_linear.py sweep [--m M ...]  tile shapes
     python bench/fp4_linear.py table             microseconds beside bfloat16
+    python bench/fp4_linear.py cpu               the same on this machine's processor, in milliseconds
 
 Times are medians of CUDA-graph replays that go round copies of the weight, so that none is found in cache. The floor is
 the packed bytes at the bandwidth that a device-to-device copy reaches in the same run.
@@ -257,9 +258,44 @@ def table() -> list[dict[str, Any]]:
     return rows
 
 
+# ------------------------------------------------------------------------------------------------------------------ CPU
+CPU_SHAPES = [(4096, 4096), (14336, 4096)]
+
+
+def milliseconds(runs: dict[str, Callable[[], Any]], rounds: int = 30) -> dict[str, float]:
+    """Least time of each, measured in turns: neighbours on the machine disturb all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: min(found) for name, found in times.items()}
+
+
+def cpu_table() -> None:
+    rows = []
+    for (n, k), dtype, m in itertools.product(CPU_SHAPES, (torch.float32, torch.bfloat16), (1, 4)):
+        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+        scales = torch.randint(40, 70, (n, k // 16), dtype=torch.uint8)
+        weight = to_layout(PackedWeight(codes, scales, torch.full((1,), 1e-3), "nvfp4", (n, k)), "plain")
+        dense, x = torch.randn(n, k, dtype=dtype), torch.randn(m, k, dtype=dtype)
+        found = milliseconds(
+            {
+                "pytorch": lambda x=x, dense=dense: F.linear(x, dense),
+                "fp4": lambda x=x, w=weight: fp4_linear(x, *w.tensors, None, w.k, "nvfp4", "plain"),
+            }
+        )
+        implementation = choose(get_target("cpu"), make_case(dtype, m, n, k, "nvfp4", "plain")).implementation.name
+        rows.append({"n": n, "k": k, "m": m, "dtype": str(dtype), "threads": torch.get_num_threads(), **found})
+        rows[-1] |= {"implementation": implementation, "speedup": found["pytorch"] / found["fp4"]}
+        print({key: round(v, 2) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
+    record.write("fp4_linear_cpu", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["check", "sweep", "table"])
+    parser.add_argument("what", nargs="+", choices=["check", "sweep", "table", "cpu"])
     parser.add_argument("--m", type=int, nargs="+", default=[16, 64, 256])
     arguments = parser.parse_args()
     for what in arguments.what:
@@ -272,6 +308,8 @@ def main() -> None:
             print("gradient; model", check_model())
         elif what == "sweep":
             sweep(arguments.m)
+        elif what == "cpu":
+            cpu_table()
         else:
             table()
         print(f"{what}: {time.time() - started:.0f} s", flush=True)

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kGroup = 32;  // elements that are decoded together: two NVFP4 blocks, one MXFP4 block
 constexpr int64_t kRowsEach = 16;
+constexpr int64_t kAhead = 2048;  // bytes of codes to ask memory for in advance; addresses past the end do no harm
 alignas(64) constexpr float kE2M1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                                          -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
 
@@ -245,6 +246,8 @@ void dot_rows(const Weight& w, int64_t row, const float* x, int64_t groups, floa
   Lanes even, odd;
   int64_t g = 0;
   for (; g + 1 < whole; g += 2) {
+    __builtin_prefetch(weight.codes + g * (kGroup / 2) + kAhead);
+    if (g % 32 == 0) __builtin_prefetch(weight.scales + (weight.two ? 2 * g : g) + kAhead / 4);
     Lanes scale = weight.group(g, even, odd);
     add(g, scale, even, odd);
     scale = weight.group(g + 1, even, odd);

@@ -1,6 +1,7 @@
 """The FP4 pass end to end on the CPU: what it rewrites and leaves, updates of weights, training, dropped masters."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vbcompile.backend import add_listener, remove_listener
+from vbcompile.config import ConfigError, resolve_config
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.passes import fp4_weights, pipeline
@@ -218,8 +220,6 @@ def test_packed_copies_go_with_their_weights():
     assert len(fp4_weights._packed) == 3
     del model
     torch._dynamo.reset()
-    import gc
-
     gc.collect()
     assert not fp4_weights._packed
 
@@ -399,3 +399,18 @@ def test_a_tied_master_is_not_dropped():
 
 def test_the_pass_is_available():
     assert "fp4" in [p.name for p in pipeline.PASSES] and "fp4" not in pipeline.MISSING
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"fp4_format": "nf4"}, "unknown fp4_format 'nf4'; valid: nvfp4, mxfp4"),
+        ({"fp4_master": "move"}, "unknown fp4_master 'move'; valid: keep, drop"),
+        ({"fp4_max_error": 2}, "'fp4_max_error' must be a number from 0 to 1, not 2"),
+        ({"fp4_max_error": True}, "'fp4_max_error' must be a number"),
+        ({"fp4_lm_head": "yes"}, "'fp4_lm_head' must be True or False"),
+    ],
+)
+def test_bad_options(option, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_config("speed", option, environ={})
