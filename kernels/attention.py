@@ -157,10 +157,10 @@ def _score_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of the scaled score ``[*lead, Q, K]`` and, summed to their shapes, of the captured tensors."""
     function = function.pruned()
-    (keep,) = _evaluate(function, (function.mask,), d_logits, captured)
+    score = (q.to(d_logits.dtype) @ k.to(d_logits.dtype).mT) * scale
+    (keep,) = _evaluate(function, (function.mask,), score, captured)
     if keep is not None:
         d_logits = torch.where(keep, d_logits, 0.0)  # also in rows without a key, as masked_fill's gradient does
-    score = (q.to(d_logits.dtype) @ k.to(d_logits.dtype).mT) * scale
     d_captured: list[Tensor | None] = [None] * len(captured)
 
     def add(output: int, upstream: Tensor) -> Tensor | None:

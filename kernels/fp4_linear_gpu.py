@@ -5,6 +5,8 @@ weight. They are estimates for a device with about 260 bfloat16 operations a byt
 accelerators have; see ``bench/results/fp4_linear.json`` for measured ones.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,14 +43,23 @@ def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
     return (decode + _dense(case.m, size)) / _dense(case.m, 2)
 
 
-def _refuses_product(target: Target, case: Fp4LinearCase | None) -> str | None:
+def _refuses_target(target: Target) -> str | None:
+    """Compiling ahead of time proves no result: until these kernels have run on a card, the user decides."""
     if reason := fp4_linear_triton.refuses_target(target):
+        return reason
+    if target.vendor != "cpu" and os.environ.get("VB_FP4_GPU") != "1":
+        return "compiled for this hardware but not yet run on it; VB_FP4_GPU=1 in the environment allows it"
+    return None
+
+
+def _refuses_product(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := _refuses_target(target):
         return reason
     return None if case is None else fp4_linear_triton.refuses_product(target, case.dtype, case.m, case.layout)
 
 
 def _refuses_dequantize(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := fp4_linear_triton.refuses_target(target):
+    if reason := _refuses_target(target):
         return reason
     if case is None:
         return None

@@ -111,6 +111,8 @@ def _choose(name: str, target: Target, case: Any) -> Choice:
         raise RuntimeError(f"no implementation of {name} runs this: {refused + elsewhere}")
     cost, chosen = min(costs, key=lambda c: c[0])
     refused += [(i.name, f"estimated {c / cost:.2g} times slower") for c, i in costs if cost < c < math.inf]
+    if math.isinf(cost):  # nothing but the last resort: then it matters why
+        return Choice(chosen, (*refused, *elsewhere))
     return Choice(chosen, tuple(refused), tuple(elsewhere))
 
 

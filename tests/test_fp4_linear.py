@@ -24,6 +24,11 @@ HOPPER = Target("nvidia", "cuda", "sm_90", multiprocessors=132, features=frozens
 
 
 @pytest.fixture(autouse=True)
+def allowed_on_gpus(monkeypatch):
+    monkeypatch.setenv("VB_FP4_GPU", "1")
+
+
+@pytest.fixture(autouse=True)
 def fresh():
     torch.manual_seed(0)
 
@@ -247,7 +252,7 @@ def test_choice_names_the_reason_for_the_reference():
     old = Target("nvidia", "cuda", "sm_75", features=frozenset({"triton"}))
     choice = choose(old, make_case(torch.float16, 1, 64, 64, "nvfp4", "plain"))
     assert choice.implementation.name == "reference"
-    assert any("sm_80" in reason for _, reason in choice.elsewhere)
+    assert any("sm_80" in reason for _, reason in choice.refused)
     assert fp4_linear_triton.preferred_layout(old) == "plain"
 
 

@@ -21,7 +21,13 @@ log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "safetensors")
 _TORCH_VARIABLES = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "TORCH_LOGS", "TRITON_INTERPRET", "CXX", "OMP_NUM_THREADS")
-_VARIABLES = ("VB_MODE", "VB_STRICT", "VB_HBM_BUDGET", "ENABLE_VIRTUAL_BLACKWELL")  # all that this package reads
+_VARIABLES = (
+    "VB_MODE",
+    "VB_STRICT",
+    "VB_HBM_BUDGET",
+    "VB_FP4_GPU",
+    "ENABLE_VIRTUAL_BLACKWELL",
+)  # all that this package reads
 _REINSTALL = "reinstall PyTorch: https://pytorch.org/get-started/locally"
 
 
