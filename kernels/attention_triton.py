@@ -17,13 +17,13 @@ from vbcompile.kernels.attention_layout import empty_output, pad_lead, tile_stri
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_tuning import TileConfig
 from vbcompile.kernels.score_function import ScoreFunction
+from vbcompile.kernels.triton_target import refuses_triton
 
-__all__ = ["backward", "forward", "interpreted", "refuses"]
+__all__ = ["backward", "forward", "refuses"]
 
 MAX_HEAD_SIZE = 256
 _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
 _CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OLDEST_NVIDIA = (8, 0)  # asynchronous copies and bfloat16 products
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
 _DECODE_ROWS = 64  # most rows of a tile there
 _DECODE_PROGRAMS, _MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 2, 128, 128
@@ -32,31 +32,9 @@ _DECODE_PROGRAMS, _MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 2, 128, 128
 # ------------------------------------------------------------------------------------------------- refusals
 def refuses(target: Target, case: AttentionCase | None) -> str | None:
     """Why these kernels cannot run a case on a target; ``case`` None asks about the target alone."""
-    if reason := _refuses_target(target):
+    if reason := refuses_triton(target):
         return reason
     return None if case is None else _refuses_case(case)
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``), as tests without an accelerator do."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return False
-    return bool(knobs.runtime.interpret)
-
-
-def _refuses_target(target: Target) -> str | None:
-    if target.vendor == "cpu" and interpreted():
-        return None
-    if target.vendor not in ("nvidia", "amd", "intel"):
-        return f"no Triton attention for {target.vendor}"
-    if "triton" not in target.features:
-        return "Triton is not installed with a compiler for this device"
-    capability = target.compute_capability
-    if capability is not None and capability < _OLDEST_NVIDIA:
-        return f"needs sm_80 or later, this is {target.arch}"
-    return None
 
 
 def _refuses_case(case: AttentionCase) -> str | None:

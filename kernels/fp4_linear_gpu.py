@@ -16,6 +16,7 @@ from vbcompile.kernels import fp4_linear_triton
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.triton_target import refuses_triton
 
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
@@ -45,7 +46,7 @@ def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
 
 def _refuses_target(target: Target) -> str | None:
     """Compiling ahead of time proves no result: until these kernels have run on a card, the user decides."""
-    if reason := fp4_linear_triton.refuses_target(target):
+    if reason := refuses_triton(target):
         return reason
     if target.vendor != "cpu" and os.environ.get("VB_FP4_GPU") != "1":
         return "compiled for this hardware but not yet run on it; VB_FP4_GPU=1 in the environment allows it"

@@ -14,9 +14,9 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS: int = 512  # of x; beyond, decoding once and a vendor product is always faster
-_OLDEST_NVIDIA = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16)
 _TYPICAL_MULTIPROCESSORS = 128
 _POOL_COUNTERS = 1 << 20
@@ -42,32 +42,9 @@ class TileConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``)."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return False
-    return bool(knobs.runtime.interpret)
-
-
-def refuses_target(target: Target) -> str | None:
-    """Why these kernels cannot run on a target."""
-    if target.vendor == "cpu" and interpreted():
-        return None
-    if target.vendor not in ("nvidia", "amd", "intel"):
-        return f"no Triton FP4 kernels for {target.vendor}"
-    if "triton" not in target.features:
-        return "Triton is not installed with a compiler for this device"
-    capability = target.compute_capability
-    if capability is not None and capability < _OLDEST_NVIDIA:
-        return f"needs sm_80 or later, this is {target.arch}"
-    return None
-
-
 def preferred_layout(target: Target) -> str:
     """The layout that weights on a target are stored in; ``plain`` where no kernel of ours reads another."""
-    if refuses_target(target):
+    if refuses_triton(target):
         return "plain"
     if target.vendor != "nvidia":
         return "fragments2"

@@ -9,7 +9,8 @@ from attention_compare import DEVICE, compare
 from attention_forms import Form, make_forms
 
 from vbcompile.kernels import attention_problem
-from vbcompile.kernels.attention_triton import forward, interpreted
+from vbcompile.kernels.attention_triton import forward
+from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not interpreted(), reason="needs an accelerator or TRITON_INTERPRET=1"

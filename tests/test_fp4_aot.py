@@ -19,8 +19,9 @@ from vbcompile.kernels.fp4 import PackedWeight
 from vbcompile.kernels.fp4_formats import E2M1_VALUES, NVFP4
 from vbcompile.kernels.fp4_layout import _interleave, _untile_scales, to_layout
 from vbcompile.kernels.fp4_linear_kernels import fp4_dequantize_kernel, fp4_product_kernel
+from vbcompile.kernels.triton_target import interpreted
 
-pytestmark = pytest.mark.skipif(fp4_linear_triton.interpreted(), reason="the interpreter does not compile")
+pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840}
 ROWS = (1, 64, 256)

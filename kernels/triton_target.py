@@ -1,0 +1,33 @@
+"""Which targets our Triton kernels run on."""
+
+import os
+import sys
+
+from vbcompile.device import Target
+
+_OLDEST_NVIDIA = (8, 0)  # asynchronous copies and bfloat16 products
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``), as tests without an accelerator do."""
+    if "triton" not in sys.modules and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return False  # spares the import
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return bool(knobs.runtime.interpret)
+
+
+def refuses_triton(target: Target) -> str | None:
+    """Why no Triton kernel of ours runs on a target, or None."""
+    if target.vendor == "cpu" and interpreted():
+        return None
+    if target.vendor not in ("nvidia", "amd", "intel"):
+        return f"no Triton for {target.vendor}"
+    if "triton" not in target.features:
+        return "Triton is not installed with a compiler for this device"
+    capability = target.compute_capability
+    if capability is not None and capability < _OLDEST_NVIDIA:
+        return f"needs sm_80 or later, this is {target.arch}"
+    return None
