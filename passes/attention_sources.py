@@ -157,7 +157,7 @@ class _Source:
     def tensor(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
         return self._constant(call.get("data"), tensor_of(node).dtype)
 
-    scalar_tensor = tensor
+    scalar_tensor = new_tensor = tensor
 
     def tril(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
         make = self.lifter.algebra.make

@@ -5,6 +5,8 @@ gives the same :class:`Call` for all of them. Operators that the passes do not r
 """
 
 import operator
+import re
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +163,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "new_full": ("input", "size", "fill_value"),
     "arange": (),
     "tensor": ("data",),
+    "new_tensor": ("input", "data"),
     "scalar_tensor": ("data",),
     "einsum": (),
 }
@@ -256,6 +259,8 @@ def _function_call(node: fx.Node) -> Call | None:
     if target is getattr and node.args[1] in ("T", "mT", "H", "mH"):
         name = {"T": "T", "H": "T"}.get(str(node.args[1]), "mT")
         return Call(name, {"input": node.args[0]})
+    if (getattr(target, "__module__", ""), getattr(target, "__name__", "")) == ("einops.einops", "einsum"):
+        return _bind_einops_einsum(node)
     known = _FUNCTIONS.get(target) if _is_hashable(target) else None
     if known is None:
         return None
@@ -287,6 +292,19 @@ def _bind(name: str, parameters: tuple[str, ...] | None, node: fx.Node, in_place
     for parameter, value in zip(parameters, positional, strict=False):
         arguments[parameter] = value
     return Call(name, arguments, in_place)
+
+
+def _bind_einops_einsum(node: fx.Node) -> Call | None:
+    """``einops.einsum(*operands, pattern)``, which some releases of PyTorch record as it is; axes have names there."""
+    *operands, pattern = node.args
+    if node.kwargs or not isinstance(pattern, str):
+        return None
+    names = re.findall(r"\w+", pattern)
+    if len(set(names)) > len(string.ascii_letters) or not re.fullmatch(r"[\s\w.,]*->[\s\w.]*", pattern):
+        return None
+    letters = dict(zip(dict.fromkeys(names), string.ascii_letters, strict=False))
+    equation = re.sub(r"\w+", lambda match: letters[match[0]], pattern)
+    return Call("einsum", {"equation": equation, "operands": tuple(operands)})
 
 
 def _bind_einsum(node: fx.Node) -> Call | None:
