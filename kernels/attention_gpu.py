@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-import torch
-
 from vbcompile.device import Target
 from vbcompile.kernels import attention_hopper, attention_triton
+from vbcompile.kernels.attention import arrange
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.registry import Implementation, operator
@@ -37,13 +36,8 @@ def _hopper_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     q4, k4, v4 = fold_inputs(q, k, v, lead)
     offset = causal_offset(function, q.shape[-2], k.shape[-2])
     out, lse = attention_hopper.forward(q4, k4, v4, scale, offset, function.rows_first)
-    return _arranged(out, lead, function.rows_first), lse.reshape(*lead, q.shape[-2])
-
-
-def _arranged(out: torch.Tensor, lead: torch.Size, rows_first: bool) -> torch.Tensor:
-    from vbcompile.kernels.attention import arrange
-
-    return arrange(out.reshape(*lead, *out.shape[-2:]), rows_first)
+    out = arrange(out.reshape(*lead, *out.shape[-2:]), function.rows_first)
+    return out, lse.reshape(*lead, q.shape[-2])
 
 
 def _hopper_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
