@@ -20,8 +20,8 @@ def environment() -> dict[str, str]:
 
 
 def folder() -> Path:
-    """Where results go: ``$OUT`` where that is set, else ``bench/results``."""
-    path = Path(os.environ.get("OUT") or RESULTS)
+    """Where results go: ``$BENCH_RESULTS`` where that is set, else ``bench/results``."""
+    path = Path(os.environ.get("BENCH_RESULTS") or RESULTS)
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -2,16 +2,29 @@
 
 An operator (``attention``) has one meaning and several implementations. Each states its refusals as sentences, so that
 a user who asks why a kernel does not run gets an answer. The reference refuses nothing, so a choice always exists.
+
+Users override the choice with :func:`force` or ``VB_IMPLEMENTATION=attention=triton,attention_backward=reference``.
+Other packages add implementations by an entry point in the group ``vbcompile.implementations`` that names a function;
+it is called without arguments when a choice is first asked for, and calls ``operator(name).register(...)``.
 """
 
+import logging
 import math
-from collections.abc import Callable, Hashable
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import import_module
+from functools import cache, lru_cache
+from importlib import import_module, metadata
 from typing import Any
 
+from vbcompile.config import ConfigError
 from vbcompile.device import Target
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "VB_IMPLEMENTATION"
+ENTRY_POINTS = "vbcompile.implementations"
 
 # operator -> modules whose import registers its implementations; imported when a choice is first asked for
 _ATTENTION = tuple(f"vbcompile.kernels.{m}" for m in ("attention", "attention_sdpa", "attention_gpu"))
@@ -71,6 +84,7 @@ class Operator:
         """Import the modules that register this operator's implementations."""
         for module in MODULES[self.name]:
             import_module(module)
+        _load_third_parties()
 
     def register(self, implementation: Implementation) -> None:
         """Add an implementation; a second one of the same name is an error."""
@@ -80,8 +94,12 @@ class Operator:
         _choose.cache_clear()
 
     def choose(self, target: Target, case: Hashable) -> Choice:
-        """The cheapest implementation that takes ``case`` on ``target``; remembered per case."""
-        return _choose(self.name, target, case)
+        """The cheapest implementation that takes ``case`` on ``target``, or the forced one; remembered per case.
+
+        Raises:
+            ConfigError: the implementation that the user forced does not exist or refuses the case.
+        """
+        return _choose(self.name, target, case, _forced().get(self.name))
 
 
 _OPERATORS = {name: Operator(name) for name in MODULES}
@@ -94,9 +112,62 @@ def operator(name: str) -> Operator:
     return _OPERATORS[name]
 
 
+@contextmanager
+def force(**implementations: str) -> Iterator[None]:
+    """Run operators by the named implementations in this process: ``with force(attention="triton"): ...``.
+
+    Graphs compiled earlier follow too: the choice is made when an operator runs.
+
+    Raises:
+        KeyError: unknown operator.
+        ConfigError: from the operator's call, where the implementation does not exist or refuses the case.
+    """
+    for name in implementations:
+        operator(name)
+    forced, before = _forced(), dict(_forced())
+    forced.update(implementations)
+    try:
+        yield
+    finally:
+        forced.clear()
+        forced.update(before)
+
+
+@cache
+def _forced() -> dict[str, str]:
+    """Operator -> implementation that the user wants; begins with what the environment says."""
+    return parse_forced(os.environ)
+
+
+def parse_forced(environ: Mapping[str, str]) -> dict[str, str]:
+    """``VB_IMPLEMENTATION`` as a dictionary. Raises ConfigError where it names no operator."""
+    forced: dict[str, str] = {}
+    for part in filter(None, environ.get(VARIABLE, "").split(",")):
+        name, _, implementation = (word.strip() for word in part.partition("="))
+        if name not in MODULES or not implementation:
+            valid = ", ".join(f"{name}=..." for name in MODULES)
+            raise ConfigError(
+                f"environment variable {VARIABLE}: {part!r} is not OPERATOR=IMPLEMENTATION; valid: {valid}"
+            )
+        forced[name] = implementation
+    return forced
+
+
+@cache
+def _load_third_parties() -> None:
+    """Once: a package that fails is named in a warning and left out."""
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()()
+        except Exception as error:  # noqa: BLE001 - somebody else's code, reported
+            log.warning("implementations of %s are left out: %s: %s", entry.value, type(error).__name__, error)
+
+
 @lru_cache(maxsize=4096)
-def _choose(name: str, target: Target, case: Any) -> Choice:
+def _choose(name: str, target: Target, case: Any, forced: str | None) -> Choice:
     _OPERATORS[name].load()
+    if forced is not None:
+        return _forced_choice(name, target, case, forced)
     costs: list[tuple[float, Implementation]] = []
     refused: list[tuple[str, str]] = []
     elsewhere: list[tuple[str, str]] = []
@@ -114,6 +185,16 @@ def _choose(name: str, target: Target, case: Any) -> Choice:
     if math.isinf(cost):  # nothing but the last resort: then it matters why
         return Choice(chosen, (*refused, *elsewhere))
     return Choice(chosen, tuple(refused), tuple(elsewhere))
+
+
+def _forced_choice(name: str, target: Target, case: Any, forced: str) -> Choice:
+    found = {i.name: i for i in _OPERATORS[name].implementations}
+    if forced not in found:
+        raise ConfigError(f"operator {name} has no implementation {forced!r}; it has {', '.join(found)}")
+    reason = found[forced].refuses(target, None) or found[forced].refuses(target, case)
+    if reason:
+        raise ConfigError(f"implementation {forced!r} of {name} was asked for and refuses: {reason}")
+    return Choice(found[forced], tuple((other, "another was asked for") for other in found if other != forced))
 
 
 def describe(target: Target) -> list[tuple[str, str, str]]:

@@ -5,10 +5,12 @@ Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 
 import argparse
 import importlib
+import json
 import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "arguments that are not ours",
     )
     explain.add_argument("--mode", help="balanced, memory, speed or full")
+    explain.add_argument(
+        "--as", dest="arch", help="choose kernels as for this architecture, e.g. gfx942 or Ascend910B1"
+    )
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
 
@@ -68,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser(
         "doctor", help="devices, drivers, versions, kernels that can run here, and what to fix"
+    )
+    doctor.add_argument("--kernels", action="store_true", help="only which kernel can run where, and why not")
+    doctor.add_argument(
+        "--device", action="append", default=[], help="for --kernels: a device here, or an architecture that is not"
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
@@ -108,10 +117,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _explain_call(path: str, name: str, arguments: argparse.Namespace) -> Any:
+    from vbcompile.device import DeviceError
     from vbcompile.explainer import explain
 
     model, inputs, keywords = _make(path, name)
-    return explain(model, *inputs, mode=arguments.mode, **keywords)
+    try:
+        return explain(model, *inputs, mode=arguments.mode, as_device=arguments.arch, **keywords)
+    except DeviceError as error:
+        raise UsageError(str(error)) from error
 
 
 def _make(path: str, name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
@@ -145,6 +158,8 @@ def _explain_script(arguments: argparse.Namespace) -> Any:
     from vbcompile.global_switch import enable
     from vbcompile.report import GraphReport
 
+    if arguments.arch:
+        raise UsageError("--as needs FILE.py:NAME or package.module:NAME: a script runs on the devices that are here")
     reports: list[GraphReport] = []
     add_listener(reports.append)
     enable(arguments.mode, verbose=False)
@@ -185,6 +200,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    if arguments.kernels or arguments.device:
+        return _kernels(arguments)
     from vbcompile.doctor import diagnose
 
     diagnosis = diagnose()
@@ -193,6 +210,24 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         Console().print(diagnosis)
     return diagnosis.exit_status
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vbcompile.device import DeviceError
+    from vbcompile.doctor import list_kernels
+    from vbcompile.doctor_view import kernel_table
+
+    try:
+        rows = list_kernels(arguments.device)
+    except DeviceError as error:
+        raise UsageError(str(error)) from error
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        Console().print(kernel_table(rows))
+    return 0
 
 
 if __name__ == "__main__":

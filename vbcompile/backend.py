@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from vbcompile import __version__, compat
 from vbcompile.config import Config, resolve_config
-from vbcompile.device import get_target
+from vbcompile.device import Target, get_target
 from vbcompile.passes import pipeline
 from vbcompile.report import GraphReport
 
@@ -28,6 +28,7 @@ def vblackwell(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    target: Target | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph captured by Dynamo. Users name it: ``torch.compile(model, backend="vblackwell")``.
 
@@ -36,12 +37,13 @@ def vblackwell(
         example_inputs: its inputs.
         mode: one of our four modes or one of Inductor's.
         options: fields of :class:`vbcompile.Config`, and Inductor's own options.
+        target: choose kernels as for this device; None: the one that the inputs are on.
 
     Raises:
         ConfigError: unknown mode, option or value.
     """
     config = resolve_config(mode, options)
-    target = get_target(_device_of(example_inputs))
+    target = target or get_target(_device_of(example_inputs))
     number = next(_numbers)
     training = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     report = GraphReport(

@@ -118,7 +118,7 @@ def _read_target(device_type: str, index: int) -> Target:
         name=name,
         multiprocessors=_multiprocessors(properties),
         memory=backend.total_memory(),
-        features=_features(backend.vendor, arch, properties) | _triton_feature(backend.vendor),
+        features=features_of(backend.vendor, arch, properties) | _triton_feature(backend.vendor),
     )
 
 
@@ -145,7 +145,7 @@ def _multiprocessors(properties: Any) -> int | None:
     return None
 
 
-def _features(vendor: str, arch: str, properties: Any) -> frozenset[str]:
+def features_of(vendor: str, arch: str, properties: Any) -> frozenset[str]:
     match vendor:
         case "nvidia":
             capability = (properties.major, properties.minor)

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ _VARIABLES = (
     "VB_STRICT",
     "VB_HBM_BUDGET",
     "VB_FP4_GPU",
+    "VB_IMPLEMENTATION",
     "ENABLE_VIRTUAL_BLACKWELL",
 )  # all that this package reads
 _REINSTALL = "reinstall PyTorch: https://pytorch.org/get-started/locally"
@@ -306,12 +307,28 @@ def _try_tools(found: Diagnosis) -> None:
 
 
 def _list_kernels(found: Diagnosis) -> None:
-    from vbcompile.device import get_target
+    found.kernels += list_kernels([report.device for report in found.devices])
+
+
+def list_kernels(devices: Sequence[str] = ()) -> list[KernelReport]:
+    """Which implementation of each operator can run where, once per architecture.
+
+    Args:
+        devices: devices of this machine (``cuda:0``) or architectures that it does not have (``gfx942``); none: all
+            devices here.
+
+    Raises:
+        DeviceError: a name that is neither.
+    """
+    from vbcompile.device import get_target, valid_devices
+    from vbcompile.device_catalog import catalog_target
 
     registry = importlib.import_module("vbcompile.kernels.registry")
-    targets = {target.arch: target for target in map(get_target, (report.device for report in found.devices))}
-    for arch, target in targets.items():
-        found.kernels += [KernelReport(arch, *row) for row in registry.describe(target)]
+    here = valid_devices()
+    names = devices or here
+    targets = [get_target(n) if n in here or n.partition(":")[0] in here else catalog_target(n) for n in names]
+    rows = {target.arch: registry.describe(target) for target in targets}
+    return [KernelReport(arch, *row) for arch, found in rows.items() for row in found]
 
 
 def _find_entry_point(found: Diagnosis) -> None:
@@ -348,6 +365,8 @@ def _invalid_variables(names: list[str]) -> dict[str, str]:
             resolve_config(environ={name: os.environ[name]})
             if name == "ENABLE_VIRTUAL_BLACKWELL" and os.environ[name]:
                 parse_flag(name, os.environ[name])
+            if name == "VB_IMPLEMENTATION":
+                importlib.import_module("vbcompile.kernels.registry").parse_forced(os.environ)
         except ConfigError as error:
             wrong[name] = str(error)
     return wrong

@@ -1,11 +1,13 @@
 """A diagnosis as tables for the terminal."""
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from vbcompile.doctor import Diagnosis, Problem
+from vbcompile.doctor import Diagnosis, KernelReport, Problem
 
 
 def view(found: Diagnosis) -> Group:
@@ -30,11 +32,7 @@ def view(found: Diagnosis) -> Group:
             ("tool", "for", "works", ""),
             [(tool.tool, tool.purpose, _yes(tool.ok), tool.detail) for tool in found.tools],
         ),
-        _table(
-            "Kernels",
-            ("architecture", "operator", "implementation", "runs", "why not"),
-            [(k.arch, k.operator, k.implementation, _yes(not k.reason), k.reason) for k in found.kernels],
-        ),
+        kernel_table(found.kernels),
         _table(
             "Environment",
             ("variable", "value", "problem"),
@@ -42,6 +40,12 @@ def view(found: Diagnosis) -> Group:
         ),
     ]
     return Group(*(table for table in tables if table.row_count), *map(_problem, found.problems), _verdict(found))
+
+
+def kernel_table(kernels: Sequence[KernelReport]) -> Table:
+    """Which implementation of each operator runs on which architecture."""
+    rows = [(k.arch, k.operator, k.implementation, _yes(not k.reason), k.reason) for k in kernels]
+    return _table("Kernels", ("architecture", "operator", "implementation", "runs", "why not"), rows)
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Table:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vbcompile.backend import add_listener, remove_listener, vblackwell
+from vbcompile.device_catalog import catalog_target
 from vbcompile.report import GraphReport, merge_counts
 
 _STYLE = {"rewritten": "green", "left": "yellow"}
@@ -79,6 +80,7 @@ def explain(
     *inputs: Any,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    as_device: str | None = None,
     **keyword_inputs: Any,
 ) -> Explanation:
     """Capture one call of a model, run the passes on it, and tell what they did.
@@ -90,15 +92,21 @@ def explain(
         model: a module or function, not compiled by ``torch.compile``.
         inputs, keyword_inputs: what it is called with.
         mode, options: as for ``torch.compile(backend="vblackwell")``.
+        as_device: choose kernels as for this architecture (``"gfx942"``, ``"Ascend910B1"``); the call itself still
+            runs on the device that the inputs are on.
 
     Raises:
         ConfigError: unknown mode, option or value.
+        DeviceError: unknown architecture.
     """
     reports: list[GraphReport] = []
+    target = None if as_device is None else catalog_target(as_device)
     arguments = {**(options or {}), "downstream": "eager", **({} if mode is None else {"mode": mode})}
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return vblackwell(gm, example_inputs, options=arguments)  # a new object each time: no cached graph matches it
+        return vblackwell(
+            gm, example_inputs, options=arguments, target=target
+        )  # a new object each time: no cached graph matches it
 
     add_listener(reports.append)
     try:
