@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--as", dest="arch", help="choose kernels as for this architecture, e.g. gfx942 or Ascend910B1"
     )
+    explain.add_argument("--html", metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
 
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budget", help="device memory, e.g. 20GiB (default: all of it, or VB_HBM_BUDGET)")
     plan.add_argument("--training", action="store_true", help="plan forward, backward and optimizer state")
     plan.add_argument("--weight-bits", type=float, help="bits per element of stored matrices, e.g. 4.5")
+    plan.add_argument("--html", metavar="FILE", help="write one self-contained page with the transfer timeline")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(command=_plan)
 
@@ -109,9 +111,11 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     path, _, name = arguments.target.rpartition(":")
     explanation = _explain_call(path, name, arguments) if path else _explain_script(arguments)
+    if arguments.html:
+        Path(arguments.html).write_text(explanation.to_html(arguments.target), encoding="utf-8")
     if arguments.json:
         print(explanation.to_json())
-    else:
+    elif not arguments.html:
         Console().print(explanation)
     return 1 if any(r.failures for r in explanation.reports) else 0
 
@@ -193,6 +197,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     except PlanError as error:
         print(f"vbcompile: {error}", file=sys.stderr)
         return 1
+    if arguments.html:
+        from vbcompile.report_page import Movement, html_page
+
+        Path(arguments.html).write_text(html_page([], arguments.target, Movement(result.plan)), encoding="utf-8")
     print(result.to_json() if arguments.json else result)
     return 0
 

@@ -45,6 +45,12 @@ class Explanation:
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, default=str)
 
+    def to_html(self, title: str = "vbcompile explain") -> str:
+        """One self-contained page: sites, reasons, implementations, memory and configuration."""
+        from vbcompile.report_page import html_page
+
+        return html_page(self.reports, title)
+
     def __str__(self) -> str:
         console = Console(width=120, no_color=True, highlight=False)
         with console.capture() as capture:
