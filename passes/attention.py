@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 from torch import fx
-from torch._dynamo.utils import counters
 
 from vbcompile.passes.attention_checks import check_region
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
@@ -152,7 +151,6 @@ class _GraphPass:
         out = plans[0].site.out
         place, site = matcher.effects.position[out], describe_site(out)
         rewrite(plans, matcher.effects)
-        counters["vblackwell"]["fuse_attention"] += len(plans)
         for made in plans:
             decision = Decision(PASS_NAME, site, "rewritten", describe(made), details=details(made))
             self.decisions.append((place, decision))

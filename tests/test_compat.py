@@ -197,6 +197,25 @@ def test_is_compiled_module():
     assert not compat.is_compiled_module(model)
 
 
+def test_wants_another_capture():
+    asked = []
+
+    def backend(gm, example_inputs):
+        try:
+            return compat.compile_with_aot_eager(gm, example_inputs)
+        except Exception as error:
+            asked.append(compat.wants_another_capture(error))
+            raise
+
+    def drop(x, probability):
+        return nn.functional.dropout(x, probability)
+
+    x = torch.randn(3)
+    assert torch.equal(torch.compile(drop, backend=backend, dynamic=True)(x, 0.0), x)
+    assert asked == [True]
+    assert not compat.wants_another_capture(RuntimeError("a failure"))
+
+
 def test_copy_graph_stands_in_for_the_original():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
     kept = []

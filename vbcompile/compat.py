@@ -132,6 +132,13 @@ def is_compiled_module(module: torch.nn.Module) -> bool:
     return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
 
 
+def wants_another_capture(error: Exception) -> bool:
+    """Whether AOTAutograd asks Dynamo to capture the graph anew: no failure of a compile."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    return isinstance(error, RestartAnalysis)
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy that can stand in for a graph of Dynamo's; metadata is shared, not copied deeply."""
     copy = fx.Graph()
