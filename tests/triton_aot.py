@@ -46,7 +46,9 @@ class Report:
 
 
 def gpu_target(arch: str) -> GPUTarget:
-    return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)  # RDNA's waves have 32 lanes
 
 
 class _Signature:
