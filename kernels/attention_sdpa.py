@@ -12,18 +12,16 @@ from torch import Tensor
 from vbcompile.device import Target
 from vbcompile.kernels.attention import arrange, attention_backward_reference
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
+from vbcompile.kernels.attention_dense import DenseScores
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
-    additive_bias,
     causal_offset,
-    evaluate,
 )
 
 aten = torch.ops.aten
-_ABSORBS = -1e4  # below this, float32 has less than three decimals left beside the bias
 
 
 # -------------------------------------------------------------------------------------------- refusals
@@ -130,12 +128,12 @@ def _gpu_backward(kernel: str):
 
 # ------------------------------------------------------------------------------------------------- CPU
 class _CpuCall:
-    """4-D inputs, causal flag and additive mask of a call, and the rows in which no key takes part.
+    """4-D inputs, causal flag and additive mask of a call.
 
     Attributes:
+        scores: bias and mask; None where the causal flag says all.
+        bias: both in one tensor ``[batch, heads, Q, K]``, sizes of one where shared by all.
         empty: rows without a key, ``[*lead, Q]``; None where there can be none.
-        poisoned: empty rows whose scores still get a gradient (NaN, as softmax gives): emptied by a bias, not a mask.
-        absorbed: whether a row's bias is so low that ``lse`` cannot hold the number of its keys (a minimum for all).
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
@@ -143,41 +141,18 @@ class _CpuCall:
         self.heads = fold_heads(self.lead)
         self.tensors = [fold(t, self.lead, self.heads) for t in (q, k, v)]
         self.causal = causal_offset(function, q.shape[-2], k.shape[-2]) == 0
+        self.scores: DenseScores | None = None
         self.bias: Tensor | None = None
         self.empty: Tensor | None = None
-        self.poisoned: Tensor | None = None
-        self.absorbed = False
-        if not self.causal and (function.mask is not None or function.program[function.score] != ("score",)):
-            self._set_bias(q, k, captured, function)
-
-    def _set_bias(self, q: Tensor, k: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
-        split = additive_bias(function)
-        assert split is not None  # _refuses_cpu asked
-        extended, position = split
-        dtype = accumulation_dtype(q.dtype)
-        bias, keep = evaluate(
-            extended,
-            (position, function.mask),
-            score=None,
-            captured=captured,
-            lead=self.lead,
-            q_length=q.shape[-2],
-            k_length=k.shape[-2],
-            device=q.device,
-            dtype=dtype,
-        )
-        size = (1,) * len(self.lead) + (q.shape[-2], k.shape[-2])
-        total = torch.zeros((), dtype=dtype, device=q.device) if bias is None else bias.to(dtype)
-        total = total if keep is None else torch.where(keep, total, -torch.inf)
-        total = total.broadcast_to(torch.broadcast_shapes(total.shape, size))
-        rows = (*self.lead, q.shape[-2])
-        highest = total.amax(-1)
-        self.empty = (highest == -torch.inf).expand(rows)
-        self.absorbed = bool(((highest < _ABSORBS) & (highest > -torch.inf)).any())
-        if function.empty_rows == "nan":
-            self.poisoned = self.empty if keep is None else self.empty & keep.broadcast_to(total.shape).any(-1)
+        if self.causal or (function.mask is None and function.program[function.score] == ("score",)):
+            return
+        self.scores = DenseScores(function, captured, self.lead, q.shape[-2], k.shape[-2], q.device, q.dtype)
+        total = self.scores.additive
         shared = total.shape[:-2].numel() == 1
-        self.bias = (total.reshape(1, 1, *size[-2:]) if shared else fold(total, self.lead, self.heads)).to(q.dtype)
+        self.bias = (total.reshape(1, 1, *total.shape[-2:]) if shared else fold(total, self.lead, self.heads)).to(
+            q.dtype
+        )
+        self.empty = self.scores.empty
 
 
 def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
@@ -198,7 +173,7 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
     call = _CpuCall(q, k, v, captured, function)
-    if call.absorbed:
+    if call.scores is not None and call.scores.absorbed:
         return attention_backward_reference(
             grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
         )
@@ -210,8 +185,8 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=call.bias, scale=scale
     )
-    if call.poisoned is not None:
-        poisoned = call.poisoned.expand(*call.lead, -1).reshape(lse4.shape)
+    if call.scores is not None and call.scores.poisoned is not None:
+        poisoned = call.scores.poisoned.expand(*call.lead, -1).reshape(lse4.shape)
         dq = dq.masked_fill(poisoned.unsqueeze(-1), torch.nan)
         dk = dk.masked_fill(poisoned.any(-1)[..., None, None], torch.nan)
         dv = dv.masked_fill(rows.any(-1)[..., None, None], torch.nan)

@@ -205,14 +205,14 @@ def causal_offset(function: ScoreFunction, q_length: int, k_length: int) -> int 
     if name not in ("ge", "le"):
         return None
     row, column = arguments if name == "ge" else reversed(arguments)
-    offsets = [_affine(function, position, q_length, k_length) for position in (row, column)]
+    offsets = [affine(function, position, q_length, k_length) for position in (row, column)]
     if offsets[0] is None or offsets[1] is None:
         return None
     (row_q, row_k, row_c), (column_q, column_k, column_c) = offsets[0], offsets[1]
     return row_c - column_c if (row_q - column_q, row_k - column_k) == (1, -1) else None
 
 
-def _affine(function: ScoreFunction, position: int, q_length: int, k_length: int) -> tuple[int, int, int] | None:
+def affine(function: ScoreFunction, position: int, q_length: int, k_length: int) -> tuple[int, int, int] | None:
     """``(a, b, c)`` where the integer instruction equals ``a * i + b * j + c``."""
     name, *arguments = function.program[position]
     leaves = {"q_index": (1, 0, 0), "k_index": (0, 1, 0), "q_length": (0, 0, q_length), "k_length": (0, 0, k_length)}
@@ -222,7 +222,7 @@ def _affine(function: ScoreFunction, position: int, q_length: int, k_length: int
         return 0, 0, arguments[0]
     if name not in ("add", "sub"):
         return None
-    left, right = (_affine(function, a, q_length, k_length) for a in arguments)
+    left, right = (affine(function, a, q_length, k_length) for a in arguments)
     if left is None or right is None:
         return None
     sign = 1 if name == "add" else -1
