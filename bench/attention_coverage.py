@@ -33,7 +33,8 @@ from attention_cases.case import BOTH  # noqa: E402
 from attention_corpus import CASES  # noqa: E402
 from attention_trial import Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
 from model_families import FAMILIES, FamilyResult, try_family  # noqa: E402
-from record import environment  # noqa: E402
+from parallel_trials import run_in_parallel  # noqa: E402
+from record import environment, folder  # noqa: E402
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -66,14 +67,21 @@ def run_corpus(backends: Sequence[Backend], arguments: argparse.Namespace) -> li
     ]
 
 
-def run_families(backends: Sequence[Backend], arguments: argparse.Namespace) -> list[FamilyResult]:
+def run_families(arguments: argparse.Namespace) -> list[FamilyResult]:
     """Every model family in inference and training."""
-    families = [f for f in FAMILIES if not arguments.only or f.name in arguments.only]
-    trials = list(itertools.product(backends, arguments.modes, families))[:: arguments.every]
-    return [
-        try_family(family, backend, mode=mode, device=arguments.device)
-        for backend, mode, family in track(trials, "families", console=console)
-    ]
+    families = [f.name for f in FAMILIES if not arguments.only or f.name in arguments.only]
+    product = itertools.product(arguments.backends, arguments.modes, families)
+    trials = [(*trial, arguments.device) for trial in product][:: arguments.every]
+    if arguments.jobs > 1:
+        return run_in_parallel(run_family, trials, arguments.jobs, arguments.seconds)
+    return [run_family(*trial) for trial in track(trials, "families", console=console)]
+
+
+def run_family(backend: str, mode: str, family: str, device: str) -> FamilyResult:
+    """One family under a backend, by their names."""
+    warnings.filterwarnings("ignore")
+    chosen = next(f for f in FAMILIES if f.name == family)
+    return try_family(chosen, make_backend(backend), mode=mode, device=device)
 
 
 def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -176,6 +184,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=("static", "dynamic"), default=["static", "dynamic"])
     parser.add_argument("--only", nargs="+", default=[], help="families or names of cases; names of model families")
     parser.add_argument("--every", type=int, default=1, help="run every n-th trial only")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the model families")
+    parser.add_argument("--seconds", type=float, default=0.0, help="with --jobs: stop waiting for families after this")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--failures", action="store_true", help="list every trial that is not as it should be")
@@ -187,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     backends = [make_backend(name) for name in arguments.backends]
     corpus = run_corpus(backends, arguments) if arguments.what != "families" else []
-    families = run_families(backends, arguments) if arguments.what != "corpus" else []
+    families = run_families(arguments) if arguments.what != "corpus" else []
     rows = summarise(corpus)
     if corpus:
         show_corpus(rows)
@@ -197,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for result in (*corpus, *families):
             if not result.ok:
                 console.print(asdict(result))
-    output = (
-        arguments.output or ROOT / "bench" / "results" / f"attention_coverage_{arguments.device.split(':')[0]}.json"
-    )
+    output = arguments.output or folder() / f"attention_coverage_{arguments.device.split(':')[0]}.json"
     write(output, corpus, families)
     ours = [row for row in rows if row["backend"].startswith("vblackwell")]
     bad = any(row["wrong"] or row["wrongly_fused"] for row in ours)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vbcompile.passes.graph_aten import aten_call
+
 
 @dataclass(frozen=True)
 class Call:
@@ -170,6 +172,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
 _SIZE_LISTS = {"reshape": "size", "permute": "dims", "expand": "size", "repeat": "repeats", "new_zeros": "size"}
 _SIZE_LISTS |= {"zeros": "size", "ones": "size", "new_ones": "size", "empty": "size"}
 _ALIASES = {"self": "input", "axis": "dim", "mat2": "other", "axis0": "dim0", "axis1": "dim1", "shape": "size"}
+_ALIASES |= {"train": "training", "exponent": "other"}
 
 
 def _functions() -> dict[Any, str]:
@@ -263,7 +266,8 @@ def _function_call(node: fx.Node) -> Call | None:
         return _bind_einops_einsum(node)
     known = _FUNCTIONS.get(target) if _is_hashable(target) else None
     if known is None:
-        return None
+        found = aten_call(target, node.args, node.kwargs)
+        return None if found is None else Call(*found)
     call = _bind(known, _SPECIAL_PARAMETERS.get(target, _PARAMETERS.get(known)), node, in_place=False)
     return call if call is None or call.get("inplace") is not True else Call(call.name, call.arguments, True)
 
