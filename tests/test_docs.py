@@ -1,0 +1,80 @@
+"""Every program and every command in README.md and docs/ runs as it stands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BY_CI = ("make ", "git ", "pip install")  # what sets up or is CI itself
+MODEL = """
+import torch
+def make():
+    return torch.nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), [torch.randn(2, 8, 64)]
+if __name__ == "__main__":
+    model, inputs = make()
+    model(*inputs).sum().backward()
+"""
+
+
+def blocks(language: str) -> list:
+    """``(page, text)`` of every block of a language, each named by its page and number."""
+    found = []
+    for page in PAGES:
+        texts = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+        found += [pytest.param(page, t, id=f"{page.relative_to(ROOT)}-{n}") for n, t in enumerate(texts)]
+    return found
+
+
+def run(command: list[str], folder: Path, **environment: str) -> None:
+    scripts = str(Path(sys.executable).parent)
+    path = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    known = {k: v for k, v in os.environ.items() if k not in ("VB_MODE", "ENABLE_VIRTUAL_BLACKWELL")}
+    done = subprocess.run(
+        command, cwd=folder, env=known | {"PATH": path} | environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+
+
+def is_program(text: str) -> bool:
+    """Blocks that import torch are programs; the others show a call in the reader's own code."""
+    return "import torch" in text
+
+
+@pytest.mark.parametrize(("page", "text"), [b for b in blocks("python") if is_program(b.values[1])])
+def test_a_program_runs(page, text, tmp_path):
+    (tmp_path / "program.py").write_text(text)
+    run([sys.executable, "program.py"], tmp_path)
+
+
+@pytest.mark.parametrize(("page", "text"), [b for b in blocks("python") if not is_program(b.values[1])])
+def test_a_fragment_names_what_exists(page, text):
+    """It compiles, and every public name of ours in it exists."""
+    import vbcompile
+
+    compile(text, str(page), "exec")
+    for name in re.findall(r"\b(?:vb|vbcompile)\.(\w+)", text):
+        assert hasattr(vbcompile, name) or (ROOT / "vbcompile" / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("sh"))
+def test_commands_run(page, text, tmp_path):
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "train.py").write_text(MODEL)
+    for name, program in re.findall(r"^```python\n# file: (\S+)\n(.*?)^```", page.read_text(), re.M | re.S):
+        (tmp_path / name).write_text(program)
+    for line in filter(None, (line.partition("#")[0].strip() for line in text.splitlines())):
+        words = shlex.split(line)
+        environment = {}
+        while "=" in words[0]:
+            name, _, environment[name] = words.pop(0).partition("=")
+        if words[0] == "python" and words[1].startswith("bench/"):
+            assert (ROOT / words[1]).is_file(), line  # measured on the machine that its results name
+        elif not line.startswith(BY_CI):
+            words[0] = sys.executable if words[0] == "python" else words[0]
+            run(words, tmp_path, **environment)
