@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels import fp4_linear_triton
+from vbcompile.kernels import fp4_linear_few, fp4_linear_triton
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.registry import Implementation, operator
@@ -20,6 +20,7 @@ from vbcompile.kernels.triton_target import refuses_triton
 
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
+_FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.3
 
 
 def bits_per_weight(format_name: str) -> float:
@@ -36,6 +37,20 @@ def _product_cost(target: Target, case: Fp4LinearCase) -> float:
     stored = bits_per_weight(case.format_name) / 8
     ours = max(stored / _MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _COMPUTE_SHARE)
     return ours / _dense(case.m, 2)
+
+
+def _few_cost(target: Target, case: Fp4LinearCase) -> float:
+    stored = bits_per_weight(case.format_name) / 8
+    ours = max(stored / _FEW_MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _FEW_COMPUTE_SHARE)
+    return ours / _dense(case.m, 2)
+
+
+def _refuses_few(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := _refuses_target(target):
+        return reason
+    if case is None:
+        return None if target.vendor == "nvidia" else "written for NVIDIA's mma instruction"
+    return fp4_linear_few.refuses_few(target, case.dtype, case.m, case.k, case.layout)
 
 
 def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
@@ -89,6 +104,9 @@ def dequantize_backward(
     return grad @ fp4_linear_triton.dequantize(codes, block_scales, row_scale, k, format_name, layout, grad.dtype)
 
 
+operator("fp4_linear").register(
+    Implementation("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost),
+)
 operator("fp4_linear").register(
     Implementation("triton", fp4_linear_triton.product, _refuses_product, _product_cost),
 )

@@ -6,7 +6,7 @@ import triton.language as tl
 from vbcompile.kernels.fp4_tiles import decode_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "steps_each", "splits"])
 def fp4_product_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr,
     m, n, k, x_stride, column_tiles, steps_each, splits,
@@ -43,7 +43,7 @@ def fp4_product_kernel(
     keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
     out_at = rows_m.to(tl.int64)[None, :] * n + rows_n[:, None]
     if SPLIT:
-        size = m.to(tl.int64) * n
+        size = tl.cast(m, tl.int64) * n
         tl.store(partial_ptr + split * size + out_at, total, mask=keep)
         tl.debug_barrier()
         counter = arrived_ptr + tile_m * tl.num_programs(0) + tile

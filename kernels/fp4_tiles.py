@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # $0 to $7: values 0 to 3 of the low half and of the high one; $8: word of codes; $9, $10: the halves' scales
-_UNPACK = """
+UNPACK = """
 { .reg .b32 t, u, s, p0, p1, p2, p3;
 and.b32 p0, $8, 0x81C081C0;
 shl.b32 t, $8, 3; and.b32 p1, t, 0x81C081C0;
@@ -19,7 +19,7 @@ shl.b32 t, $8, 1; and.b32 t, t, 0x80008000;
 shr.u32 u, $8, 3; lop3.b32 t, u, 0x01800180, t, 0xEA;
 shr.u32 u, $8, 7; lop3.b32 p3, u, 0x00400040, t, 0xEA;
 """
-_TO_HALF = "".join(
+TO_HALF = "".join(
     f"shl.b32 t, p{i}, 3; and.b32 t, t, 0x0E000E00; lop3.b32 p{i}, p{i}, 0x80008000, t, 0xEA;\n" for i in range(4)
 )
 
@@ -34,9 +34,9 @@ def _scaled(multiply: str) -> str:
     return "\n".join(lines) + "\n}"
 
 
-ASM_BF16_SM90 = tl.constexpr(_UNPACK + _scaled("mul.rn.bf16x2 {0}, {0}, s;"))
-ASM_BF16_SM80 = tl.constexpr(_UNPACK + "mov.b32 t, 0x80008000;\n" + _scaled("fma.rn.bf16x2 {0}, {0}, s, t;"))
-ASM_FP16 = tl.constexpr(_UNPACK + _TO_HALF + _scaled("mul.rn.f16x2 {0}, {0}, s;"))
+ASM_BF16_SM90 = tl.constexpr(UNPACK + _scaled("mul.rn.bf16x2 {0}, {0}, s;"))
+ASM_BF16_SM80 = tl.constexpr(UNPACK + "mov.b32 t, 0x80008000;\n" + _scaled("fma.rn.bf16x2 {0}, {0}, s, t;"))
+ASM_FP16 = tl.constexpr(UNPACK + TO_HALF + _scaled("mul.rn.f16x2 {0}, {0}, s;"))
 _CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
 _EIGHT = tl.constexpr((tl.uint16,) * 8)
 

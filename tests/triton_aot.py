@@ -11,6 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITCallable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -58,7 +59,10 @@ class _Signature:
         self.constants: dict[tuple[int, ...], Any] = {}
         self.attributes: dict[tuple[int, ...], Any] = {}
 
-    def of(self, value: Any, path: tuple[int, ...]) -> Any:
+    def of(self, value: Any, path: tuple[int, ...], general: bool = False) -> Any:
+        """``general``: without what holds for this value alone."""
+        if general and type(value) is int:
+            return "i32"
         if isinstance(value, tuple):
             return tuple(self.of(v, (*path, n)) for n, v in enumerate(value))
         if value is None or isinstance(value, (JITCallable, bool, str)) or (type(value) is int and value == 1):
@@ -89,8 +93,9 @@ def compile_launch(launch: Launch, arch: str) -> Report:
             signature.constants[(n,)] = value
             types[parameter.name] = "constexpr"
         else:
-            types[parameter.name] = signature.of(value, (n,))
-    source = ASTSource(kernel, types, signature.constants, signature.attributes)
+            types[parameter.name] = signature.of(value, (n,), parameter.do_not_specialize)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, types, signature.constants, signature.attributes)
     compiled = triton.compile(source, target=gpu_target(arch), options=compile_options)
     return _report(compiled)
 

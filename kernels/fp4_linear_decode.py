@@ -1,0 +1,206 @@
+"""Device code of the FP4 product for few rows of x, in Triton's Gluon dialect (NVIDIA, sm_80 and later).
+
+Every thread loads the codes that it multiplies, 16 bytes at a time, straight into registers: in the layout
+``fragments2t`` they are what the thread holds of the left operand of ``mma.sync.m16n8k16`` (PTX ISA, "Matrix Fragments
+for mma.m16n8k16"). No shared memory and no barrier before the last sum, so many loads are in flight. Tensors are one
+element a thread, ``[32 * WARPS]``; thread ``32 w + 4 r + c``.
+
+The warps of a block share 16 * STRIPS rows of the weight and take turns at its columns; their sums are added at the end
+in a fixed order.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
+
+_MULTIPLY = {
+    "half": "mul.rn.f16x2 {0}, {0}, {1};",
+    "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
+    "bf16_sm90": "mul.rn.bf16x2 {0}, {0}, {1};",
+}
+
+
+def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]:
+    """PTX, and its constraints, that loads codes and scales of ``16 * strips`` rows by ``64 * unroll`` columns.
+
+    Operands: 4 words of codes a tile and strip, then ``scale_words`` words of scale bytes each; addresses of codes and
+    of scales; columns left, counted in tiles. What lies beyond reads as zero.
+    """
+    parts = strips * unroll
+    codes, scales = 0, 4 * parts
+    inputs = scales + scale_words * parts
+    text = ["{ .reg .pred p;"] + [f"mov.b32 ${i}, 0;" for i in range(inputs)]
+    kind = ".v2" if scale_words == 2 else ""
+    for tile in range(unroll):
+        text.append(f"setp.gt.s32 p, ${inputs + 2}, {tile};")
+        for strip in range(strips):
+            part = tile * strips + strip
+            words = ", ".join(f"${codes + 4 * part + i}" for i in range(4))
+            at = 2048 * tile + 512 * strip
+            text.append(f"@p ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {at}];")
+            words = ", ".join(f"${scales + scale_words * part + i}" for i in range(scale_words))
+            at = scale_words * (128 * tile + 32 * strip)
+            text.append(f"@p ld.global.nc{kind}.b32 {{{words}}}, [${inputs + 1} + {at}];")
+    return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "l", "r"])
+
+
+def load_x_assembly(unroll: int) -> tuple[str, str]:
+    """PTX, and its constraints, that loads a thread's part of ``64 * unroll`` columns of one row of x.
+
+    Operands: 8 words a tile; the address; columns left, counted in tiles.
+    """
+    inputs = 8 * unroll
+    text = ["{ .reg .pred p;"] + [f"mov.b32 ${i}, 0;" for i in range(inputs)]
+    for tile in range(unroll):
+        text.append(f"setp.gt.s32 p, ${inputs + 1}, {tile};")
+        text += [f"@p ld.global.nc.b32 ${8 * tile + i}, [${inputs} + {128 * tile + 16 * i}];" for i in range(8)]
+    return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "r"])
+
+
+def strip_assembly(kind: str, blocks: int, scale_words: int) -> tuple[str, str]:
+    """PTX, and its constraints, of 16 rows by 64 columns of the weight times ``8 * blocks`` rows of x.
+
+    A thread has: results (4 float32 a block of x rows), 4 words of codes, ``scale_words`` words of scale bytes, 8
+    words of x a block, sums so far (as the results).
+
+    Args:
+        kind: ``half``, ``bf16_sm80`` or ``bf16_sm90``: type of x, and the instructions there are.
+        scale_words: 2 for scales of 16 columns, 1 for scales of 32.
+    """
+    results = [f"${i}" for i in range(4 * blocks)]
+    first = 4 * blocks
+    codes, scales = first, first + 4
+    x, sums = scales + scale_words, scales + scale_words + 8 * blocks
+    shift, bias = (128, 0x30003000) if kind == "half" else (16, 0x76007600)
+    text = [f"{{ .reg .b32 t, u, n, k, s<2>, p0, p1, p2, p3;\nmov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"]
+    body = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
+    for step in range(4):
+        text.append(body.replace("$8", f"${codes + step}") + (TO_HALF if kind == "half" else ""))
+        word = f"${scales + step // 2}" if scale_words == 2 else f"${scales}"
+        place = 2 * (step % 2 if scale_words == 2 else step // 2)
+        for half in range(2):
+            text.append(f"prmt.b32 t, {word}, 0, 0x4{place + half}4{place + half}; mad.lo.u32 s{half}, t, {shift}, k;")
+            text += [_MULTIPLY[kind].format(f"p{i}", f"s{half}") for i in (2 * half, 2 * half + 1)]
+        kind_name = "f16" if kind == "half" else "bf16"
+        for block in range(blocks):
+            own = results[4 * block : 4 * block + 4]
+            before = own if step else [f"${sums + 4 * block + i}" for i in range(4)]
+            at = x + 8 * block + 2 * step
+            text.append(
+                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind_name}.{kind_name}.f32 {{{', '.join(own)}}}, "
+                f"{{p0, p2, p1, p3}}, {{${at}, ${at + 1}}}, {{{', '.join(before)}}};"
+            )
+    constraints = ["=&f"] * 4 * blocks + ["r"] * (4 + scale_words + 8 * blocks) + ["f"] * 4 * blocks
+    return "\n".join(text) + "\n}", ",".join(constraints)
+
+
+@gluon.jit
+def _halve(tensors, COUNT: gl.constexpr):
+    """COUNT tensors as half as many, each joined to the one half of them further on."""
+    joined = ()
+    for i in gl.static_range(COUNT // 2):
+        joined += (gl.join(tensors[i], tensors[i + COUNT // 2]),)
+    return joined
+
+
+@gluon.jit(do_not_specialize=["m"])
+def fp4_decode_kernel(
+    x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, k_tiles, x_stride, column_tiles,
+    STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, BLOCKS: gl.constexpr, WORDS: gl.constexpr,
+    LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """``out = x @ weight.T * row_scale + bias`` for up to 8 * BLOCKS rows of x and 16 * STRIPS rows of the weight.
+
+    x ``[m, 64 * k_tiles]``, 16-bit floats, rows ``x_stride`` elements apart; codes ``[n tiles, column_tiles, 2048]``
+    bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``, WORDS words of scales
+    of a pair of rows for 64 columns; row_scale, bias ``[n]``; out ``[m, n]``. LOAD, LOAD_X, MULTIPLY: assembly and its
+    constraints.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
+    warp, lane = thread // 32, thread % 32
+    row = lane // 4
+    strip = gl.program_id(0) * STRIPS
+    tile = warp * UNROLL
+    at = ((strip // 4).to(gl.int64) * column_tiles + tile) * 4 + strip % 4
+    code_at = codes_ptr.to(gl.int64) + at * 512 + lane * 16
+    scale_at = scales_ptr.to(gl.int64) + (at * 8 + row) * (4 * WORDS)
+    x_at = x_ptr.to(gl.int64) + (row.to(gl.int64) * x_stride + tile * 64 + lane % 4 * 2) * 2
+    left = k_tiles - tile
+    zero = gl.zeros([32 * WARPS], gl.float32, LAYOUT)
+    sums = ()
+    for _ in gl.static_range(STRIPS * BLOCKS * 4):
+        sums += (zero,)
+    for _ in range(gl.cdiv(k_tiles, WARPS * UNROLL)):
+        codes = _call(LOAD, (code_at, scale_at, left), (4 + WORDS) * STRIPS * UNROLL, True)
+        x = ()
+        for b in gl.static_range(BLOCKS):
+            there = gl.where(row + 8 * b < m, left, 0)
+            x = x + _call(LOAD_X, (x_at + x_stride * (16 * b), there), 8 * UNROLL, True)
+        for u in gl.static_range(UNROLL):
+            after = ()
+            for i in gl.static_range(STRIPS):
+                operands = _strip_operands(codes, x, u * STRIPS + i, u, STRIPS, UNROLL, BLOCKS, WORDS)
+                operands = operands + sums[4 * BLOCKS * i : 4 * BLOCKS * (i + 1)]
+                after = after + _call(MULTIPLY, operands, 4 * BLOCKS, False)
+            sums = after
+        code_at += WARPS * UNROLL * 2048
+        scale_at += WARPS * UNROLL * 128 * WORDS
+        x_at += WARPS * UNROLL * 128
+        left -= WARPS * UNROLL
+    _finish(sums, row_scale_ptr, bias_ptr, out_ptr, m, n, strip * 16, STRIPS, WARPS, BLOCKS, BIAS)
+
+
+@gluon.jit
+def _call(ASM: gl.constexpr, operands, RESULTS: gl.constexpr, WHOLE: gl.constexpr):
+    """The results of inline assembly, element by element."""
+    CODE: gl.constexpr = ASM[0]
+    CONSTRAINTS: gl.constexpr = ASM[1]
+    TYPES: gl.constexpr = (gl.int32,) * RESULTS if WHOLE else (gl.float32,) * RESULTS
+    return gl.inline_asm_elementwise(CODE, CONSTRAINTS, operands, TYPES, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _strip_operands(
+    codes, x, PART: gl.constexpr, TILE: gl.constexpr, STRIPS: gl.constexpr, UNROLL: gl.constexpr, BLOCKS: gl.constexpr,
+    WORDS: gl.constexpr,
+):  # fmt: skip
+    """Codes, scales and x of one strip in one tile, out of a step's."""
+    SCALES: gl.constexpr = 4 * STRIPS * UNROLL + WORDS * PART
+    operands = codes[4 * PART : 4 * PART + 4] + codes[SCALES : SCALES + WORDS]
+    for b in gl.static_range(BLOCKS):
+        operands = operands + x[8 * (b * UNROLL + TILE) : 8 * (b * UNROLL + TILE + 1)]
+    return operands
+
+
+@gluon.jit
+def _finish(
+    sums, row_scale_ptr, bias_ptr, out_ptr, m, n, first_row,
+    STRIPS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """Add the warps' sums, scale them, add the bias in float32, round once and store."""
+    COUNT: gl.constexpr = 4 * STRIPS * BLOCKS
+    sums = _halve(_halve(sums, COUNT), COUNT // 2)
+    if COUNT >= 8:
+        sums = _halve(sums, COUNT // 4)
+    if COUNT >= 16:
+        sums = _halve(sums, COUNT // 8)
+    if COUNT >= 32:
+        sums = _halve(sums, COUNT // 16)
+    if COUNT >= 64:
+        sums = _halve(sums, COUNT // 32)
+    total = gl.sum(gl.reshape(sums[0], [WARPS, 32, COUNT]), 0)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, WARPS], [1, 0])
+    total = gl.convert_layout(total, LAYOUT)
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    entry = gl.arange(0, COUNT, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    part, corner = entry // 4, entry % 4
+    rows_n = first_row + part // BLOCKS * 16 + corner // 2 * 8 + lane // 4
+    rows_m = part % BLOCKS * 8 + lane % 4 * 2 + corner % 2
+    known = rows_n < n
+    total = total * (gl.load(row_scale_ptr + rows_n, mask=known, other=0.0) * 256.0)
+    if BIAS:
+        total += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
+    out_at = out_ptr + rows_m.to(gl.int64) * n + rows_n
+    gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))

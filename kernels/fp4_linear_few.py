@@ -1,0 +1,100 @@
+"""Launches of the FP4 product for few rows of x (:mod:`vbcompile.kernels.fp4_linear_decode`)."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.triton_target import refuses_triton
+
+MOST_ROWS = 32
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class FewConfig:
+    """How one product is cut up.
+
+    Attributes:
+        strips: 1, 2 or 4 groups of 16 rows of the weight a block of threads takes.
+        warps: warps that share them, each with its own columns.
+        unroll: tiles of 64 columns a step.
+        registers: most registers a thread, None for the compiler's choice.
+    """
+
+    strips: int
+    warps: int
+    unroll: int
+    registers: int | None = None
+
+
+def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
+    """Why the kernel for few rows cannot run a case."""
+    if reason := refuses_triton(target):
+        return reason
+    if target.vendor != "nvidia" or target.compute_capability is None:
+        return "written for NVIDIA's mma instruction"
+    if layout != "fragments2t":
+        return f"reads layout fragments2t, not {layout}"
+    if dtype not in _DTYPES:
+        return f"takes float16 and bfloat16, not {dtype}"
+    if not 1 <= m <= MOST_ROWS:
+        return f"takes 1 to {MOST_ROWS} rows"
+    return f"takes columns in multiples of {TILE}" if k % TILE else None
+
+
+@functools.lru_cache(maxsize=256)
+def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
+    """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``."""
+    blocks = -(-n // 64)
+    return FewConfig(4 if m > 16 or blocks >= 4 * (target.multiprocessors or 128) else 1, 4, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _assembly(kind: str, blocks: int, scale_words: int, strips: int, unroll: int) -> dict[str, tuple[str, str]]:
+    from vbcompile.kernels import fp4_linear_decode as device
+
+    return {
+        "LOAD": device.load_assembly(strips, unroll, scale_words),
+        "LOAD_X": device.load_x_assembly(unroll),
+        "MULTIPLY": device.strip_assembly(kind, blocks, scale_words),
+    }
+
+
+def launch_options(target: Target, dtype: torch.dtype, m: int, format_name: str, config: FewConfig) -> dict[str, Any]:
+    """Constants and compiler options of a launch."""
+    blocks = max(1, (1 << (m - 1).bit_length()) // 8)
+    scale_words = 32 // fp4_format(format_name).block_size
+    multiplies = (target.compute_capability or (8, 0)) >= (9, 0)
+    kind = "half" if dtype == torch.float16 else "bf16_sm90" if multiplies else "bf16_sm80"
+    registers = {"maxnreg": config.registers} if config.registers else {}
+    return {
+        "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "BLOCKS": blocks, "WORDS": scale_words,
+        "num_warps": config.warps, **registers, **_assembly(kind, blocks, scale_words, config.strips, config.unroll),
+    }  # fmt: skip
+
+
+def product_few(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: FewConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t``."""
+    from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
+
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % 2 or rows.data_ptr() % 4:
+        rows = rows.contiguous()
+    m, n = rows.shape[0], row_scale.shape[0]
+    target = get_target(x.device)
+    config = config or few_config(target, 1 << (m - 1).bit_length(), n, k)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    fp4_decode_kernel[(-(-n // (16 * config.strips)),)](
+        rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, k // TILE, rows.stride(0),
+        codes.shape[1], BIAS=bias is not None, **launch_options(target, x.dtype, m, format_name, config),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], n)
