@@ -1,5 +1,6 @@
 """Every private part of PyTorch that we touch, in one place; each is tested on each supported release (2.11 on)."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 _FUSE_ATTENTION = "torch._inductor.fx_passes.fuse_attention"
 
@@ -97,11 +98,48 @@ def reset_cudagraphs() -> None:
         reset_cudagraph_trees()
 
 
-def compile_with_aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+def compile_with_aot_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], partitioner: Any = None) -> Any:
     """AOTAutograd without code generation: every operator of the traced graph runs eagerly."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    return aot_eager(gm, list(example_inputs))
+    if partitioner is None:
+        return aot_eager(gm, list(example_inputs))
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    def split(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        return partitioner(joint, inputs, **options)  # a function: AOTAutograd looks at its name
+
+    return aot_autograd(fw_compiler=boxed_nop, partition_fn=split, keep_inference_input_mutations=True)(
+        gm, list(example_inputs)
+    )
+
+
+def partitioner_options(partitioner: Callable[..., Any], key: str) -> dict[str, Any]:
+    """Inductor's options that put ``partitioner`` in the place of its own; ``key`` enters the compile cache's key.
+
+    Inductor then keeps the order of the graph that it gets: its search for less memory knows nothing of memory that
+    leaves the device, and would move the waits.
+    """
+    return {"custom_partitioner_fn": _Partitioner(partitioner, key), "reorder_for_peak_memory": False}
+
+
+class _Partitioner(CustomPartitionerFn):
+    """What Inductor asks a partitioner to be."""
+
+    def __init__(self, partitioner: Callable[..., Any], key: str) -> None:
+        self._partitioner, self._key = partitioner, key
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return self._partitioner(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> Any:
+        return self._key
+
+    def __reduce__(self) -> Any:  # the cache pickles options; only the key counts there
+        return _Partitioner, (None, self._key)
 
 
 def inside_compiled_code() -> bool:
@@ -153,6 +191,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether an operator has a kernel of its own for a dispatch key (``aten::mm``, ``XPU``)."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
 def size_hint(size: Any) -> int:
     """A plain number for a size, without adding a guard for symbolic ones."""
     if isinstance(size, int):
@@ -202,3 +245,121 @@ def mark_as_static_input(node: fx.Node) -> None:
 
     node._dynamo_source = SyntheticLocalSource(node.name)  # type: ignore[attr-defined]
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements lie without holes and overlaps, in any order of axes; False where sizes leave it open."""
+    from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+    return is_non_overlapping_and_dense_or_false(tensor)
+
+
+def register_host_memory(device: torch.device, address: int, nbytes: int) -> str:
+    """Pin whole pages for copies from and to ``device``; empty if done, else why not."""
+    if device.type != "cuda":
+        return f"PyTorch has no way to pin existing memory for {device.type} devices"
+    from torch.cuda._pin_memory_utils import pin_memory
+
+    try:
+        with torch.cuda.device(device):
+            pin_memory(address, nbytes)
+    except RuntimeError as error:
+        _forget_cuda_error()
+        return str(error).splitlines()[0]
+    return ""
+
+
+def unregister_host_memory(address: int) -> None:
+    """Undo :func:`register_host_memory`."""
+    from torch.cuda._pin_memory_utils import unpin_memory
+
+    unpin_memory(address)
+
+
+class OperatorKinds:
+    """What PyTorch's partitioner knows about the operators of a traced graph, and the marks of activation checkpointing."""
+
+    def __init__(self) -> None:
+        from torch._functorch.partitioners import get_default_op_list
+
+        self._lists = get_default_op_list()
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether the result shares memory with the argument."""
+        return self._lists.is_view(node) or _packet(node) in _MORE_VIEWS()
+
+    def is_cheap(self, node: fx.Node) -> bool:
+        """Pointwise operators, reductions, gathers, and random numbers that are a function of a saved seed."""
+        if self.is_random(node) or self._lists.is_compute_intensive(node):
+            return False
+        return self._lists.is_recomputable(node) or _packet(node) in _MORE_CHEAP()
+
+    def is_random(self, node: fx.Node) -> bool:
+        """Whether the result depends on the state of a generator."""
+        tags = getattr(node.target, "tags", ())
+        return self._lists.is_random(node) or torch.Tag.nondeterministic_seeded in tags
+
+    def is_matrix_product(self, node: fx.Node) -> bool:
+        """Matrix products and convolutions."""
+        aten = torch.ops.aten
+        return _packet(node) in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
+
+    def is_saved_by_user(self, node: fx.Node) -> bool:
+        """Whether activation checkpointing says that this is to be saved."""
+        from torch.utils.checkpoint import CheckpointPolicy
+
+        return node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+
+    def is_recomputed_by_user(self, node: fx.Node) -> bool:
+        """Whether activation checkpointing says that this is to be made again."""
+        from torch.utils.checkpoint import CheckpointPolicy
+
+        return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+@functools.cache
+def _MORE_VIEWS() -> frozenset[Any]:
+    aten = torch.ops.aten
+    return frozenset((aten._unsafe_view, aten.transpose, aten.detach, aten.diagonal, aten.unbind))
+
+
+@functools.cache
+def _MORE_CHEAP() -> frozenset[Any]:
+    from torch._inductor import inductor_prims  # noqa: F401  (registers them)
+
+    aten, prims = torch.ops.aten, torch.ops.prims
+    seeded = (prims.inductor_lookup_seed, prims.inductor_random, prims.inductor_randint)
+    return frozenset((aten.embedding, aten.mean, aten._softmax, aten._log_softmax, aten.logsumexp, aten.cat, *seeded))
+
+
+def mark_saved(node: fx.Node) -> None:
+    """Tell PyTorch's partitioner to save a node's result if the backward needs it."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def mark_recomputed(node: fx.Node) -> None:
+    """Tell PyTorch's partitioner to run this node again in the backward if that needs its result."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+
+def partition(
+    joint: fx.GraphModule, inputs: Sequence[Any], **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """PyTorch's own partition of a joint graph into forward and backward; heeds the marks above."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(joint, inputs, **options)
+
+
+def _forget_cuda_error() -> None:
+    """The driver remembers a refusal and reports it at the next, unrelated launch: so launch something."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

@@ -1,0 +1,228 @@
+"""What the runtime counts in every step, and what it records on request: a timeline, and memory over time."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vbcompile.runtime_device import CopyQueue, MemoryDevice
+from vbcompile.vgpu_plan import Plan
+
+_KEPT_STEPS = 64
+
+
+class Span(NamedTuple):
+    """Something that occupied one lane (``compute``, ``stall``, or a link's name) for a while.
+
+    Times in ns from the step's begin; a copy that ran ahead begins before 0. ``nbytes`` is 0 for what moves nothing.
+    """
+
+    lane: str
+    name: str
+    start_ns: int
+    end_ns: int
+    nbytes: int
+
+
+class MemorySample(NamedTuple):
+    """Bytes allocated on the device when the host queued something, in ns of the host's clock from the step's begin."""
+
+    time_ns: int
+    nbytes: int
+
+
+@dataclass
+class LinkCount:
+    """Copies and bytes that a link has carried."""
+
+    copies: int = 0
+    nbytes: int = 0
+
+
+class _Step(NamedTuple):
+    begin: Any
+    end: Any
+    streamed: int
+
+
+@dataclass
+class Statistics:
+    """Counters since the start.
+
+    Attributes:
+        links: By name of the link: ``h2d``, ``d2h``, ``disk``, or a neighbouring card.
+        hits: Waits that found their copy under way or done.
+        misses: Waits that had to begin it.
+        late: Waits whose copy was not done yet when the host queued them.
+        evictions: Copies whose bytes in the ring were given to another.
+        wasted_bytes: Copied and overwritten before anybody waited for them.
+        detour_bytes: Copied to memory of their own because their place was in use.
+        fetched_bytes: Copied on demand, outside of the plan.
+        host_wait_ns: Time for which the host waited for reads from disk.
+        steps: Complete steps; ``abandoned`` the others.
+    """
+
+    plan: Plan
+    links: dict[str, LinkCount] = field(default_factory=dict)
+    hits: int = 0
+    misses: int = 0
+    late: int = 0
+    evictions: int = 0
+    wasted_bytes: int = 0
+    detour_bytes: int = 0
+    fetched_bytes: int = 0
+    host_wait_ns: int = 0
+    steps: int = 0
+    abandoned: int = 0
+    _begin: Any = None
+    _before: int = 0
+    _open: list[_Step] = field(default_factory=list)  # their events may still lie ahead
+    _times: list[tuple[int, int]] = field(default_factory=list)  # (ns, streamed bytes)
+
+    def count(self, link: str, nbytes: int) -> None:
+        found = self.links.setdefault(link, LinkCount())
+        found.copies += 1
+        found.nbytes += nbytes
+
+    def step_begin(self, device: MemoryDevice) -> None:
+        self._begin, self._before = device.record(timing=True), self._streamed()
+
+    def step_end(self, device: MemoryDevice) -> None:
+        if self._begin is not None:
+            self._open.append(_Step(self._begin, device.record(timing=True), self._streamed() - self._before))
+        self.steps += 1
+        self._begin = None
+        self._harvest(device)
+
+    def abandon(self) -> None:
+        self.abandoned += 1
+        self._begin = None
+
+    def to_dict(self, device: MemoryDevice, recorder: "Recorder | None" = None) -> dict[str, Any]:
+        """Counters, ready for JSON.
+
+        ``step_ns`` is the shortest of the last steps that are over (None before the first), ``predicted_step_ns`` what
+        the plan expects. ``stall_ns`` and ``gbps`` of the last recorded step are there only while recording.
+        """
+        self._harvest(device)
+        measured = min((ns for ns, _ in self._times), default=None)
+        found = {
+            "links": {name: {"copies": link.copies, "bytes": link.nbytes} for name, link in self.links.items()},
+            "streamed_bytes": self._streamed(),
+            "streamed_bytes_per_step": self._times[-1][1] if self._times else None,
+            "planned_bytes_per_step": self.plan.streamed_bytes,
+            "resident_bytes": self.plan.resident_bytes,
+            "ring_bytes": self.plan.ring_bytes,
+            "peak_bytes": device.peak_bytes(),
+            "step_ns": measured,
+            "predicted_step_ns": self.plan.prediction.step_ns,
+        }
+        names = ("steps", "abandoned", "hits", "misses", "late", "evictions", "wasted_bytes", "detour_bytes")
+        found |= {name: getattr(self, name) for name in (*names, "fetched_bytes", "host_wait_ns")}
+        return found | (recorder.summary() if recorder is not None else {})
+
+    def _streamed(self) -> int:
+        return sum(link.nbytes for link in self.links.values())
+
+    def _harvest(self, device: MemoryDevice) -> None:
+        while self._open and device.is_over(self._open[0].end):
+            step = self._open.pop(0)
+            self._times.append((device.elapsed_ns(step.begin, step.end), step.streamed))
+        del self._times[:-_KEPT_STEPS]
+
+
+class _Mark(NamedTuple):
+    lane: str
+    name: str
+    begin: Any
+    end: Any
+    nbytes: int
+
+
+class Recorder:
+    """Timing events around copies, waits and operators of each step; the last complete step is kept."""
+
+    def __init__(self, device: MemoryDevice, plan: Plan) -> None:
+        self._device, self._plan = device, plan
+        self._marks: list[_Mark] = []
+        self._samples: list[MemorySample] = []
+        self._complete: tuple[Any, Any, list[_Mark], list[MemorySample]] | None = None
+        self._origin: Any = None
+        self._host_origin = 0
+        self._operators: dict[int, Any] = {}
+
+    def step_begin(self) -> None:
+        self._origin, self._host_origin = self._device.record(timing=True), time.perf_counter_ns()
+        self._samples = []
+        self._sample()
+
+    def step_end(self) -> None:
+        self._sample()
+        if self._origin is not None:
+            self._complete = (self._origin, self._device.record(timing=True), self._marks, self._samples)
+        self._marks, self._origin = [], None
+
+    @contextlib.contextmanager
+    def copy(self, index: int, queue: CopyQueue, nbytes: int) -> Iterator[None]:
+        name = self._plan.sweep.weights[self._plan.copies[index].weight].name
+        begin = self._device.record(queue, timing=True)
+        yield
+        end = self._device.record(queue, timing=True)
+        self._marks.append(_Mark(queue.name, name, begin, end, nbytes))
+        self._sample()
+
+    def stall(self, index: int, wait: Callable[[], None]) -> None:
+        begin = self._device.record(timing=True)
+        wait()
+        end = self._device.record(timing=True)
+        name = self._plan.sweep.weights[self._plan.copies[index].weight].name
+        self._marks.append(_Mark("stall", name, begin, end, 0))
+
+    def operator_begin(self, operator: int) -> None:
+        self._operators[operator] = self._device.record(timing=True)
+
+    def operator_end(self, operator: int) -> None:
+        begin = self._operators.pop(operator, None)
+        if begin is not None:
+            end = self._device.record(timing=True)
+            self._marks.append(_Mark("compute", self._plan.sweep.operators[operator].name, begin, end, 0))
+        self._sample()
+
+    def timeline(self) -> list[Span]:
+        """Spans of the last complete step in order of start; waits for its end."""
+        origin, end, marks, _ = self._last()
+        self._device.join(end)
+        found = []
+        for mark in marks:
+            self._device.join(mark.end)
+            start = self._device.elapsed_ns(origin, mark.begin)
+            span = self._device.elapsed_ns(mark.begin, mark.end)
+            found.append(Span(mark.lane, mark.name, start, start + span, mark.nbytes))
+        return sorted(found, key=lambda span: (span.start_ns, span.end_ns, span.lane))
+
+    def memory(self) -> list[MemorySample]:
+        return list(self._last()[3])
+
+    def summary(self) -> dict[str, Any]:
+        """Stall and GB/s per link of the last complete step."""
+        if self._complete is None:
+            return {}
+        spans = self.timeline()
+        busy, moved = Counter[str](), Counter[str]()
+        for span in spans:
+            busy[span.lane] += span.end_ns - span.start_ns
+            moved[span.lane] += span.nbytes
+        return {
+            "stall_ns": busy["stall"],
+            "gbps": {lane: moved[lane] / busy[lane] for lane in moved if moved[lane] and busy[lane]},
+        }
+
+    def _last(self) -> tuple[Any, Any, list[_Mark], list[MemorySample]]:
+        if self._complete is None:
+            raise ValueError("no step is complete")
+        return self._complete
+
+    def _sample(self) -> None:
+        self._samples.append(MemorySample(time.perf_counter_ns() - self._host_origin, self._device.allocated_bytes()))
