@@ -25,7 +25,8 @@ aten = torch.ops.aten
 
 
 # -------------------------------------------------------------------------------------------- refusals
-def _refuses_common(case: AttentionCase) -> str | None:
+def refuses_common(case: AttentionCase) -> str | None:
+    """What none of PyTorch's fused operators does."""
     if case.dropout:
         return "dropout needs a seed that forward and backward share"
     if case.lse_gradient:
@@ -39,7 +40,7 @@ def _refuses_common(case: AttentionCase) -> str | None:
     return None
 
 
-def _refuses_structure(case: AttentionCase) -> str | None:
+def refuses_structure(case: AttentionCase) -> str | None:
     """The GPU kernels know no mask but the causal one."""
     if case.form == "plain":
         return None
@@ -61,7 +62,7 @@ def _refuses_cuda(target: Target | None, case: AttentionCase | None) -> str | No
         return f"head dimension {case.q[-1]} is no multiple of 8 up to 256"
     if not case.contiguous_rows:
         return "the last axis is not contiguous"
-    return _refuses_common(case) or _refuses_structure(case)
+    return refuses_common(case) or refuses_structure(case)
 
 
 def _refuses_cudnn(target: Target, case: AttentionCase | None) -> str | None:
@@ -83,11 +84,13 @@ def _refuses_cpu(target: Target, case: AttentionCase | None) -> str | None:
         return "knows no score function beyond an additive bias and a mask"
     if case.needs and any(case.needs[3:]):
         return "has no gradient for the bias"
-    return _refuses_common(case)
+    return refuses_common(case)
 
 
 # ------------------------------------------------------------------------------------ GPU: cuDNN, FA-2
-def _gpu_forward(kernel: str):
+def fused_forward(kernel: str):
+    """The forward by one of PyTorch's fused operators, ``cudnn`` or ``flash``."""
+
     def run(q, k, v, captured, scale, dropout_p, seed, score_function):
         function = ScoreFunction.loads(score_function)
         lead = lead_shape(q, k, v, captured)
@@ -103,7 +106,9 @@ def _gpu_forward(kernel: str):
     return run
 
 
-def _gpu_backward(kernel: str):
+def fused_backward(kernel: str):
+    """Its backward."""
+
     def run(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
         function = ScoreFunction.loads(score_function)
         lead = lead_shape(q, k, v, captured)
@@ -200,8 +205,8 @@ def _cost(kernel: str):
 
 
 for _operator, _cudnn, _flash, _cpu in (
-    ("attention", _gpu_forward("cudnn"), _gpu_forward("flash"), _cpu_forward),
-    ("attention_backward", _gpu_backward("cudnn"), _gpu_backward("flash"), _cpu_backward),
+    ("attention", fused_forward("cudnn"), fused_forward("flash"), _cpu_forward),
+    ("attention_backward", fused_backward("cudnn"), fused_backward("flash"), _cpu_backward),
 ):
     operator(_operator).register(Implementation("cudnn", _cudnn, _refuses_cudnn, _cost("cudnn")))
     operator(_operator).register(Implementation("flash_attention_2", _flash, _refuses_cuda, _cost("flash_attention_2")))

@@ -27,7 +27,8 @@ VARIABLE = "VB_IMPLEMENTATION"
 ENTRY_POINTS = "vbcompile.implementations"
 
 # operator -> modules whose import registers its implementations; imported when a choice is first asked for
-_ATTENTION = tuple(f"vbcompile.kernels.{m}" for m in ("attention", "attention_sdpa", "attention_gpu"))
+_VENDORS = ("vendor_npu_attention", "vendor_npu_decode", "vendor_hpu_attention", "vendor_xpu_attention")
+_ATTENTION = tuple(f"vbcompile.kernels.{m}" for m in ("attention", "attention_sdpa", "attention_gpu", *_VENDORS))
 _FP4_LINEAR = tuple(f"vbcompile.kernels.{m}" for m in ("fp4_linear", "fp4_linear_gpu", "fp4_linear_cpu"))
 MODULES = {
     "attention": _ATTENTION,
@@ -99,7 +100,7 @@ class Operator:
         Raises:
             ConfigError: the implementation that the user forced does not exist or refuses the case.
         """
-        return _choose(self.name, target, case, _forced().get(self.name))
+        return _choose(self.name, target, case, forced_implementation(self.name))
 
 
 _OPERATORS = {name: Operator(name) for name in MODULES}
@@ -131,6 +132,11 @@ def force(**implementations: str) -> Iterator[None]:
     finally:
         forced.clear()
         forced.update(before)
+
+
+def forced_implementation(name: str) -> str | None:
+    """The implementation that the user wants for an operator, None where the choice is free."""
+    return _forced().get(name)
 
 
 @cache

@@ -282,3 +282,8 @@ def test_graph_break_reason():
 def test_source_hash():
     assert compat.source_hash(compat) == compat.source_hash(compat)
     assert compat.source_hash(compat) != compat.source_hash(pytest)
+
+
+def test_has_kernel():
+    assert compat.has_kernel("aten::mm", "CPU")
+    assert not compat.has_kernel("aten::mm", "Vulkan")

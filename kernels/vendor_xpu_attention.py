@@ -1,0 +1,52 @@
+"""Attention on Intel GPUs by the flash kernel that PyTorch's XPU build brings (``aten``, forward and backward).
+
+PyTorch's other fused operator there, oneDNN's, takes a mask but gives no logarithm of the softmax's sum and has no
+backward, so masked attention stays with our Triton kernel.
+"""
+
+import torch
+
+from vbcompile.compat import has_kernel
+from vbcompile.device import Target
+from vbcompile.kernels.attention_case import AttentionCase
+from vbcompile.kernels.attention_sdpa import fused_backward, fused_forward, refuses_common, refuses_structure
+from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.vendor_operators import FALLBACK, is_present
+
+NAME = "xpu_flash"
+_FEATURES = (64, 96, 128, 192)
+_LARGEST_FEATURES = (256, (2, 14))  # and the release of PyTorch that it came with
+_OPERATORS = ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_backward")
+
+
+def _refuses(target: Target, case: AttentionCase | None) -> str | None:
+    if target.vendor != "intel":
+        return "runs on Intel GPUs"
+    if is_present("xpu") and not all(has_kernel(name, "XPU") for name in _OPERATORS):
+        return f"PyTorch's flash attention for XPU needs torch 2.13 or later (found {torch.__version__}); {FALLBACK}"
+    if case is None:
+        return None
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {case.dtype}"
+    if reason := _refuses_features(case.q[-1]):
+        return reason
+    if not case.contiguous_rows:
+        return "the last axis is not contiguous"
+    if len(case.q) == 5 and case.q[2] > 1 and case.k[2] == 1:
+        return "does not document shared heads of keys"
+    return refuses_common(case) or refuses_structure(case)
+
+
+def _refuses_features(features: int) -> str | None:
+    largest, since = _LARGEST_FEATURES
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    allowed = (*_FEATURES, largest) if release >= since else _FEATURES
+    return None if features in allowed else f"{features} features per head: takes {', '.join(map(str, allowed))}"
+
+
+def _cost(target: Target, case: AttentionCase) -> float:
+    return 1.0
+
+
+operator("attention").register(Implementation(NAME, fused_forward("flash"), _refuses, _cost))
+operator("attention_backward").register(Implementation(NAME, fused_backward("flash"), _refuses, _cost))
