@@ -26,7 +26,8 @@ class PackedWeight:
     Attributes:
         codes: uint8 ``[..., N, Kp / 2]``, E2M1, element ``2j`` of a row in the low nibble of byte ``j``.
         block_scales: uint8 ``[..., N, Kp / block_size]``, the bytes of E4M3FN (nvfp4) or E8M0 (mxfp4).
-        tensor_scale: float32 ``[..., 1]`` or, one scale a row, ``[..., N]``; finite and positive; 1 for mxfp4.
+        tensor_scale: float32 ``[..., 1]`` or, one scale a row, ``[..., N]``; finite and positive; 1 for mxfp4 from
+            other producers.
         format_name: ``nvfp4`` or ``mxfp4``.
         shape: ``(N, K)`` or ``(E, N, K)``.
         scale_divides: the value is divided by ``tensor_scale``, as compressed-tensors stores it, instead of multiplied.

@@ -3,13 +3,15 @@
 Methods:
     ``mse``: each block takes the scale that minimises its squared error. NVFP4 tries the nine E4M3 scales from two
         below to six above the one that maps the block's largest magnitude to 6 (after "ScaleSweep", arXiv 2606.07618);
-        MXFP4 tries the power of two of the OCP specification and its two neighbours.
+        MXFP4 tries the power of two of the OCP specification and its two neighbours, and the whole weight takes the
+        tensor scale from 1 to 2 that suits it best: how far its magnitudes are from a power of two then costs nothing.
     ``nearest``: that scale alone, as NVIDIA's tools and the OCP specification compute it.
     ``four_over_six``: NVFP4 only; the better of mapping the largest magnitude to 6 or to 4 (arXiv 2512.02010).
 
 A weight that was decoded from NVFP4 as NVIDIA's tools make it, or from MXFP4, comes back with the same value.
 
-Relative error ``|W - Q| / |W|`` of Gaussian weights: NVFP4 0.081 / 0.095 / 0.087, MXFP4 0.112 / 0.115.
+Relative error ``|W - Q| / |W|`` of Gaussian weights: NVFP4 0.081 / 0.095 / 0.087, MXFP4 0.1115 / 0.115. With tensor
+scale 1 MXFP4 has 0.1112 to 0.1126, by the place of the standard deviation in its octave.
 """
 
 import math
@@ -37,6 +39,8 @@ from vbcompile.kernels.fp4_formats import (
 _SOURCE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # smaller ones are subnormal: imprecise, and flushed to zero by some devices
 _REPEATED = 0.01  # relative error below which a weight has been in FP4 before; bfloat16 rounding makes 0.002
+_PHASES = 8  # tensor scales that MXFP4 tries within an octave
+_SAMPLE = 2**16  # elements that they are tried on
 _HEADROOM_MAX = 256.0  # largest nearest-rule scale when a block may take one up to 1.75 times larger, which is 448
 
 
@@ -67,17 +71,36 @@ def quantize(
             shorter than a block, holds NaN or infinity, or has no data (``meta``).
     """
     fmt = fp4_format(format_name, block_size)
-    candidates = scale_rule(fmt, method)
+    scale_rule(fmt, method)
     refusal = refuse_weight(weight, fmt)
     if refusal:
         raise ValueError(f"{name}: {refusal}")
     with torch.no_grad():
-        tensor_scale = _tensor_scale(weight, fmt, method, per_row, name)
-        codes, block_scales = _pack_rows(weight, tensor_scale, fmt, candidates)
+        largest = row_maxima(weight)
+        if not bool(torch.isfinite(largest).all()):
+            raise ValueError(f"{name}: holds NaN or infinity (as float32), which FP4 cannot represent")
+        return pack_finite(weight, largest, fmt, method, per_row)
+
+
+def pack_finite(weight: Tensor, largest: Tensor, fmt: Fp4Format, method: str, per_row: bool = False) -> PackedWeight:
+    """Pack a weight that :func:`refuse_weight` accepts, without waiting for the device.
+
+    ``largest`` is its :func:`row_maxima`; where one is NaN or infinite, what comes out means nothing.
+    """
+    tensor_scale = _tensor_scale(weight, largest, fmt, method, per_row)
+    codes, block_scales = _pack_rows(weight, tensor_scale, fmt, scale_rule(fmt, method))
     lead = weight.shape[:-1]
     return PackedWeight(
         codes.view(*lead, -1), block_scales.view(*lead, -1), tensor_scale, fmt.name, tuple(weight.shape)
     )
+
+
+def row_maxima(weight: Tensor) -> Tensor:
+    """Largest magnitude of each row as float32 ``[N]`` or ``[E, N]``; NaN where the row holds one."""
+    amax = torch.empty(weight.shape[:-1].numel(), device=weight.device)
+    for start, stop, rows in _row_chunks(weight):
+        amax[start:stop] = rows.abs().amax(dim=1)  # amax propagates NaN
+    return amax.view(weight.shape[:-1])
 
 
 def refuse_weight(weight: Tensor, fmt: Fp4Format) -> str | None:
@@ -96,18 +119,21 @@ def refuse_weight(weight: Tensor, fmt: Fp4Format) -> str | None:
 
 
 def relative_error(weight: Tensor, packed: PackedWeight) -> float:
-    """``|weight - dequantize(packed)| / |weight|`` (Frobenius norms); 0 for a zero weight."""
+    """``|weight - dequantize(packed)| / |weight|`` (Frobenius norms), 0 for zeros; waits for the device once."""
+    parts = [
+        torch.stack(_norms(rows - decode_rows(packed, start, stop), rows)) for start, stop, rows in _row_chunks(weight)
+    ]
     error = total = 0.0
-    for start, stop, rows in _row_chunks(weight):
-        error += _norm(rows - decode_rows(packed, start, stop)) ** 2
-        total += _norm(rows) ** 2
-    return math.sqrt(error / total) if total else 0.0
+    for peak, error_norm, norm in torch.stack(parts).tolist():  # products of these may not fit float32
+        error, total = math.hypot(error, peak * error_norm), math.hypot(total, peak * norm)
+    return error / total if total else 0.0
 
 
-def _norm(x: Tensor) -> float:
-    """Euclidean norm of float32 ``x`` that neither overflows nor underflows."""
-    peak = float(x.abs().amax())
-    return peak * float((x / peak).norm()) if peak else 0.0
+def _norms(error: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest magnitude of ``x``, and the Euclidean norms of ``error`` and ``x`` in units of it."""
+    peak = x.abs().amax()
+    unit = torch.where(peak == 0, 1.0, peak)
+    return peak, (error / unit).norm(), (x / unit).norm()
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
@@ -152,46 +178,63 @@ _RULES: dict[str, dict[str, ScaleRule]] = {
 }
 
 
-def _tensor_scale(weight: Tensor, fmt: Fp4Format, method: str, per_row: bool, name: str) -> Tensor:
-    """Float32 ``[..., 1]``, or ``[..., N]`` with ``per_row``. Refuses NaN and infinity, in every format."""
-    amax = torch.empty(weight.shape[:-1].numel(), device=weight.device)
-    for start, stop, rows in _row_chunks(weight):
-        amax[start:stop] = rows.abs().amax(dim=1)  # amax propagates NaN
-    if not bool(torch.isfinite(amax).all()):
-        raise ValueError(f"{name}: holds NaN or infinity (as float32), which FP4 cannot represent")
-    amax = amax.view(weight.shape[:-1])
-    if not per_row:
-        amax = amax.amax(dim=-1, keepdim=True)
+def _tensor_scale(weight: Tensor, largest: Tensor, fmt: Fp4Format, method: str, per_row: bool) -> Tensor:
+    """Float32 ``[..., 1]``, or ``[..., N]`` with ``per_row``; ``largest`` are the :func:`row_maxima`."""
     if not fmt.has_tensor_scale:
-        return torch.ones(*weight.shape[:-2], 1, device=weight.device)
-    scale = torch.where(amax == 0, 1.0, (amax / (E4M3_MAX * E2M1_MAX)).clamp_min(_SMALLEST_SCALE))
-    if method == "nearest" or _was_nvfp4(weight, scale):
+        scale = torch.ones((), device=weight.device) if method == "nearest" else _phase(weight, fmt, method)
+        return scale.expand(*weight.shape[:-2], 1).contiguous()
+    if not per_row:
+        largest = largest.amax(dim=-1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(_SMALLEST_SCALE))
+    if method == "nearest":
         return scale
-    return scale * (E4M3_MAX / _HEADROOM_MAX)
+    return torch.where(_was_nvfp4(weight, scale), scale, scale * (E4M3_MAX / _HEADROOM_MAX))
 
 
-def _was_nvfp4(weight: Tensor, tensor_scale: Tensor) -> bool:
+def _was_nvfp4(weight: Tensor, tensor_scale: Tensor) -> Tensor:
     """Whether the first rows are, up to bfloat16 rounding, values decoded from NVFP4 with this tensor scale.
 
     They then keep the scales that they were made with; any other tensor scale would round them a second time.
     """
     _, stop, rows = next(_row_chunks(weight))
-    x = _in_blocks(rows, NVFP4)
     unit = tensor_scale.expand(weight.shape[:-1]).flatten()[:stop].unsqueeze(1)
-    scales = choose_scales(x, unit, NVFP4, _nvfp4_nearest)
-    values = decode_e2m1(encode_blocks(x, scales, unit, NVFP4)) * (decode_scales(scales, NVFP4) * unit).unsqueeze(-1)
-    return _norm(values - x) < _REPEATED * _norm(x)
+    x = _in_blocks(rows, NVFP4)
+    _, error, norm = _norms(_rounded(x, unit, NVFP4, _nvfp4_nearest) - x, x)
+    return error < _REPEATED * norm
+
+
+def _phase(weight: Tensor, fmt: Fp4Format, method: str) -> Tensor:
+    """The tensor scale from 1 to 2 with the least error on a sample of the rows; 1 where others are no better."""
+    x = _in_blocks(_sample_rows(weight), fmt)
+    units = torch.tensor([2.0 ** (step / _PHASES) for step in range(_PHASES)], device=weight.device)
+    rule = scale_rule(fmt, method)
+    errors = [_norms(_rounded(x, unit.expand(x.shape[0], 1), fmt, rule) - x, x)[1] for unit in units]
+    return units[torch.stack(errors).argmin()]
+
+
+def _sample_rows(weight: Tensor) -> Tensor:
+    """Rows spread over all of ``weight``, about ``_SAMPLE`` elements, as contiguous float32 ``[rows, K]``."""
+    experts = weight.detach() if weight.ndim == 3 else weight.detach()[None]
+    some = experts[:: -(-experts.shape[0] // 8)]
+    rows = max(1, _SAMPLE // (some.shape[0] * some.shape[2]))
+    return some[:, :: max(1, some.shape[1] // rows)].float().reshape(-1, some.shape[2]).contiguous()
+
+
+def _rounded(x: Tensor, unit: Tensor, fmt: Fp4Format, rule: ScaleRule) -> Tensor:
+    """Values of ``x [R, B, block]`` rounded to FP4 with tensor scales ``unit [R, 1]``."""
+    scales = choose_scales(x, unit, fmt, rule)
+    return decode_e2m1(encode_blocks(x, scales, unit, fmt)) * (decode_scales(scales, fmt) * unit).unsqueeze(-1)
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
 
 
 def _row_chunks(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """``(start, stop, rows)`` over all matrices of ``weight``, rows counted throughout, as float32 ``[rows, K]``."""
+    """``(start, stop, rows)`` over all matrices, rows counted throughout, as contiguous float32 ``[rows, K]``."""
     n, k = weight.shape[-2:]
     for expert, matrix in enumerate(weight.detach() if weight.ndim == 3 else weight.detach()[None]):
         for start, stop in row_ranges(n, k, weight.device):
-            yield expert * n + start, expert * n + stop, matrix[start:stop].float()
+            yield expert * n + start, expert * n + stop, matrix[start:stop].float().contiguous()
 
 
 def _pack_rows(weight: Tensor, tensor_scale: Tensor, fmt: Fp4Format, rule: ScaleRule) -> tuple[Tensor, Tensor]:

@@ -247,6 +247,24 @@ def test_error_on_gaussian_weights(format_name, method, limit, sigma):
     assert relative_error(weight, packed) == pytest.approx(error, rel=1e-4)
 
 
+def test_mxfp4_error_does_not_depend_on_the_place_in_an_octave():
+    weight = torch.randn(128, 1024)
+    errors = [relative_error(weight * 2 ** (i / 4), quantize(weight * 2 ** (i / 4), "mxfp4")) for i in range(5)]
+    assert max(errors) <= 0.112 and max(errors) - min(errors) < 2e-4
+    experts = torch.stack((weight, 3 * weight))
+    assert (
+        quantize(experts, "mxfp4").tensor_scale.shape == (2, 1)
+        and relative_error(experts, quantize(experts, "mxfp4")) < 0.113
+    )  # one tensor scale for the whole stack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposed_weights_need_no_copy(dtype):
+    weight = torch.randn(1024, 512).to(dtype).t()
+    assert torch.equal(quantize(weight).codes, quantize(weight.contiguous()).codes)
+    assert relative_error(weight, quantize(weight)) == relative_error(weight.contiguous(), quantize(weight))
+
+
 def test_mse_finds_the_best_scale_of_its_window():
     weight = torch.randn(16, 64)
     packed = quantize(weight, "nvfp4")
