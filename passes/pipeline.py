@@ -91,7 +91,6 @@ PASSES = (
 
 # parts of the modes that this version does not have, by option name
 MISSING = {
-    "recompute": "recomputation of activations: this version has no such pass; activations are kept",
     "offload": "offload and prefetch: this version has no such pass; everything stays on the device",
 }
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from vbcompile import __version__, compat
 from vbcompile.config import Config, resolve_config
 from vbcompile.device import Target, get_target
-from vbcompile.passes import pipeline
+from vbcompile.passes import activation_partition, pipeline
 from vbcompile.report import GraphReport
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _compile(
     """Hand the rewritten graph on; if the compiler refuses it, the original graph."""
     config = context.config
     try:
-        compiled = _downstream(gm, context.example_inputs, config)
+        compiled = _downstream(gm, context, report)
         for wrap in context.wrappers:
             compiled = wrap(compiled)
         return compiled
@@ -95,31 +95,37 @@ def _compile(
         log.warning("passes undone, the original graph runs: %s", reason)
         pipeline.restore_graphs(original)
         context.undo(original_inputs, 0)
-        compiled = _downstream(gm, context.example_inputs, config)
+        compiled = _downstream(gm, context, report)
         report.failures.append(("compile", reason))
         report.decisions.clear()
         return compiled
 
 
-def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+def _downstream(gm: fx.GraphModule, context: pipeline.PassContext, report: GraphReport) -> Callable[..., Any]:
+    config, example_inputs = context.config, context.example_inputs
     if config.downstream == "eager":
         return gm.forward
+    partitioner = activation_partition.partitioner_for(context, report)
     if config.downstream == "aot_eager":
-        return compat.compile_with_aot_eager(gm, example_inputs)
+        return compat.compile_with_aot_eager(gm, example_inputs, partitioner)
+    key = _cache_key(config)
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
-    return compat.compile_with_inductor(gm, example_inputs, options, _cache_key(config))
+    if partitioner is not None:
+        options = {**compat.partitioner_options(partitioner, key), **options}
+    return compat.compile_with_inductor(gm, example_inputs, options, key)
 
 
 @functools.cache
 def _sources_hash() -> str:
     from vbcompile.kernels import attention, fp4_linear
 
-    return compat.source_hash(pipeline, attention, fp4_linear)
+    return compat.source_hash(pipeline, attention, fp4_linear, *activation_partition.MODULES)
 
 
 def _cache_key(config: Config) -> str:
     """What an artifact depends on beyond its graph: the version and the operators' fakes and gradient formulas."""
-    return f"{__version__}:{_sources_hash()}:{config.mode}"
+    memory = f"{config.recompute}:{config.offload}:{config.budget}:{config.slowdown}"
+    return f"{__version__}:{_sources_hash()}:{config.mode}:{memory}"
 
 
 def _warn_of_missing_passes(config: Config, report: GraphReport) -> None:

@@ -277,7 +277,7 @@ def unregister_host_memory(address: int) -> None:
 
 
 class OperatorKinds:
-    """What PyTorch's partitioner knows about the operators of a traced graph, and the marks of activation checkpointing."""
+    """What PyTorch's partitioner knows about operators of a traced graph, and the marks of activation checkpointing."""
 
     def __init__(self) -> None:
         from torch._functorch.partitioners import get_default_op_list
@@ -286,13 +286,13 @@ class OperatorKinds:
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether the result shares memory with the argument."""
-        return self._lists.is_view(node) or _packet(node) in _MORE_VIEWS()
+        return self._lists.is_view(node) or _packet(node) in _more_views()
 
     def is_cheap(self, node: fx.Node) -> bool:
         """Pointwise operators, reductions, gathers, and random numbers that are a function of a saved seed."""
         if self.is_random(node) or self._lists.is_compute_intensive(node):
             return False
-        return self._lists.is_recomputable(node) or _packet(node) in _MORE_CHEAP()
+        return self._lists.is_recomputable(node) or _packet(node) in _more_cheap()
 
     def is_random(self, node: fx.Node) -> bool:
         """Whether the result depends on the state of a generator."""
@@ -322,13 +322,13 @@ def _packet(node: fx.Node) -> Any:
 
 
 @functools.cache
-def _MORE_VIEWS() -> frozenset[Any]:
+def _more_views() -> frozenset[Any]:
     aten = torch.ops.aten
     return frozenset((aten._unsafe_view, aten.transpose, aten.detach, aten.diagonal, aten.unbind))
 
 
 @functools.cache
-def _MORE_CHEAP() -> frozenset[Any]:
+def _more_cheap() -> frozenset[Any]:
     from torch._inductor import inductor_prims  # noqa: F401  (registers them)
 
     aten, prims = torch.ops.aten, torch.ops.prims
@@ -350,9 +350,7 @@ def mark_recomputed(node: fx.Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
-def partition(
-    joint: fx.GraphModule, inputs: Sequence[Any], **options: Any
-) -> tuple[fx.GraphModule, fx.GraphModule]:
+def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """PyTorch's own partition of a joint graph into forward and backward; heeds the marks above."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 

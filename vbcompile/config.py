@@ -1,7 +1,8 @@
 """One typed configuration, resolved from options, environment and defaults.
 
 Precedence, highest first: ``torch.compile(options=...)`` or ``mode=``, then the environment (``VB_MODE``,
-``VB_STRICT``), then what the mode says, then the default. Options that are not ours are Inductor's and pass through.
+``VB_STRICT``, ``VB_HBM_BUDGET``), then what the mode says, then the default. Options that are not ours are Inductor's
+and pass through.
 """
 
 import difflib
@@ -42,6 +43,9 @@ class Config:
             as NaN, take no memory, and the first graph is compiled once more.
         recompute: recompute activations in the backward (mode).
         offload: move weights and activations between memory tiers (mode).
+        budget: device memory that a training step may take, in bytes or as ``"20GiB"``: parameters, gradients and all
+            that is alive between them. None: as little as ``slowdown`` allows.
+        slowdown: share of a training step's time that less memory may cost where no budget is given.
         strict: raise where a pass fails, instead of running the unrewritten graph.
         downstream: compiler of the rewritten graph: ``inductor``, ``aot_eager`` or ``eager``.
         inductor_mode: one of ``torch.compile``'s own modes, ``default``, ``reduce-overhead``, ``max-autotune``,
@@ -60,6 +64,8 @@ class Config:
     fp4_master: str = "keep"
     recompute: bool = False
     offload: bool = False
+    budget: int | None = None
+    slowdown: float = 0.1
     strict: bool = False
     downstream: str = "inductor"
     inductor_mode: str = "default"
@@ -84,7 +90,7 @@ FP4_FORMATS: Final = ("nvfp4", "mxfp4")
 FP4_MASTERS: Final = ("keep", "drop")
 _FLAGS = ("attention", "mixed_precision", "fp4", "fp4_lm_head", "recompute", "offload", "strict")
 OPTIONS: Final = (
-    "mode", *_FLAGS, "fp4_format", "fp4_max_error", "fp4_master", "downstream", "inductor_mode",
+    "mode", *_FLAGS, "fp4_format", "fp4_max_error", "fp4_master", "budget", "slowdown", "downstream", "inductor_mode",
 )  # fmt: skip
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -111,6 +117,8 @@ def resolve_config(
         put("mode", environ["VB_MODE"], "environment VB_MODE")
     if environ.get("VB_STRICT"):
         put("strict", parse_flag("VB_STRICT", environ["VB_STRICT"]), "environment VB_STRICT")
+    if environ.get("VB_HBM_BUDGET"):
+        put("budget", environ["VB_HBM_BUDGET"], "environment VB_HBM_BUDGET")
     ours, inductor = split_options(options or {})
     for name, value in ours.items():
         put(name, value, "options")
@@ -121,6 +129,11 @@ def resolve_config(
         if environ.get("VB_MODE") not in (None, "", *INDUCTOR_MODES):
             put("mode", environ["VB_MODE"], "environment VB_MODE")
     _validate(values)
+    if values.get("budget") is not None:
+        from vbcompile.vgpu_size import parse_size
+
+        what = "VB_HBM_BUDGET" if sources["budget"].startswith("environment") else "option 'budget'"
+        values["budget"] = parse_size(what, values["budget"])
     for name, value in MODES[values.get("mode", "balanced")].items():
         if name not in values:
             put(name, value, f"mode {values.get('mode', 'balanced')}")
@@ -155,9 +168,10 @@ def _validate(values: Mapping[str, Any]) -> None:
         value = values.get(name, False)
         if not isinstance(value, bool) and not (value is None and name == "mixed_precision"):
             raise ConfigError(f"option {name!r} must be True or False, not {value!r}")
-    error = values.get("fp4_max_error", 0.0)
-    if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 <= error <= 1:
-        raise ConfigError(f"option 'fp4_max_error' must be a number from 0 to 1, not {error!r}")
+    for name in ("fp4_max_error", "slowdown"):
+        share = values.get(name, 0.0)
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ConfigError(f"option {name!r} must be a number from 0 to 1, not {share!r}")
 
 
 def parse_flag(name: str, text: str) -> bool:

@@ -1,0 +1,122 @@
+"""The partitioner of the modes that save memory: plan, mark, let PyTorch split the graph, move what the plan moves."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.fx as fx
+
+from vbcompile import compat
+from vbcompile.passes import activation_graph, activation_offload, activation_plan, recompute
+from vbcompile.passes.activation_graph import JointGraph, node_bytes
+from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
+from vbcompile.passes.activation_rates import measured_rates
+from vbcompile.passes.pipeline import PassContext
+from vbcompile.report import Decision, GraphReport
+from vbcompile.vgpu_activations import ActivationPlan
+
+MODULES = (activation_graph, activation_offload, activation_plan, recompute)
+"""What a partition depends on, for the compile cache's key."""
+
+log = logging.getLogger(__name__)
+
+
+class ActivationPartitioner:
+    """Splits a joint graph; every tensor that is saved by default gets a fate of its own, and a line in the report.
+
+    Args:
+        rates: Speeds of the device that runs the graph.
+        limits: Budget, or the time that may be spent.
+        report: Called with each decision.
+    """
+
+    def __init__(self, rates: Rates, limits: Limits, report: Callable[[Decision], None]) -> None:
+        self._rates, self._limits, self._report = rates, limits, report
+
+    def __call__(
+        self, joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Forward and backward graph.
+
+        Raises:
+            PlanError: the budget is too small for this step.
+        """
+        graph = JointGraph(joint.graph, num_fwd_outputs)
+        if not graph.backward:
+            return compat.partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
+        planner = StepPlanner(graph, self._rates, self._limits)
+        plan = planner.plan()
+        fates = dict(zip(planner.planned, plan.fates, strict=False))
+        again = {node for node, fate in fates.items() if fate.choice == "recompute"}
+        recompute.mark(graph, dict.fromkeys(node for node in planner.saved if node not in again))
+        trips = {
+            node.name: activation_offload.Trip(
+                _name(planner.leader(fate.free_before) if fate.free_before < planner.first_backward else None),
+                _name(planner.leader(fate.back_at)),
+            )
+            for node, fate in fates.items()
+            if fate.choice == "offload"
+        }
+        sizes = {node.name: node_bytes(node) for node in planner.saved}
+        forward, backward = compat.partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
+        moved = activation_offload.insert_trips(forward, backward, num_fwd_outputs, trips) if trips else []
+        self._tell(planner, plan, fates, moved, sizes)
+        return forward, backward
+
+    def _tell(
+        self,
+        planner: StepPlanner,
+        plan: ActivationPlan,
+        fates: dict[fx.Node, Any],
+        moved: list[str],
+        sizes: dict[str, int],
+    ) -> None:
+        for node, fate in fates.items():
+            choice = "keep" if fate.choice == "offload" and node.name not in moved else fate.choice
+            name = "activation_offload" if choice == "offload" else "recompute"
+            action = "left" if choice == "keep" else "rewritten"
+            self._report(Decision(name, _site(node), action, _reason(planner, node, choice), details={
+                "tensor": node.name, "bytes": sizes[node.name], "choice": choice,
+            }))  # fmt: skip
+        log.info(
+            "activations: %d bytes saved by default, at most %d alive at once instead of %d; "
+            "estimated step %.2f ms instead of %.2f ms",
+            sum(sizes.values()),
+            plan.peak_bytes,
+            plan.kept_peak_bytes,
+            plan.step_ns / 1e6,
+            plan.kept_step_ns / 1e6,
+        )
+
+
+def partitioner_for(context: PassContext, report: GraphReport) -> ActivationPartitioner | None:
+    """The partitioner for a graph that is trained in a mode that saves memory; None for all others.
+
+    Nothing is gained by moving tensors from main memory to main memory: on the CPU they are only recomputed, unless
+    offload is asked for by name.
+    """
+    config = context.config
+    offload = config.offload and (context.target.device_type != "cpu" or config.sources.get("offload") == "options")
+    if not context.training or not (config.recompute or offload):
+        return None
+    limits = Limits(config.budget, config.slowdown, config.recompute, offload)
+    return ActivationPartitioner(measured_rates(context.target.device_type), limits, report.decisions.append)
+
+
+def _name(node: fx.Node | None) -> str | None:
+    return None if node is None else node.name
+
+
+def _site(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    place = next(reversed(list(stack.values())), None)
+    return f"{place[0]} ({node.name})" if place else node.name
+
+
+def _reason(planner: StepPlanner, node: fx.Node, choice: str) -> str:
+    mib = node_bytes(node) / 2**20
+    if choice == "recompute":
+        return f"{mib:.1f} MiB made again in the backward, in about {planner.recomputable[node] / 1e3:.0f} us"
+    if choice == "offload":
+        return f"{mib:.1f} MiB moved to host memory and back"
+    return f"{mib:.1f} MiB kept for the backward"

@@ -1,0 +1,287 @@
+"""From a joint graph to the planner's terms and back: which saved tensor is kept, recomputed or offloaded, and when."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.fx as fx
+
+from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
+from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
+from vbcompile.vgpu_plan import Operator, PlanError, Tier
+
+log = logging.getLogger(__name__)
+
+_DEEPEST = 2
+_SMALLEST_SHARE = 1000
+_SMALLEST_MOVED = 2**20
+_TRIES = 9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speeds of a device, in bytes per second; ``matmul`` in floating-point operations per second.
+
+    Attributes:
+        away: From the device to host memory.
+        back: From host memory to the device.
+        host_bytes: Host memory that activations may take.
+    """
+
+    matmul: int
+    memory: int
+    away: int
+    back: int
+    host_bytes: int
+
+    @property
+    def tier(self) -> Tier:
+        """Host memory as the planner sees it."""
+        return Tier(1, "cpu", self.host_bytes, self.back, self.away, latency_ns=20_000)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the plan has to keep.
+
+    Attributes:
+        budget: Bytes of device memory for everything that is alive in the step; None: as little as ``slowdown`` allows.
+        slowdown: Share of the step's time that less memory may cost.
+        recompute: Whether costly operators may run again.
+        offload: Whether tensors may leave the device.
+    """
+
+    budget: int | None = None
+    slowdown: float = 0.10
+    recompute: bool = True
+    offload: bool = True
+
+
+class StepPlanner:
+    """Plans one joint graph.
+
+    Args:
+        joint: The graph.
+        rates: Speeds of the device that runs it.
+        limits: What to keep to.
+    """
+
+    def __init__(self, joint: JointGraph, rates: Rates, limits: Limits) -> None:
+        self.joint, self.rates, self.limits = joint, rates, limits
+        self.saved = list(joint.smallest_cut())
+
+    @cached_property
+    def _timeline(self) -> tuple[dict[fx.Node, int], list[fx.Node], list[int]]:
+        """Operator index of each node, first node of each operator, and nanoseconds of each operator."""
+        index: dict[fx.Node, int] = {}
+        leaders: list[fx.Node] = []
+        times: list[int] = []
+        order = [*self.joint.forward, *(n for n in self.joint.graph.nodes if self._is_later(n))]
+        for node in order:
+            costly = not self._is_light(node)
+            if costly or not leaders or (node not in self.joint.forward and leaders[-1] in self.joint.forward):
+                leaders.append(node)
+                times.append(0)
+            index[node] = len(leaders) - 1
+            times[-1] += self.nanoseconds(node)
+        return index, leaders, times
+
+    def _is_later(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and node not in self.joint.forward
+
+    def _is_light(self, node: fx.Node) -> bool:
+        return self.joint.is_view(node) or self.joint.kinds.is_cheap(node)
+
+    def nanoseconds(self, node: fx.Node) -> int:
+        """Estimated time of one operator; pointwise ones are fused, so that each of them writes at most."""
+        if self.joint.is_view(node):
+            return 0
+        written = node_bytes(node)
+        if self._is_light(node):
+            return written * 10**9 // (2 * self.rates.memory)
+        moved = written + sum(map(node_bytes, node.all_input_nodes))
+        return max(operations(node) * 10**9 // self.rates.matmul, moved * 10**9 // self.rates.memory)
+
+    @cached_property
+    def first_backward(self) -> int:
+        """Index of the first operator of the backward."""
+        leaders = self._timeline[1]
+        return next((i for i, node in enumerate(leaders) if node not in self.joint.forward), len(leaders))
+
+    def leader(self, operator: int) -> fx.Node | None:
+        """First node of an operator; None behind the last."""
+        leaders = self._timeline[1]
+        return leaders[operator] if operator < len(leaders) else None
+
+    @cached_property
+    def recomputable(self) -> dict[fx.Node, int]:
+        """Saved tensors that costly operators could make again, with the time it takes.
+
+        Each may need others of them; every few operators one tensor stays, so that no chain grows long.
+        """
+        depth: dict[fx.Node, int] = {}
+        found: dict[fx.Node, int] = {}
+        for node in self.saved:
+            work = self.joint.made_from(node, self.saved)
+            allowed = all(self.joint.is_cheap(n) or self.joint.is_costly(n) for n in work)
+            sources = {s for n in work for s in n.all_input_nodes if s in depth}
+            level = 1 + max((depth[s] for s in sources), default=0)
+            if allowed and level <= _DEEPEST and not self.joint.kinds.is_saved_by_user(node):
+                depth[node] = level
+                found[node] = sum(map(self.nanoseconds, work))
+            else:
+                depth[node] = 0
+        return found
+
+    @cached_property
+    def _needs(self) -> dict[fx.Node, tuple[int, int]]:
+        """First and last operator of the backward that may ask for each forward value, also to make others from it."""
+        index = self._timeline[0]
+        kept = set(self.saved) - (set(self.recomputable) if self.limits.recompute else set())
+        needs: dict[fx.Node, tuple[int, int]] = {}
+        last = len(self._timeline[1]) - 1
+        for node in reversed(self.joint.forward):
+            spans = [(index[u], index[u]) for u in node.users if u in index and u not in self.joint.forward]
+            spans += [needs[u] for u in node.users if u in self.joint.forward and u not in kept and u in needs]
+            spans += [(last, last)] if node in self.joint.gradients else []
+            if spans:
+                needs[node] = min(s[0] for s in spans), max(s[1] for s in spans)
+        return needs
+
+    @cached_property
+    def planned(self) -> list[fx.Node]:
+        """Saved tensors that are large enough to think about."""
+        total = sum(map(node_bytes, self.saved))
+        return [n for n in self.saved if n in self._needs and node_bytes(n) * _SMALLEST_SHARE >= total]
+
+    def _activation(self, node: fx.Node, late: set[fx.Node]) -> Activation:
+        index, limits = self._timeline[0], self.limits
+        first, last = self._needs[node]
+        reads = [index[u] for u in self._readers(node)]
+        again = self.recomputable.get(node) if limits.recompute and node not in self.joint.results else None
+        moved = limits.offload and node not in self.joint.results and node not in late
+        return Activation(
+            node.name,
+            node_bytes(node),
+            index[node],
+            max([index[node], *reads]),
+            first,
+            last,
+            recompute_ns=again,
+            can_offload=moved and node_bytes(node) >= _SMALLEST_MOVED,
+        )
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """Forward operators that read a node's memory, through views too."""
+        found, stack = [], [node]
+        while stack:
+            for user in stack.pop().users:
+                if user in self.joint.forward:
+                    found.append(user)
+                    if self.joint.is_view(user):
+                        stack.append(user)
+        return found
+
+    @cached_property
+    def _others(self) -> list[Activation]:
+        """What else takes memory: gradients as they are made, and what passes from operator to operator."""
+        index, leaders, _ = self._timeline
+        planned, last = set(self.planned), len(leaders) - 1
+        found = []
+        for node in index:
+            if node in planned or self.joint.is_view(node) or not node_bytes(node):
+                continue
+            if self._is_light(node) and all(u in index and self._is_light(u) for u in node.users):
+                continue  # fused into what reads it
+            uses = [index[u] for u in self._all_readers(node, index)]
+            end = last if node in self.joint.gradients or node in self.joint.results else max(uses, default=index[node])
+            begin = index[node]
+            if begin < end:
+                found.append(Activation(node.name, node_bytes(node), begin, begin, begin + 1, end, can_offload=False))
+        return found
+
+    def _all_readers(self, node: fx.Node, index: dict[fx.Node, int]) -> list[fx.Node]:
+        found, stack = [], [node]
+        inside = node in self.joint.forward
+        while stack:
+            for user in stack.pop().users:
+                if user in index and (user in self.joint.forward) == inside:
+                    found.append(user)
+                    if self.joint.is_view(user):
+                        stack.append(user)
+        return found
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        """Parameters and other inputs."""
+        inputs = self.joint.graph.find_nodes(op="placeholder")
+        return sum(node_bytes(n) for n in inputs if n not in self.joint.backward)
+
+    def plan(self) -> ActivationPlan:
+        """The fates of :attr:`planned`, in their order, followed by what cannot be chosen.
+
+        Raises:
+            PlanError: the budget cannot be kept.
+        """
+        late: set[fx.Node] = set()
+        while True:
+            activations = [*(self._activation(n, late) for n in self.planned), *self._others]
+            found = self._search(activations)
+            end = self.first_backward
+            overdue = {
+                n
+                for n, fate in zip(self.planned, found.fates, strict=False)
+                if fate.choice == "offload" and fate.free_before > end
+            }
+            if not overdue:
+                return found
+            late |= overdue  # still on their way when the forward ends: the backward would have to hold the source
+
+    def _search(self, activations: list[Activation]) -> ActivationPlan:
+        operators = [Operator(n.name, t) for n, t in zip(self._timeline[1], self._timeline[2], strict=True)]
+        tier, limits = self.rates.tier, self.limits
+        if limits.budget is not None:
+            return plan_activations(operators, activations, max(limits.budget - self.resident_bytes, 0), tier)
+        try:
+            plan_activations(operators, activations, 0, tier)
+        except PlanError as error:
+            least = error.minimum_budget or 0
+        else:
+            least = 0
+        best = plan_activations(operators, activations, 2**62, tier)
+        allowed = best.kept_step_ns * (1 + limits.slowdown)
+        low, high = least, best.kept_peak_bytes
+        for _ in range(_TRIES):
+            middle = (low + high) // 2
+            found = plan_activations(operators, activations, middle, tier)
+            if found.step_ns <= allowed:
+                best, high = found, middle
+            else:
+                low = middle
+        return best
+
+
+def operations(node: fx.Node) -> int:
+    """Floating-point operations of a matrix product, convolution or attention; 0 for others."""
+    name = str(node.target)
+    sources = [next(tensors_of(s), None) for s in node.all_input_nodes]
+    inputs = [s for s in sources if s is not None and s.dim() >= 2]
+    result = next(tensors_of(node), None)
+    if result is None or len(inputs) < 2:
+        return 0
+    size = tensor_bytes(result) // result.element_size()
+    if "convolution" in name:
+        weight = inputs[1]
+        return 2 * size * (tensor_bytes(weight) // weight.element_size()) // max(int(weight.shape[0]), 1)
+    if any(part in name for part in ("attention", "flash")):
+        pairs = 4 if "backward" not in name else 10
+        return pairs * size * int(inputs[1].shape[-2])
+    if any(part in name for part in ("mm", "linear")):
+        return 2 * size * int(inputs[-2].shape[-1])
+    return 0
+
+
+def with_budget(limits: Limits, budget: int | None) -> Limits:
+    """The same limits with another budget."""
+    return dataclasses.replace(limits, budget=budget)
