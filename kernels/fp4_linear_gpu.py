@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels import fp4_linear_few, fp4_linear_triton
+from vbcompile.kernels import fp4_linear_few, fp4_linear_fp8, fp4_linear_triton
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.registry import Implementation, operator
@@ -21,6 +21,7 @@ from vbcompile.kernels.triton_target import refuses_triton
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
 _FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.3
+_FP8_SHARE = 0.8  # of twice the rate of bfloat16
 
 
 def bits_per_weight(format_name: str) -> float:
@@ -57,6 +58,21 @@ def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
     size = case.dtype.itemsize
     decode = (bits_per_weight(case.format_name) / 8 + size) / _MEMORY_SHARE
     return (decode + _dense(case.m, size)) / _dense(case.m, 2)
+
+
+def _fp8_cost(target: Target, case: Fp4LinearCase) -> float:
+    decode = (bits_per_weight(case.format_name) / 8 + 1) / _MEMORY_SHARE
+    quantize = 3 * case.m / case.n  # bytes per weight: reading x and writing half as much
+    return (decode + quantize + max(1, case.m / _OPERATIONS_A_BYTE / _FP8_SHARE)) / _dense(case.m, 2)
+
+
+def _refuses_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := _refuses_target(target):
+        return reason
+    if case is None:
+        capability = target.compute_capability
+        return None if capability and capability >= (8, 9) else "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
+    return fp4_linear_fp8.refuses_fp8(target, case.dtype, case.n, case.k, case.layout, case.activations)
 
 
 def _refuses_target(target: Target) -> str | None:
@@ -112,6 +128,9 @@ operator("fp4_linear").register(
 )
 operator("fp4_linear").register(
     Implementation("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost),
+)
+operator("fp4_linear").register(
+    Implementation("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost),
 )
 operator("fp4_linear_backward").register(
     Implementation("triton_dequantize", dequantize_backward, _refuses_dequantize, _dequantize_cost),

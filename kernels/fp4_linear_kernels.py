@@ -71,8 +71,12 @@ def _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIA
 def fp4_dequantize_kernel(
     codes_ptr, scales_ptr, row_scale_ptr, out_ptr, n, k, column_tiles,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
-    """out ``[n, k]`` = the weight, from a tile layout; program ``(row tile, COLUMNS column tiles)``."""
+    """out ``[n, k]`` = the weight, from a tile layout; program ``(row tile, COLUMNS column tiles)``.
+
+    Not SCALED: without the rows' scales, an eighth of code times block scale, which is at most 384.
+    """
     tile, step = tl.program_id(0), tl.program_id(1)
     rows = tile * 64 + tl.arange(0, 64)
     columns = step * 64 * COLUMNS + tl.arange(0, 64 * COLUMNS)
@@ -81,8 +85,31 @@ def fp4_dequantize_kernel(
     words = tl.load(codes_ptr + first * 512 + tl.arange(0, COLUMNS * 512)[None, :], eviction_policy="evict_first")
     scales = tl.load(scales_ptr + first * per_tile + tl.arange(0, COLUMNS * per_tile)[None, :])
     weight = decode_tiles(words, scales, 1, COLUMNS, BLOCK, WIDE, HALF, ASM)
-    row_scale = tl.load(row_scale_ptr + rows, mask=rows < n, other=0.0) * 256.0
-    value = weight.to(tl.float32) * row_scale[:, None]
+    if SCALED:
+        row_scale = tl.load(row_scale_ptr + rows, mask=rows < n, other=0.0) * 256.0
+        value = weight.to(tl.float32) * row_scale[:, None]
+    else:
+        value = weight.to(tl.float32) * 32.0
     keep = (rows < n)[:, None] & (columns < k)[None, :]
     out_at = out_ptr + rows.to(tl.int64)[:, None] * k + columns[None, :]
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, BLOCK: tl.constexpr):
+    """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is x ``[m, k]``, rows ``x_stride`` apart."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, k, BLOCK):
+        x = tl.load(x_ptr + row * x_stride + start + columns, mask=columns < k - start, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+    top = tl.max(largest, 0)
+    scale = tl.where(top == 0, 1.0, top / 448.0)
+    scale = tl.where(tl.sum((largest != largest).to(tl.int32), 0) > 0, float("nan"), scale)
+    tl.store(scale_ptr + row, scale)
+    for start in range(0, k, BLOCK):
+        inside = columns < k - start
+        x = tl.load(x_ptr + row * x_stride + start + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.clamp(x / scale, -448.0, 448.0)
+        tl.store(out_ptr + row * k + start + columns, x.to(out_ptr.dtype.element_ty), mask=inside)

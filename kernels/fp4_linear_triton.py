@@ -147,14 +147,17 @@ def product(
 def dequantize(
     codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str, dtype: torch.dtype
 ) -> Tensor:
-    """The weight ``[n, k]`` in ``dtype``, from a tile layout; rounded once from float32."""
+    """The weight ``[n, k]`` in ``dtype``, from a tile layout; rounded once from float32.
+
+    In float8_e4m3fn, an eighth of it before the rows' scales, rounded to nearest.
+    """
     from vbcompile.kernels.fp4_linear_kernels import fp4_dequantize_kernel
 
     n, column_tiles = row_scale.shape[0], codes.shape[1]
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     fp4_dequantize_kernel[(-(-n // TILE), column_tiles // 2)](
-        codes.view(torch.int32), block_scales, row_scale, out, n, k, column_tiles,
-        COLUMNS=2, num_warps=4, **_decoding(get_target(codes.device), format_name, layout, dtype),
+        codes.view(torch.int32), block_scales, row_scale, out, n, k, column_tiles, COLUMNS=2, num_warps=8,
+        SCALED=dtype != torch.float8_e4m3fn, **_decoding(get_target(codes.device), format_name, layout, dtype),
     )  # fmt: skip
     return out
 

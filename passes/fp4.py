@@ -94,7 +94,8 @@ class _Fp4Pass:
         weight = self.weights[site.weight][1]
         n, k = reversed(weight.shape) if site.transposed else weight.shape
         key = PackKey(self.config.fp4_format, preferred_layout(self.context.target), site.transposed)
-        case = make_case(dtype, rows if rows is not None else 1, n, k, key.format_name, key.layout)
+        activations = self.config.fp4_activations
+        case = make_case(dtype, rows if rows is not None else 1, n, k, key.format_name, key.layout, activations)
         if reason := self._too_slow(case, rows):
             return Decision(PASS_NAME, name, "left", reason)
         packing = self._pack(site, key)
@@ -102,7 +103,7 @@ class _Fp4Pass:
             return Decision(PASS_NAME, name, "left", packing)
         linear, error = packing.packed.linear, packing.packed.error
         self._rewrite(site, packing, dtype)
-        case = make_case(dtype, case.m, n, k, key.format_name, linear.layout)
+        case = make_case(dtype, case.m, n, k, key.format_name, linear.layout, activations)
         return Decision(
             PASS_NAME,
             name,
@@ -199,7 +200,15 @@ class _Fp4Pass:
                 x.meta["example_value"] = value_of(site.x).to(dtype)
             new = self.graph.call_function(
                 torch.ops.vblackwell.fp4_linear.default,
-                (x, *packing.nodes, site.bias, linear.k, linear.format_name, linear.layout),
+                (
+                    x,
+                    *packing.nodes,
+                    site.bias,
+                    linear.k,
+                    linear.format_name,
+                    linear.layout,
+                    self.config.fp4_activations,
+                ),
             )
         new.meta = dict(site.node.meta)
         site.node.replace_all_uses_with(new)

@@ -70,7 +70,7 @@ def test_dequantization_compiles_without_spills(arch):
     codes, scales = torch.empty(16, dtype=torch.int32), torch.empty(16, dtype=torch.uint8)
     arguments = (codes, scales, torch.empty(16), out, N, K, K // 64)
     options = fp4_linear_triton._decoding(device, "nvfp4", layout, torch.bfloat16)
-    launch = Launch(fp4_dequantize_kernel, arguments, {"COLUMNS": 2, "num_warps": 4, **options})
+    launch = Launch(fp4_dequantize_kernel, arguments, {"COLUMNS": 2, "num_warps": 8, "SCALED": True, **options})
     assert compile_launch(launch, arch).spills == 0
 
 

@@ -36,6 +36,8 @@ class Config:
             named, off otherwise; never where the model already uses a low precision or autocast.
         fp4: FP4 weights (mode).
         fp4_format: ``nvfp4`` (4.5 bits a weight, the smaller error) or ``mxfp4`` (4.25 bits).
+        fp4_activations: ``same`` multiplies activations as they are; ``fp8`` also allows rounding them, and the weight,
+            to FP8 where that is faster (many rows, sm_89 or later): 21.1 dB for Gaussian layers instead of 21.7.
         fp4_lm_head: also the projection onto the vocabulary; off, because its errors go straight to the logits.
         fp4_max_error: largest relative error ``|W - Q| / |W|`` of a weight that is quantized; those above stay as they
             are and are reported. Gaussian weights have 0.081 in NVFP4 and 0.112 in MXFP4.
@@ -59,6 +61,7 @@ class Config:
     mixed_precision: bool | None = None
     fp4: bool = False
     fp4_format: str = "nvfp4"
+    fp4_activations: str = "same"
     fp4_lm_head: bool = False
     fp4_max_error: float = 0.15
     fp4_master: str = "keep"
@@ -87,10 +90,12 @@ class Config:
 
 
 FP4_FORMATS: Final = ("nvfp4", "mxfp4")
+FP4_ACTIVATIONS: Final = ("same", "fp8")
 FP4_MASTERS: Final = ("keep", "drop")
 _FLAGS = ("attention", "mixed_precision", "fp4", "fp4_lm_head", "recompute", "offload", "strict")
 OPTIONS: Final = (
-    "mode", *_FLAGS, "fp4_format", "fp4_max_error", "fp4_master", "budget", "slowdown", "downstream", "inductor_mode",
+    "mode", *_FLAGS, "fp4_format", "fp4_activations", "fp4_max_error", "fp4_master",
+    "budget", "slowdown", "downstream", "inductor_mode",
 )  # fmt: skip
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -160,6 +165,7 @@ def _validate(values: Mapping[str, Any]) -> None:
         ("inductor_mode", INDUCTOR_MODES),
         ("downstream", DOWNSTREAM),
         ("fp4_format", FP4_FORMATS),
+        ("fp4_activations", FP4_ACTIVATIONS),
         ("fp4_master", FP4_MASTERS),
     ):
         if name in values and values[name] not in valid:
