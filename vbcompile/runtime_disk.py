@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.runtime_sources import DiskBytes
+from vbcompile.vgpu_files import open_unbuffered
 from vbcompile.vgpu_size import MIB
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class OpenFiles:
     """
 
     def __init__(self, *, direct: bool = True) -> None:
-        self._flag = getattr(os, "O_DIRECT", 0) if direct else 0
+        self._direct = direct
         self._lock = threading.Lock()
         self._open: dict[Path, tuple[int, bool]] = {}
 
@@ -125,7 +126,7 @@ class OpenFiles:
     def _descriptor(self, file: Path) -> tuple[int, bool]:
         with self._lock:
             if file not in self._open:
-                self._open[file] = open_unbuffered(file, self._flag)
+                self._open[file] = open_unbuffered(file, direct=self._direct)
             return self._open[file]
 
     def _buffered(self, file: Path) -> int:
@@ -152,18 +153,6 @@ def set_buffered(descriptor: int) -> None:
     import fcntl  # only where there is O_DIRECT to take off
 
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
-
-
-def open_unbuffered(file: str | os.PathLike[str], flag: int) -> tuple[int, bool]:
-    """(descriptor, whether ``flag`` took effect): some file systems refuse O_DIRECT when a file is opened."""
-    if flag:
-        try:
-            return os.open(file, os.O_RDONLY | flag), True
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            log.info("%s: the file system refuses unbuffered reads; reading through the page cache", os.fspath(file))
-    return os.open(file, os.O_RDONLY), False
 
 
 def _unbuffered(descriptor: int, memory: Tensor, begin: int, wanted: int, file: Path) -> bool:

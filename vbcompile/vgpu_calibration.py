@@ -18,14 +18,16 @@ from typing import Any
 import torch
 
 from vbcompile.device import get_unified_backend
+from vbcompile.vgpu_files import open_unbuffered
 from vbcompile.vgpu_size import MIB
 
 log = logging.getLogger(__name__)
 
 _REPEATS = 3
+_IN_A_ROW = 8  # copies or products between two looks at the clock, which itself takes as long as a short one
 _SMALL_COPIES = 64
 _DISK_CHUNK = 8 * MIB
-_DISK_THREADS = 4
+_DISK_THREADS = 8
 
 
 @dataclass
@@ -83,7 +85,7 @@ def calibrate(
     path: str | os.PathLike[str] | None = None,
     peers: Sequence[str] = (),
     nbytes: int = 64 * MIB,
-    disk_bytes: int = 64 * MIB,
+    disk_bytes: int = 256 * MIB,
 ) -> Calibration:
     """Measure the links of this machine.
 
@@ -142,6 +144,17 @@ def _best_seconds(work: Callable[[], Any], wait: Callable[[], None]) -> float:
     return min(times[1:])
 
 
+def _rate(amount: int, work: Callable[[], Any], wait: Callable[[], None], device: torch.device) -> int:
+    """``amount`` per second, queued several times in a row where the device works beside the host."""
+    count = 1 if device.type == "cpu" else _IN_A_ROW
+
+    def run() -> None:
+        for _ in range(count):
+            work()
+
+    return int(amount * count / _best_seconds(run, wait))
+
+
 def _host_rate(nbytes: int) -> int:
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
     return int(nbytes / _best_seconds(lambda: target.copy_(source), lambda: None))
@@ -150,14 +163,14 @@ def _host_rate(nbytes: int) -> int:
 def _memory_rate(device: torch.device, nbytes: int, wait: Callable[[], None]) -> int:
     source = torch.ones(4 * nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return int(2 * source.nbytes / _best_seconds(lambda: target.copy_(source), wait))
+    return _rate(2 * source.nbytes, lambda: target.copy_(source), wait, device)
 
 
 def _matmul_rate(device: torch.device, wait: Callable[[], None]) -> int:
     size, dtype = (512, torch.float32) if device.type == "cpu" else (4096, torch.bfloat16)
     left = torch.ones(size, size, dtype=dtype, device=device)
     right = torch.ones_like(left)
-    return int(2 * size**3 / _best_seconds(lambda: left @ right, wait))
+    return _rate(2 * size**3, lambda: left @ right, wait, device)
 
 
 def _measure_link(found: Calibration, device: torch.device, nbytes: int, wait: Callable[[], None]) -> None:
@@ -180,8 +193,8 @@ def _measure_link(found: Calibration, device: torch.device, nbytes: int, wait: C
         for _ in range(_SMALL_COPIES):
             cards[0][:4096].copy_(hosts[0][:4096], non_blocking=True)
 
-    _measure(found, "h2d", lambda: int(nbytes / _best_seconds(there, wait)))
-    _measure(found, "d2h", lambda: int(nbytes / _best_seconds(back, wait)))
+    _measure(found, "h2d", lambda: _rate(nbytes, there, wait, device))
+    _measure(found, "d2h", lambda: _rate(nbytes, back, wait, device))
     _measure(found, "latency_ns", lambda: int(_best_seconds(small, wait) / _SMALL_COPIES * 1e9))
     try:
         found.duplex_h2d, found.duplex_d2h = _duplex(device, streams, (there, back), nbytes, wait)
@@ -220,8 +233,7 @@ def _measure_peer(found: Calibration, device: torch.device, peer: str, nbytes: i
     try:
         source = torch.ones(nbytes, dtype=torch.uint8, device=peer)
         target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        seconds = _best_seconds(lambda: target.copy_(source, non_blocking=True), wait)
-        found.peers[peer] = int(nbytes / seconds)
+        found.peers[peer] = _rate(nbytes, lambda: target.copy_(source, non_blocking=True), wait, device)
     except RuntimeError as error:
         found.reasons[peer] = str(error).strip().partition("\n")[0]
         log.warning("the link from %s was not measured: %s", peer, found.reasons[peer])
@@ -255,7 +267,7 @@ def _fill(file: Any, nbytes: int) -> None:
 
 def _disk_rate(name: str, nbytes: int) -> tuple[int, bool]:
     """(bytes per second, whether the page cache was passed by)."""
-    descriptor, direct = _open_unbuffered(name)
+    descriptor, direct = open_unbuffered(name)
     try:
         if not direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -267,16 +279,6 @@ def _disk_rate(name: str, nbytes: int) -> tuple[int, bool]:
         return int(nbytes / seconds), direct
     finally:
         os.close(descriptor)
-
-
-def _open_unbuffered(name: str) -> tuple[int, bool]:
-    flag = getattr(os, "O_DIRECT", 0)
-    if flag:
-        try:
-            return os.open(name, os.O_RDONLY | flag), True
-        except OSError as error:
-            log.info("%s: the file system refuses unbuffered reads (%s): measuring buffered ones", name, error.strerror)
-    return os.open(name, os.O_RDONLY), False
 
 
 def _read_share(descriptor: int, buffer: mmap.mmap, part: int, nbytes: int) -> None:
