@@ -177,7 +177,7 @@ def run(variants: list[Variant], small: bool, repeats: int) -> list[dict]:
     for variant in variants:
         try:
             row, gradients = measure(variant, small, repeats)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the row says what happened, and main() exits with it
             row, gradients = {"variant": variant.name, "error": f"{type(error).__name__}: {error}"[:2000]}, []
         if gradients:
             reference = reference or gradients

@@ -1,7 +1,7 @@
 """The partitioner of the modes that save memory: plan, mark, let PyTorch split the graph, move what the plan moves."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.fx as fx
@@ -14,6 +14,7 @@ from vbcompile.passes.activation_rates import measured_rates
 from vbcompile.passes.pipeline import PassContext
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_activations import ActivationPlan
+from vbcompile.vgpu_plan import PlanError
 
 MODULES = (activation_graph, activation_offload, activation_plan, recompute)
 """What a partition depends on, for the compile cache's key."""
@@ -27,11 +28,12 @@ class ActivationPartitioner:
     Args:
         rates: Speeds of the device that runs the graph.
         limits: Budget, or the time that may be spent.
-        report: Called with each decision.
+        report: Takes the decisions.
+        strict: Raise where planning fails, instead of saving what PyTorch would.
     """
 
-    def __init__(self, rates: Rates, limits: Limits, report: Callable[[Decision], None]) -> None:
-        self._rates, self._limits, self._report = rates, limits, report
+    def __init__(self, rates: Rates, limits: Limits, report: GraphReport, strict: bool = False) -> None:
+        self._rates, self._limits, self._report, self._strict = rates, limits, report, strict
 
     def __call__(
         self, joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
@@ -41,9 +43,30 @@ class ActivationPartitioner:
         Raises:
             PlanError: the budget is too small for this step.
         """
-        graph = JointGraph(joint.graph, num_fwd_outputs)
+        options["num_fwd_outputs"] = num_fwd_outputs
+        marks = {node.name: node.meta.get("recompute") for node in joint.graph.nodes}
+        try:
+            return self._split(joint, inputs, options)
+        except PlanError:
+            raise
+        except Exception as error:
+            if self._strict:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            self._report.failures.append(("recompute", reason))
+            log.warning("the plan for activations failed, they are saved as PyTorch does: %s", reason)
+            log.debug("the plan for activations failed", exc_info=True)
+        for node in joint.graph.nodes:
+            node.meta["recompute"] = marks.get(node.name)
+        return compat.partition(joint, inputs, **options)
+
+    def _split(
+        self, joint: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        outputs = options["num_fwd_outputs"]
+        graph = JointGraph(joint.graph, outputs)
         if not graph.backward:
-            return compat.partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
+            return compat.partition(joint, inputs, **options)
         planner = StepPlanner(graph, self._rates, self._limits)
         plan = planner.plan()
         fates = dict(zip(planner.planned, plan.fates, strict=False))
@@ -58,8 +81,8 @@ class ActivationPartitioner:
             if fate.choice == "offload"
         }
         sizes = {node.name: node_bytes(node) for node in planner.saved}
-        forward, backward = compat.partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
-        moved = activation_offload.insert_trips(forward, backward, num_fwd_outputs, trips) if trips else []
+        forward, backward = compat.partition(joint, inputs, **options)
+        moved = activation_offload.insert_trips(forward, backward, outputs, trips) if trips else []
         self._tell(planner, plan, fates, moved, sizes)
         return forward, backward
 
@@ -75,7 +98,7 @@ class ActivationPartitioner:
             choice = "keep" if fate.choice == "offload" and node.name not in moved else fate.choice
             name = "activation_offload" if choice == "offload" else "recompute"
             action = "left" if choice == "keep" else "rewritten"
-            self._report(Decision(name, _site(node), action, _reason(planner, node, choice), details={
+            self._report.decisions.append(Decision(name, _site(node), action, _reason(planner, node, choice), details={
                 "tensor": node.name, "bytes": sizes[node.name], "choice": choice,
             }))  # fmt: skip
         log.info(
@@ -100,7 +123,7 @@ def partitioner_for(context: PassContext, report: GraphReport) -> ActivationPart
     if not context.training or not (config.recompute or offload):
         return None
     limits = Limits(config.budget, config.slowdown, config.recompute, offload)
-    return ActivationPartitioner(measured_rates(context.target.device_type), limits, report.decisions.append)
+    return ActivationPartitioner(measured_rates(context.target.device_type), limits, report, config.strict)
 
 
 def _name(node: fx.Node | None) -> str | None:

@@ -24,10 +24,13 @@ from vbcompile.runtime_activation_memory import HostBuffer, HostMemory
 from vbcompile.runtime_device import AcceleratorDevice, CopyQueue
 
 _LIBRARY = torch.library.Library("vblackwell", "FRAGMENT")
-_LIBRARY.define("activation_offload(Tensor source) -> Tensor")
-_LIBRARY.define("activation_departed(Tensor(a!) host, Tensor source) -> ()")
-_LIBRARY.define("activation_reload(Tensor host, Device device) -> Tensor")
-_LIBRARY.define("activation_arrived(Tensor(a!) restored, Tensor host) -> ()")
+for _schema in (
+    "activation_offload(Tensor source) -> Tensor",
+    "activation_departed(Tensor(a!) host, Tensor source) -> ()",
+    "activation_reload(Tensor host, Device device) -> Tensor",
+    "activation_arrived(Tensor(a!) restored, Tensor host) -> ()",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.flexible_layout,))  # no copy for the sake of strides
 
 
 @dataclass
