@@ -41,23 +41,34 @@ class DenseScores:
         split = additive_bias(function)
         if split is None:
             raise ValueError("the score function is no additive bias with a mask")
-        extended, position = split
-        self._function, self._position = extended, position
-        self._lead, self._dtype = tuple(lead), accumulation_dtype(dtype)
-        bias, keep = evaluate(
-            extended,
-            (position, function.mask),
+        self._function, self._position = split
+        self._captured, self._lead, self._size = captured, tuple(lead), (q_length, k_length)
+        self._device, self._dtype = device, accumulation_dtype(dtype)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        value = self._value(self._position)
+        return None if value is None else value.to(self._dtype)
+
+    @cached_property
+    def keep(self) -> Tensor | None:
+        return self._value(self._function.mask)
+
+    def _value(self, position: int | None) -> Tensor | None:
+        (value,) = evaluate(
+            self._function,
+            (position,),
             score=None,
-            captured=captured,
-            lead=lead,
-            q_length=q_length,
-            k_length=k_length,
-            device=device,
+            captured=self._captured,
+            lead=self._lead,
+            q_length=self._size[0],
+            k_length=self._size[1],
+            device=self._device,
             dtype=self._dtype,
         )
-        size = (1,) * len(self._lead) + (q_length, k_length)
-        self.bias = None if bias is None else _grown(bias.to(self._dtype), size)
-        self.keep = None if keep is None else _grown(keep, size)
+        if value is None:
+            return None
+        return value.broadcast_to(torch.broadcast_shapes(value.shape, (1,) * len(self._lead) + self._size))
 
     @cached_property
     def additive(self) -> Tensor:
@@ -113,5 +124,25 @@ class DenseScores:
         return t.expand(*self._lead, t.shape[-1])
 
 
-def _grown(t: Tensor, size: Sequence[int]) -> Tensor:
-    return t.broadcast_to(torch.broadcast_shapes(t.shape, tuple(size)))
+def bias_fits(function: ScoreFunction, captured: Sequence[torch.dtype], dtype: torch.dtype) -> bool:
+    """Whether a kernel that reads the bias in ``dtype`` loses nothing that a model computing in ``dtype`` has.
+
+    True where the bias is chosen from, or a sum of, captured tensors of that type and constants that it holds. A bias
+    that is computed from indices or captured in a wider type has digits, or finite minima, that ``dtype`` has not.
+    """
+    split = additive_bias(function)
+    if split is None or split[1] is None:
+        return True
+    extended, bias = split
+
+    def fits(position: int) -> bool:
+        name, *arguments = extended.program[position]
+        if name == "captured":
+            return captured[arguments[0]] == dtype
+        if name == "const":
+            return float(torch.tensor(float(arguments[0])).to(dtype)) == arguments[0]
+        if name == "where":
+            return all(map(fits, arguments[1:]))
+        return name in ("add", "sub", "neg", "maximum", "minimum", "to_float") and all(map(fits, arguments))
+
+    return fits(bias)

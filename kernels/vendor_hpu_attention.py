@@ -36,8 +36,6 @@ def _refuses(target: Target, case: AttentionCase | None) -> str | None:
         return None
     if case.dropout:
         return "draws a seed of its own, which the backward of another call could not repeat"
-    if case.score_function.sink is not None:
-        return "has no documented argument for a sink"
     return refuses_case(case, _DTYPES) or refuses_captured_gradients(case)
 
 
@@ -47,7 +45,7 @@ class _GaudiCall:
     Attributes:
         tensors: q, k, v; 5-D where heads of keys are shared.
         causal: whether the operator's own causal mask says all that the mask does.
-        mask: additive, in the dtype of q, of the rank of q; None: no bias and no further mask.
+        mask: additive, of dtype and rank of the tensors; None: no bias and no further mask.
         scores: bias and mask as tensors.
     """
 
@@ -59,7 +57,9 @@ class _GaudiCall:
         self.causal = aligned and function.program[function.score] == ("score",)  # flag and mask exclude each other
         self.scores: DenseScores | None = None if self.causal else self.call.score_tensors(with_band=True)
         self.tensors = tuple(map(self.grouped, (self.call.q, self.call.k, self.call.v)))
-        self.mask = None if self.scores is None else self.grouped(self.call.folded(self.scores.additive).to(q.dtype))
+        self.mask = (
+            None if self.scores is None else self.grouped(self.call.folded(self.scores.additive).to(self.call.dtype))
+        )
 
     def grouped(self, t: Tensor) -> Tensor:
         """``[B, N, S, D]`` (N may be one) with the heads as ``[groups, heads / groups]``, where groups share keys."""
@@ -89,7 +89,7 @@ def _forward(q, k, v, captured, scale, dropout_p, seed, score_function):
         }
     )
     lse = gaudi.flat(largest).float()[..., 0] - gaudi.flat(inverse_sum).float()[..., 0].log()
-    return gaudi.call.finish(gaudi.flat(out), lse, None if gaudi.scores is None else gaudi.scores.empty)
+    return gaudi.call.finish(gaudi.flat(out), lse, gaudi.scores)
 
 
 def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
@@ -99,9 +99,9 @@ def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p,
         return attention_backward_reference(
             grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
         )
-    out4, grad4, lse3 = call.fold_results(out, grad_out, lse, None if scores is None else scores.empty)
-    # the maximum has the dtype of q: what its rounding takes from lse goes to the sum, so that weights stay exact
-    largest = lse3.unsqueeze(-1).to(q.dtype)
+    out4, grad4, lse3 = call.fold_results(out, grad_out, lse, scores)
+    # the maximum has the tensors' dtype: what its rounding takes from lse goes to the sum, so that weights stay exact
+    largest = lse3.unsqueeze(-1).to(call.dtype)
     inverse_sum = torch.exp(largest.float() - lse3.unsqueeze(-1).float())
     grads = BACKWARD.call_in_order(
         _common(gaudi, scale)
@@ -114,8 +114,8 @@ def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p,
             "fwd_out": gaudi.grouped(out4),
         }
     )
-    found = call.gradients(*map(gaudi.flat, grads[:3]), scores)
-    return [*found, *(None for _ in captured)]
+    found = call.gradients([gaudi.flat(g) for g in grads[:3]], scores)
+    return [*found, *call.sink_gradients(grad_out, out, lse, needs)]
 
 
 def _common(gaudi: _GaudiCall, scale: float) -> dict[str, Any]:

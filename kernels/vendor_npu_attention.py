@@ -16,7 +16,7 @@ from torch import Tensor
 from vbcompile.config import ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels.attention import attention_backward_reference
-from vbcompile.kernels.attention_band import UNBOUNDED
+from vbcompile.kernels.attention_band import UNBOUNDED, Band
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_dense import DenseScores
 from vbcompile.kernels.registry import Implementation, forced_implementation, operator
@@ -25,8 +25,6 @@ from vbcompile.kernels.vendor_attention import (
     FoldedCall,
     refuses_captured_gradients,
     refuses_case,
-    refuses_sink,
-    sink_needs,
 )
 from vbcompile.kernels.vendor_operators import VendorOperator
 
@@ -58,9 +56,9 @@ def _refuses(target: Target, case: AttentionCase | None) -> str | None:
         return reason
     if case is None:
         return None
-    if reason := refuses_case(case, DTYPES) or refuses_sink(case) or _refuses_features(case):
+    if reason := refuses_case(case, DTYPES) or _refuses_features(case):
         return reason
-    return _refuses_dropout(case) or refuses_captured_gradients(case, sink_needs(case))
+    return _refuses_dropout(case) or refuses_captured_gradients(case)
 
 
 def _refuses_features(case: AttentionCase) -> str | None:
@@ -69,9 +67,7 @@ def _refuses_features(case: AttentionCase) -> str | None:
         return f"takes up to {MOST_FEATURES} features per head"
     if math.prod(map(max, case.q[1:-2], case.k[1:-2], case.v[1:-2])) > MOST_HEADS:
         return f"takes up to {MOST_HEADS} heads"
-    if function.program[function.score] != ("score",) and (reason := FUSION_BIAS.refuses()):
-        return reason
-    return FUSION.refuses("sink", _LATER) if function.sink is not None else None
+    return FUSION_BIAS.refuses() if function.program[function.score] != ("score",) else None
 
 
 def _refuses_dropout(case: AttentionCase) -> str | None:
@@ -91,9 +87,9 @@ def triangle(device: torch.device) -> Tensor:
     return torch.ones(TRIANGLE, TRIANGLE, dtype=torch.bool, device=device).triu(1)
 
 
-def band_arguments(call: FoldedCall) -> dict[str, Any]:
+def band_arguments(call: FoldedCall, band: Band | None) -> dict[str, Any]:
     """``sparse_mode`` and its companions for a mask that is a band."""
-    band, q_length, k_length = call.band, call.q_length, call.k_length
+    q_length, k_length = call.q_length, call.k_length
     if band is None or band.sees_everything(q_length, k_length):
         return {}
     mask = {"atten_mask": triangle(call.q.device)}
@@ -107,11 +103,9 @@ def band_arguments(call: FoldedCall) -> dict[str, Any]:
     return mask | {"sparse_mode": 4, "before": before, "after": after}
 
 
-def _arguments(call: FoldedCall, scores: DenseScores | None, dropout_p: float) -> dict[str, Any]:
+def _arguments(call: FoldedCall, band: Band | None, scores: DenseScores | None, dropout_p: float) -> dict[str, Any]:
     """Keyword arguments by the names of ``npu_fusion_attention``; windows as ``before`` and ``after``."""
-    arguments: dict[str, Any] = {"keep_prob": 1.0 - dropout_p} | band_arguments(call)
-    if call.sink is not None:
-        arguments["sink"] = call.sink
+    arguments: dict[str, Any] = {"keep_prob": 1.0 - dropout_p} | band_arguments(call, band)
     if scores is None:
         return arguments
     if scores.shown is not None:
@@ -189,21 +183,21 @@ def _forward(
     score_function: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = FoldedCall(q, k, v, captured, ScoreFunction.loads(score_function))
-    scores, layout = call.score_tensors(), _Layout(call)
+    (band, scores), layout = call.band_and_scores(), _Layout(call)
     if dropout_p == 1.0:
         return _dropped_throughout(call, q, k, v, captured, scale, score_function)
-    arguments = _arguments(call, scores, dropout_p)
+    arguments = _arguments(call, band, scores, dropout_p)
     drawn = _drawn(seed, dropout_p, call)
     biased = "pse" in arguments
     tensors = (layout.turn(t) for t in (call.q, call.k, call.v))
-    result = (FUSION_BIAS if biased else FUSION)(
-        *tensors, call.heads, layout.name, scale=scale, **_named(arguments, biased), **drawn
-    )
+    function = FUSION_BIAS if biased else FUSION
+    sink = {"sink": call.head_sink} if call.head_sink is not None and function.takes("sink") else {}
+    result = function(*tensors, call.heads, layout.name, scale=scale, **_named(arguments, biased), **drawn, **sink)
     if drawn:
         _check_draw(drawn, result, call)
     out, largest, total = result[:3]
     lse = largest[..., 0] + total[..., 0].log()
-    return call.finish(layout.turn(out), lse, None if scores is None else scores.empty)
+    return call.finish(layout.turn(out), lse, scores, bool(sink))
 
 
 def _dropped_throughout(
@@ -218,18 +212,17 @@ def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p,
     everything = (grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs)
     function = ScoreFunction.loads(score_function)
     call = FoldedCall(q, k, v, captured, function)
-    scores, layout = call.score_tensors(), _Layout(call)
+    (band, scores), layout = call.band_and_scores(), _Layout(call)
     if dropout_p == 1.0 or (scores is not None and scores.absorbed):
         return attention_backward_reference(*everything)  # dropping all draws no number
     if dropout_p and grad_lse is not None:
         raise RuntimeError(f"{NAME}: no gradient for the logarithm of the softmax's sum under dropout")
-    arguments = _arguments(call, scores, dropout_p)
+    arguments = _arguments(call, band, scores, dropout_p)
     drawn = _drawn(seed, dropout_p, call)
     biased = "pse" in arguments
-    out4, grad4, lse3 = call.fold_results(out, grad_out, lse, None if scores is None else scores.empty)
-    # exp(score - lse) / 1 is the weight, so that nothing but lse is kept for the backward
+    out4, grad4, lse3 = call.fold_results(out, grad_out, lse, scores)
     largest = lse3.float().unsqueeze(-1).expand(*lse3.shape, _STATISTICS).contiguous()
-    dq, dk, dv, *rest = (FUSION_BIAS_GRAD if biased else FUSION_GRAD)(
+    dq, dk, dv, *_ = (FUSION_BIAS_GRAD if biased else FUSION_GRAD)(
         *(layout.turn(t) for t in (call.q, call.k, call.v, grad4)),
         call.heads,
         layout.name,
@@ -240,20 +233,8 @@ def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p,
         **_named(arguments, biased),
         **(drawn | {"numels": _numbers(call)} if drawn else {}),
     )
-    found = call.gradients(*(layout.turn(t) for t in (dq, dk, dv)), scores)
-    return [*found, *_sink_gradient(call, rest, captured, needs)]
-
-
-def _sink_gradient(call: FoldedCall, rest: list[Tensor], captured: list[Tensor], needs: list[bool]) -> list:
-    """Gradients of the captured tensors: the sink's where it is wanted (the last result), None for others."""
-    found: list[Tensor | None] = [None] * len(captured)
-    for number, need in enumerate(needs[3:]):
-        if need:
-            t = captured[number]
-            whole = rest[-1].reshape(1, *call.lead[1:], 1, 1)
-            axes = [d for d, size in enumerate(t.shape) if size == 1 and whole.shape[d] != 1]
-            found[number] = (whole.sum(axes, keepdim=True) if axes else whole).to(t.dtype)
-    return found
+    found = call.gradients([layout.turn(t) for t in (dq, dk, dv)], scores)
+    return [*found, *call.sink_gradients(grad_out, out, lse, needs)]
 
 
 def _cost(target: Target, case: AttentionCase) -> float:

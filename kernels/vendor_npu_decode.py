@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from vbcompile.device import Target
+from vbcompile.kernels.attention_band import Band
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.attention_dense import DenseScores
+from vbcompile.kernels.attention_dense import DenseScores, bias_fits
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.vendor_attention import FoldedCall, refuses_case
@@ -60,8 +61,8 @@ def _refuses_form(case: AttentionCase) -> str | None:
     function = case.score_function
     if case.dropout:
         return "has no dropout"
-    if function.sink is not None:
-        return "its sink has no documented type"
+    if not bias_fits(function, [dtype for _, dtype in case.captured], case.dtype):
+        return "adds the bias in the type of the queries, which cannot hold it"
     per_head = [n for n in function.captured(function.score, function.mask) if set(case.captured[n][0][1:-2]) != {1}]
     if (
         per_head
@@ -74,8 +75,9 @@ def _refuses_form(case: AttentionCase) -> str | None:
 
 def _forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     call = FoldedCall(q, k, v, captured, ScoreFunction.loads(score_function))
-    scores = call.score_tensors(with_band=call.q_length == 1)  # one row alone has no use for windows
-    arguments = _arguments(call, scores) | {
+    # one row alone has no use for windows
+    band, scores = call.band_and_scores() if call.q_length > 1 else (None, call.score_tensors(with_band=True))
+    arguments = _arguments(call, band, scores) | {
         "heads": call.heads,
         "num_key_value_heads": call.kv_heads,
         "input_layout": "BNSD",
@@ -86,11 +88,11 @@ def _forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     named = {_NAMES.get(name, (name, name))[newer]: value for name, value in arguments.items()}
     tensors = (t.contiguous() for t in (call.q, call.k, call.v))
     out, lse = (INFER_V2 if newer else INFER)(*tensors, **named)
-    return call.finish(out, lse[..., 0], None if scores is None else scores.empty)
+    return call.finish(out, lse[..., 0], scores)
 
 
-def _arguments(call: FoldedCall, scores: DenseScores | None) -> dict[str, Any]:
-    arguments = {} if call.q_length == 1 else band_arguments(call)
+def _arguments(call: FoldedCall, band: Band | None, scores: DenseScores | None) -> dict[str, Any]:
+    arguments = band_arguments(call, band)
     if scores is None:
         return arguments
     if scores.shown is not None:

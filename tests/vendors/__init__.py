@@ -1,0 +1,1 @@
+"""Vendors' packages, simulated: operators by their true schemas with CPU kernels, and devices without hardware."""

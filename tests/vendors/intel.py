@@ -1,0 +1,62 @@
+"""PyTorch's flash attention as its XPU build has it, on CPU tensors: builds without XPU have the operator, no kernel."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"flash attention for XPU (simulated): {message}")
+
+
+def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    _check(q.dtype in (torch.float16, torch.bfloat16), f"type {q.dtype}")
+    _check(q.shape[-1] in (64, 96, 128, 192), f"{q.shape[-1]} features")
+    _check(q.shape[:2] == k.shape[:2], "heads of queries and keys differ")
+    _check(not is_causal or q.shape[-2] == k.shape[-2], "is_causal with different lengths")
+    scores = q.double() @ k.double().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(hidden, -math.inf) if is_causal else scores
+
+
+def _forward(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    _check(dropout_p == 0, "dropout is not simulated")
+    scores = _scores(q, k, is_causal, scale)
+    none = torch.empty(0, dtype=torch.int64)
+    out = (scores.softmax(-1) @ v.double()).to(q.dtype)
+    return out, scores.logsumexp(-1).float(), none, none, q.shape[2], k.shape[2], none, none, none
+
+
+def _backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None):
+    _check((max_q, max_k) == (q.shape[2], k.shape[2]), "lengths")
+    weights = (_scores(q, k, is_causal, scale) - lse.double().unsqueeze(-1)).exp()
+    dy = grad.double()
+    ds = weights * (dy @ v.double().mT - (dy * out.double()).sum(-1, keepdim=True))
+    ds = ds * (q.shape[-1] ** -0.5 if scale is None else scale)
+    grads = ds @ k.double(), ds.mT @ q.double(), weights.mT @ dy
+    return tuple(g.to(q.dtype) for g in grads)
+
+
+@contextmanager
+def flash_kernels() -> Iterator[list[str]]:
+    """The operators run on CPU tensors until the block ends; gives the list of their calls."""
+    library, calls = torch.library.Library("aten", "IMPL"), []
+
+    def counted(name, kernel):
+        def run(*args, **kwargs):
+            calls.append(name)
+            return kernel(*args, **kwargs)
+
+        library.impl(name, run, "CPU")
+        library.impl(name, run, "XPU")  # so that the operator has a kernel there, too
+
+    counted("_scaled_dot_product_flash_attention", _forward)
+    counted("_scaled_dot_product_flash_attention_backward", _backward)
+    try:
+        yield calls
+    finally:
+        library._destroy()

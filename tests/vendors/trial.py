@@ -1,0 +1,118 @@
+"""Run the attention operator as if CPU tensors were a vendor's, and compare it with plain PyTorch."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+from attention_forms import Form, eager
+from torch import Tensor
+from vendors import ascend, gaudi, intel
+from vendors.packages import Release, release
+
+from vbcompile import backend
+from vbcompile.device import Target
+from vbcompile.device_catalog import catalog_target
+from vbcompile.kernels import attention, fp4_linear, registry, vendor_operators
+from vbcompile.kernels.attention import attention_reference
+
+SEED = torch.tensor([0x1234_5678_9ABC], dtype=torch.int64)
+# vendor -> the device that plays it, its package, the kernels of a release
+VENDORS = {
+    "npu": ("Ascend910B1", "torch-npu", ascend.kernels),
+    "hpu": ("gaudi2", "habana-torch-plugin", gaudi.kernels),
+}
+NEWEST = {"npu": "2.13.0", "hpu": "1.19.0"}
+
+
+@contextmanager
+def pretend(target: Target, version: str = "") -> Iterator[None]:
+    """CPU tensors count as tensors of ``target``, whose package is here in release ``version``."""
+    with ExitStack() as stack:
+        for module in (attention, fp4_linear, backend):
+            stack.enter_context(patch.object(module, "get_target", lambda device=None: target))
+        stack.enter_context(patch.object(vendor_operators, "is_present", lambda kind: kind == target.device_type))
+        stack.enter_context(patch.object(vendor_operators, "installed_version", lambda name: version or None))
+        registry._choose.cache_clear()
+        try:
+            yield
+        finally:
+            registry._choose.cache_clear()
+
+
+@contextmanager
+def vendor(kind: str, version: str = "", arch: str = "") -> Iterator[Release]:
+    """A machine of that vendor, its package in a release (the newest by default)."""
+    device, package, kernels = VENDORS[kind]
+    version = version or NEWEST[kind]
+    with release(package, version, kernels(version)) as opened, pretend(catalog_target(arch or device), version):
+        yield opened
+
+
+@contextmanager
+def intel_gpu() -> Iterator[list[str]]:
+    """An Intel GPU: PyTorch's own operators have kernels there."""
+    with intel.flash_kernels() as calls, pretend(catalog_target("pvc")):
+        yield calls
+
+
+def results(form: Form, dtype: torch.dtype, seed: int = 0, all_gradients: bool = True) -> list[tuple]:
+    """``(name, error, allowed error)`` of output, ``lse`` and gradients through the operator and autograd.
+
+    Args:
+        all_gradients: those of captured tensors too.
+    """
+    tensors, captured = form.inputs(dtype, seed)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    leaves += [t.detach().requires_grad_(all_gradients and t.is_floating_point()) for t in captured]
+    names = ["out", "lse", "grad_q", "grad_k", "grad_v", *(f"grad_captured_{n}" for n in range(len(captured)))]
+    ours = _through_operator(form, leaves)
+    plain = _with_gradients(form, leaves, lambda *t: eager(form, *t[:3], list(t[3:]), SEED))
+    wide = [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in leaves]
+    truth = _with_gradients(form, wide, lambda *t: _reference(form, t))
+    found = []
+    for name, value, other, exact in zip(names, ours, plain, truth, strict=True):
+        if exact is None:
+            assert value is None, f"{name}: a gradient out of nothing"
+            continue
+        assert value is not None and value.shape == exact.shape, f"{name}: {value}"
+        assert torch.equal(value.isnan(), exact.isnan()), f"{name}: NaN in other places"
+        terms = ours[0].numel() // value.numel() if name.startswith("grad_captured") else 1
+        floor = max(1, terms) ** 0.5 * torch.finfo(torch.float32).eps * _size(exact)
+        found.append((name, _distance(value, exact), 2 * _distance(other, exact) + floor))
+    return found
+
+
+def _through_operator(form: Form, leaves: list[Tensor]) -> list[Tensor | None]:
+    q, k, v, *captured = leaves
+    seed = SEED if form.dropout_p else None
+    return _with_gradients(
+        form,
+        leaves,
+        lambda *_: torch.ops.vblackwell.attention(
+            q, k, v, captured, form.scale, form.dropout_p, seed, form.function.dumps()
+        ),
+    )
+
+
+def _reference(form: Form, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    return attention_reference(
+        *tensors[:3], list(tensors[3:]), form.scale, form.dropout_p, SEED, form.function.dumps()
+    )  # fmt: skip
+
+
+def _with_gradients(form: Form, leaves: list[Tensor], run) -> list[Tensor | None]:
+    out, lse = run(*leaves)
+    wanted = [t for t in leaves if t.requires_grad]
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    gradients = iter(torch.autograd.grad(out, wanted, upstream, allow_unused=True))
+    return [out.detach(), lse.detach(), *(next(gradients) if t.requires_grad else None for t in leaves)]
+
+
+def _distance(value: Tensor, exact: Tensor) -> float:
+    difference = (value.double() - exact.double()).masked_fill(value.double() == exact.double(), 0.0)
+    return float(difference.nan_to_num().norm())
+
+
+def _size(exact: Tensor) -> float:
+    return float(exact.nan_to_num(posinf=0, neginf=0).norm())
