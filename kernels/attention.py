@@ -258,7 +258,19 @@ def attention_backward(
         grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
     )
     inputs = (q, k, v, *captured)
-    return [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
+    found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
+    return _apart(found)
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """Each in memory of its own: biases that are added to each other have one gradient."""
+    taken: set[int] = set()
+    result = []
+    for gradient in gradients:
+        place = gradient.untyped_storage()._cdata
+        result.append(gradient.clone() if place in taken else gradient)
+        taken.add(place)
+    return result
 
 
 def _like(gradient: Tensor | None, t: Tensor) -> Tensor:

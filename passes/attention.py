@@ -168,11 +168,11 @@ class _GraphPass:
 def is_named_softmax(node: fx.Node) -> bool:
     """Whether the node is a softmax call; an exponential is one only together with its sum."""
     call = call_of(node)
-    return call is not None and call.name in ("softmax", "safe_softmax")
+    return call is not None and call.name in ("softmax", "safe_softmax", "softmin")
 
 
 def _may_begin(call: Call) -> bool:
-    return call.name in ("softmax", "safe_softmax", "exp", "sdpa")
+    return call.name in ("softmax", "safe_softmax", "softmin", "exp", "exp2", "pow", "sdpa")
 
 
 def _plan_all(matcher: Matcher, contraction: Contraction) -> list[Plan]:

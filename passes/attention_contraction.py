@@ -91,6 +91,36 @@ def _matmul(call: Call, node: fx.Node) -> Contraction | None:
     return Contraction(node, lhs, rhs, lhs_labels, rhs_labels, (*batch, "m", "n"))
 
 
+def _inner(call: Call, node: fx.Node) -> Contraction | None:
+    """The last axis of both is summed."""
+    lhs, rhs = call.input, call.get("other")
+    if not (is_tensor(lhs) and is_tensor(rhs)) or min(len(shape_of(lhs)), len(shape_of(rhs))) < 2:
+        return None
+    return _tensor_product(node, lhs, rhs, [len(shape_of(lhs)) - 1], [len(shape_of(rhs)) - 1])
+
+
+def _tensordot(call: Call, node: fx.Node) -> Contraction | None:
+    lhs, rhs, dims = call.input, call.get("other"), call.get("dims", 2)
+    if not (is_tensor(lhs) and is_tensor(rhs)):
+        return None
+    ranks = len(shape_of(lhs)), len(shape_of(rhs))
+    if type(dims) is int:
+        dims = list(range(ranks[0] - dims, ranks[0])), list(range(dims))
+    pairs = [[d % rank for d in side] for side, rank in zip(dims, ranks, strict=True)]
+    return _tensor_product(node, lhs, rhs, *pairs)
+
+
+def _tensor_product(
+    node: fx.Node, lhs: fx.Node, rhs: fx.Node, lhs_summed: list[int], rhs_summed: list[int]
+) -> Contraction:
+    """Pairs of axes are summed; the others of ``lhs``, then those of ``rhs``, are the result's."""
+    lhs_labels, rhs_labels = ([f"{side}{d}" for d in range(len(shape_of(x)))] for side, x in (("l", lhs), ("r", rhs)))
+    for n, (a, b) in enumerate(zip(lhs_summed, rhs_summed, strict=True)):
+        lhs_labels[a] = rhs_labels[b] = f"c{n}"
+    out = [x for x in (*lhs_labels, *rhs_labels) if not x.startswith("c")]
+    return Contraction(node, lhs, rhs, tuple(lhs_labels), tuple(rhs_labels), tuple(out))
+
+
 def _linear(call: Call, node: fx.Node) -> Contraction | None:
     lhs, rhs = call.input, call.get("weight")
     if call.get("bias") is not None or not (is_tensor(lhs) and is_tensor(rhs)) or len(shape_of(rhs)) != 2:
@@ -150,6 +180,8 @@ _READERS: dict[str, Callable[[Call, fx.Node], Contraction | None]] = {
     "bmm": _matmul,
     "mm": _matmul,
     "linear": _linear,
+    "inner": _inner,
+    "tensordot": _tensordot,
     "baddbmm": _added("batch1", "batch2", ("b0",)),
     "addmm": _added("mat1", "mat2", ()),
     "einsum": _einsum,

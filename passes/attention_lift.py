@@ -281,6 +281,8 @@ class Lifter:
         """Whether to load the node's own elements instead of computing them from what it was computed from."""
         if found.name in ("const", "tensor") or node not in self._position:
             return False
+        if found.name == "not" and found.arguments[0].name == "tensor":
+            return False  # the mask itself is there anyway, and says more than its opposite
         if "tensor" not in found.leaves and "scalar" not in found.leaves:
             size = count_instructions(found)
             return size > _PROGRAM_LIMIT or (len(found.atoms) <= 1 and size > 1 and _is_expensive(found))

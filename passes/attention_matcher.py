@@ -1,5 +1,6 @@
 """Matches attention from its second matrix product back to its first, with every role bound to axes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ class Matcher:
                 labels[label] = space.dim(size, "k")
         dims = second.lhs_dims(labels)
         keys = tuple(atom for label in second.lhs_labels if label in summed for atom in labels[label])
-        found = walk_back(space, second.lhs, dims, self.carriers)
+        found = walk_back(space, second.lhs, dims, keys, self.carriers)
         if len(found) > 1 and second.addend is not None:
             raise Refusal("a sum of weights whose second matrix product adds something")
         return [self._site(space, second, labels, keys, weights, len(found) > 1, finish) for weights in found]
@@ -127,7 +128,7 @@ class Matcher:
         self.check_place(first.node)
         begin, end = self.effects.position[first.node], self.effects.position[out]
         lifter = self.lifter(space, algebra, first, begin, end, detail)
-        logits = algebra.make("to_float", lifter.lift(softmax.logits, softmax.dims))
+        logits = self._logits(lifter, softmax)
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         split = split_logits(algebra, logits, keys)
@@ -141,7 +142,7 @@ class Matcher:
             values=tuple(a for x in second.out_labels if x not in second.lhs_labels for a in labels[x]),
             logits=split, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
             empty_rows=empty, factors=list(reversed(weights.factors)), score_dtype=tensor_of(first.node).dtype,
-            residual=_residual(second, out_dims), alpha=second.alpha, first=begin,
+            residual=_residual(second, out_dims), alpha=second.alpha, first=begin, spread=detail is Detail.SPREAD,
         )  # fmt: skip
         site.region = {first.node, *way, *weights.region, *lifter.region}
         site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
@@ -165,8 +166,19 @@ class Matcher:
             space, algebra, contraction=first, position=position, stable=stable,
             recalled=self._recalled,
             representative=self.effects.representative, outer=self.outer,
-            may_cut=detail is Detail.FULL, symbolic_sizes=detail is not Detail.LOADED,
+            may_cut=detail in (Detail.FULL, Detail.SPREAD), symbolic_sizes=detail is not Detail.LOADED,
         )  # fmt: skip
+
+    @staticmethod
+    def _logits(lifter: Lifter, softmax: Softmax) -> Expression:
+        """What is exponentiated, ``-inf`` where a mask belongs to the softmax."""
+        make, const = lifter.algebra.make, lifter.algebra.const
+        logits = make("to_float", lifter.lift(softmax.logits, softmax.dims))
+        logits = logits if softmax.factor == 1.0 else make("mul", logits, const(softmax.factor))
+        for kept in softmax.masks:
+            condition = make("to_bool", lifter.lift(kept.condition, kept.dims))
+            logits = make("where", condition if kept.keep else make("not", condition), logits, const(-math.inf))
+        return logits
 
     def _keep(
         self, lifter: Lifter, split: Logits, logits: Expression, weights: Weights, keys: Dim
@@ -175,9 +187,9 @@ class Matcher:
         if not weights.kept:
             return split, "zero" if weights.zero_empty else "nan"
         after: set[Expression] = set()
-        for mask, dims, keep in weights.kept:
-            condition = lifter.algebra.make("to_bool", lifter.lift(mask, dims))
-            after |= set(conjuncts(condition if keep else lifter.algebra.make("not", condition)))
+        for kept in weights.kept:
+            condition = lifter.algebra.make("to_bool", lifter.lift(kept.condition, kept.dims))
+            after |= set(conjuncts(condition if kept.keep else lifter.algebra.make("not", condition)))
         after -= {lifter.algebra.true}
         if not after <= set(split.mask):
             split = split_logits(lifter.algebra, logits, keys, low_fills=True)
@@ -193,7 +205,9 @@ class Matcher:
         node, dims = softmax.sink
         if isinstance(node, fx.Node) and lifter.depends(node):
             raise Refusal("the sink depends on the scores")
-        return lifter.algebra.make("to_float", lifter.lift(node, dims))
+        sink = lifter.algebra.make("to_float", lifter.lift(node, dims))
+        factor = lifter.algebra.const(softmax.factor)
+        return sink if softmax.factor == 1.0 else lifter.algebra.make("mul", sink, factor)
 
     def _dependents(self, lifter: Lifter, readers: Sequence[fx.Node | None]) -> set[fx.Node]:
         """Nodes between the logits and ``readers`` that the fused call makes superfluous."""
@@ -219,7 +233,7 @@ class Matcher:
         check_operands(site)
 
     def _find_log_sums(self, site: Site, softmax: Softmax, keys: Dim) -> None:
-        if not softmax.exact_logits or site.sink is not None:
+        if not softmax.exact_logits or softmax.factor != 1.0 or site.sink is not None:
             return
         for user in softmax.logits.users:
             call = call_of(user)

@@ -79,10 +79,11 @@ def _check_arrangement(made: Plan) -> None:
         (made.q.dims, [*made.lead, made.rows, features]),
         (made.k.dims, [*made.lead, made.keys, features]),
         (made.v.dims, [*made.lead, made.keys, values]),
-        *((dims, outer) for _, dims in made.captured),
     ]
     for dims, target in targets:
         _check_dims(space.resolve_all(dims), target)
+    for _, dims in made.captured:
+        _check_dims(space.resolve_all(dims), outer, spread=site.spread)
     if site.residual is not None:
         _check_dims(space.resolve_all(site.residual[1]), list(space.resolve_all(site.out_dims)))
     for _, _, dims in site.factors:
@@ -91,12 +92,13 @@ def _check_arrangement(made: Plan) -> None:
         _check_dims(space.resolve_all(dims), list(space.resolve_all(site.out_dims)))
 
 
-def _check_dims(dims: Dims, target: list[Dim]) -> None:
+def _check_dims(dims: Dims, target: list[Dim], spread: bool = False) -> None:
     atoms = [a for dim in dims for a in dim]
     if len(set(atoms)) != len(atoms):
         raise Refusal("a diagonal of a tensor takes part in the scores")
     for group in target:
-        if set(group) & set(atoms) and not set(group) <= set(atoms):
+        missing = set(group) - set(atoms)
+        if set(group) & set(atoms) and missing and not (spread and all(type(a.size) is int for a in missing)):
             raise Retry("an operand covers a part of a merged axis")
     if not set(atoms) <= {a for group in target for a in group}:
         raise Retry("an operand has an axis that the attention does not have")

@@ -120,7 +120,8 @@ def _captured(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: l
         return emitter.function(torch.full, (1,) * len(target), node, dtype=torch.float32, device=device)
     if tensor_of(node).device != device:
         node = emitter.method("to", node, device)
-    return emitter.arrange(node, plan.site.space.resolve_all(dims), target)
+    node, dims = emitter.spread(node, plan.site.space.resolve_all(dims), target)
+    return emitter.arrange(node, dims, target)
 
 
 def _scale(emitter: Emitter, plan: Plan) -> Any:

@@ -15,12 +15,14 @@ from vbcompile.passes.graph_axes import Dim, Dims, Space
 class Detail(Enum):
     """How closely masks and biases are looked at, in the order of trying.
 
-    ``FULL``; ``WHOLE``: no axis is cut for their sake; ``LOADED``: nor do run-time sizes become part of a formula.
+    ``FULL``; ``WHOLE``: no axis is cut for their sake; ``LOADED``: nor do run-time sizes become part of a formula;
+    ``SPREAD``: as ``FULL``, and what covers a part of the queries' or keys' axis only is copied out over all of it.
     """
 
     FULL = 0
     WHOLE = 1
     LOADED = 2
+    SPREAD = 3
 
 
 class Retry(Exception):
@@ -47,6 +49,7 @@ class Site:
         factors: ``(operator, operand, dims)`` applied to whole rows of the result, first applied first.
         region: nodes that the fused call makes superfluous.
         log_sums: ``logsumexp`` nodes over the same logits that come before the result, with their dimensions, in order.
+        spread: whether captured tensors may be copied out over the whole of a merged axis.
         residual: ``(node, dims, factor)`` added to ``alpha`` times the result, as ``baddbmm`` does.
     """
 
@@ -72,6 +75,7 @@ class Site:
     residual: tuple[Any, Dims, Any] | None = None
     alpha: Any = 1
     first: int = 0
+    spread: bool = False
 
     @property
     def insert_before(self) -> fx.Node:

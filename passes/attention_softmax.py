@@ -1,24 +1,27 @@
 """The softmax itself, as a call or written by hand: its logits, its axis, its sink."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.attention_weights import Weights
+from vbcompile.passes.attention_weights import Kept, Weights
 from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
-from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, positive_dim, shape_of, value_of
+from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """``exp(logits) / (exp(sink) + sum over keys of exp(logits))``.
+    """``exp(factor * logits) / (exp(factor * sink) + sum over keys of exp(factor * logits))``.
 
     Attributes:
         logits: the node that holds the logits, and its dimensions.
+        factor: 1, or what another base of the powers stands for.
+        masks: keys that take no part, beside what the logits say.
         sink: one more logit per row: a node or number and its dimensions, None where there is none.
         weights: the walk to the second product, without what belonged to the softmax.
         exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
@@ -31,6 +34,8 @@ class Softmax:
     sink: tuple[Any, Dims] | None = None
     exact_logits: bool = True
     late_sum: "Denominator | None" = None
+    factor: float = 1.0
+    masks: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,7 @@ def read_softmax(space: Space, weights: Weights, keys: Dim) -> Softmax:
     """The softmax that the weights come from; raises Refusal unless it runs over exactly ``keys``."""
     call = call_of(weights.node)
     assert call is not None
-    if call.name in ("exp", "exp2"):
-        if call.name == "exp2":
-            raise Refusal("a handwritten softmax to the base 2")
+    if exponential(call) is not None:
         found = _handwritten(space, weights, keys)
     else:
         dim = call.get("dim")
@@ -55,9 +58,26 @@ def read_softmax(space: Space, weights: Weights, keys: Dim) -> Softmax:
             raise Refusal("the softmax names no axis")
         _check_axis(space, weights.dims[positive_dim(dim, len(weights.dims))], keys)
         zero = weights.zero_empty or call.name == "safe_softmax"
-        found = Softmax(call.input, weights.dims, replace(weights, zero_empty=zero))
+        factor = -1.0 if call.name == "softmin" else 1.0
+        own = _find_own_sum(space, weights, keys)  # masked afterwards, and divided by what was left
+        rest, masks = (weights, ()) if own is None else (own.rest, own.masks)
+        found = Softmax(
+            call.input, weights.dims, replace(rest, zero_empty=zero), exact_logits=not masks, factor=factor, masks=masks
+        )
     _check_factors(found.weights)
     return _strip(space, found, keys)
+
+
+def exponential(call: Call | None) -> tuple[Any, float] | None:
+    """``(x, factor)`` of ``exp(factor * x)``: powers of a number that is above one; None for other operators."""
+    if call is None or call.in_place:
+        return None
+    if call.name in ("exp", "exp2"):
+        return call.input, 1.0 if call.name == "exp" else math.log(2.0)
+    base = call.input
+    if call.name == "pow" and isinstance(base, (int, float)) and 1 < base < math.inf:
+        return call.get("other"), math.log(base)
+    return None
 
 
 def _check_axis(space: Space, axis: Dim, keys: Dim) -> None:
@@ -73,32 +93,25 @@ def _check_factors(weights: Weights) -> None:
 # --------------------------------------------------------------------------------------------------- by hand
 def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
     numerator = weights.node
-    inner = call_of(numerator)
-    assert inner is not None
-    logits = inner.input
+    power = exponential(call_of(numerator))
+    assert power is not None
+    logits, factor = power
     if not is_tensor(logits):
         raise Refusal("an exponential of a number")
-    normalised = _already_normalised(space, logits, weights.dims, keys)
+    normalised = _already_normalised(space, logits, weights.dims, keys) if factor == 1.0 else None
     if normalised is not None:
         return Softmax(normalised, weights.dims, weights)
-    for place, (operator, operand, dims) in enumerate(weights.factors):
-        if operator == "mul":
-            operand = _inverted(operand)
-        if operator not in ("div", "mul") or not is_tensor(operand):
-            continue
-        sink = _denominator(space, operand, dims, weights, keys)
-        if sink is not None:
-            rest = weights.factors[:place] + weights.factors[place + 1 :]
-            late = min(weights.late_factors, len(rest)) if place >= weights.late_factors else weights.late_factors - 1
-            clean = replace(weights, factors=rest, late_factors=late)
-            if sink.value is not None and _shift(space, weights, keys) is not None:
-                inner = call_of(logits)
-                assert inner is not None
-                return Softmax(inner.input, weights.dims, clean, sink.value, exact_logits=False)
-            return Softmax(logits, weights.dims, clean, sink.value)
+    own = _find_own_sum(space, weights, keys)
+    if own is not None:
+        shifted = own.sink is not None and _shift(space, weights, keys) is not None
+        logits = call_of(logits).input if shifted else logits  # type: ignore[union-attr]
+        return Softmax(
+            logits, weights.dims, own.rest, own.sink, exact_logits=not shifted and not own.masks, factor=factor,
+            masks=own.masks,
+        )  # fmt: skip
     if weights.kept or weights.zero_empty:
         raise Refusal("an exponential that is not divided by its own sum")
-    return Softmax(logits, weights.dims, weights, late_sum=Denominator(numerator, weights.dims))
+    return Softmax(logits, weights.dims, weights, late_sum=Denominator(numerator, weights.dims), factor=factor)
 
 
 def _inverted(node: Any) -> Any:
@@ -158,12 +171,40 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
 
 
 @dataclass(frozen=True)
-class _Sink:
-    value: tuple[Any, Dims] | None
+class _OwnSum:
+    """A division of the weights by their own sum.
+
+    Attributes:
+        rest: the walk without that division and what it makes a part of the softmax.
+        sink: what the sum has beside the weights.
+        masks: conditions that set weights to zero before they were summed.
+    """
+
+    rest: Weights
+    sink: tuple[Any, Dims] | None
+    masks: tuple[Kept, ...]
 
 
-def _denominator(space: Space, node: fx.Node, dims: Dims, weights: Weights, keys: Dim) -> _Sink | None:
-    """Whether ``node`` is the sum of the numerator (plus the exponential of a sink)."""
+def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
+    for place, (operator, operand, dims) in enumerate(weights.factors):
+        divisor = _inverted(operand) if operator == "mul" else operand
+        if operator not in ("div", "mul") or not is_tensor(divisor):
+            continue
+        found = _denominator(space, divisor, dims, weights, keys)
+        if found is None:
+            continue
+        sink, masks = found
+        factors = weights.factors[:place] + weights.factors[place + 1 :]
+        late = min(weights.late_factors, len(factors)) if place >= weights.late_factors else weights.late_factors - 1
+        kept = tuple(k for k in weights.kept if k not in masks)
+        return _OwnSum(replace(weights, factors=factors, late_factors=late, kept=kept), sink, masks)
+    return None
+
+
+def _denominator(
+    space: Space, node: fx.Node, dims: Dims, weights: Weights, keys: Dim
+) -> tuple[tuple[Any, Dims] | None, tuple[Kept, ...]] | None:
+    """The sink and the masks where ``node`` is the sum of the weights (plus the exponential of a sink)."""
     call = call_of(node)
     sink: tuple[Any, Dims] | None = None
     if call is not None and call.name == "add" and call.get("alpha", 1) == 1:
@@ -175,33 +216,43 @@ def _denominator(space: Space, node: fx.Node, dims: Dims, weights: Weights, keys
                 node, dims = total, broadcast_input(dims, shape_of(total))
                 break
     reduced = _reduction(space, node, dims, keys, {"sum"})
-    if reduced is None:
+    if reduced is None or space.resolve_all(reduced[1]) != space.resolve_all(weights.dims):
         return None
-    same = space.resolve_all(reduced[1]) == space.resolve_all(weights.dims)
-    return _Sink(sink) if same and _is_numerator(reduced[0], weights.node) else None
+    masks = _masks_before(reduced[0], weights)
+    return None if masks is None else (sink, masks)
 
 
-def _is_numerator(node: fx.Node, numerator: fx.Node) -> bool:
-    """The numerator itself, or a cast of it."""
-    while node is not numerator:
+def _masks_before(node: fx.Node, weights: Weights) -> tuple[Kept, ...] | None:
+    """The masks between the softmax and ``node``, one of the weights; None where anything else lies between."""
+    kept = {k.node: k for k in weights.kept}
+    found = []
+    while node is not weights.node:
         call = call_of(node)
-        if call is None or call.name not in _CASTS - {"detach"} or not isinstance(call.input, fx.Node):
-            return False
-        node = call.input
-    return True
+        if node in kept:
+            found.append(kept[node])
+            node = kept[node].weights
+        elif call is not None and call.name in _CASTS - {"detach"} and isinstance(call.input, fx.Node):
+            node = call.input
+        else:
+            return None
+    return tuple(found)
 
 
 def _sink_of(space: Space, extra: Any, dims: Dims, weights: Weights, keys: Dim) -> tuple[Any, Dims] | None:
     """The sink's logit where ``extra`` is its exponential, shifted as the numerator's logits are."""
-    shift = _shift(space, weights, keys)
-    if not isinstance(extra, fx.Node):
-        return (0.0, ()) if value_of(extra) == 1 and shift is None else None
-    call = call_of(extra)
-    if call is None or call.name != "exp":
+    numerator = exponential(call_of(weights.node))
+    if numerator is None:
         return None
-    inner = call_of(call.input)
+    shift = _shift(space, weights, keys)
+    if isinstance(extra, (int, float)) and not isinstance(extra, bool):  # "plus one", or a guard against zero
+        positive = shift is None and 0 < extra < math.inf
+        return (math.log(extra) / numerator[1], ()) if positive else None
+    power = exponential(call_of(extra))
+    if power is None or power[1] != numerator[1]:
+        return None
+    inner = call_of(power[0])
     if shift is None:
-        return call.input, broadcast_input(dims, shape_of(call.input))
+        return power[0], broadcast_input(dims, shape_of(power[0])) if is_tensor(power[0]) else ()
     if inner is not None and inner.name == "neg" and inner.input is shift:
         return 0.0, ()
     if inner is not None and inner.name == "sub" and inner.get("other") is shift and "alpha" not in inner.arguments:
@@ -211,9 +262,9 @@ def _sink_of(space: Space, extra: Any, dims: Dims, weights: Weights, keys: Dim) 
 
 def _shift(space: Space, weights: Weights, keys: Dim) -> fx.Node | None:
     """What a handwritten softmax subtracts from the logits of each row."""
-    numerator = call_of(weights.node)
+    numerator = exponential(call_of(weights.node))
     assert numerator is not None
-    call = call_of(numerator.input)
+    call = call_of(numerator[0])
     if call is None or call.name != "sub" or not _is_row_constant(space, call, weights.dims, keys):
         return None
     return call.get("other")
@@ -316,6 +367,6 @@ def _divides_by_sum(space: Space, call: Any, late: Denominator, dims: Dims, keys
     if not is_tensor(divisor) or call.get("rounding_mode") is not None or len(shape_of(divisor)) > len(dims):
         return False
     reduced = _reduction(space, divisor, broadcast_input(dims, shape_of(divisor)), keys, {"sum"})
-    if reduced is None or not _is_numerator(reduced[0], late.numerator):
+    if reduced is None or _masks_before(reduced[0], Weights(late.numerator, late.dims)) is None:
         return False
     return space.resolve_all(reduced[1]) == space.resolve_all(late.dims)

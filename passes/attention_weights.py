@@ -4,13 +4,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.graph_axes import AxisError, Dims, Space, broadcast_input, index_items, view_input
+from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, index_items, view_input
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, shape_of, tensor_of, value_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Weights that are set to zero where ``condition`` is not ``keep``.
+
+    Attributes:
+        condition: a boolean tensor, and its dimensions.
+        node: the operator that sets them, and the weights that it is applied to.
+    """
+
+    condition: fx.Node
+    dims: Dims
+    keep: bool
+    node: fx.Node
+    weights: fx.Node
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,7 @@ class Weights:
         dims: dimensions of that node; with a sink column, those without it.
         dropout: probabilities of the dropouts on the way (numbers or nodes with a symbolic float).
         zero_empty: whether rows without a key become zero (``nan_to_num``).
-        kept: ``(condition, dims, value where kept)``: weights set to zero where the condition is the other value.
+        kept: masks of the weights, last applied first.
         factors: ``(operator, operand, dims)`` applied to whole rows: ``mul``, ``div``, ``neg``; last applied first.
         late_factors: with ``zero_empty``, how many of the factors were applied after ``nan_to_num``.
         sink_column: ``"last"`` or ``"first"`` where one column of the softmax is cut off.
@@ -33,7 +50,7 @@ class Weights:
     dims: Dims
     dropout: tuple[Any, ...] = ()
     zero_empty: bool = False
-    kept: tuple[tuple[fx.Node, Dims, bool], ...] = ()
+    kept: tuple[Kept, ...] = ()
     factors: tuple[tuple[str, Any, Dims], ...] = ()
     late_factors: int = 0
     sink_column: str = ""
@@ -68,20 +85,23 @@ def is_softmax(call: Call, node: fx.Node) -> bool:
     """Whether the node may be where weights begin: a softmax, or the exponential of a handwritten one."""
     if not is_tensor(node) or not tensor_of(node).is_floating_point() or tensor_of(node).dim() < 2:
         return False
-    return call.name in ("softmax", "safe_softmax", "exp", "exp2")
+    if call.name == "pow":
+        return isinstance(call.input, (int, float))
+    return call.name in ("softmax", "safe_softmax", "softmin", "exp", "exp2")
 
 
-def walk_back(space: Space, start: fx.Node, dims: Dims, carriers: Carriers) -> list[Weights]:
+def walk_back(space: Space, start: fx.Node, dims: Dims, keys: Dim, carriers: Carriers) -> list[Weights]:
     """The softmaxes that ``start`` is a sum of, with what happened to each; raises Refusal."""
     try:
-        return _Walk(space, carriers).terms(start, dims, Weights(start, dims))
+        return _Walk(space, keys, carriers).terms(start, dims, Weights(start, dims))
     except AxisError as error:
         raise Refusal(f"the attention weights are rearranged: {error}") from None
 
 
 class _Walk:
-    def __init__(self, space: Space, carriers: Carriers) -> None:
+    def __init__(self, space: Space, keys: Dim, carriers: Carriers) -> None:
         self.space = space
+        self.keys = keys
         self.carriers = carriers
 
     def terms(self, node: fx.Node, dims: Dims, later: Weights) -> list[Weights]:
@@ -120,12 +140,14 @@ class _Walk:
     def _nan_to_num(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         if call.get("nan") not in (None, 0):
             raise Refusal("nan_to_num with another value than zero")
-        return self.terms(call.input, dims, replace(here, zero_empty=True, late_factors=len(here.factors)))
+        return self._without_nan(call.input, dims, here)
 
     def _masked_fill(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         if call.get("value") != 0 or not is_tensor(call.get("mask")):
             raise Refusal("the attention weights are filled with another value than zero")
-        return self.terms(call.input, dims, self._keep(here, call.get("mask"), dims, False))
+        if is_nan_of(call.get("mask"), call.input):
+            return self._without_nan(call.input, dims, here)
+        return self.terms(call.input, dims, self._keep(here, call.get("mask"), dims, False, call.input))
 
     def _where(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         kept, filled, keep = call.input, call.get("other"), True
@@ -133,10 +155,16 @@ class _Walk:
             kept, filled, keep = filled, kept, False
         if not _is_zero(filled) or not is_tensor(kept):
             raise Refusal("where() on the attention weights")
-        return self.terms(kept, dims, self._keep(here, call.get("condition"), dims, keep))
+        if not keep and is_nan_of(call.get("condition"), kept):
+            return self._without_nan(kept, dims, here)
+        return self.terms(kept, dims, self._keep(here, call.get("condition"), dims, keep, kept))
 
-    def _keep(self, here: Weights, mask: fx.Node, dims: Dims, keep: bool) -> Weights:
-        return replace(here, kept=(*here.kept, (mask, broadcast_input(dims, shape_of(mask)), keep)))
+    def _keep(self, here: Weights, mask: fx.Node, dims: Dims, keep: bool, weights: fx.Node) -> Weights:
+        made = Kept(mask, broadcast_input(dims, shape_of(mask)), keep, here.node, weights)
+        return replace(here, kept=(*here.kept, made))
+
+    def _without_nan(self, weights: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+        return self.terms(weights, dims, replace(here, zero_empty=True, late_factors=len(here.factors)))
 
     def _mul(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         a, b = call.input, call.get("other")
@@ -155,8 +183,15 @@ class _Walk:
         factor_dims: Dims = broadcast_input(dims, shape_of(factor)) if is_tensor(factor) else ()
         if is_tensor(factor) and tensor_of(factor).is_complex():
             raise Refusal("a complex factor")
+        mask = flags_of(factor) if operator == "mul" else None
+        if mask is not None and self._along_keys(factor_dims):
+            broadcast = broadcast_input(dims, shape_of(weights))
+            return self.terms(weights, broadcast, self._keep(here, mask, dims, True, weights))
         here = replace(here, factors=(*here.factors, (operator, factor, factor_dims)))
         return self.terms(weights, broadcast_input(dims, shape_of(weights)), here)
+
+    def _along_keys(self, dims: Dims) -> bool:
+        return not {a for dim in self.space.resolve_all(dims) for a in dim}.isdisjoint(self.space.resolve(self.keys))
 
     def _neg(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         return self.terms(call.input, dims, replace(here, factors=(*here.factors, ("neg", None, ()))))
@@ -190,6 +225,24 @@ class _Walk:
         items[call.get("dim")] = slice(start, start + length)
         cut = Call("getitem", {"input": call.input, "index": tuple(items)})
         return self.terms(call.input, dims, replace(here, sink_column=_cut_column(cut, dims)))
+
+
+def is_nan_of(condition: Any, weights: Any) -> bool:
+    """Whether ``condition`` says where ``weights`` are NaN."""
+    call = call_of(condition)
+    if call is None or call.in_place or call.input is not weights:
+        return False
+    return call.name == "isnan" or (call.name == "ne" and call.get("other") is weights)
+
+
+def flags_of(factor: Any) -> fx.Node | None:
+    """The boolean tensor that ``factor`` is, as it is or converted to numbers; None for any other factor."""
+    while is_tensor(factor) and tensor_of(factor).dtype != torch.bool:
+        call = call_of(factor)
+        if call is None or call.in_place or call.name not in _CASTS | {"int", "long"}:
+            return None
+        factor = call.input
+    return factor if is_tensor(factor) else None
 
 
 def _is_zero(value: Any) -> bool:

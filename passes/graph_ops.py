@@ -55,6 +55,7 @@ _UNARY = [
     "tanh",
     "sigmoid",
     "square",
+    "isnan",
     "reciprocal",
     "relu",
     "silu",
@@ -112,6 +113,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "softplus": ("input", "beta", "threshold"),
     "softmax": ("input", "dim", "dtype"),
     "log_softmax": ("input", "dim", "dtype"),
+    "softmin": ("input", "dim", "_stacklevel", "dtype"),
     "safe_softmax": ("input", "dim", "dtype"),
     "logsumexp": ("input", "dim", "keepdim"),
     "sum": ("input", "dim", "keepdim"),
@@ -122,6 +124,8 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "matmul": ("input", "other"),
     "bmm": ("input", "other"),
     "mm": ("input", "other"),
+    "inner": ("input", "other"),
+    "tensordot": ("input", "other", "dims"),
     "linear": ("input", "weight", "bias"),
     "baddbmm": ("input", "batch1", "batch2"),
     "addmm": ("input", "mat1", "mat2"),
@@ -172,7 +176,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
 _SIZE_LISTS = {"reshape": "size", "permute": "dims", "expand": "size", "repeat": "repeats", "new_zeros": "size"}
 _SIZE_LISTS |= {"zeros": "size", "ones": "size", "new_ones": "size", "empty": "size"}
 _ALIASES = {"self": "input", "axis": "dim", "mat2": "other", "axis0": "dim0", "axis1": "dim1", "shape": "size"}
-_ALIASES |= {"train": "training", "exponent": "other"}
+_ALIASES |= {"train": "training", "exponent": "other", "a": "input", "b": "other"}
 
 
 def _functions() -> dict[Any, str]:
@@ -200,14 +204,25 @@ def _functions() -> dict[Any, str]:
         "invert": "not", "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "getitem": "getitem",
     }.items():  # fmt: skip
         table[getattr(operator, spelling)] = name
-    for function in ("softmax", "log_softmax", "dropout", "relu", "silu", "leaky_relu", "softplus", "tanh", "sigmoid"):
+    for function in (
+        "softmax",
+        "softmin",
+        "log_softmax",
+        "dropout",
+        "relu",
+        "silu",
+        "leaky_relu",
+        "softplus",
+        "tanh",
+        "sigmoid",
+    ):
         table[getattr(F, function)] = function
     table |= {
-        F.linear: "linear", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh",
+        F.linear: "linear", F.sigmoid: "sigmoid", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh",
         torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",
+        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",
     }  # fmt: skip
     return table
 
@@ -312,10 +327,28 @@ def _bind_einops_einsum(node: fx.Node) -> Call | None:
 
 
 def _bind_einsum(node: fx.Node) -> Call | None:
-    if node.kwargs or len(node.args) < 2 or not isinstance(node.args[0], str):
+    if node.kwargs or len(node.args) < 2:
         return None
+    if not isinstance(node.args[0], str):
+        return _bind_numbered_einsum(node)
     operands = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
     return Call("einsum", {"equation": node.args[0], "operands": tuple(operands)})
+
+
+def _bind_numbered_einsum(node: fx.Node) -> Call | None:
+    """``einsum(x, [0, 1], y, [1, 2], [0, 2])``: axes have numbers below 52, in the order of the letters."""
+    axes = [[part] if part is Ellipsis else part for part in node.args[1::2]]
+    operands = node.args[0 : 2 * (len(node.args) // 2) : 2]
+    axes += [node.args[-1]] if len(node.args) % 2 else []
+    spelt, letters = [], string.ascii_uppercase + string.ascii_lowercase
+    for numbers in axes:
+        if not isinstance(numbers, (list, tuple)) or not all(n is Ellipsis or type(n) is int for n in numbers):
+            return None
+        spelt.append("".join("..." if n is Ellipsis else letters[n] for n in numbers))
+    if not all(isinstance(x, fx.Node) for x in operands):
+        return None
+    arrow = f"->{spelt.pop()}" if len(node.args) % 2 else ""
+    return Call("einsum", {"equation": ",".join(spelt) + arrow, "operands": tuple(operands)})
 
 
 def _bind_arange(node: fx.Node) -> Call | None:
