@@ -1,7 +1,7 @@
 """The passes, in their order, and how they run: one at a time, each undone if it fails."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,14 @@ from vbcompile.kernels.registry import describe
 from vbcompile.passes.attention import fuse_attention
 from vbcompile.passes.fp4 import quantize_weights
 from vbcompile.passes.implementation_choice import explain_choices
+from vbcompile.passes.offload import stream_weights
 from vbcompile.passes.precision import use_mixed_precision
 from vbcompile.report import Decision, GraphReport
+from vbcompile.vgpu_plan import PlanError
 
 log = logging.getLogger(__name__)
+
+Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class PassContext:
         example_inputs: one for each placeholder; a pass that adds placeholders at the end adds to it.
         wrappers: applied in order to the compiled graph; what comes out is called with the caller's own arguments, so
             the wrapper of a pass that adds placeholders supplies their values.
+        around: applied in order to what compiles a graph; for a pass that compiles it in several parts.
     """
 
     config: Config
@@ -38,11 +43,13 @@ class PassContext:
     training: bool
     example_inputs: list[Any] = field(default_factory=list)
     wrappers: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = field(default_factory=list)
+    around: list[Callable[[Compile], Compile]] = field(default_factory=list)
 
     def undo(self, inputs: int, wrappers: int) -> None:
-        """Forget the inputs and wrappers that were added beyond these numbers."""
+        """Forget the inputs and wrappers that were added beyond these numbers, and what was put around the compiler."""
         del self.example_inputs[inputs:]
         del self.wrappers[wrappers:]
+        self.around.clear()
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,9 @@ PASSES = (
     Pass("mixed_precision", use_mixed_precision, _wants_mixed_precision),
     # after mixed precision: the layers that it runs in bfloat16 take bfloat16 activations
     Pass("fp4", quantize_weights, lambda config: config.fp4, _no_fp4_kernel),
+    # last: it plans what the others have left, and in every mode, since weights that are elsewhere have to arrive
+    Pass("offload", stream_weights, lambda config: True),
 )
-
-# parts of the modes that this version does not have, by option name
-MISSING = {
-    "offload": "offload and prefetch: this version has no such pass; everything stays on the device",
-}
 
 
 def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, original: "Backup") -> None:
@@ -102,9 +106,6 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
     With ``strict`` the exception goes on to the caller. ``original`` is a backup of ``gm`` as it comes in.
     """
     backup: Backup | None = original  # None: out of date
-    for name, reason in MISSING.items():
-        if getattr(context.config, name):
-            report.unavailable.append((name, reason))
     for pass_ in PASSES:
         if not pass_.wanted(context.config):
             continue
@@ -119,6 +120,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
             report.decisions += explain_choices(gm, context.target, context.training, found)
             if any(d.action == "rewritten" for d in found):
                 backup = None
+        except PlanError:
+            raise  # without a plan the model would not fit: there is nothing to fall back to
         except Exception as error:
             restore_graphs(saved)
             backup = None

@@ -14,8 +14,8 @@ def layer(module: str) -> int:
     parts = module.split(".")[1:]
     if not parts:
         return 0  # the package itself: its version
-    if parts[0].split("_")[0] == "checkpoint":
-        return 1  # files of packed weights: stands on the formats
+    if parts[0].split("_")[0] in ("checkpoint", "handles"):
+        return 1  # files of packed weights stand on the formats, offloaded weights on files
     if parts[0] in ("kernels", "passes"):
         return 1 if parts[0] == "kernels" else 2
     if parts[0].split("_")[0] in {name.split("_")[0] for name in _TOOLS if name[0] != "_"} or parts[0] in _TOOLS:

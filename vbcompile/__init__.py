@@ -36,6 +36,8 @@ _HOME = {
         "memory_cleanup",
         "set_seed",
     ),
+    "handles": ("OffloadedTensor",),
+    "handles_model": ("materialize", "offload"),
     "global_switch": (
         "disable",
         "enable",

@@ -15,6 +15,7 @@ from vbcompile.config import Config, resolve_config
 from vbcompile.device import Target, get_target
 from vbcompile.passes import activation_partition, pipeline
 from vbcompile.report import GraphReport
+from vbcompile.vgpu_plan import PlanError
 
 log = logging.getLogger(__name__)
 
@@ -84,25 +85,35 @@ def _compile(
     """Hand the rewritten graph on; if the compiler refuses it, the original graph."""
     config = context.config
     try:
-        compiled = _downstream(gm, context, report)
+        compile_graph = functools.partial(_downstream, context=context, report=report)
+        for around in context.around:
+            compile_graph = around(compile_graph)
+        compiled = compile_graph(gm, context.example_inputs)
         for wrap in context.wrappers:
             compiled = wrap(compiled)
         return compiled
     except Exception as error:
-        if config.strict or compat.wants_another_capture(error) or not report.count("rewritten"):
+        if (
+            config.strict
+            or isinstance(error, PlanError)
+            or compat.wants_another_capture(error)
+            or not report.count("rewritten")
+        ):
             raise
         reason = f"the rewritten graph does not compile: {type(error).__name__}: {error}"
         log.warning("passes undone, the original graph runs: %s", reason)
         pipeline.restore_graphs(original)
         context.undo(original_inputs, 0)
-        compiled = _downstream(gm, context, report)
+        compiled = _downstream(gm, context.example_inputs, context, report)
         report.failures.append(("compile", reason))
         report.decisions.clear()
         return compiled
 
 
-def _downstream(gm: fx.GraphModule, context: pipeline.PassContext, report: GraphReport) -> Callable[..., Any]:
-    config, example_inputs = context.config, context.example_inputs
+def _downstream(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], context: pipeline.PassContext, report: GraphReport
+) -> Callable[..., Any]:
+    config = context.config
     if config.downstream == "eager":
         return gm.forward
     partitioner = activation_partition.partitioner_for(context, report)

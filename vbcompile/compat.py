@@ -361,3 +361,33 @@ def _forget_cuda_error() -> None:
     """The driver remembers a refusal and reports it at the next, unrelated launch: so launch something."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
+
+
+def fake_mode_of_compile(*values: Any) -> Any:
+    """The fake tensor mode of the compile in progress, or of fake tensors among ``values``; else a new one."""
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def own_tracing_context(fake_mode: Any) -> Iterator[None]:
+    """A part of a graph is compiled as if it were a graph of its own; symbolic sizes stay those of the whole graph."""
+    from torch._guards import TracingContext, tracing
+
+    with tracing(TracingContext(fake_mode)):
+        yield
+
+
+def free_symbols_of(value: Any) -> set[Any]:
+    """The symbols in the sizes, strides and offset of a fake tensor, or in a symbolic number."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
+    return set(free_symbols(value)) if isinstance(value, (torch.Tensor, torch.SymInt)) else set()
+
+
+def symbol_of(value: Any) -> Any:
+    """The symbol that a symbolic number is; None where it is an expression or no symbolic number."""
+    expression = value.node.expr if isinstance(value, torch.SymInt) else None
+    return expression if expression is not None and expression.is_symbol else None

@@ -1,0 +1,228 @@
+"""The offload pass: a graph with offloaded weights runs as compiled segments between transfers that a plan orders.
+
+The plan decides which weights stay on the device and when the others arrive. Where all of them fit, the graph is
+compiled as one piece and nothing is streamed.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from vbcompile.compat import copy_graph, fake_mode_of_compile, own_tracing_context
+from vbcompile.handles import OffloadedTensor
+from vbcompile.handles_payload import Payload
+from vbcompile.handles_store import Part, WeightStore, store_of
+from vbcompile.passes.graph_ops import describe_site, value_of
+from vbcompile.passes.offload_costs import Rates, nanoseconds, reserve
+from vbcompile.passes.offload_inputs import describe, missing_sizes, plain_fake
+from vbcompile.passes.offload_outer import Layout, Piece, emit
+from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, shape_of_graph, whole
+from vbcompile.report import Decision
+from vbcompile.vgpu_plan import DEVICE, Plan
+
+log = logging.getLogger(__name__)
+
+PASS_NAME = "offload"
+Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
+    """Plan the transfers of a graph's offloaded weights, and have the graph compiled in segments around them.
+
+    Args:
+        gm: torch-level graph as Dynamo hands it over; stays as it is.
+        context: what a pass may know (``pipeline.PassContext``).
+
+    Raises:
+        PlanError: no plan keeps within the budget.
+    """
+    weights = offloaded_inputs(gm.graph, context.example_inputs)
+    if not weights:
+        return []
+    stores = {id(payload.residence): payload.residence for payload in weights.values()}
+    if len(stores) > 1:
+        reason = "weights of several models that were offloaded one by one: offload them together, in one nn.ModuleList"
+        return [Decision(PASS_NAME, "graph", "left", reason)]
+    (store,) = stores.values()
+    if not isinstance(store, WeightStore):
+        return [Decision(PASS_NAME, "graph", "left", "weights that belong to no offloaded model: each use copies them")]
+    streamed = StreamedGraph(gm, weights, store, context.training)
+    context.around.append(streamed.around)
+    return streamed.decisions()
+
+
+def offloaded_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, Payload]:
+    """Placeholders that are read and hold offloaded tensors."""
+    found = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = node.meta.get("offloaded", example_inputs[position])
+        if isinstance(value, OffloadedTensor) and node.users:
+            found[node] = value.payload
+    return found
+
+
+class StreamedGraph:
+    """One graph, cut, planned, and run."""
+
+    def __init__(
+        self, gm: fx.GraphModule, weights: Mapping[fx.Node, Payload], store: WeightStore, training: bool
+    ) -> None:
+        self.graph = copy_graph(gm.graph)
+        self.root = gm
+        twins = dict(zip(gm.graph.find_nodes(op="placeholder"), self.graph.find_nodes(op="placeholder"), strict=True))
+        self.weights = {twins[node]: payload for node, payload in weights.items()}
+        self.key = store.key
+        self.fake_mode = fake_mode_of_compile(*(value_of(node) for node in twins))
+        self.fakes = {node: plain_fake(payload, node, self.fake_mode) for node, payload in self.weights.items()}
+        sizes = [payload.nbytes for payload in self.weights.values()]
+        self.cutting: Cutting = cut(self.graph, self.fakes, largest_segment(sizes), lookups=not training)
+        self.compile: Compile | None = None
+        self.pieces: dict[bool, list[Piece]] = {}  # as one piece or not
+        self.outer: Callable[..., Any] | None = None
+        self.plan: Plan | None = None
+        self.start = 0
+        self.part = self._part(store)
+        store.add_part(self.part)
+
+    # planning
+
+    def _part(self, store: WeightStore) -> Part:
+        rates = Rates(*store.rates)
+        operators = []
+        rows = set[Payload]()
+        for segment in self.cutting.segments:
+            payloads = tuple(self.weights[node] for node in segment.weights)
+            if segment.lookup is not None:
+                rows.update(payloads)
+                payloads = ()
+            ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], rates)
+            operators.append((_title(segment), ns, payloads))
+        fixed = {self.weights[node]: reason for node, reason in self.cutting.fixed.items()}
+        return Part(operators, fixed, frozenset(rows), reserve(self.graph, self.weights), self.rebuild)
+
+    def rebuild(self, plan: Plan, start: int) -> None:
+        """The plan has changed: the next call runs by the new one."""
+        self.plan, self.start, self.outer = plan, start, None
+
+    # compiling
+
+    def around(self, compile_graph: Compile) -> Compile:
+        """Instead of the graph as one piece, compile what the plan asks for."""
+
+        def compile_streamed(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            self.compile = compile_graph
+            self._prepare()
+            return self.run
+
+        return compile_streamed
+
+    def _prepare(self) -> None:
+        """Make the outer graph for the plan as it is now."""
+        assert self.plan is not None
+        one = self.plan.declined
+        if one not in self.pieces:
+            self.pieces[one] = self._compiled([whole(self.graph)] if one else self.cutting.segments)
+        index = store_of(self.key).index_of
+        written = frozenset(node for node, reason in self.cutting.fixed.items() if reason == WRITTEN)
+        places = {node: index(payload) for node, payload in self.weights.items()}
+        last = self.start + len(self.cutting.segments) - 1
+        layout = Layout(self.key, self.plan, places, written, self.start, last)
+        self.outer = emit(self.graph, self.pieces[one], layout)
+
+    def _compiled(self, segments: Sequence[Segment]) -> list[Piece]:
+        """Compile each distinct segment once."""
+        assert self.compile is not None
+        known: dict[Any, Callable[..., Any]] = {}
+        pieces = []
+        for segment in segments:
+            extra = missing_sizes(self.graph, segment)
+            module = build(self.root, segment, extra)
+            inputs = [self._input(node) for node in (*segment.inputs, *extra)]
+            for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+                node.meta["example_value"] = value
+            same = shape_of_graph(module, describe)
+            if same is None or same not in known:
+                with own_tracing_context(self.fake_mode):
+                    compiled = self.compile(module, inputs)
+                known[same if same is not None else object()] = compiled
+            else:
+                compiled = known[same]
+            pieces.append(Piece(segment, extra, compiled))
+        log.debug("offload: %d segments, %d compiled", len(pieces), len(known))
+        return pieces
+
+    def _input(self, node: fx.Node) -> Any:
+        return self.fakes.get(node, value_of(node))
+
+    # running
+
+    def run(self, *args: Any) -> Any:
+        """Called with the inputs of the graph; offloaded ones are only names."""
+        if self.outer is None:
+            self._prepare()
+        try:
+            return self.outer(*args)  # type: ignore[misc]
+        except BaseException:
+            store_of(self.key).abandon()
+            raise
+
+    # reporting
+
+    def decisions(self) -> list[Decision]:
+        """One record for the graph, one for each weight that has to stay for another reason than the plan."""
+        plan = self.plan
+        assert plan is not None
+        found = [
+            Decision(PASS_NAME, payload.name, "left", f"stays on the device: {reason}")
+            for payload, reason in self.part.fixed.items()
+        ]
+        action = "left" if plan.declined else "rewritten"
+        return [Decision(PASS_NAME, "graph", action, plan.summary(), details=self._details(plan)), *found]
+
+    def _details(self, plan: Plan) -> dict[str, Any]:
+        names = {level: [] for level in {DEVICE, *plan.levels}}  # type: dict[int, list[str]]
+        for weight, level in zip(plan.sweep.weights, plan.levels, strict=True):
+            names[level].append(weight.name.partition(":")[2])
+        prediction = plan.prediction
+        return {
+            "segments": len(self.cutting.segments),
+            "tiers": {
+                ("device" if level == DEVICE else plan.tier(level).name): {
+                    "bytes": plan.bytes_per_level.get(level, 0),
+                    "weights": listed,
+                }
+                for level, listed in names.items()
+            },
+            "budget": plan.budget,
+            "reserve": plan.sweep.reserve,
+            "ring": plan.ring_bytes,
+            "peak": plan.peak_bytes,
+            "streamed_bytes": plan.streamed_bytes,
+            "predicted_ms": prediction.step_ns / 1e6,
+            "bottleneck": prediction.bottleneck,
+            "roofline_share": prediction.efficiency,
+        }
+
+
+def largest_segment(sizes: Sequence[int]) -> int:
+    """Bytes of weights that a segment may read: half of all bytes are in weights of at least this size.
+
+    Small matrices are taken together up to it, so that a launch is worth its while; large ones stay apart, so that
+    copies and computation overlap.
+    """
+    passed = 0
+    for size in sorted(sizes, reverse=True):
+        passed += size
+        if 2 * passed >= sum(sizes):
+            return size
+    return 0
+
+
+def _title(segment: Segment) -> str:
+    """The operator that reads the segment's first weight, in the user's terms."""
+    if not segment.weights:
+        return segment.nodes[0].name
+    reader = next((n for n in segment.nodes if segment.weights[0] in n.all_input_nodes), segment.nodes[0])
+    return describe_site(reader).split(" ")[0]

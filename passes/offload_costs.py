@@ -1,0 +1,122 @@
+"""What a stretch of a graph takes: its time with all weights on the device, and the memory beside weights."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx
+
+from vbcompile.compat import size_hint
+from vbcompile.passes.graph_ops import call_of, value_of
+
+_LAUNCH_NS = 4_000
+_PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
+
+
+class Rates(NamedTuple):
+    """Bytes per second of the device's memory, and operations per second of its matrix units (None: no limit)."""
+
+    memory: int
+    flops: int | None
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of a tensor, symbolic sizes by their hints."""
+    if not isinstance(value, Tensor):
+        return 0
+    return math.prod(size_hint(size) for size in value.shape) * value.element_size()
+
+
+def nanoseconds(nodes: Iterable[fx.Node], weights: Sequence[Tensor], rates: Rates) -> int:
+    """Time of a compiled stretch: matrix work, or reading weights and operands, whichever takes longer."""
+    flops, launches = 0, 1
+    nbytes = sum(bytes_of(weight) for weight in weights)
+    for node in nodes:
+        work, operands = _work(node)
+        if work:
+            flops += work
+            launches += 1
+        nbytes += operands
+    by_work = flops * 10**9 // rates.flops if rates.flops else 0
+    return max(nbytes * 10**9 // rates.memory, by_work) + launches * _LAUNCH_NS
+
+
+def _work(node: fx.Node) -> tuple[int, int]:
+    """Operations, and bytes of operands and result; an operator without matrix work is fused with another."""
+    result = value_of(node)
+    if not isinstance(result, Tensor) or node.op not in ("call_function", "call_method"):
+        return 0, 0
+    name = _name(node)
+    sizes = [value_of(n) for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
+    count = _count(result)
+    operands = bytes_of(result) + sum(bytes_of(v) for v in sizes if v.dim() > 2)
+    if name in _PRODUCTS and sizes:
+        first = sizes[1] if name in ("addmm", "baddbmm") and len(sizes) > 1 else sizes[0]
+        return 2 * count * size_hint(first.shape[-1]), operands
+    if name == "fp4_linear":
+        return 2 * count * size_hint(sizes[0].shape[-1]), operands
+    if name in ("sdpa", "attention") and len(sizes) > 1 and sizes[0].dim() == 4:
+        return 4 * _count(sizes[0]) * size_hint(sizes[1].shape[-2]), operands
+    if "conv" in name and len(sizes) > 1:
+        return 2 * count * _count(sizes[1]) // max(size_hint(sizes[1].shape[0]), 1), operands
+    return 0, 0
+
+
+def _name(node: fx.Node) -> str:
+    call = call_of(node)
+    if call is not None:
+        return call.name
+    target = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
+    return str(target)
+
+
+def _count(value: Tensor) -> int:
+    return math.prod(size_hint(size) for size in value.shape)
+
+
+def reserve(graph: fx.Graph, weights: Iterable[fx.Node]) -> int:
+    """Most bytes beside offloaded weights that are alive at once if every operator keeps its own result.
+
+    Inputs of the graph stay alive throughout.
+    """
+    skipped = set(weights)
+    for node in graph.nodes:  # views of weights
+        if node.op != "output" and node.all_input_nodes and skipped.issuperset(node.all_input_nodes):
+            skipped.add(node)
+    nodes = [node for node in graph.nodes if node not in skipped]
+    last: dict[Any, int] = {}
+    size: dict[Any, int] = {}
+    born: dict[Any, int] = {}
+    for place, node in enumerate(nodes):
+        for value in _tensors(value_of(node)):
+            key = _memory(value)
+            born.setdefault(key, place)
+            size[key] = max(size.get(key, 0), bytes_of(value))
+            last[key] = len(nodes) if node.op == "placeholder" else max(last.get(key, 0), place)
+        for source in node.all_input_nodes:
+            for value in _tensors(value_of(source)):
+                key = _memory(value)
+                if key in last:
+                    last[key] = max(last[key], place)
+    changes = [0] * (len(nodes) + 2)
+    for key, place in born.items():
+        changes[place] += size[key]
+        changes[last[key] + 1] -= size[key]
+    alive = peak = 0
+    for change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, (tuple, list)):
+        return [part for part in value if isinstance(part, Tensor)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _memory(value: Tensor) -> Any:
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(value)

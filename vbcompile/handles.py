@@ -1,0 +1,227 @@
+"""Tensors that are elsewhere: the accelerator's in name, shape and type, with their bytes in host memory or on disk.
+
+An :class:`OffloadedTensor` can be used like any other. ``torch.compile`` sees a tensor of the accelerator and the
+backend decides when its bytes arrive; an operator that meets one outside of compiled code fetches it, and one that
+writes to it writes to the master copy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from vbcompile.handles_payload import Payload, payload_of
+
+__all__ = ["OffloadedTensor", "is_offloaded"]
+
+_aten = torch.ops.aten
+
+
+class OffloadedTensor(Tensor):
+    """A tensor of the accelerator whose bytes are elsewhere.
+
+    Attributes:
+        key: Number of the payload (int64 on the CPU, no dimensions): what compiled code takes as input.
+    """
+
+    key: Tensor
+    _payload: Payload | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        key: Tensor,
+        size: Sequence[int],
+        stride: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        payload: Payload | None = None,
+        requires_grad: bool = False,
+    ) -> "OffloadedTensor":
+        return Tensor._make_wrapper_subclass(
+            cls, size, strides=stride, dtype=dtype, device=device, requires_grad=requires_grad
+        )
+
+    def __init__(
+        self,
+        key: Tensor,
+        size: Sequence[int],
+        stride: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        payload: Payload | None = None,
+        requires_grad: bool = False,
+    ) -> None:
+        self.key = key
+        self._payload = payload
+
+    @classmethod
+    def of(cls, payload: Payload, requires_grad: bool = False) -> "OffloadedTensor":
+        """A tensor that stands for ``payload``."""
+        with torch.inference_mode(False):
+            key = torch.tensor(payload.number)
+            return cls(key, payload.size, payload.stride, payload.dtype, payload.device, payload, requires_grad)
+
+    @property
+    def payload(self) -> Payload:
+        """The master copy."""
+        if self._payload is None:
+            self._payload = payload_of(int(self.key))
+        return self._payload
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        place = self._payload.place if self._payload is not None else "?"
+        return f"OffloadedTensor({tuple(self.shape)}, {self.dtype}, device='{self.device}', bytes on {place!r})"
+
+    # what torch.compile asks for
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["key"], (self.dtype, self.device)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor], metadata: Any, outer_size: Sequence[int], outer_stride: Sequence[int]
+    ) -> "OffloadedTensor":
+        return OffloadedTensor(inner["key"], outer_size, outer_stride, *metadata)
+
+    def _stable_hash_for_caching(self) -> str:
+        return f"{tuple(self.shape)} {tuple(self.stride())} {self.dtype} {self.device}"
+
+    # copies and files: always ordinary tensors, or payloads of their own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedTensor":
+        if id(self) in memo:
+            return memo[id(self)]
+        from vbcompile.handles_memory import copy_payload
+
+        twin: Any = OffloadedTensor.of(copy_payload(self.payload, memo=memo), self.requires_grad)
+        if isinstance(self, nn.Parameter):
+            twin = nn.Parameter(twin.detach(), self.requires_grad)
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain: Tensor = self.payload.on_host()
+        plain = nn.Parameter(plain, self.requires_grad) if isinstance(self, nn.Parameter) else plain
+        return plain.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        special = _SPECIAL.get(func)
+        if special is not None:
+            result = special(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        if func._schema.is_mutable:
+            return _written_through(func, args, kwargs)
+        leaves, spec = tree_flatten((tuple(args), kwargs))
+        args, kwargs = tree_unflatten([_fetched(leaf) for leaf in leaves], spec)
+        return func(*args, **kwargs)
+
+
+def is_offloaded(value: Any) -> bool:
+    """Whether ``value`` is a tensor whose bytes are not on the device."""
+    return isinstance(value, OffloadedTensor)
+
+
+# a graph that the offload pass leaves alone reads its weights by this operator
+torch.library.define(
+    "vblackwell::fetch",
+    "(Tensor key, SymInt[] size, SymInt[] stride, ScalarType dtype, Device device) -> Tensor",
+)
+
+
+@torch.library.impl("vblackwell::fetch", "CompositeExplicitAutograd")
+def _fetch(key: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    payload = payload_of(int(key))
+    if (payload.size, payload.stride, payload.dtype) != (tuple(size), tuple(stride), dtype):
+        raise RuntimeError(f"{payload.name} is {payload.dtype} {payload.size}, and {dtype} {tuple(size)} was asked for")
+    return payload.fetch()
+
+
+@torch.library.register_fake("vblackwell::fetch")
+def _fake_fetch(
+    key: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+def _fetched(value: Any) -> Any:
+    if not isinstance(value, OffloadedTensor):
+        return value
+    return torch.ops.vblackwell.fetch(value.key, value.size(), value.stride(), value.dtype, value.device)
+
+
+def _written_through(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run an operator that writes to its arguments, and write what it wrote to the masters."""
+    leaves, spec = tree_flatten((tuple(args), kwargs))
+    fetched: dict[int, tuple[OffloadedTensor, Tensor]] = {}
+    for leaf in leaves:
+        if isinstance(leaf, OffloadedTensor) and id(leaf) not in fetched:
+            fetched[id(leaf)] = (leaf, _fetched(leaf))
+    plain = [fetched[id(leaf)][1] if id(leaf) in fetched else leaf for leaf in leaves]
+    plain_args, plain_kwargs = tree_unflatten(plain, spec)
+    result = func(*plain_args, **plain_kwargs)
+    for handle in _written(func, args, kwargs):
+        handle.payload.write(fetched[id(handle)][1])
+    results, result_spec = tree_flatten(result)
+    originals = {id(value): handle for handle, value in fetched.values()}
+    return tree_unflatten([originals.get(id(value), value) for value in results], result_spec)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[OffloadedTensor]:
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        found += [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, OffloadedTensor)]
+    return list({id(handle): handle for handle in found}.values())
+
+
+def _detach(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    source: OffloadedTensor = args[0]
+    twin = OffloadedTensor(source.key, source.size(), source.stride(), source.dtype, source.device, source._payload)
+    return twin
+
+
+def _copy(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    target, source = args[0], args[1]
+    if not isinstance(target, OffloadedTensor):
+        return NotImplemented
+    if tuple(source.shape) != tuple(target.shape):
+        source = source.expand(target.shape)
+    target.payload.write(source.payload.on_host() if isinstance(source, OffloadedTensor) else source)
+    return target
+
+
+def _to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``.cpu()`` reads the master; another dtype on the same device stays elsewhere."""
+    from torch._subclasses.fake_tensor import is_fake
+
+    source: OffloadedTensor = args[0]
+    if is_fake(source.key):
+        return NotImplemented
+    device = torch.device(kwargs.get("device") or source.device)
+    if device.type == "cpu" and source.device.type != "cpu":
+        host = source.payload.on_host()
+        options = {key: value for key, value in kwargs.items() if key in ("dtype", "memory_format")}
+        return host.to(copy=True, **options)
+    if device == source.device and kwargs.get("dtype") not in (None, source.dtype):
+        from vbcompile.handles_memory import copy_payload
+
+        return OffloadedTensor.of(copy_payload(source.payload, kwargs["dtype"]))
+    return NotImplemented
+
+
+_SPECIAL: dict[Any, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {
+    _aten.detach.default: _detach,
+    _aten.alias.default: _detach,
+    _aten.copy_.default: _copy,
+    _aten._to_copy.default: _to,
+}

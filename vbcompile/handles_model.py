@@ -1,0 +1,272 @@
+"""``vbcompile.offload`` and ``vbcompile.materialize``: a model's weights leave the device, and come back."""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbcompile import compat
+from vbcompile.handles import OffloadedTensor
+from vbcompile.handles_checkpoint import Checkpoint, open_checkpoint
+from vbcompile.handles_disk import WeightFile
+from vbcompile.handles_memory import batches, fill
+from vbcompile.handles_payload import Payload
+from vbcompile.handles_places import Places, find_places
+from vbcompile.handles_store import WeightStore
+from vbcompile.runtime_sources import DiskBytes, HostBytes, Source
+from vbcompile.vgpu import VGPUStack
+from vbcompile.vgpu_size import parse_size
+
+log = logging.getLogger(__name__)
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_hooks: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class _Site:
+    """One tensor of a model, and everywhere it is registered."""
+
+    name: str
+    value: Tensor
+    owners: list[tuple[nn.Module, str]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.numel() * self.value.element_size()
+
+
+def offload(
+    model: nn.Module,
+    device: str | torch.device | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    *,
+    checkpoint: str | PathLike[str] | None = None,
+    stack: VGPUStack | None = None,
+    smallest: int | str = "1MiB",
+    progress: bool | None = None,
+) -> nn.Module:
+    """Keep a model's weights beyond the device's memory; ``torch.compile(model, backend="vblackwell")`` streams them.
+
+    Large parameters and buffers become :class:`vbcompile.OffloadedTensor`: of the device in name, with their bytes in
+    pinned host memory or on disk. Small ones move to the device. Make optimizers afterwards.
+
+    Args:
+        model: On the CPU, on the device, or on the meta device with ``checkpoint``; changed in place.
+        device: Where it computes; None: the best one here. ``"cpu"`` simulates a device of ``max_memory[0]`` bytes in
+            host memory, to try things out.
+        max_memory: Accelerate's vocabulary: ``{0: "20GiB", "cpu": "96GiB", "disk": "/nvme/vb"}``. Bytes of the device
+            include activations. None: ``VB_HBM_BUDGET``, or what is free.
+        checkpoint: Safetensors file or folder with the weights of a model on the meta device. Weights that host memory
+            has no room for are read from there in every step.
+        stack: The tiers, instead of ``max_memory``.
+        smallest: Tensors of fewer bytes stay ordinary ones on the device.
+        progress: Show a bar; None: on a terminal.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the model carries Accelerate's hooks, is compiled or offloaded already, or is on the meta device
+            without a checkpoint; the message says what to do.
+        ConfigError: ``max_memory`` makes no sense, or has no room for the weights.
+        StorageError: the checkpoint or the disk's folder cannot be used.
+    """
+    _refuse(model, checkpoint)
+    least = parse_size("smallest", smallest)
+    places = find_places(device, max_memory, stack)
+    found = open_checkpoint(model, checkpoint) if checkpoint is not None else None
+    sites = _sites(model)
+    large = [site for site in sites if site.nbytes >= least and _is_plain(site.value)]
+    chosen = {id(site) for site in large}
+    small = [site for site in sites if id(site) not in chosen]
+    beside = sum(site.nbytes for site in small)
+    on_disk = places.choose_disk([site.nbytes for site in large], beside)
+    tiers = places.tiers(bool(on_disk))
+    for site in small:
+        _move(site, found, places.device)
+    store = WeightStore(places.device, places.memory_device, places.budget, tiers, places.host, places.rates, beside)
+    with _bar(progress, sum(site.nbytes for site in large)) as advance:
+        _take_over(large, on_disk, _Origin(found, places), store, advance)
+    for module in {id(module): module for site in large for module, _ in site.owners}.values():
+        _hooks[module] = module.register_state_dict_post_hook(_plain_state)
+    log.info("offload: %d tensors, %s", len(large), store.statistics()["masters"])
+    return model
+
+
+def materialize(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
+    """Undo :func:`offload`: every offloaded tensor becomes an ordinary one.
+
+    Args:
+        model: Changed in place; compiled graphs of it are compiled anew.
+        device: None: the device that it computes on.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit there.
+    """
+    plain: dict[int, Tensor] = {}
+    stores: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in list(table.items()):
+                if not isinstance(value, OffloadedTensor):
+                    continue
+                stores[id(value.payload.residence)] = value.payload.residence
+                if id(value) not in plain:
+                    plain[id(value)] = _ordinary(value, device)
+                table[name] = plain[id(value)]  # type: ignore[assignment]
+        hook = _hooks.pop(module, None)
+        if hook is not None:
+            hook.remove()
+    for store in stores.values():
+        if store is not None:
+            store.stop()
+    return model
+
+
+def _ordinary(value: OffloadedTensor, device: str | torch.device | None) -> Tensor:
+    goal = value.device if device is None else torch.device(device)
+    tensor = value.payload.on_host().to(goal, copy=True)
+    return nn.Parameter(tensor, value.requires_grad) if isinstance(value, nn.Parameter) else tensor
+
+
+def offloaded_tensors(model: nn.Module) -> dict[str, OffloadedTensor]:
+    """The offloaded parameters and buffers of a model by name, each once."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: value for name, value in named.items() if isinstance(value, OffloadedTensor)}
+
+
+def _refuse(model: nn.Module, checkpoint: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"offload takes a torch.nn.Module, not {type(model).__name__}")
+    if compat.is_compiled_module(model):
+        raise ValueError("offload the model before torch.compile: pass the module that was compiled (model._orig_mod)")
+    hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
+    if hooked is not None:
+        raise ValueError(
+            f"the model carries Accelerate's hooks (first at {hooked!r}), which move weights on their own. Load it "
+            "without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+        )
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if any(isinstance(value, OffloadedTensor) for value in state.values()):
+        raise ValueError("the model is offloaded already: call vbcompile.materialize(model) first")
+    on_meta = next((name for name, value in state.items() if value.is_meta), None)
+    if on_meta is not None and checkpoint is None:
+        raise ValueError(
+            f"{on_meta!r} is on the meta device and has no content: pass checkpoint='folder with safetensors files', "
+            "or load the model first"
+        )
+
+
+def _sites(model: nn.Module) -> list[_Site]:
+    found: dict[int, _Site] = {}
+    for prefix, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
+                if value is not None:
+                    full = f"{prefix}.{name}" if prefix else name
+                    found.setdefault(id(value), _Site(full, value, [])).owners.append((module, name))
+    return list(found.values())
+
+
+def _is_plain(value: Tensor) -> bool:
+    return type(value) in _PLAIN and value.layout is torch.strided and not value.is_quantized
+
+
+def _move(site: _Site, checkpoint: Checkpoint | None, device: torch.device) -> None:
+    """A tensor that stays an ordinary one."""
+    if site.value.is_meta:
+        assert checkpoint is not None
+        value = checkpoint.read(site.name, site.value).to(device)
+        for module, name in site.owners:
+            _register(module, name, value, site.value)
+    elif site.value.device != device:
+        with torch.no_grad():
+            site.value.data = site.value.data.to(device)
+
+
+def _register(module: nn.Module, name: str, value: Tensor, old: Tensor) -> None:
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(value, old.requires_grad)
+    else:
+        module._buffers[name] = value
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where content comes from, and where it may go."""
+
+    checkpoint: Checkpoint | None
+    places: Places
+
+    def value(self, site: _Site) -> Tensor:
+        if not site.value.is_meta:
+            return site.value
+        assert self.checkpoint is not None
+        return self.checkpoint.read(site.name, site.value)
+
+    def on_disk(self, site: _Site) -> DiskBytes | None:
+        """The checkpoint's own bytes, where they can be used as they are."""
+        return self.checkpoint.source(site.name, site.value) if self.checkpoint is not None else None
+
+
+def _take_over(
+    sites: list[_Site], on_disk: set[int], origin: _Origin, store: WeightStore, advance: Callable[[int], Any]
+) -> None:
+    sources: dict[int, Source | None] = {index: origin.on_disk(sites[index]) for index in on_disk}
+    unsaved = [sites[index] for index, source in sources.items() if source is None]
+    if unsaved:
+        contents = {site.name: (site.value, partial(origin.value, site)) for site in unsaved}
+        store.file = WeightFile(origin.places.folder, contents)
+        sources |= {index: store.file.sources[sites[index].name] for index in on_disk if sources[index] is None}
+    for chosen in batches([site.value for site in sites]):
+        kept = [index for index in chosen if index not in on_disk]
+        memory = dict(zip(kept, store.host.allocate([sites[index].nbytes for index in kept]), strict=True))
+        for index in chosen:
+            site = sites[index]
+            source = sources.get(index)
+            if source is None:
+                fill(memory[index], origin.value(site))
+                source = HostBytes(memory[index])
+            nbytes = site.nbytes
+            _replace(site, Payload(site.name, site.value, store.device, source), store)
+            advance(nbytes)
+
+
+def _replace(site: _Site, payload: Payload, store: WeightStore) -> None:
+    store.add(payload)
+    handle: Tensor = OffloadedTensor.of(payload)
+    if isinstance(site.value, nn.Parameter):
+        handle = nn.Parameter(handle, requires_grad=site.value.requires_grad)
+    for module, name in site.owners:
+        table = module._parameters if name in module._parameters else module._buffers
+        table[name] = handle  # type: ignore[assignment]
+    site.value = torch.empty(0)  # the old memory goes as soon as nobody else holds it
+
+
+def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Files and other programs get ordinary tensors on the CPU; tied ones share their memory."""
+    for table in (module._parameters, module._buffers):
+        for name, value in table.items():
+            if isinstance(value, OffloadedTensor) and isinstance(state.get(prefix + name), OffloadedTensor):
+                state[prefix + name] = value.payload.on_host()
+
+
+@contextmanager
+def _bar(wanted: bool | None, total: int) -> Iterator[Callable[[int], Any]]:
+    """A progress bar in bytes."""
+    from tqdm import tqdm
+
+    disabled = None if wanted is None else not wanted
+    with tqdm(total=total, unit="B", unit_scale=True, desc="offload", disable=disabled) as bar:
+        yield bar.update

@@ -1,0 +1,173 @@
+"""The master copy of a tensor that does not live on the device: bytes in host memory or in a file."""
+
+import itertools
+import threading
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vbcompile.runtime_host import HostMemory
+from vbcompile.runtime_sources import DiskBytes, HostBytes, Source
+
+
+class Residence(Protocol):
+    """What knows more about payloads than they do themselves: which of them are on the device now."""
+
+    host: HostMemory
+
+    def add(self, payload: "Payload") -> None:
+        """Take in a payload made from one that is there."""
+        ...
+
+    def fetch(self, payload: "Payload") -> Tensor:
+        """A tensor of its own on the device."""
+        ...
+
+    def stop(self) -> None:
+        """Give device memory back."""
+        ...
+
+    def twin(self) -> "Residence":
+        """Another one with the same places, for a copy of the model."""
+        ...
+
+    def before_write(self, payload: "Payload") -> None:
+        """The master is about to change: copies under way must be over."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until what was written on the device has reached the masters."""
+        ...
+
+
+class Payload:
+    """One tensor's master copy.
+
+    Attributes:
+        number: Unique in the process; what a compiled graph knows the tensor by.
+        name: Qualified name in its model, for messages and statistics.
+        size, stride, dtype: Of the tensor; the bytes are its memory in storage order.
+        device: Where the tensor is used.
+        source: Where the bytes are.
+        version: Counts writes.
+        residence: The runtime that streams it; None before the first compile.
+    """
+
+    def __init__(self, name: str, like: Tensor, device: torch.device, source: Source) -> None:
+        self.number = next(_numbers)
+        self.name = name
+        self.size, self.stride = tuple(like.shape), dense_strides(like)
+        self.dtype, self.device = like.dtype, device
+        self.nbytes = like.numel() * like.element_size()
+        self.source = source
+        self.version = 0
+        self.residence: Residence | None = None
+        if source.nbytes != self.nbytes:
+            raise ValueError(f"{name}: {source.nbytes} bytes given for a tensor of {self.nbytes}")
+        _payloads[self.number] = self
+
+    def __repr__(self) -> str:
+        return f"Payload({self.name!r}, {self.place}, {self.nbytes} bytes)"
+
+    @property
+    def place(self) -> str:
+        """``cpu``, ``ssd`` or a card's name."""
+        if isinstance(self.source, DiskBytes):
+            return "ssd"
+        return "cpu" if isinstance(self.source, HostBytes) else str(self.source.memory.device)
+
+    def shaped(self, memory: Tensor) -> Tensor:
+        """``memory`` (uint8, one dimension, at least :attr:`nbytes`) as a tensor of this shape; no copy."""
+        return memory[: self.nbytes].view(self.dtype).as_strided(self.size, self.stride)
+
+    def on_host(self) -> Tensor:
+        """The tensor on the CPU: the master itself where that is in host memory, else a copy.
+
+        Raises:
+            StorageError: its file cannot be read.
+        """
+        if self.residence is not None:
+            self.residence.settle()
+        if isinstance(self.source, HostBytes):
+            return self.shaped(own_storage(self.source.memory))
+        return self.shaped(self.load().to("cpu"))
+
+    def load(self) -> Tensor:
+        """The bytes, wherever they are: uint8, one dimension; a copy only where they come from a file."""
+        if isinstance(self.source, DiskBytes):
+            return read_file(self.source)
+        return self.source.memory
+
+    def fetch(self) -> Tensor:
+        """A tensor of its own on the device."""
+        if self.residence is not None:
+            return self.residence.fetch(self)
+        return self.shaped(self.load().to(self.device, copy=True))
+
+    def write(self, value: Tensor) -> None:
+        """Make ``value`` (any device and dtype, same shape) the new content.
+
+        Raises:
+            RuntimeError: the master is a file, which may be the user's checkpoint.
+        """
+        if not isinstance(self.source, HostBytes):
+            raise RuntimeError(
+                f"{self.name} lives in {_place_of(self.source)} and cannot be written to: "
+                "raise max_memory['cpu'] so that it fits in host memory, or call vbcompile.materialize(model) first"
+            )
+        with _write_lock:
+            if self.residence is not None:
+                self.residence.before_write(self)
+            with torch.inference_mode(False), torch.no_grad():
+                self.shaped(self.source.memory).copy_(value.detach())
+            self.version += 1
+
+
+_numbers = itertools.count()
+_payloads: "weakref.WeakValueDictionary[int, Payload]" = weakref.WeakValueDictionary()
+_write_lock = threading.RLock()
+
+
+def payload_of(number: int) -> Payload:
+    """The payload with a number. Raises KeyError for one that no tensor holds any more."""
+    return _payloads[number]
+
+
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides under which the tensor's elements fill its memory without gaps: its own, or contiguous ones."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size != 1 and stride != expected:
+            return torch.empty(tensor.shape, device="meta").stride()
+        expected *= size
+    return tensor.stride()
+
+
+def own_storage(memory: Tensor) -> Tensor:
+    """The same bytes under a storage of their own, so that tensors of one slab do not look tied to each other."""
+    return torch.from_numpy(memory.numpy())
+
+
+def read_file(source: DiskBytes) -> Tensor:
+    """The bytes of a stretch of a file.
+
+    Raises:
+        StorageError: they are not there, or not what was written.
+    """
+    from vbcompile.runtime_disk import OpenFiles
+    from vbcompile.runtime_read import verify_checksums
+
+    memory = torch.empty(source.nbytes, dtype=torch.uint8)
+    files = OpenFiles(direct=False)
+    try:
+        files.read(source, source.offset, memory, source.nbytes)
+    finally:
+        files.close()
+    verify_checksums(source, memory)
+    return memory
+
+
+def _place_of(source: Any) -> str:
+    return str(source.file) if isinstance(source, DiskBytes) else f"the memory of {source.memory.device}"

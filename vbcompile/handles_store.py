@@ -1,0 +1,365 @@
+"""One offloaded model at run time: its payloads, the graphs that read them, the plan for all of them, and its streamer.
+
+Several graphs (prefill and decode, or the pieces between graph breaks) share one resident set and one ring. The plan's
+step is their concatenation, in the order in which they were compiled; a graph that reads the same weights in the same
+order as one before it uses that one's part. Graphs that run in another order cost copies made in vain, never results.
+"""
+
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbcompile.handles_payload import Payload
+from vbcompile.runtime import Streamer
+from vbcompile.runtime_device import MemoryDevice
+from vbcompile.runtime_host import HostMemory
+from vbcompile.vgpu_plan import DEVICE, Operator, Plan, Sweep, Tier, Weight
+from vbcompile.vgpu_planner import plan_weights
+
+log = logging.getLogger(__name__)
+
+_MARGIN = (1, 8)  # of the memory beside weights: the allocator's fragments
+_LIBRARIES = 96 << 20  # bytes: workspaces of vendors' libraries on an accelerator
+_SLOWEST_MEMORY = 600 * 10**9  # bytes per second assumed for operators of graphs that were not compiled yet
+
+
+@dataclass
+class Part:
+    """What a compiled graph asks of the plan.
+
+    Attributes:
+        operators: Name, nanoseconds and payloads of each segment, in order.
+        fixed: Payloads that have to be resident, each with the reason.
+        rows: Payloads that only embeddings read: they are read on the host where they are not resident.
+        reserve: Device memory beside offloaded weights at its peak, in bytes.
+        rebuild: Called with the plan and the index of the part's first operator whenever these have changed.
+    """
+
+    operators: Sequence[tuple[str, int, tuple[Payload, ...]]]
+    fixed: dict[Payload, str]
+    rows: frozenset[Payload]
+    reserve: int
+    rebuild: Callable[[Plan, int], None] = field(repr=False)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Equal for two graphs that read the same weights in the same order."""
+        return tuple(tuple(p.number for p in payloads) for _, _, payloads in self.operators), self.rows
+
+
+class WeightStore:
+    """See the module's text.
+
+    Args:
+        device: Where the weights are used.
+        make_device: Called once, when something is streamed for the first time.
+        budget: Bytes of device memory that may be used in all.
+        tiers: The places beyond it.
+        host: Allocates masters.
+        rates: Bytes per second of the device's memory, and operations per second of its matrix units.
+        beside: Bytes of parameters and buffers that stay ordinary tensors on the device.
+
+    Attributes:
+        key: What compiled graphs know it by.
+        plan: The current plan; None before the first graph.
+        file: Keeps the file of weights that host memory has no room for.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        make_device: Callable[[], MemoryDevice],
+        budget: int,
+        tiers: Sequence[Tier],
+        host: HostMemory,
+        rates: tuple[int, int | None],
+        beside: int = 0,
+    ) -> None:
+        self.key = f"offload{next(_numbers)}"
+        self.device, self.budget, self.tiers, self.beside = device, budget, tuple(tiers), beside
+        self.host, self.rates = host, rates
+        self.plan: Plan | None = None
+        self.payloads: dict[int, Payload] = {}
+        self.file: object | None = None
+        self._make_device = make_device
+        self._memory_device: MemoryDevice | None = None
+        self._parts: list[Part] = []
+        self._starts: list[int] = []
+        self._superseded: set[int] = set()
+        self._index: dict[int, int] = {}
+        self._order: list[Payload] = []
+        self._streamer: Streamer | None = None
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        self._resident_views: dict[int, Tensor] = {}
+        self._position: int | None = None  # first operator of the graph that runs, within a step
+        self._whole: dict[int, Tensor] | None = None
+        self._past: list[dict[str, Any]] = []
+        self._lock = threading.RLock()
+        _stores[self.key] = self
+
+    # payloads
+
+    def add(self, payload: Payload) -> None:
+        """Take a payload in; its order of addition is taken for the order of use of graphs that are not known yet."""
+        with self._lock:
+            self.payloads[payload.number] = payload
+            payload.residence = self
+
+    def twin(self) -> "WeightStore":
+        """An empty store with the same places, for a copy of the model."""
+        return WeightStore(self.device, self._make_device, self.budget, self.tiers, self.host, self.rates, self.beside)
+
+    def supersede(self, payload: Payload) -> None:
+        """No graph reads this payload any more: others were made from it."""
+        self._superseded.add(payload.number)
+
+    def fetch(self, payload: Payload) -> Tensor:
+        with self._lock:
+            streamer, index = self._streamer, self._index.get(payload.number)
+            if streamer is None or index is None:
+                found = payload.load().to(self.device, copy=True)
+            else:
+                found = streamer.fetch(index)
+                if self.plan is not None and self.plan.levels[index] == DEVICE:
+                    found = found.clone()  # the caller may write to what it gets
+            return payload.shaped(found)
+
+    def before_write(self, payload: Payload) -> None:
+        self.stop()
+
+    def settle(self) -> None:
+        if self._streamer is not None:
+            self._streamer.finish_stores()
+
+    # graphs
+
+    def add_part(self, part: Part) -> Plan:
+        """Plan for one more graph, and for those before it.
+
+        Raises:
+            PlanError: nothing works within the budget.
+        """
+        with self._lock:
+            known = next((n for n, old in enumerate(self._parts) if self._covers(old, part)), None)
+            if known is not None and self.plan is not None:
+                self._parts.append(part)
+                self._starts.append(self._starts[known])
+                part.rebuild(self.plan, self._starts[known])
+                return self.plan
+            parts, starts = [*self._parts, part], self._starts
+            plan, order, starts = self._planned(parts)
+            self.stop()
+            self._parts, self._starts, self._order = parts, starts, order
+            self._index = {payload.number: index for index, payload in enumerate(order)}
+            self.plan = plan
+            for each, start in zip(parts, starts, strict=True):
+                each.rebuild(plan, start)
+            log.info("offload: %s", plan.summary())
+            return plan
+
+    def index_of(self, payload: Payload) -> int:
+        """Index of a payload in the plan."""
+        return self._index[payload.number]
+
+    def remove_part(self, part: Part) -> None:
+        """Forget a graph whose compile failed."""
+        with self._lock:
+            if part in self._parts:
+                at = self._parts.index(part)
+                del self._parts[at], self._starts[at]
+
+    def _covers(self, old: Part, new: Part) -> bool:
+        """Whether the plan serves a new graph where it serves an old one."""
+        return (
+            old.order == new.order
+            and self._reserve([new]) <= self._reserve(self._parts)
+            and all(self._is_resident(payload) for payload in new.fixed)
+        )
+
+    def _is_resident(self, payload: Payload) -> bool:
+        return self.plan is not None and self.plan.levels[self._index[payload.number]] == DEVICE
+
+    def _reserve(self, parts: Sequence[Part]) -> int:
+        peak = max((part.reserve for part in parts), default=0)
+        libraries = 0 if self.device.type == "cpu" else _LIBRARIES
+        return self.beside + peak + max(peak * _MARGIN[0] // _MARGIN[1], libraries)
+
+    def _planned(self, parts: Sequence[Part]) -> tuple[Plan, list[Payload], list[int]]:
+        order = [p for p in self.payloads.values() if p.number not in self._superseded]
+        index = {payload.number: position for position, payload in enumerate(order)}
+        fixed = {payload.number for part in parts for payload in part.fixed}
+        operators: list[Operator] = []
+        starts: list[int] = []
+        first_of: dict[Any, int] = {}
+        seen: set[int] = set()
+        for number, part in enumerate(parts):
+            seen |= {p.number for _, _, payloads in part.operators for p in payloads} | {p.number for p in part.rows}
+            if part.order in first_of:
+                starts.append(first_of[part.order])
+                continue
+            first_of[part.order] = len(operators)
+            starts.append(len(operators))
+            for name, ns, payloads in part.operators:
+                used = tuple(dict.fromkeys(index[p.number] for p in payloads))
+                operators.append(Operator(f"{number}:{name}", ns, used))
+        for payload in order:
+            if payload.number not in seen:  # read by graphs that will be compiled later
+                ns = payload.nbytes * 10**9 // _SLOWEST_MEMORY
+                operators.append(Operator(payload.name, ns, (index[payload.number],)))
+        weights = tuple(Weight(f"{p.number}:{p.name}", p.nbytes, p.number in fixed) for p in order)
+        sweep = Sweep(weights, tuple(operators), self._reserve(parts))
+        return plan_weights(sweep, self.budget, self.tiers), order, starts
+
+    # a step, as compiled graphs call it
+
+    def begin(self, first: int) -> None:
+        """A graph begins whose first operator is ``first``."""
+        streamer = self._streamer or self.start()
+        if self._position is not None and first <= self._position:
+            streamer.step_end()
+            self._position = None
+        if self._position is None:
+            streamer.step_begin()
+        self._position = first
+
+    def end(self, last: int) -> None:
+        """A graph has been queued whose last operator is ``last``."""
+        streamer, plan = self._streamer, self.plan
+        if streamer is not None and plan is not None and last + 1 >= len(plan.sweep.operators):
+            streamer.step_end()
+            self._position = None
+
+    def abandon(self) -> None:
+        """A graph raised an exception."""
+        self._position = None
+        if self._streamer is not None:
+            self._streamer.abandon()
+
+    def write_back(self, weight: int) -> None:
+        """The computation has written to a resident weight: its master gets the new bytes."""
+        self._streamer.store(weight, self._resident_views[weight])  # type: ignore[union-attr]
+
+    def prefetch(self, copy: int) -> None:
+        self._streamer.prefetch(copy)  # type: ignore[union-attr]
+
+    def wait(self, copy: int) -> Tensor:
+        """The weight of a copy, in its own shape."""
+        if self._whole is not None:
+            return self._fetched(self.plan.copies[copy].weight)  # type: ignore[union-attr]
+        memory = self._streamer.wait(copy)  # type: ignore[union-attr]
+        known = self._views.get(copy)
+        if known is not None and known[0] is memory:
+            return known[1]
+        payload = self._order[self.plan.copies[copy].weight]  # type: ignore[union-attr]
+        with torch.inference_mode(False), torch.no_grad():
+            view = payload.shaped(memory)
+        self._views[copy] = (memory, view)
+        return view
+
+    def release(self, copy: int) -> None:
+        self._streamer.release(copy)  # type: ignore[union-attr]
+
+    def resident(self, weight: int) -> Tensor:
+        """A resident weight, in its own shape."""
+        if self._whole is not None:
+            return self._fetched(weight)
+        return self._resident_views[weight]
+
+    def rows(self, weight: int, indices: Tensor) -> Tensor:
+        """Rows of a matrix that lives on the host; ``indices`` are on the device."""
+        table = self._order[weight].on_host()
+        return torch.nn.functional.embedding(indices.to("cpu"), table).to(indices.device, non_blocking=True)
+
+    @contextmanager
+    def everything_fetched(self) -> Iterator[None]:
+        """Graphs that are called in here read weights that were copied whole, one by one, and stay on the device.
+
+        The same compiled segments then run without any transfer beside them: what a streamed step is compared with.
+        """
+        self._whole = {}
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    def _fetched(self, weight: int) -> Tensor:
+        assert self._whole is not None
+        if weight not in self._whole:
+            payload = self._order[weight]
+            with torch.inference_mode(False), torch.no_grad():
+                self._whole[weight] = payload.shaped(payload.load().to(self.device, copy=True))
+        return self._whole[weight]
+
+    # life
+
+    def start(self) -> Streamer:
+        """Load the resident weights and begin to stream."""
+        with self._lock:
+            if self._streamer is not None:
+                return self._streamer
+            assert self.plan is not None, "no graph has been planned"
+            if self._memory_device is None:
+                self._memory_device = self._make_device()
+            sources = [payload.source for payload in self._order]
+            streamer = Streamer(self.plan, sources, self._memory_device, host=self.host)
+            streamer.start()
+            with torch.inference_mode(False), torch.no_grad():
+                self._resident_views = {
+                    index: self._order[index].shaped(streamer.view(index))
+                    for index, level in enumerate(self.plan.levels)
+                    if level == DEVICE
+                }
+            self._streamer = streamer
+            return streamer
+
+    def stop(self) -> None:
+        """Give all device memory back; the next step begins anew."""
+        with self._lock:
+            if self._streamer is None:
+                return
+            streamer, self._streamer = self._streamer, None
+            self._position = None
+            streamer.finish_stores()
+            self._past.append(streamer.statistics())
+            streamer.close()
+            self._views.clear()
+            self._resident_views.clear()
+
+    def statistics(self) -> dict[str, Any]:
+        """Where the weights are and what has been moved, ready for JSON."""
+        with self._lock:
+            current = self._streamer.statistics() if self._streamer is not None else {}
+            return {"key": self.key, "device": str(self.device), "budget": self.budget, "streamer": current} | _placed(
+                self
+            )
+
+
+def _placed(store: WeightStore) -> dict[str, Any]:
+    places: dict[str, int] = {}
+    for payload in store.payloads.values():
+        places[payload.place] = places.get(payload.place, 0) + payload.nbytes
+    return {"masters": places, "plan": store.plan.summary() if store.plan is not None else None}
+
+
+_numbers = itertools.count()
+_stores: "weakref.WeakValueDictionary[str, WeightStore]" = weakref.WeakValueDictionary()
+
+
+def store_of(key: str) -> WeightStore:
+    """The store of a key. Raises RuntimeError where its model is gone."""
+    store = _stores.get(key)
+    if store is None:
+        raise RuntimeError("the offloaded model that this graph was compiled for does not exist any more")
+    return store
+
+
+def all_stores() -> list[WeightStore]:
+    return [_stores[key] for key in sorted(_stores, key=lambda key: int(key.removeprefix("offload")))]
