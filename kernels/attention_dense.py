@@ -130,10 +130,9 @@ def bias_fits(function: ScoreFunction, captured: Sequence[torch.dtype], dtype: t
     True where the bias is chosen from, or a sum of, captured tensors of that type and constants that it holds. A bias
     that is computed from indices or captured in a wider type has digits, or finite minima, that ``dtype`` has not.
     """
-    split = additive_bias(function)
-    if split is None or split[1] is None:
+    extended, bias = additive_bias(function) or (function, None)
+    if bias is None:
         return True
-    extended, bias = split
 
     def fits(position: int) -> bool:
         name, *arguments = extended.program[position]

@@ -116,7 +116,9 @@ def _fusion(q, k, v, heads, layout, bias, bias_first, mask, scale, keep_prob, be
     _check_tensors(q, k, v, heads)
     _check(q.dtype in (torch.float16, torch.bfloat16, torch.float32), f"type {q.dtype}")
     _check(0 < keep_prob <= 1, f"keep_prob {keep_prob}")
-    _check(sink is None or (tuple(sink.shape) == (heads,) and sink.dtype == torch.float32), "sink is float32 [head_num]")
+    _check(
+        sink is None or (tuple(sink.shape) == (heads,) and sink.dtype == torch.float32), "sink is float32 [head_num]"
+    )
     _check_bias(bias, q, k.shape[2])
     _check_mask(mask, mode, q)
     hidden = _hidden(mask, mode, before, after, q.shape[2], k.shape[2])

@@ -48,7 +48,7 @@ def sdpa_recomp_fwd(q, k, v, attention_mask, p, scale, is_causal, requires_backw
 
 def sdpa_recomp_bwd(grad, q, k, v, attention_mask, m, linv, seed, is_causal, p, scale, softmax_mode, fwd_out):
     _check(m.dtype == q.dtype and linv.dtype == torch.float32, "m has the dtype of q, linv is float32")
-    rows = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]) + (q.shape[-2], 1)
+    rows = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], 1)
     _check(m.shape == rows and linv.shape == rows, f"m and linv are {tuple(rows)}, not {tuple(m.shape)}")
     _check(grad.shape == fwd_out.shape and grad.dim() == q.dim(), "grad and fwd_out of other shapes than q")
     scores = _scores(q, k, attention_mask, scale, is_causal, softmax_mode)

@@ -1,4 +1,4 @@
-"""PyTorch's flash attention as its XPU build has it, on CPU tensors: builds without XPU have the operator, no kernel."""
+"""PyTorch's flash attention of its XPU build, on CPU tensors: other builds have the operator but no kernel."""
 
 import math
 from collections.abc import Iterator
