@@ -287,3 +287,10 @@ def test_source_hash():
 def test_has_kernel():
     assert compat.has_kernel("aten::mm", "CPU")
     assert not compat.has_kernel("aten::mm", "Vulkan")
+
+
+def test_registered_backends():
+    assert compat.is_registered_backend("aot_eager") and not compat.is_registered_backend("no_such_backend")
+    graph = fx.symbolic_trace(torch.nn.ReLU())
+    out = compat.registered_backend("eager")(graph, [torch.ones(2)])(torch.tensor([-1.0, 1.0]))
+    assert torch.equal(torch.as_tensor(out), torch.tensor([0.0, 1.0]))

@@ -11,10 +11,11 @@ import torch.fx as fx
 from torch._dynamo.utils import counters
 
 from vbcompile import __version__, compat
-from vbcompile.config import Config, resolve_config
+from vbcompile.config import DOWNSTREAM, Config, resolve_config
 from vbcompile.device import Target, get_target
 from vbcompile.passes import activation_partition, pipeline
 from vbcompile.report import GraphReport
+from vbcompile.vendor_compilers import choose_compiler, compile_by_vendor, say_once
 from vbcompile.vgpu_plan import PlanError
 
 log = logging.getLogger(__name__)
@@ -114,10 +115,15 @@ def _downstream(
     gm: fx.GraphModule, example_inputs: Sequence[Any], context: pipeline.PassContext, report: GraphReport
 ) -> Callable[..., Any]:
     config = context.config
-    if config.downstream == "eager":
+    compiler = choose_compiler(config, context.target, gm)
+    say_once(compiler)
+    report.compiler = str(compiler)
+    if compiler.name == "eager":
         return gm.forward
+    if compiler.name not in DOWNSTREAM:
+        return compile_by_vendor(compiler, gm, example_inputs, config.strict)
     partitioner = activation_partition.partitioner_for(context, report)
-    if config.downstream == "aot_eager":
+    if compiler.name == "aot_eager":
         return compat.compile_with_aot_eager(gm, example_inputs, partitioner)
     key = _cache_key(config)
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}

@@ -191,6 +191,20 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
+def is_registered_backend(name: str) -> bool:
+    """Whether ``torch.compile(backend=name)`` would find a backend, without loading it."""
+    from torch._dynamo.backends.registry import list_backends
+
+    return name in list_backends(exclude_tags=())
+
+
+def registered_backend(name: str) -> Callable[..., Any]:
+    """The backend that ``torch.compile(backend=name)`` would use."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
 def has_kernel(operator: str, key: str) -> bool:
     """Whether an operator has a kernel of its own for a dispatch key (``aten::mm``, ``XPU``)."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)

@@ -42,6 +42,7 @@ class GraphReport:
         failures: ``(pass, reason)`` of passes that failed; the graph before that pass was kept.
         unavailable: passes that the mode names and that this version or target does not have, with the reason.
         graph_break: why Dynamo ended the graph before the model returned; empty where it did not.
+        compiler: where the rewritten graph went, and why not to Inductor.
     """
 
     graph: str
@@ -54,6 +55,7 @@ class GraphReport:
     failures: list[tuple[str, str]] = field(default_factory=list)
     unavailable: list[tuple[str, str]] = field(default_factory=list)
     graph_break: str = ""
+    compiler: str = ""
 
     def count(self, action: str, pass_name: str | None = None) -> int:
         """Number of decisions with that action (and pass)."""
