@@ -125,11 +125,8 @@ class AcceleratorDevice:
         return CopyQueue(name, torch.Stream(self.device), None if peer is None else torch.Stream(peer))
 
     def copy(self, queue: CopyQueue, target: Tensor, source: Tensor) -> None:
-        with contextlib.ExitStack() as stack:
-            if queue.remote is not None:
-                # a copy between cards is queued on both ends' current streams, each of which then waits for the other
-                stack.enter_context(queue.remote)
-            stack.enter_context(queue.stream)
+        # a copy between cards is queued on both ends' current streams, each of which then waits for the other
+        with queue.remote or contextlib.nullcontext(), queue.stream:
             target.copy_(source, non_blocking=True)
 
     def record(self, queue: CopyQueue | None = None, *, timing: bool = False) -> torch.Event:
