@@ -1,4 +1,4 @@
-"""Command line: ``vbcompile demo | run | explain | plan | doctor``.
+"""Command line: ``vbcompile demo | run | explain | plan | doctor | bench``.
 
 Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 """
@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
+    bench = commands.add_parser("bench", help="measure this machine beside PyTorch's operators and its own floor")
+    bench.add_argument("what", nargs="?", choices=("measure", "report"), default="measure")
+    bench.add_argument("result", nargs="?", help="for report: the file of an earlier --out")
+    bench.add_argument("--quick", action="store_true", help="fewer cases, at most three minutes on a processor")
+    bench.add_argument("--device", help="where (default: the best device here)")
+    bench.add_argument("--out", help="write JSON here; for report: the folder of the table and the plots")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -235,6 +242,37 @@ def _kernels(arguments: argparse.Namespace) -> int:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
         Console().print(kernel_table(rows))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vbcompile.bench import bench
+    from vbcompile.device import DeviceError
+
+    if arguments.what == "report":
+        return _bench_report(arguments)
+    try:
+        result = bench(arguments.quick, arguments.device)
+    except DeviceError as error:
+        raise UsageError(str(error)) from error
+    if arguments.out:
+        Path(arguments.out).write_text(result.to_json(), encoding="utf-8")
+    Console().print(result)
+    return int(not result.right)
+
+
+def _bench_report(arguments: argparse.Namespace) -> int:
+    from vbcompile.bench_report import report
+
+    if not arguments.result:
+        raise UsageError("bench report needs the file that `vbcompile bench --out FILE` wrote")
+    try:
+        written = report(Path(arguments.result), Path(arguments.out or "."))
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    print("\n".join(map(str, written)))
     return 0
 
 

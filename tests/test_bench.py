@@ -1,0 +1,79 @@
+"""``vbcompile bench``: small cases measured, wrong results flagged, tables and plots from the JSON."""
+
+import json
+
+import pytest
+import torch
+
+from vbcompile import bench, bench_cases
+from vbcompile.__main__ import main
+from vbcompile.bench import Result, Row, load
+from vbcompile.bench_cases import Case, attention_case, copy_case, linear_case, quantize_case
+
+CPU = torch.device("cpu")
+
+
+def small_cases(device, quick):
+    return [
+        lambda: attention_case(device, torch.float32, (1, 2, 48, 16), causal=True),
+        lambda: quantize_case(device, 64, 256),
+    ]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "makers", small_cases)
+    monkeypatch.setattr(bench, "_PRODUCT", {"cpu": 64})
+    monkeypatch.setitem(bench_cases._COPY_BYTES, "cpu", 2**16)
+
+
+def test_a_run_from_the_command_line(small, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert main(["bench", "--quick", "--out", str(out)]) == 0
+    assert "attention" in capsys.readouterr().out
+    result = load(out.read_text())
+    attention, quantise = result.rows
+    assert set(attention.times) == {"vblackwell", "sdpa", "eager"} and attention.implementation.startswith("cpu_flash")
+    assert all(t > 0 for row in result.rows for t in row.times.values())
+    assert 0 < attention.error <= attention.allowed and 0.07 < quantise.error <= quantise.allowed
+    assert result.environment["torch"] == torch.__version__
+    assert main(["bench", "report", str(out), "--out", str(tmp_path / "report")]) == 0
+    files = {path.name: path for path in (tmp_path / "report").iterdir()}
+    assert set(files) == {"bench.md", "speedup.png", "roofline.png"}
+    assert files["roofline.png"].read_bytes().startswith(b"\x89PNG") and "attention" in files["bench.md"].read_text()
+
+
+def test_a_wrong_result_fails_the_run(monkeypatch, small, capsys):
+    wrong = Case("wrong", {"vblackwell": [lambda: None]}, 1.0, 1.0, 0.5, 0.1)
+    monkeypatch.setattr(bench, "makers", lambda device, quick: [lambda: wrong])
+    assert main(["bench"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_linear_case_is_checked_against_the_decoded_weights():
+    with torch.no_grad():
+        case = linear_case(CPU, torch.float32, 3, 128, 512)
+        assert case.error <= case.allowed and set(case.runs) == {"vblackwell", "eager"}
+        assert len(case.runs["vblackwell"]) == len(case.runs["eager"]) == 4
+
+
+def test_floor_counts_bytes_and_operations():
+    case = copy_case(CPU)
+    row = bench._measure(case, CPU, bandwidth=1e9, rate=1e30, rounds=3)
+    assert row.floor == pytest.approx(case.nbytes / 1e9 * 1e6)
+    heavy = Case("heavy", case.runs, 1e9, 1.0)
+    assert bench._measure(heavy, CPU, 1e30, 1e12, 3).floor == pytest.approx(1e3)
+
+
+def test_usage_errors(tmp_path, capsys):
+    assert main(["bench", "report"]) == 2
+    assert main(["bench", "report", str(tmp_path / "none.json")]) == 2
+    (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
+    assert main(["bench", "report", str(tmp_path / "other.json")]) == 2
+    assert main(["bench", "--device", "cuda:99"]) == 2
+    assert "vbcompile:" in capsys.readouterr().err
+
+
+def test_json_round_trip():
+    result = Result({"device": "x"}, [Row("a", {"vblackwell": 1.0}, 0.5, 0.5, 0.1, 0.2, "triton")])
+    assert load(result.to_json()) == result and result.right

@@ -1,0 +1,78 @@
+"""``vbcompile bench report``: a Markdown table and plots from a result that ``vbcompile bench --out`` wrote."""
+
+from pathlib import Path
+from typing import Any
+
+from vbcompile.bench import Result, load
+
+
+def report(path: Path, folder: Path) -> list[Path]:
+    """Write ``bench.md``, ``speedup.png`` and ``roofline.png``.
+
+    Args:
+        path: a file of ``vbcompile bench --out``.
+        folder: where the files go; made if it does not exist.
+
+    Raises:
+        OSError: the file cannot be read or the folder not written.
+        ValueError: the file is no result of ``vbcompile bench``.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        result = load(path.read_text(encoding="utf-8"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of `vbcompile bench --out`: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "bench.md"
+    table.write_text(markdown(result), encoding="utf-8")
+    return [table, _speedup(result, folder / "speedup.png"), _roofline(result, folder / "roofline.png")]
+
+
+def markdown(result: Result) -> str:
+    """The rows as a Markdown table under one line that names the machine."""
+    where = ", ".join(f"{name} {value}" for name, value in result.environment.items())
+    lines = [f"**vbcompile bench** ({where})", "", "| case | time | floor | share | peers | error | allowed |"]
+    lines.append("|" + " --- |" * 7)
+    for row in result.rows:
+        (_, ours), *peers = row.times.items()
+        beside = ", ".join(f"{name} {t / ours:.2f}x" for name, t in peers)
+        cells = (row.name, f"{ours:.1f} us", f"{row.floor:.1f} us", f"{row.share:.0%}", beside)
+        lines.append("| " + " | ".join((*cells, f"{row.error:.2e}", f"{row.allowed:.2e}")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _speedup(result: Result, path: Path) -> Path:
+    """Bars: how many times faster than each peer; 1 is as fast."""
+    bars = [
+        (f"{row.name}\nover {name}", t / next(iter(row.times.values())))
+        for row in result.rows
+        for name, t in list(row.times.items())[1:]
+    ]
+    figure, axes = _figure(len(bars))
+    axes.barh([label for label, _ in bars], [value for _, value in bars], color="#3566c4")
+    axes.axvline(1.0, color="#b3261e", linewidth=1)
+    axes.set_xlabel("times faster")
+    return _save(figure, axes, path)
+
+
+def _roofline(result: Result, path: Path) -> Path:
+    """Bars: share of the floor that the device itself reaches in a copy or a matrix product."""
+    figure, axes = _figure(len(result.rows))
+    axes.barh([row.name for row in result.rows], [100 * row.share for row in result.rows], color="#2f8f5b")
+    axes.axvline(100.0, color="#b3261e", linewidth=1)
+    axes.set_xlabel("% of the floor")
+    return _save(figure, axes, path)
+
+
+def _figure(bars: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.55 * bars), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    figure.savefig(path, dpi=120)
+    return path
