@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
+from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,
@@ -140,7 +141,7 @@ def attention_backward_reference(
     d_score = d_score * scale
     grads = [d_score @ k.to(dtype), d_score.mT @ q.to(dtype), dv, *d_captured]
     return [
-        reduce_to(g, t.shape).to(t.dtype) if need and g is not None else None
+        sum_to(g, t.shape, t.dtype) if need and g is not None else None
         for g, t, need in zip(grads, inputs, needs, strict=True)
     ]
 
@@ -169,7 +170,7 @@ def _score_gradients(
         d_score, *others = _evaluate(gradient.function, positions, score, captured, upstream)
         for (number, _), value in zip(gradient.captured, others, strict=True):
             if captured[number].is_floating_point() and value is not None:
-                value = reduce_to(value.to(score.dtype).expand(upstream.shape), captured[number].shape)
+                value = sum_to(value.to(score.dtype).expand(upstream.shape), captured[number].shape)
                 previous = d_captured[number]
                 d_captured[number] = value if previous is None else previous + value
         return d_score
@@ -181,19 +182,6 @@ def _score_gradients(
         add(function.sink, -torch.exp(sink - lse.unsqueeze(-1)) * delta)
     zero = torch.zeros_like(score)
     return (zero if d_score is None else d_score.to(score.dtype).expand(score.shape)), d_captured
-
-
-def reduce_to(gradient: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sum over the axes along which a tensor of ``shape`` was broadcast."""
-    axes = [d for d, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if want == 1 and have != 1]
-    return gradient.sum(axes, keepdim=True) if axes else gradient
-
-
-def arrange(out: Tensor, rows_first: bool) -> Tensor:
-    """Give ``[*lead, Q, Dv]`` the promised memory order."""
-    if not rows_first:
-        return out.contiguous()
-    return out.movedim(-2, 1).contiguous().movedim(1, -2)
 
 
 # -------------------------------------------------------------------------------------------- operator
@@ -222,17 +210,8 @@ def attention(
 @attention.register_fake
 def _(q, k, v, captured, scale, dropout_p, seed, score_function):
     lead = lead_shape(q, k, v, captured)
-    out = q.new_empty([*lead, q.shape[-2], v.shape[-1]])
-    lse = q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
-    return arrange_fake(out, ScoreFunction.loads(score_function).rows_first), lse
-
-
-def arrange_fake(out: Tensor, rows_first: bool) -> Tensor:
-    """An uninitialised tensor of the shape of ``out`` in the promised memory order."""
-    if not rows_first:
-        return out
-    *lead, q_length, features = out.shape
-    return out.new_empty([lead[0], q_length, *lead[1:], features]).movedim(1, -2)
+    out = empty_output(lead, q.shape[-2], v.shape[-1], ScoreFunction.loads(score_function).rows_first, q)
+    return out, q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.custom_op("vblackwell::attention_backward", mutates_args=())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vbcompile.kernels.attention import reduce_to
+from vbcompile.kernels.attention_results import sum_to
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -49,5 +49,5 @@ def unfold_gradients(
     for gradient, t in zip(grads, inputs, strict=True):
         full = gradient.numel() == t.shape[-2] * t.shape[-1] * torch.Size(lead).numel()
         gradient = gradient.reshape(*(lead if full else (*lead[:-1], 1)), *t.shape[-2:])
-        result.append(reduce_to(gradient, t.shape))
+        result.append(sum_to(gradient, t.shape))
     return [*result, *(None for _ in captured)]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_layout import broadcast_strides, pad_lead, sum_to, tile_strides
+from vbcompile.kernels.attention_layout import broadcast_strides, pad_lead, tile_strides
 from vbcompile.kernels.attention_problem import Problem
+from vbcompile.kernels.attention_results import sum_to
 from vbcompile.kernels.attention_tuning import TileConfig
 from vbcompile.kernels.score_function import ScoreFunction, causal_offset
 from vbcompile.kernels.score_triton import LEAD_AXES

@@ -8,7 +8,6 @@ rows, and each leading axis moves by whole rows (``[B, H, S, D]``) or by columns
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vbcompile.kernels.score_triton import LEAD_AXES
@@ -67,17 +66,3 @@ def row_view(t: Tensor) -> RowView | None:
     if columns > pitch or rows > _TMA_MAX_ROWS:
         return None
     return RowView(rows, columns, pitch, (*pad_lead(row_steps, 0), *pad_lead(column_steps, 0)))
-
-
-def empty_output(lead: Sequence[int], rows: int, width: int, rows_first: bool, like: Tensor) -> Tensor:
-    """Uninitialised ``[*lead, rows, width]``; in memory ``[lead[0], rows, *lead[1:], width]`` if ``rows_first``."""
-    if not rows_first:
-        return like.new_empty([*lead, rows, width])
-    return like.new_empty([lead[0], rows, *lead[1:], width]).movedim(1, -2)
-
-
-def sum_to(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Sum over the axes along which a tensor of ``shape`` was broadcast, then convert."""
-    axes = [d for d, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if want == 1 and have != 1]
-    summed = gradient.sum(axes, keepdim=True) if axes else gradient
-    return summed if summed.dtype == dtype else summed.to(dtype)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels.attention import arrange, attention_backward_reference
+from vbcompile.kernels.attention import attention_backward_reference
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_dense import DenseScores
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
+from vbcompile.kernels.attention_results import arrange
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,

@@ -13,8 +13,9 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels import attention_problem as problems
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_gradients import backward
-from vbcompile.kernels.attention_layout import empty_output, pad_lead, tile_strides
+from vbcompile.kernels.attention_layout import pad_lead, tile_strides
 from vbcompile.kernels.attention_problem import Problem
+from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.attention_tuning import TileConfig
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.triton_target import refuses_triton

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vbcompile.kernels.attention import arrange, reduce_to
 from vbcompile.kernels.attention_band import Band, mask_band
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_dense import DenseScores, bias_fits
 from vbcompile.kernels.attention_fold import fold, fold_heads
+from vbcompile.kernels.attention_results import arrange, sum_to
 from vbcompile.kernels.score_function import ScoreFunction, accumulation_dtype, additive_bias, evaluate
 
 
@@ -174,7 +174,7 @@ class FoldedCall:
                 delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
                 t = self.captured[number]
                 row = -(self.sink - lse.unsqueeze(-1)).exp() * delta
-                found[number] = reduce_to(row, t.shape).to(t.dtype)
+                found[number] = sum_to(row, t.shape, t.dtype)
         return found
 
     def fold_results(
@@ -204,7 +204,7 @@ class FoldedCall:
         found: list[Tensor | None] = []
         for gradient, t, lead in zip((dq, dk, dv), self.inputs, (self.lead, self.kv_lead, self.kv_lead), strict=True):
             gradient = gradient[..., : t.shape[-1]].reshape(*lead, *t.shape[-2:])
-            found.append(reduce_to(gradient, t.shape).to(t.dtype))
+            found.append(sum_to(gradient, t.shape, t.dtype))
         return found
 
     def _groups(self, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vbcompile.kernels.attention import arrange_fake
+from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.score_function import accumulation_dtype
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_plan import Plan
@@ -104,7 +104,7 @@ def _add_residual(emitter: Emitter, plan: Plan, result: fx.Node, target: list[Di
 
 def fake_result(q: Tensor, lead: list[Any], features: Any, rows_first: bool) -> tuple[Tensor, Tensor]:
     """What the operator's own fake gives for these sizes."""
-    out = arrange_fake(q.new_empty([*lead, q.shape[-2], features]), rows_first)
+    out = empty_output(lead, q.shape[-2], features, rows_first, q)
     return out, q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
 
 

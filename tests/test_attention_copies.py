@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vbcompile.kernels import attention_gpu, attention_hopper
-from vbcompile.kernels.attention import arrange_fake
+from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.score_function import ScoreFunction
 
 
@@ -24,7 +24,7 @@ def test_hopper_writes_where_the_result_is_promised(monkeypatch, lead, rows_firs
     k, v = torch.randn(*shared, 8, 16), torch.randn(*shared, 8, 16)
     function = ScoreFunction([["score"]], 0, None, None, "nan", rows_first).dumps()
     out, lse = attention_gpu._hopper_forward(q, k, v, [], 1.0, 0.0, None, function)
-    promised = arrange_fake(q.new_empty(*lead, 8, 16), rows_first)
+    promised = empty_output(lead, 8, 16, rows_first, q)
     assert out.data_ptr() == written[0]
     assert out.stride() == promised.stride() and lse.shape == (*lead, 8)
     torch.testing.assert_close(out, q)
