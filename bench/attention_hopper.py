@@ -10,7 +10,6 @@ import argparse
 import functools
 import json
 import math
-import random
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 SHAPES = [  # B, H, S, D, causal, wanted forward TFLOP/s, wanted backward
     (4, 16, 4096, 128, False, 640, 480),
@@ -29,7 +28,6 @@ SHAPES = [  # B, H, S, D, causal, wanted forward TFLOP/s, wanted backward
     (8, 16, 2048, 64, False, 470, 380),
     (8, 16, 2048, 64, True, 390, 300),
 ]
-ROUNDS = 3
 CASES = [  # B, H, Hk, Q, K, causal offset, rows first, dtype
     (2, 4, 2, 300, 520, None, False, "bfloat16"),
     (1, 2, 1, 333, 333, 0, True, "bfloat16"),
@@ -49,35 +47,18 @@ def variants(name: str) -> list[tuple[str, int, list]]:
     if name == "shipped":
         pick = lambda table, d: sorted({table[d, c] for c in (False, True)}, key=repr)
         return [(way, d, pick(table, d)) for way, table in tables.items() for d in (128, 64)]
-    full = hopper.ForwardConfig(group=1)
-    causal = replace(full, dynamic=True, group=8)
-    wide = [
-        full,
-        replace(full, q_stages=2, pack=True),
-        replace(full, q_stages=2),
-        causal,
-        replace(causal, q_stages=2, pack=True),
-        replace(causal, q_stages=2, pack=True, ping_pong=False),
-    ]
-    three = replace(full, consumers=3, pack=True, ping_pong=False)
-    two = replace(causal, poly=True, group=32)
-    narrow = [
-        three,
-        replace(three, q_stages=2),
-        replace(three, q_stages=2, stages=3),
-        replace(three, q_stages=2, dynamic=True, group=32),
-        two,
-        replace(two, q_stages=2),
-        replace(two, q_stages=2, stages=3),
-        replace(two, q_stages=2, pack=True),
-    ]
+    narrow = [hopper.FORWARD_CONFIGS[64, False], hopper.FORWARD_CONFIGS[64, True]]
+    full, causal = narrow
+    narrow += [replace(full, poly=1), *(replace(causal, poly=n) for n in (1, 2))]
+    narrow += [replace(causal, poly=1, pack=True), replace(causal, poly=1, dynamic=False)]
+    wide = list(dict.fromkeys(hopper.FORWARD_CONFIGS[128, c] for c in (False, True)))
     back = hopper.BackwardConfig()
     half = replace(back, block_k=64)
     return [
-        ("forward", 128, wide),
         ("forward", 64, narrow),
-        ("backward", 64, [back, half, replace(half, group=16), replace(half, stages=3)]),
-        ("backward", 128, [back, replace(back, group=8), replace(back, late=True), replace(back, late=True, group=8)]),
+        ("backward", 64, [replace(half, group=g, stages=n) for g in (1, 16) for n in (2, 3)]),
+        ("forward", 128, wide),
+        ("backward", 128, [replace(back, late=True), replace(back, late=True, group=8)]),
     ]
 
 
@@ -152,32 +133,34 @@ def check_backward(q, k, v, g, case, config) -> list[float]:
 
 
 def measure(way: str, shape, configs: list) -> dict:
-    """Median milliseconds of one call per configuration (None is cuDNN), in rounds of random order: neighbours in
-    time share the card's temperature and clock."""
+    """Median milliseconds of one call per configuration (None is cuDNN): CUDA-graph replays in rounds of random order,
+    since neighbours in time share the card's temperature and clock."""
     import torch
-    import triton
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from attention_scores import rounds
 
     from vbcompile.kernels.attention_hopper import backward, forward
+    from vbcompile.kernels.attention_sdpa import fused_backward, fused_forward
+    from vbcompile.kernels.score_function import ScoreFunction
 
     batch, heads, length, dim, causal, *_ = shape
     torch.manual_seed(length + dim)
     q, k, v, g = (torch.randn(batch, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    q, k, v = (x.requires_grad_(way == "backward") for x in (q, k, v))
     scale, offset = dim**-0.5, 0 if causal else None
-    out, lse = forward(q.detach(), k.detach(), v.detach(), scale, offset, False)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        peer = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    plain = ScoreFunction()
+    masked = ScoreFunction((("score",), ("q_index",), ("k_index",), ("ge", 1, 2)), 0, 3)
+    function = (masked if causal else plain).dumps()
+    out, lse = forward(q, k, v, scale, offset, False)
+    peer_out, peer_lse = fused_forward("cudnn")(q, k, v, [], scale, 0.0, None, function)
 
     def run(config):
         if way == "backward" and config is None:
-            return torch.autograd.grad(peer, (q, k, v), g, retain_graph=True)
+            arguments = (g, None, q, k, v, [], peer_out, peer_lse, scale, 0.0, None, function, [True] * 3)
+            return fused_backward("cudnn")(*arguments)
         if way == "backward":
-            return backward(g, None, q.detach(), k.detach(), v.detach(), out, lse, scale, offset, config)
+            return backward(g, None, q, k, v, out, lse, scale, offset, config)
         if config is not None:
             return (forward(q, k, v, scale, offset, False, config)[0],)
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return (torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal),)
+        return (fused_forward("cudnn")(q, k, v, [], scale, 0.0, None, function)[0],)
 
     expected = [x.float() for x in run(None)]
     for config in configs:
@@ -186,12 +169,7 @@ def measure(way: str, shape, configs: list) -> dict:
         off = [(a.float() - b).norm() / b.norm() for a, b in zip(first, expected, strict=True)]
         if not same[-1] or max(off) > 0.01:
             raise AssertionError(f"{config}: two runs agree {same}, distance from cuDNN {off}")
-    times: dict[int, list[float]] = {i: [] for i in range(len(configs))}
-    for _ in range(ROUNDS):
-        for i in random.sample(range(len(configs)), len(configs)):
-            once = functools.partial(run, configs[i])
-            times[i].append(triton.testing.do_bench(once, warmup=15, rep=50, return_mode="median"))
-    return {"times": [times[i] for i in range(len(configs))]}
+    return {"times": rounds([functools.partial(run, config) for config in configs])}
 
 
 def worker() -> None:
@@ -268,11 +246,13 @@ def show(result: dict) -> None:
     batch, heads, length, dim, causal, *wanted = result["shape"]
     print(f"{way} {batch},{heads},{length},{dim} causal {causal} wanted {wanted} {result.get('error', '')[-500:]}")
     flops = (4 if way == "forward" else 10) * batch * heads * length**2 * dim * (0.5 if causal else 1)
-    rows = [(statistics.median(t), t, c) for t, c in zip(result.get("times", []), result["configs"], strict=False)]
-    for ms, times, c in sorted(rows, key=lambda row: row[0]):
-        rates = [flops / t / 1e9 for t in (ms, max(times), min(times))]
+    rows = sorted(
+        zip(result.get("times", []), result["configs"], strict=False), key=lambda row: statistics.median(row[0])
+    )
+    for times, c in rows:
+        rates = [flops / t / 1e9 for t in (statistics.median(times), max(times), min(times))]
         name = "cuDNN" if c is None else " ".join(f"{key[:4]}{int(value)}" for key, value in c.items())
-        print(f"  {name:62s} {rates[0]:6.1f} ({rates[1]:5.1f} .. {rates[2]:5.1f}) TFLOP/s", flush=True)
+        print(f"  {name:70s} {rates[0]:6.1f} ({rates[1]:5.1f} .. {rates[2]:5.1f}) TFLOP/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from vbcompile.device import Target
 from vbcompile.kernels import attention_hopper, attention_triton
 from vbcompile.kernels.attention import arrange
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
+from vbcompile.kernels.attention_hopper_call import describe_call, refuses_call
+from vbcompile.kernels.attention_problem import with_padded_lead
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import ScoreFunction, causal_offset
 
 # time relative to cuDNN's; medians on an H200, see bench/results/attention*.json
 _TRITON_COST = {"attention": 1.4, "attention_backward": 1.6}
+_SCORED_COST = 1.0
 _HOPPER_COST = {  # by head dimension and whether the mask is causal
     "attention": {(64, False): 0.95, (64, True): 0.96, (128, False): 0.94, (128, True): 0.88},
     "attention_backward": {(64, False): 1.03, (64, True): 0.89, (128, False): 0.99, (128, True): 0.96},
@@ -30,12 +35,27 @@ def _triton_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dro
     )
 
 
+def _addressable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as the tensor memory accelerator can read them: no axis broadcast by a stride of zero."""
+    return tuple(t if attention_hopper.refuses_layout("", t) is None else t.contiguous() for t in tensors)
+
+
+def _takes_plain(function: ScoreFunction, offset: int | None) -> bool:
+    """Whether a function is nothing but a causal bound that leaves no row empty, or nothing at all."""
+    alone = function.program[function.score] == ("score",) and function.mask is None and function.sink is None
+    return alone or (offset is not None and offset >= 0)
+
+
 def _hopper_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     function = ScoreFunction.loads(score_function)
     lead = lead_shape(q, k, v, captured)
-    q4, k4, v4 = fold_inputs(q, k, v, lead)
+    q4, k4, v4 = _addressable(*fold_inputs(q, k, v, lead))
     offset = causal_offset(function, q.shape[-2], k.shape[-2])
-    out, lse = attention_hopper.forward(q4, k4, v4, scale, offset, function.rows_first)
+    if _takes_plain(function, offset) and scale > 0:
+        out, lse = attention_hopper.forward(q4, k4, v4, scale, offset, function.rows_first)
+    else:
+        call = describe_call(q4, k4, captured, lead, scale, function)
+        out, lse = attention_hopper.forward(q4, k4, v4, scale, None, function.rows_first, call=call)
     out = arrange(out.reshape(*lead, *out.shape[-2:]), function.rows_first)
     return out, lse.reshape(*lead, q.shape[-2])
 
@@ -44,13 +64,28 @@ def _hopper_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dro
     function = ScoreFunction.loads(score_function)
     lead = lead_shape(q, k, v, captured)
     heads = fold_heads(lead)
-    q4, k4, v4 = fold_inputs(q, k, v, lead)
+    q4, k4, v4 = _addressable(*fold_inputs(q, k, v, lead))
     out4, grad4 = fold(out, lead, heads), fold(grad_out, lead, heads)
     lse3 = lse.reshape(-1, heads, lse.shape[-1])
     grad3 = None if grad_lse is None else grad_lse.reshape(lse3.shape)
     offset = causal_offset(function, q.shape[-2], k.shape[-2])
     grads = attention_hopper.backward(grad4, grad3, q4, k4, v4, out4, lse3, scale, offset)
     return unfold_gradients(grads, (q, k, v), lead, captured)
+
+
+def _is_plain(case: AttentionCase) -> bool:
+    """Whether the kernels take the case without a compiled score function."""
+    in_range = case.form != "causal" or 0 <= (case.causal_offset or 0) <= attention_hopper.MAX_ROWS
+    return case.form in ("plain", "causal") and in_range and case.positive_scale
+
+
+def _refuses_hopper_scores(case: AttentionCase) -> str | None:
+    if _is_plain(case):
+        return None
+    if case.needs:
+        return "the backward knows no bias, mask or score function"
+    function = with_padded_lead(case.score_function, len(case.q) - 2)
+    return refuses_call(case.captured, case.q_length, case.k_length, function)
 
 
 def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
@@ -60,29 +95,29 @@ def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
         return reason
     if case is None:
         return None
-    if case.dropout or case.form not in ("plain", "causal"):
-        return "knows no dropout, bias, mask or score function"
+    if case.dropout:
+        return "knows no dropout"
+    if reason := _refuses_hopper_scores(case):
+        return reason
     if case.q[-1] not in attention_hopper.HEAD_DIMS or case.q[-1] != case.v[-1]:
         return f"head dimensions {case.q[-1]} and {case.v[-1]}: needs 64 or 128 for both"
     if case.dtype not in attention_hopper.DTYPES:
         return f"takes float16 and bfloat16, not {case.dtype}"
     if not (case.contiguous_rows and case.aligned):
         return "a tensor's rows are not contiguous or not aligned to 16 bytes"
-    if case.form == "causal" and not 0 <= (case.causal_offset or 0) <= attention_hopper.MAX_ROWS:
-        return "some rows see no key"
     if 0 in (*case.q, *case.k, *case.v):
         return "a tensor is empty"
     if case.q_length < 64:
         return "fewer than 64 queries do not fill its tiles"
-    if not case.positive_scale:
-        return "the scale is not positive"
     if case.deterministic and case.needs:
         return "sums the gradient of q in no fixed order"
     return None
 
 
 def _hopper_cost(name: str) -> Callable[[Target, AttentionCase], float]:
-    return lambda target, case: _HOPPER_COST[name][case.q[-1], case.form == "causal"]
+    return lambda target, case: (
+        _HOPPER_COST[name][case.q[-1], case.form == "causal"] if _is_plain(case) else _SCORED_COST
+    )
 
 
 def _triton_cost(name: str) -> Callable[[Target, AttentionCase], float]:

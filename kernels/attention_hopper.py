@@ -10,13 +10,16 @@ Everything that these kernels cannot do is refused with a reason (``refuses``); 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vbcompile.kernels.attention_hopper_call import ScoreCall, tile_operand
+from vbcompile.kernels.attention_layout import pad_lead
 
 VERIFIED_TRITON = ("3.6",)
 HEAD_DIMS = (64, 128)
@@ -31,8 +34,9 @@ class ForwardConfig:
 
     consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages, q_stages: K and V tiles, query
     tiles in flight; ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; pack:
-    weights rounded before the loop's edge, fewer registers; poly: an eighth of the exponentials on the FMA units;
-    group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds.
+    weights rounded before the loop's edge, fewer registers; poly: eighths of the exponentials on the FMA units;
+    group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds; t_stages:
+    tiles of a captured tensor in flight per consumer.
     """
 
     consumers: int = 2
@@ -42,9 +46,10 @@ class ForwardConfig:
     ping_pong: bool = True
     overlap: bool = True
     pack: bool = False
-    poly: bool = False
+    poly: int = 0
     group: int = 8
     dynamic: bool = False
+    t_stages: int = 1
 
     @property
     def registers(self) -> int:
@@ -58,6 +63,25 @@ FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, True): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
     (128, False): ForwardConfig(group=1),
     (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
+}
+
+
+def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
+    """The configuration for a score function."""
+    if call.tile is None:
+        return SCORED_CONFIGS[dim, False]
+    config = SCORED_CONFIGS[dim, True]
+    if call.tile.element_size() < 4:
+        return config
+    return replace(config, block_k=64) if dim == 128 else replace(config, t_stages=1)  # what shared memory holds
+
+
+# (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
+SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
+    (64, False): ForwardConfig(stages=3, q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
+    (64, True): ForwardConfig(stages=2, q_stages=2, t_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
+    (128, True): ForwardConfig(ping_pong=False, pack=True, group=8, dynamic=True),
 }
 
 
@@ -216,6 +240,7 @@ def forward(
     causal_offset: int | None,
     rows_first: bool,
     config: ForwardConfig | None = None,
+    call: ScoreCall | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention forward.
 
@@ -223,10 +248,11 @@ def forward(
         q: ``[B, H, Q, D]`` bfloat16 or float16, D 64 or 128, last dimension contiguous, other strides free
             (multiples of 16 bytes).
         k, v: ``[B, Hk, K, D]``, H a multiple of Hk.
-        scale: factor of the scores, positive.
+        scale: factor of the scores, positive unless a score function comes in.
         causal_offset: None for full attention, else key j is visible to row i if ``j <= i + causal_offset``; >= 0.
         rows_first: memory order of the result, [B, Q, H, D] if true.
         config: shape of the launch; the shipped one by default.
+        call: score function and what it reads; its causal offset replaces the argument.
 
     Returns:
         out ``[B, H, Q, D]`` in q's dtype, lse ``[B, H, Q]`` float32, natural logarithm.
@@ -234,7 +260,8 @@ def forward(
     Raises:
         ValueError: what ``refuses`` names.
     """
-    reason = refuses(q, k, v, scale, causal_offset)
+    causal_offset = call.causal_offset if call else causal_offset
+    reason = refuses(q, k, v, abs(scale) if call else scale, causal_offset)
     if reason:
         raise ValueError(f"Hopper attention: {reason}")
     from vbcompile.kernels.attention_hopper_forward import attention_forward
@@ -242,11 +269,10 @@ def forward(
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     causal = causal_offset is not None and causal_offset < keys - 1
-    config = config or FORWARD_CONFIGS[dim, causal]
+    config = config or (scored_config(dim, causal, call) if call else FORWARD_CONFIGS[dim, causal])
     out = allocate(q, rows_first)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    query_tiles = -(-queries // (64 * config.consumers))
-    items = query_tiles * batch * heads
+    items = -(-queries // (64 * config.consumers)) * batch * heads
     offset = causal_offset if causal_offset is not None and causal else NO_CAUSAL_BOUND
     with torch.cuda.device(q.device):
         attention_forward[(min(items, multiprocessors(q.device)),)](
@@ -254,31 +280,62 @@ def forward(
             describe(k, config.block_k),
             describe(v, config.block_k),
             describe(out, 64),
-            lse,
-            torch.zeros(1, dtype=torch.int32, device=q.device) if config.dynamic else None,
-            scale * math.log2(math.e),
-            queries,
-            keys,
-            heads,
-            heads // k.shape[1],
-            offset,
-            batch * heads,
+            lse_pointer=lse,
+            counter=torch.zeros(1, dtype=torch.int32, device=q.device) if config.dynamic else None,
+            queries=queries,
+            keys=keys,
+            q_heads=heads,
+            heads_per_key_head=heads // k.shape[1],
+            offset=offset,
+            heads=batch * heads,
             CONSUMERS=config.consumers,
             BLOCK_K=config.block_k,
             D=dim,
             STAGES=config.stages,
             Q_STAGES=config.q_stages,
-            GROUP=config.group,
+            T_STAGES=config.t_stages,
+            GROUP=batch if call and call.shared else config.group,
             CAUSAL=causal,
             PING_PONG=config.ping_pong and config.consumers == 2,
             OVERLAP=config.overlap,
             PACK=config.pack,
             POLY=config.poly,
             DYNAMIC=config.dynamic,
+            **score_operands(q, k, scale, config, call),
             num_warps=4,
             maxnreg=config.registers,
         )
     return out, lse
+
+
+def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, call: ScoreCall | None) -> dict[str, Any]:
+    """The kernel's arguments that a score function decides; ``call`` None for scaled products alone."""
+    if call is None:
+        nothing: dict[str, Any] = dict.fromkeys(("t_desc", "plan", "LOGITS", "MASK", "ROWS", "SINK"))
+        tuples = {"captured": (), "captured_strides": (), "lead_sizes": (1, 1, 1, 1), "plan_strides": (0,) * 4}
+        flags = {"SHARED": False, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
+        return {**nothing, **tuples, **flags, "inner": 1.0, "outer": float(scale), "tile_steps": (0,) * 8}
+    program = call.program
+    plan, plan_strides = call.plan(q, k, 64 * config.consumers, config.block_k)
+    t_desc, tile_steps = tile_operand(call.tile, config.block_k)
+    return {
+        "t_desc": t_desc,
+        "captured": call.captured,
+        "plan": plan,
+        "inner": float(scale) * program.inner if program.logits else 1.0,
+        "outer": program.outer if program.logits else float(scale) * program.outer,
+        "lead_sizes": pad_lead(call.lead),
+        "captured_strides": call.strides,
+        "plan_strides": plan_strides,
+        "tile_steps": tile_steps,
+        "SHARED": call.shared,
+        "LOGITS": program.logits,
+        "MASK": program.mask,
+        "ROWS": program.rows,
+        "SINK": program.sink,
+        "UNBOUNDED": program.unbounded,
+        "EMPTY_IS_ZERO": call.empty_is_zero,
+    }
 
 
 def backward(

@@ -25,105 +25,77 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vbcompile.kernels.attention_hopper_producer import place_item, produce, take_over
+from vbcompile.kernels.attention_hopper_scores import (
+    key_tiles,
+    load_rows,
+    mask_scores,
+    score_tile,
+    split_lead,
+    take_tile,
+)
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
     carry_weights,
     exp2_mixed,
     finish_first,
-    locate,
-    mask_scores,
+    larger,
     pass_turn,
+    row_maximum,
     sum_within_lane,
     use_weights,
     wait_turn,
 )
 
+LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def count_key_tiles(query_tile, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CAUSAL: gl.constexpr):
-    """(key tiles that a query tile sees, how many of them need no mask)."""
-    first = query_tile * BLOCK_Q + sizes[3]
-    last = gl.minimum(sizes[0], first + BLOCK_Q)
-    clear = gl.minimum(sizes[0], first + 1)
-    return gl.cdiv(last, BLOCK_K), clear // BLOCK_K
+def softmax_step(s, m, factor, POLY: gl.constexpr, UNBOUNDED: gl.constexpr):
+    """(new row maximum, factor of the sums so far, exponentials of the tile ``s``).
+
+    The maximum is carried times ``factor``, rounded once, so that tiles agree; UNBOUNDED: that product may overflow,
+    and differences are taken first.
+    """
+    if UNBOUNDED:
+        new_m = larger(m, row_maximum(s))
+        base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
+        return new_m, gl.exp2((m - base) * factor), exp2_mixed((s - base[:, None]) * factor, POLY)
+    else:
+        new_m = larger(m, row_maximum(s) * factor)
+        base = gl.where(new_m == float("-inf"), 0.0, new_m)
+        return new_m, gl.exp2(m - base), exp2_mixed(s * factor - base[:, None], POLY)
 
 
 @gluon.jit
-def hand_out(work, number, item):
-    """Producer: publish the next work item to the consumers; ``number`` counts the items before it."""
-    slot, full, empty = work
-    mbarrier.wait(empty.index(0), (number & 1) ^ 1)
-    slot.store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
-    mbarrier.arrive(full.index(0))
-
-
-@gluon.jit
-def take_over(work, number):
-    """Consumer: the next work item."""
-    slot, full, empty = work
-    mbarrier.wait(full.index(0), number & 1)
-    item = gl.max(slot.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    mbarrier.arrive(empty.index(0))
-    return item
-
-
-@gluon.jit
-def produce(
-    descriptors,
-    buffers,
-    barriers,
-    work,
+def to_logits(
+    s,
+    number,
+    tiles,
+    place,
+    context,
+    program,
     sizes,
+    w: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    DYNAMIC: gl.constexpr,
+    BOUNDED: gl.constexpr,
+    TILED: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
 ):
-    """The producer warp: keeps every shared buffer full. ``sizes`` = (keys, query heads, query heads per key head,
-    causal offset, query tiles, batch * query heads, counter of work items)."""
-    q_desc, k_desc, v_desc = descriptors
-    q_smem, _, k_smem, v_smem = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    _, q_heads, heads_per_key_head, _, query_tiles, heads, counter = sizes
-    STAGES: gl.constexpr = k_smem.shape[0]
-    Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
-    BLOCK_Q: gl.constexpr = 64 * CONSUMERS
-    loaded = gl.to_tensor(0)
-    done = gl.to_tensor(0)
-    item = gl.program_id(0)
-    while item < query_tiles * heads:
-        upcoming = item + gl.num_programs(0)
-        if DYNAMIC:  # asked for early: the answer takes about a microsecond
-            upcoming = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-        query_tile, head = locate(item, query_tiles, heads, GROUP)
-        batch = head // q_heads
-        q_head = head - batch * q_heads
-        k_head = q_head // heads_per_key_head
-        tiles, _ = count_key_tiles(query_tile, sizes, BLOCK_Q, BLOCK_K, CAUSAL)
-        for w in gl.static_range(CONSUMERS):
-            slot = w + done % Q_STAGES * CONSUMERS
-            mbarrier.wait(q_empty.index(slot), (done // Q_STAGES & 1) ^ 1)
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            row = query_tile * BLOCK_Q + w * 64
-            tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        for j in range(tiles):
-            slot = loaded % STAGES
-            phase = (loaded // STAGES & 1) ^ 1
-            row = (tiles - 1 - j) * BLOCK_K
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [batch, k_head, row, 0], k_full.index(slot), k_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [batch, k_head, row, 0], v_full.index(slot), v_smem.index(slot))
-            loaded += 1
-        if DYNAMIC:
-            hand_out(work, done, upcoming)
-        done += 1
-        item = upcoming
+    """Products of queries and keys -> logits. ``number`` counts key tiles; ``place`` as in ``score_tile``. BOUNDED: the
+    causal bound and the end of the keys are checked where the place says so."""
+    if LOGITS is not None or MASK is not None:
+        tile = 0
+        if TILED:
+            layout: gl.constexpr = s.type.layout
+            tile = take_tile(tiles, number, w, CONSUMERS, layout)
+        s = score_tile(s, tile, place, context, program, sizes, LOGITS, MASK)
+    if BOUNDED and MASK is None:  # noqa: SIM102 - known at compile time, the place is not
+        if place[2]:
+            s = mask_scores(s, place[0], place[1], sizes)
+    return s
 
 
 @gluon.jit
@@ -134,15 +106,22 @@ def advance(
     k_smem,
     v_smem,
     barriers,
-    scale_log2,
+    tiles,
     place,
+    context,
+    program,
     sizes,
     w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     PACK: gl.constexpr,
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
     OVERLAP: gl.constexpr,
     POLY: gl.constexpr,
+    TILED: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
+    UNBOUNDED: gl.constexpr,
 ):
     """One key tile: S of the next tile, P V of the current one, softmax of the next one under P V.
 
@@ -150,6 +129,7 @@ def advance(
     """
     m, total, o, p = state
     _, _, k_full, k_empty, v_full, v_empty = barriers
+    factor = program[1]
     STAGES: gl.constexpr = k_smem.shape[0]
     BLOCK_K: gl.constexpr = k_smem.shape[3]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
@@ -171,13 +151,8 @@ def advance(
         pass_turn(TURN + 1 - w)
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_empty.index(next_slot))
-    if CAUSAL:  # noqa: SIM102 - known at compile time, the place is not
-        if place[2]:
-            s = mask_scores(s, place[0], place[1], sizes)
-    new_m = gl.maximum(m, gl.max(s, 1))
-    base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
-    alpha = gl.exp2((m - base) * scale_log2)
-    p = exp2_mixed(s * scale_log2 - (base * scale_log2)[:, None], POLY)
+    s = to_logits(s, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, LOGITS, MASK)
+    new_m, alpha, p = softmax_step(s, m, factor, POLY, UNBOUNDED)
     part = sum_within_lane(p)
     if OVERLAP:
         part = finish_first(part)
@@ -194,6 +169,31 @@ def advance(
 
 
 @gluon.jit
+def finish_row(m, total, context, program, SINK: gl.constexpr, UNBOUNDED: gl.constexpr, EMPTY_IS_ZERO: gl.constexpr):
+    """(factor of the row's sum of values, logarithm of its sum of weights), both ``[64]``.
+
+    ``m``: as ``softmax_step`` carries it; ``total``: the sum of weights relative to it.
+    """
+    top = m * program[7] if UNBOUNDED else m * LN2
+    if SINK is not None:
+        rows, lead, queries = context
+        sink = SINK(0, 0, 0, 0, 0, rows, 0, lead, queries, 0, 0, 0)
+        if sink.type.is_block():
+            sink = gl.convert_layout(sink.reshape(64), m.type.layout)
+        highest = larger(top, sink)
+        base = gl.where(highest == float("-inf"), 0.0, highest)
+        shrink = gl.exp2((top - base) * LOG2E)
+        total = total * shrink + gl.exp2((sink - base) * LOG2E)
+        top = highest
+    else:
+        shrink = 1.0
+    share = shrink / total
+    if EMPTY_IS_ZERO:
+        share = gl.where(total == 0.0, 0.0, share)
+    return share, top + gl.log(total)
+
+
+@gluon.jit
 def consume(
     shared,
     w: gl.constexpr,
@@ -207,9 +207,18 @@ def consume(
     PACK: gl.constexpr,
     POLY: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    PLANNED: gl.constexpr,
+    SHARED: gl.constexpr,
+    TILED: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
+    ROWS: gl.constexpr,
+    SINK: gl.constexpr,
+    UNBOUNDED: gl.constexpr,
+    EMPTY_IS_ZERO: gl.constexpr,
 ):
     """Consumer warpgroup ``w``: rows ``64 w .. 64 w + 63`` of every query tile of this block."""
-    buffers, barriers, work, results, sizes, scale_log2, queries = shared
+    buffers, barriers, tiles, work, results, sizes, program, queries = shared
     q_smem, o_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     o_desc, lse_pointer = results
@@ -221,6 +230,7 @@ def consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    factor = program[1]
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -228,9 +238,11 @@ def consume(
         pass_turn(TURN)
     item = gl.program_id(0)
     while item < query_tiles * heads:
-        query_tile, head = locate(item, query_tiles, heads, GROUP)
-        tiles, clear = count_key_tiles(query_tile, sizes, BLOCK_Q, BLOCK_K, CAUSAL)
+        query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
+        first, end, clear, clear_end = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         first_row = query_tile * BLOCK_Q + w * 64
+        lead = split_lead(head, program[4])
+        context = (load_rows(s_layout, BLOCK_K, first_row, lead, queries, program, ROWS), lead, queries)
 
         q_slot = w + done % Q_STAGES * CONSUMERS
         q_tile = q_smem.index(q_slot).reshape([64, D])
@@ -246,19 +258,22 @@ def consume(
             pass_turn(TURN + 1 - w)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(slot))
-        if clear < tiles:
-            s = mask_scores(s, first_row, (tiles - 1) * BLOCK_K, sizes)
-        m = gl.max(s, 1)
-        base = gl.where(m == float("-inf"), 0.0, m)
-        p = exp2_mixed(s * scale_log2 - (base * scale_log2)[:, None], POLY)
+        place = (first_row, (end - 1) * BLOCK_K, (end > clear_end) | (end <= clear))
+        s = to_logits(s, taken, tiles, place, context, program, sizes, w, CONSUMERS, True, TILED, LOGITS, MASK)
+        nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
+        m, _decay, p = softmax_step(s, nothing, factor, POLY, UNBOUNDED)
         state = (
             m,
             sum_within_lane(p),
             gl.full([64, D], 0.0, gl.float32, o_layout),
             carry_weights(p, q_tile.dtype, PACK),
         )
-        for j in range(1, tiles):
-            place = (first_row, (tiles - 1 - j) * BLOCK_K, j < tiles - clear)
+        for j in range(1, end - first):
+            tile = end - 1 - j
+            masked = tile >= clear_end
+            if PLANNED:
+                masked = masked | (tile < clear)
+            place = (first_row, tile * BLOCK_K, masked)
             state = advance(
                 state,
                 taken,
@@ -266,15 +281,22 @@ def consume(
                 k_smem,
                 v_smem,
                 barriers,
-                scale_log2,
+                tiles,
                 place,
+                context,
+                program,
                 sizes,
                 w,
+                CONSUMERS,
                 PACK,
                 CAUSAL,
                 PING_PONG,
                 OVERLAP,
                 POLY,
+                TILED,
+                LOGITS,
+                MASK,
+                UNBOUNDED,
             )
             taken += 1
         m, total, o, p = state
@@ -285,9 +307,9 @@ def consume(
         o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
         row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
         rows = first_row + gl.arange(0, 64, s_rows)
-        lse = m * (scale_log2 * LN2) + gl.log(row_total)
+        share, lse = finish_row(m, row_total, context, program, SINK, UNBOUNDED, EMPTY_IS_ZERO)
         gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
-        share = gl.convert_layout(1.0 / row_total, o_rows)
+        share = gl.convert_layout(share, o_rows)
         o = warpgroup_mma_wait(0, [o])
         mbarrier.arrive(v_empty.index(slot))
         taken += 1
@@ -314,20 +336,29 @@ def attention_forward(
     k_desc,
     v_desc,
     o_desc,
+    t_desc,
     lse_pointer,
     counter,
-    scale_log2,
+    captured,
+    plan,
+    inner,
+    outer,
     queries,
     keys,
     q_heads,
     heads_per_key_head,
     offset,
     heads,
+    lead_sizes,
+    captured_strides,
+    plan_strides,
+    tile_steps,
     CONSUMERS: gl.constexpr,
     BLOCK_K: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    T_STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
@@ -335,10 +366,24 @@ def attention_forward(
     PACK: gl.constexpr,
     POLY: gl.constexpr,
     DYNAMIC: gl.constexpr,
+    SHARED: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
+    ROWS: gl.constexpr,
+    SINK: gl.constexpr,
+    UNBOUNDED: gl.constexpr,
+    EMPTY_IS_ZERO: gl.constexpr,
 ):
     """q, o ``[B, H, Q, D]`` in blocks ``[1, 1, 64, D]``; k, v ``[B, Hk, K, D]`` in blocks ``[1, 1, BLOCK_K, D]``;
-    lse ``[B, H, Q]`` float32, contiguous. ``counter`` int32, zero at launch (DYNAMIC only);
-    ``heads`` is B * H; not causal means an offset beyond all keys."""
+    lse ``[B, H, Q]`` float32, contiguous. ``counter`` int32, zero at launch (DYNAMIC only); ``heads`` is B * H; not
+    causal means an offset beyond all keys.
+
+    Weights are ``exp(outer * (logits - largest))``, logits ``LOGITS(inner * q k, ...)`` or ``q k`` where that is None.
+    ``t_desc``: captured tensor with rows and columns as a matrix, in blocks ``[64, BLOCK_K]``, and ``tile_steps`` the
+    rows and columns by which leading indices move in it; ``captured``: pointers, six strides each; ``lead_sizes``: four
+    leading sizes, B * H together; ``plan``: see ``key_tiles``, None without MASK; functions: see
+    ``attention_hopper_program``.
+    """
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 1, 1, 64, D], q_desc.layout)
     o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
@@ -363,32 +408,49 @@ def attention_forward(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    TILED: gl.constexpr = t_desc is not None
+    tiles = (q_smem, q_full, q_empty)  # stands for nothing
+    if TILED:
+        t_smem = gl.allocate_shared_memory(t_desc.dtype, [T_STAGES * CONSUMERS, 64, BLOCK_K], t_desc.layout)
+        t_full = gl.allocate_shared_memory(gl.int64, [T_STAGES * CONSUMERS, 1], mbarrier.MBarrierLayout())
+        t_empty = gl.allocate_shared_memory(gl.int64, [T_STAGES * CONSUMERS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(T_STAGES * CONSUMERS):
+            mbarrier.init(t_full.index(i), count=1)
+            mbarrier.init(t_empty.index(i), count=1)
+        tiles = (t_smem, t_full, t_empty)
     fence_async_shared()
+    PLANNED: gl.constexpr = plan is not None
     buffers = (q_smem, o_smem, k_smem, v_smem)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     results = (o_desc, lse_pointer)
     sizes = (keys, q_heads, heads_per_key_head, offset, gl.cdiv(queries, 64 * CONSUMERS), heads, counter)
+    program = (inner, outer * LOG2E, captured, captured_strides, lead_sizes, plan, plan_strides, outer)
     work = (item, item_full, item_empty)
-    descriptors = (q_desc, k_desc, v_desc)
-    shared = (buffers, barriers, work, results, sizes, scale_log2, queries)
+    descriptors = (q_desc, k_desc, v_desc, t_desc)
+    shared = (buffers, barriers, tiles, work, results, sizes, program, queries)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC)),
-                (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC)),
-                (produce, (descriptors, buffers, barriers, work, sizes, CONSUMERS, BLOCK_K, GROUP, CAUSAL, DYNAMIC)),
+                (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (produce, (shared, descriptors, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC)),
-                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC)),
-                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC)),
-                (produce, (descriptors, buffers, barriers, work, sizes, CONSUMERS, BLOCK_K, GROUP, CAUSAL, DYNAMIC)),
+                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (produce, (shared, descriptors, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
             ],
             [4, 4, 1],
             [160, 160, 24],
-        )
+        )  # fmt: skip

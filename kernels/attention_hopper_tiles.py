@@ -5,6 +5,7 @@ layout in which the tensor cores leave them: a lane holds elements ``8 a + 2 lan
 lane = 0 .. 3 (its number within a group of four), c = 0, 1.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -27,14 +28,10 @@ def pass_turn(index: gl.constexpr):
     )
 
 
-@gluon.jit
-def exp2_mixed(x, POLY: gl.constexpr):
-    """2**x for x <= 0. POLY: of every eight neighbours one is computed by a cubic on the FMA units (relative error
-    7.5e-5), the others on the special function units, whose rate bounds small head dimensions; else all on these."""
-    cubic: gl.constexpr = """{
+_CUBIC = """{
         .reg .f32 t, r, f, p;
-        .reg .b32 i;
-        max.NaN.ftz.f32 t, $IN, 0fC2FA0000;
+        .reg .b32 i, j;
+        max.ftz.f32 t, $IN, 0fC2FA0000;
         add.rn.ftz.f32 r, t, 0f4B400000;
         sub.rn.ftz.f32 f, r, 0f4B400000;
         sub.rn.ftz.f32 f, t, f;
@@ -43,22 +40,47 @@ def exp2_mixed(x, POLY: gl.constexpr):
         fma.rn.ftz.f32 p, p, f, 0f3F7FFB49;
         mov.b32 i, r;
         shl.b32 i, i, 23;
-        add.s32 i, i, 0x3F800000;
-        mov.b32 r, i;
-        mul.rn.ftz.f32 $OUT, p, r;
+        mov.b32 j, p;
+        add.s32 i, i, j;
+        mov.b32 $OUT, i;
     }
     """
-    special: gl.constexpr = (
-        "ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10;"
-        "ex2.approx.ftz.f32 $3, $11; ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13;"
-        "ex2.approx.ftz.f32 $6, $14;"
-    )
-    if POLY:
-        asm: gl.constexpr = special + cubic.replace("$OUT", "$7").replace("$IN", "$15")
+
+
+def _mixed(cubics: int) -> gl.constexpr:
+    """Instructions for eight neighbours: the last ``cubics`` of them by the cubic, the others by the special function
+    units."""
+    special = "".join(f"ex2.approx.ftz.f32 ${n}, ${n + 8};" for n in range(8 - cubics))
+    cubic = "".join(_CUBIC.replace("$OUT", f"${n}").replace("$IN", f"${n + 8}") for n in range(8 - cubics, 8))
+    return gl.constexpr(special + cubic)
+
+
+_MIXED_1, _MIXED_2, _MIXED_3, _MIXED_4 = (_mixed(n) for n in (1, 2, 3, 4))
+
+
+@gluon.jit
+def exp2_mixed(x, POLY: gl.constexpr):
+    """2**x for x <= 0. Of every eight neighbours POLY are computed by a cubic on the FMA units (relative error 7.5e-5),
+    the others on the special function units, whose rate bounds small head dimensions. The cubic makes a number of NaN:
+    rows with a NaN must have it in their maximum, so that every exponential is one."""
+    if POLY == 0:
+        return gl.exp2(x)
+    else:
+        asm: gl.constexpr = _MIXED_1 if POLY == 1 else _MIXED_2 if POLY == 2 else _MIXED_3 if POLY == 3 else _MIXED_4
         registers: gl.constexpr = "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f"
         return gl.inline_asm_elementwise(asm, registers, [x], dtype=gl.float32, is_pure=True, pack=8)
-    else:
-        return gl.exp2(x)
+
+
+@gluon.jit
+def larger(a, b):
+    """Maximum; NaN wins."""
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def row_maximum(s):
+    """Largest element of each row; NaN wins."""
+    return gl.reduce(s, 1, larger)
 
 
 @gluon.jit
@@ -73,28 +95,6 @@ def locate(index, query_tiles, heads, GROUP: gl.constexpr):
     width = gl.minimum(heads - group * GROUP, GROUP)
     rank = inside // width
     return query_tiles - 1 - rank, group * GROUP + inside - rank * width
-
-
-@gluon.jit
-def mask_scores(s, first_row, first_key, sizes):
-    """-inf where a key lies past the end or, causal, past the row's own position.
-
-    A lane holds keys ``8 a + 2 lane + c`` of a row. Compared as ``8 a + c <= bound - 2 lane`` the left side is a
-    constant of the instruction; whole key numbers would be hoisted out of the loops and held in registers.
-    """
-    parts = s.reshape(64, s.shape[1] // 8, 4, 2)
-    split: gl.constexpr = parts.type.layout
-    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, split))
-    steps: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, split))
-    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, lanes))
-    bound = gl.minimum(rows + sizes[3], sizes[0] - 1) - first_key
-    bound = bound[:, None] - 2 * gl.arange(0, 4, gl.SliceLayout(0, lanes))[None, :]
-    keys = 8 * gl.arange(0, s.shape[1] // 8, gl.SliceLayout(1, steps))[:, None]
-    keys = keys + gl.arange(0, 2, gl.SliceLayout(0, steps))[None, :]
-    bound = gl.expand_dims(gl.expand_dims(bound, 1), 3)
-    keys = gl.expand_dims(gl.expand_dims(keys, 0), 2)
-    masked = gl.where(keys <= bound, parts, float("-inf")).reshape(64, s.shape[1])
-    return gl.convert_layout(masked, s.type.layout, assert_trivial=True)
 
 
 @gluon.jit

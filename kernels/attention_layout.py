@@ -46,11 +46,14 @@ class RowView:
     steps: tuple[int, ...]
 
 
-def row_view(t: Tensor) -> RowView | None:
-    """The matrix that a descriptor can address, or None where the layout does not allow one."""
+def row_view(t: Tensor, any_width: bool = False) -> RowView | None:
+    """The matrix that a descriptor can address, or None where the layout does not allow one.
+
+    ``any_width``: rows need not fit one block, whose sizes are powers of two.
+    """
     *lead, length, width = map(int, t.shape)
     pitch, size = int(t.stride(-2)), t.element_size()
-    if t.stride(-1) != 1 or width & (width - 1) or width < 16 or pitch < width:
+    if t.stride(-1) != 1 or pitch < width or (not any_width and (width & (width - 1) or width < 16)):
         return None
     if pitch * size % _TMA_ALIGNMENT or t.data_ptr() % _TMA_ALIGNMENT:
         return None

@@ -18,6 +18,7 @@ from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import LEAD_AXES, CapturedPattern
 
 SUMMARY_TILES = 64  # tiles of scores per head from which a pass over an opaque mask pays
+_PLAN_TILES = 64  # tiles of keys that one step of a plan looks at
 _NO_STRIDES = (0,) * (LEAD_AXES + 2)
 _fitting: dict[tuple[Any, ...], TileConfig] = {}  # tiles made smaller because a device could not hold the table's
 
@@ -143,13 +144,7 @@ class Problem:
             return None, _NO_STRIDES
         from vbcompile.kernels.attention_summary import mask_summary_kernel
 
-        sizes = [
-            max(
-                self._lead[axis] if axis in self.program.mask_axes else 1,
-                *(self.captured_leads[n][axis] for n in self.program.mask_captured),
-            )
-            for axis in range(LEAD_AXES)
-        ]
+        sizes = self.mask_sizes
         summary = self.captured[0].new_empty([*sizes, rows, columns], dtype=torch.uint8)
         launch(
             mask_summary_kernel, (columns, rows, math.prod(sizes)),
@@ -157,6 +152,38 @@ class Problem:
             self.program.mask, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=4,
         )  # fmt: skip
         return summary, tile_strides(summary)
+
+    @property
+    def mask_sizes(self) -> list[int]:
+        """Leading sizes of the mask: 1 along axes that it does not depend on."""
+        return [
+            max(
+                1,
+                self._lead[axis] if axis in self.program.mask_axes else 1,
+                *(self.captured_leads[n][axis] for n in self.program.mask_captured),
+            )
+            for axis in range(LEAD_AXES)
+        ]
+
+    def tile_plan(self, like: Tensor, tiles: TileConfig) -> tuple[Tensor, tuple[int, ...]]:
+        """Which tiles of keys each tile of rows visits, int32 ``[*lead of the mask, tiles of rows, 4]`` (see
+        ``tile_plan_kernel``), and its four leading strides, zero where the mask is broadcast."""
+        from vbcompile.kernels.attention_summary import tile_plan_kernel
+
+        program, sizes, rows = self.program, self.mask_sizes, -(-self.q_length // tiles.block_q)
+        summary, summary_strides = self.mask_summary(None if program.tile_bounds else program.opaque, tiles)
+        plan = like.new_empty([*sizes, rows, 4], dtype=torch.int32)
+        launch(
+            tile_plan_kernel, (rows, math.prod(sizes)),
+            plan, summary, self.captured, tuple(sizes), self.captured_strides, summary_strides,
+            self.q_length, self.k_length, program.key_range,
+            SUMMARY=power_of_two(summary.shape[-1]) if summary is not None else None,
+            OPAQUE=summary is None and program.tile_bounds is None and program.opaque is not None,
+            BOUNDS=program.tile_bounds,
+            TILES=min(_PLAN_TILES, power_of_two(-(-self.k_length // tiles.block_k))),
+            BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=8 if program.tile_bounds else 1,
+        )  # fmt: skip
+        return plan, broadcast_strides(plan)[:LEAD_AXES]
 
     @property
     def _lead(self) -> tuple[int, ...]:
@@ -186,7 +213,7 @@ def describe(
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v, *captured)))
     precise = q.dtype == torch.float32
     patterns = tuple(map(CapturedPattern.of, captured))
-    program = compile_program(_with_padded_lead(function, len(lead)), patterns, precise, wanted)
+    program = compile_program(with_padded_lead(function, len(lead)), patterns, precise, wanted)
     plain = program.logits is None and program.sink is None and scale > 0 and not precise
     return Problem(
         arch=arch_of(q),
@@ -209,7 +236,7 @@ def describe(
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_padded_lead(function: ScoreFunction, rank: int) -> ScoreFunction:
+def with_padded_lead(function: ScoreFunction, rank: int) -> ScoreFunction:
     """Leading axes numbered as the kernels' four."""
     shift = LEAD_AXES - rank
     moved = tuple((n, *(a + shift for a in rest)) if n == "lead_index" else (n, *rest) for n, *rest in function.program)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from vbcompile.kernels.attention_intervals import IntervalEmitter
 from vbcompile.kernels.attention_tiles import MaskAnalysis, RangeEmitter, analyse_mask
 from vbcompile.kernels.score_function import LEAVES, ScoreFunction
 from vbcompile.kernels.score_gradient import differentiate
@@ -23,6 +24,7 @@ from vbcompile.kernels.score_triton import (
 )
 
 _RANGE: Final = "first, last, limit, i, i_ok, lead, q_length, k_length, captured, strides"
+_BOUNDS: Final = "first, last, column_first, column_last, i, j, i_ok, j_ok, lead, q_length, k_length, captured, strides"
 _GRADIENTS: Final = "gradients, gradient_strides"
 
 
@@ -39,6 +41,7 @@ class TileProgram:
         key_range: ``(first, last, limit, ...)``: columns ``(hull_first, full_first, full_last, hull_last)`` that rows
             ``first .. last`` need; ``scattered_key_range`` the same for any set of rows; ``query_range`` rows that
             columns need. None where the mask bounds nothing.
+        tile_bounds: what ``opaque`` can be over whole tiles, see ``attention_intervals``; None where that is unknown.
         key_head, key_tail: whether ``key_range`` may begin after the first column, end before the last one;
             query_head, query_tail: ``query_range`` likewise.
         row_step, row_finish: gradients by tiles of rows, see :func:`_row_gradients`.
@@ -59,6 +62,7 @@ class TileProgram:
     key_range: Callable[..., Any] | None
     scattered_key_range: Callable[..., Any] | None
     query_range: Callable[..., Any] | None
+    tile_bounds: Callable[..., Any] | None
     row_step: Callable[..., Any]
     row_finish: Callable[..., Any]
     column_step: Callable[..., Any]
@@ -116,6 +120,7 @@ def compile_program(
 
 _FUNCTIONS: Final = (
     *("logits", "mask", "opaque", "query_opaque", "sink", "key_range", "scattered_key_range", "query_range"),
+    "tile_bounds",
     *("row_step", "row_finish", "column_step", "column_finish", "sink_step"),
 )
 
@@ -164,6 +169,7 @@ class _ProgramBuilder:
             self._conjunction("mask", [function.mask])
         if analysis.opaque:
             self._conjunction("opaque", list(analysis.opaque))
+            self._tile_bounds(list(analysis.opaque))
         for_columns = analysis.without_rows()
         if for_columns.opaque:
             self._conjunction("query_opaque", list(for_columns.opaque))
@@ -180,6 +186,12 @@ class _ProgramBuilder:
         emitter = self._emitter()
         terms = [emitter.value(p) for p in positions if p is not None]
         self._define(name, f"score, {CONTEXT}", emitter.lines, " & ".join(terms))
+
+    def _tile_bounds(self, positions: list[int]) -> None:
+        emitter = IntervalEmitter(self._function, self._patterns)
+        found = emitter.conjunction(positions)
+        if found is not None:
+            self._define("tile_bounds", _BOUNDS, emitter.lines, f"({found[0]}, {found[1]})")
 
     def _range(self, name: str, analysis: MaskAnalysis, rows: bool, scattered: bool = False) -> None:
         emitter = RangeEmitter(self._function.program, self._patterns, scattered)

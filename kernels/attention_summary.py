@@ -8,7 +8,7 @@ the tiles between the first and the last one needed, and leave out the mask in t
 import triton
 import triton.language as tl
 
-from vbcompile.kernels.attention_blocks import split_index
+from vbcompile.kernels.attention_blocks import offset_of, split_index, tile_range
 
 
 @triton.jit
@@ -33,3 +33,76 @@ def mask_summary_kernel(
     every = tl.min(((keep & j_ok) | (i >= q_length)).to(tl.int32))
     place = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(summary + place, (some + every * some).to(tl.uint8))
+
+
+@triton.jit
+def _within_bounds(
+    begin, full_begin, full_end, end, first_row, lead, captured, captured_strides, q_length, k_length,
+    BOUNDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A range of tiles of keys narrowed to those where the bounded terms may hold; full: their first run of tiles
+    where all elements take part."""
+    last_row = tl.minimum(first_row + BLOCK_Q, q_length) - 1
+    i = tl.minimum(first_row + tl.arange(0, BLOCK_Q), last_row)
+    first = end
+    last = begin
+    full_first = end
+    full_last = end
+    for start in range(begin, end, TILES):
+        tiles = start + tl.arange(0, TILES)
+        column_first = tl.minimum(tiles * BLOCK_K, k_length - 1)
+        column_last = tl.minimum(tiles * BLOCK_K + BLOCK_K, k_length) - 1
+        j = tl.minimum(tiles[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], k_length - 1)
+        some, every = BOUNDS(
+            first_row, last_row, column_first, column_last, i, j, None, None,
+            lead, q_length, k_length, captured, captured_strides,
+        )  # fmt: skip
+        some = (tiles < end) & some
+        every = (tiles >= full_begin) & (tiles < full_end) & every
+        first = tl.minimum(first, tl.min(tl.where(some, tiles, end)))
+        last = tl.maximum(last, tl.max(tl.where(some, tiles + 1, begin)))
+        full_first = tl.minimum(full_first, tl.min(tl.where(every, tiles, end)))
+        full_last = tl.minimum(full_last, tl.min(tl.where((every == 0) & (tiles > full_first), tiles, end)))
+    return tl.minimum(first, last), full_first, tl.maximum(full_last, full_first), last
+
+
+@triton.jit
+def tile_plan_kernel(
+    plan, summary, captured, lead_sizes, captured_strides, summary_strides, q_length, k_length,
+    KEY_RANGE: tl.constexpr, BOUNDS: tl.constexpr, SUMMARY: tl.constexpr, OPAQUE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Write one entry of ``plan``, int32 ``[*lead of the mask, tiles of rows, 4]``: first tile of keys to visit, first
+    and end of those where all elements take part, end. Never none to visit: rows without keys get one masked tile.
+
+    The grid is ``[tiles of rows, heads of the mask]``. OPAQUE: the mask has terms that ``KEY_RANGE`` does not cover and
+    nobody summed up, so that no tile may go without it. BOUNDS: ``tile_bounds`` of the program, TILES at a time.
+    """
+    lead = split_index(tl.program_id(1), lead_sizes)
+    first_row = tl.program_id(0) * BLOCK_Q
+    rows = (first_row + tl.arange(0, BLOCK_Q))[:, None]
+    entries = summary
+    if SUMMARY is not None:
+        entries += offset_of(lead, summary_strides) + tl.program_id(0) * summary_strides[4]
+    begin, full_begin, full_end, end = tile_range(
+        KEY_RANGE, first_row, tl.minimum(first_row + BLOCK_Q, q_length) - 1, k_length, rows, rows < q_length,
+        lead, q_length, k_length, captured, captured_strides, entries, summary_strides[5], SUMMARY, BLOCK_K,
+    )  # fmt: skip
+    begin //= BLOCK_K
+    end = tl.cdiv(end, BLOCK_K)
+    full_begin //= BLOCK_K
+    full_end //= BLOCK_K
+    if BOUNDS is not None:
+        begin, full_begin, full_end, end = _within_bounds(
+            begin, full_begin, full_end, end, first_row, lead, captured, captured_strides, q_length, k_length,
+            BOUNDS, BLOCK_Q, BLOCK_K, TILES,
+        )  # fmt: skip
+    end = tl.maximum(end, begin + 1)
+    if OPAQUE:
+        full_begin = 0
+        full_end = 0
+    place = plan + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 4
+    tl.store(place, begin)
+    tl.store(place + 1, full_begin)
+    tl.store(place + 2, full_end)
+    tl.store(place + 3, end)

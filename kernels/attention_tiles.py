@@ -194,6 +194,15 @@ def analyse_mask(function: ScoreFunction, patterns: tuple[CapturedPattern, ...])
     return _Analyser(function, patterns).analyse()
 
 
+def linear_form(
+    function: ScoreFunction, patterns: tuple[CapturedPattern, ...], position: int
+) -> tuple[int, int, int, dict[int, int]] | None:
+    """``(a, b, c, {term: coefficient})`` where an integer instruction equals ``a * i + b * j + c`` plus terms that read
+    neither score nor column; None for any other."""
+    found = _Analyser(function, patterns)._linear(position)
+    return None if found is None else (found.row, found.column, found.constant, found.terms)
+
+
 @dataclass(frozen=True)
 class Interval:
     """Triton expressions of the bounds ``[hull_first, hull_last)`` and ``[full_first, full_last)``."""

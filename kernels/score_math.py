@@ -59,6 +59,12 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_nvidia(x):
+    """By NVIDIA's instruction: relative error 2 ** -11, an eighth of the spacing of bfloat16."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def sigmoid_precise(x):
     return tl.div_rn(1.0, 1.0 + tl.exp(-x))
 

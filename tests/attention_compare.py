@@ -1,6 +1,6 @@
 """Errors of the Triton attention kernels, and those that eager PyTorch makes, against float64."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from attention_forms import Form, eager
@@ -23,6 +23,27 @@ def compare(form: Form, dtype: torch.dtype, seeds: Sequence[int] = (0,)) -> list
         (rows[0][0], *(sum(row[n] ** 2 for row in rows) ** 0.5 / len(rows) ** 0.5 for n in (1, 2)))
         for rows in zip(*found, strict=True)
     ]
+
+
+def compare_forward(
+    form: Form, dtype: torch.dtype, run: Callable, seeds: Sequence[int]
+) -> list[tuple[str, float, float]]:
+    """As :func:`compare`, the outputs alone, of an implementation of ``vblackwell::attention``."""
+    totals = {"out": [0.0, 0.0], "lse": [0.0, 0.0]}
+    for seed in seeds:
+        (q, k, v), captured = form.inputs(dtype, seed)
+        q, k, v, *captured = (t.to(DEVICE) for t in (q, k, v, *captured))
+        arguments = (form.scale, form.dropout_p, SEED.to(DEVICE), form.function.dumps())
+        wide = [t.double() if t.is_floating_point() else t for t in (q, k, v, *captured)]
+        exact = attention_reference(*wide[:3], wide[3:], *arguments)
+        plain = eager(form, q, k, v, captured, SEED.to(DEVICE))
+        ours = run(q, k, v, captured, *arguments)
+        for (name, total), value, other, truth in zip(totals.items(), ours, plain, exact, strict=True):
+            assert value.shape == truth.shape and torch.equal(value.isnan(), truth.isnan()), name
+            rounding = torch.finfo(torch.float32).eps * truth.nan_to_num(posinf=0, neginf=0).norm().item()
+            total[0] += _error(value, truth) ** 2
+            total[1] += (2 * _error(other, truth) + rounding) ** 2
+    return [(name, ours**0.5, allowed**0.5) for name, (ours, allowed) in totals.items()]
 
 
 def _compare(form: Form, dtype: torch.dtype, seed: int) -> list[tuple[str, float, float]]:

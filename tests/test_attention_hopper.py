@@ -135,6 +135,16 @@ def recorded(monkeypatch):
     return kernels, recorders
 
 
+def constants_of(path: tuple[int, ...], kind, value) -> dict[tuple[int, ...], Any]:
+    """Arguments known at compile time, by their path in tuples of arguments."""
+    if kind == "constexpr":
+        return {path: value}
+    if not isinstance(kind, tuple):
+        return {}
+    inside = [constants_of((*path, n), k, v) for n, (k, v) in enumerate(zip(kind, value, strict=True))]
+    return {p: v for part in inside for p, v in part.items()}
+
+
 def compile_for_hopper(kernel, arguments, options):
     """The kernel compiled as the launcher would specialise it."""
     import triton
@@ -147,13 +157,12 @@ def compile_for_hopper(kernel, arguments, options):
     backend = CUDABackend(target)
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     signature, constants = {}, {}
-    for parameter in kernel.params:
+    for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         kind = "constexpr"
         if not parameter.is_constexpr:
             kind = native_specialize_impl(backend, value, False, not parameter.do_not_specialize, True)[0]
-        if kind == "constexpr":
-            constants[parameter.name] = value
+        constants.update(constants_of((place,), kind, value))
         signature[parameter.name] = kind
     source = GluonASTSource(kernel, signature, constexprs=constants)
     chosen = {name: options[name] for name in ("num_warps", "maxnreg")}

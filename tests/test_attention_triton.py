@@ -3,6 +3,8 @@
 On a CPU the module needs ``TRITON_INTERPRET=1`` in the environment before Triton is imported.
 """
 
+import itertools
+
 import pytest
 import torch
 from attention_compare import DEVICE, compare
@@ -10,6 +12,8 @@ from attention_forms import Form, make_forms
 
 from vbcompile.kernels import attention_problem
 from vbcompile.kernels.attention_triton import forward
+from vbcompile.kernels.attention_tuning import TileConfig
+from vbcompile.kernels.score_function import evaluate
 from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -63,3 +67,31 @@ def test_deterministic_backward_is_right(name):
         check(ODD_SIZES[name], torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+PLANNED = ["causal_empty_rows", "window", "both_sides", "prefix", "document", "document_causal", "bool_mask",
+           "key_padding", "static_cache", "lengths"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("summary_tiles", [1, 1000])
+def test_plan_of_tiles(name, summary_tiles, monkeypatch):
+    """Tiles outside the plan have no element that takes part, those that need no mask have no other."""
+    monkeypatch.setattr(attention_problem, "SUMMARY_TILES", summary_tiles)
+    form = make_forms(150, 210, 16, 16)[name]
+    (q, k, v), captured = ([t.to(DEVICE) for t in ts] for ts in form.inputs(torch.float32))
+    problem = attention_problem.describe(q, k, v, captured, 1.0, 0.0, form.function)
+    plan, strides = problem.tile_plan(q, TileConfig(64, 32, 4, 1))
+    (keep,) = evaluate(
+        form.function, [form.function.mask], score=None, captured=captured, lead=(2, 2), q_length=150, k_length=210,
+        device=q.device, dtype=torch.float32,
+    )  # fmt: skip
+    keep = keep.expand(2, 2, 150, 210)
+    plan = plan.as_strided((2, 2, 3, 4), (*strides[2:], 4, 1)).tolist()
+    for b, h, tile in itertools.product(range(2), range(2), range(3)):
+        first, clear, clear_end, end = plan[b][h][tile]
+        rows = keep[b, h, tile * 64 : tile * 64 + 64]
+        assert 0 <= first < end <= 7
+        assert not rows[:, : first * 32].any() and not rows[:, end * 32 :].any()
+        for column in range(max(first, clear), min(end, clear_end)):
+            assert (column + 1) * 32 <= 210 and rows[:, column * 32 : column * 32 + 32].all()

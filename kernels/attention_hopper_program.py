@@ -1,0 +1,253 @@
+"""A score function compiled for the Hopper kernels: functions that they call on tiles of scores.
+
+Constant factors around the score move out of the function: those inside into the scale of the products, those outside
+into the base of the exponentials. What the function reads per head or row is loaded once per tile of queries; one
+captured tensor with rows and columns comes as tiles, by the copy engine.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from vbcompile.kernels.attention_tiles import linear_form
+from vbcompile.kernels.score_function import LEAVES, Instruction, ScoreFunction
+from vbcompile.kernels.score_triton import (
+    LEAD_AXES,
+    CapturedPattern,
+    Emitter,
+    compile_source,
+    define,
+    has_unbounded_terms,
+)
+
+MAX_LENGTH = 1 << 21  # positions, their sums and differences are exact in float32
+_CONTEXT: Final = "score, i, j, fi, fj, rows, tile, lead, q_length, k_length, captured, strides"
+_LOADED: Final = "i, i_ok, lead, captured, strides"
+
+
+@dataclass(frozen=True)
+class HopperProgram:
+    """Functions and facts of one score function.
+
+    Attributes:
+        inner, outer: factors of the score, of the logits.
+        logits: ``(score, *context) -> logits / outer``; None where those are the scores.
+        mask: ``(score, *context) -> keep``; None without a mask.
+        rows: loads what belongs to rows or heads; None where nothing does. sink: ``(rows, lead) -> logit``, or None.
+        tile: number of the captured tensor with rows and columns, or None.
+        unbounded: whether products of logits with ``log2(e)`` may overflow.
+    """
+
+    inner: float
+    outer: float
+    logits: Callable[..., Any] | None
+    mask: Callable[..., Any] | None
+    rows: Callable[..., Any] | None
+    sink: Callable[..., Any] | None
+    tile: int | None
+    unbounded: bool
+    source: str
+
+
+def refuses(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> str | None:
+    """Why a score function cannot be compiled for these kernels, or None."""
+    if not function.depends_on(function.score, "score"):
+        return "the logits do not depend on the scores"
+    if len(_tiles(function, patterns)) > 1:
+        return "more than one captured tensor has rows and columns"
+    if any(_reads_tile(function, patterns, p) for p in (function.sink,)):
+        return "the sink reads a tensor with columns"
+    if any(pattern.wide for pattern in patterns):
+        return "a captured tensor needs 64-bit offsets of columns"
+    return None
+
+
+def _tiles(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> list[int]:
+    used = function.captured(function.score, function.mask, function.sink)
+    return [n for n in used if patterns[n].row and patterns[n].column]
+
+
+def _reads_tile(function: ScoreFunction, patterns: tuple[CapturedPattern, ...], position: int | None) -> bool:
+    return any(patterns[n].column for n in function.captured(position))
+
+
+# ------------------------------------------------------------------------------------------------- constant factors
+def peel(function: ScoreFunction) -> tuple[ScoreFunction, float, float]:
+    """``(function', inner, outer)``: logits are ``outer * function'(inner * score)``; ``outer`` is positive."""
+    function, inner, outer = function.pruned(), 1.0, 1.0
+    while (found := _factor(function.program, function.score)) and found[1] > 0:
+        function = replace(function, score=found[0]).pruned()
+        outer *= found[1]
+    while (user := _only_user(function)) is not None:
+        factor = _factor(function.program, user)
+        assert factor is not None
+        program = list(function.program)
+        program[user] = ("score",)
+        function = replace(function, program=tuple(program)).pruned()
+        inner *= factor[1]
+    return function, inner, outer
+
+
+def _factor(program: tuple[Instruction, ...], position: int) -> tuple[int, float] | None:
+    """``(x, c)`` where an instruction is ``c * x`` with an ordinary constant."""
+    name, *arguments = program[position]
+    if name not in ("mul", "div"):
+        return None
+    for x, other in (arguments, arguments[::-1]):
+        kind, *value = program[other]
+        if kind == "const" and type(value[0]) is not bool and 1e-6 < abs(value[0]) < 1e6:
+            if name == "mul":
+                return x, float(value[0])
+            if other == arguments[1]:
+                return x, 1.0 / value[0]
+    return None
+
+
+def _only_user(function: ScoreFunction) -> int | None:
+    """The instruction that scales the score, where nothing else reads it."""
+    scores = [p for p, instruction in enumerate(function.program) if instruction == ("score",)]
+    if len(scores) != 1 or scores[0] in (function.score, function.mask, function.sink):
+        return None
+    users = [
+        p
+        for p, (name, *arguments) in enumerate(function.program)
+        if name not in ("captured", "const", "lead_index") and scores[0] in arguments
+    ]
+    if len(users) != 1:
+        return None
+    found = _factor(function.program, users[0])
+    return users[0] if found and found[0] == scores[0] else None
+
+
+# ----------------------------------------------------------------------------------------------------- functions
+class _HopperEmitter(Emitter):
+    """Instructions for Gluon: constants without layouts, positions as floats by addition, rows loaded before."""
+
+    def __init__(
+        self, function: ScoreFunction, patterns: tuple[CapturedPattern, ...], fast: bool, loaded: list[int]
+    ) -> None:
+        super().__init__(function.program, patterns, precise=False)
+        self._function = function
+        self._fast = fast
+        self._loaded = loaded
+
+    def as_float(self, position: int) -> str:
+        if self._kinds[position] == "int":
+            form = linear_form(self._function, self._patterns, position)
+            if form is not None and (form[0] or form[1]) and self._is_exact(form):
+                row, column, constant, terms = form
+                parts = [
+                    (column, "fj"),
+                    (row, "fi"),
+                    *((c, f"tl.cast({self.value(p)}, tl.float32)") for p, c in terms.items()),
+                ]
+                values = [text if c == 1 else f"{text} * {c}.0" for c, text in parts if c]
+                return f"({' + '.join([*values, *[f'{constant}.0'] * bool(constant)])})"
+        return super().as_float(position)
+
+    def _is_exact(self, form: tuple[int, int, int, dict[int, int]]) -> bool:
+        """Whether sums of the parts are exact in float32: positions and lengths only, with small factors."""
+        row, column, constant, terms = form
+        known = all(self._program[p][0] in ("q_length", "k_length") for p in terms)
+        return known and max(abs(row), abs(column), len(terms)) <= 2 and abs(constant) < MAX_LENGTH
+
+    def _expression(self, position: int) -> str:
+        name, *arguments = self._program[position]
+        if name == "const":
+            return _constant(arguments[0])
+        if name == "captured":
+            pattern = self._patterns[arguments[0]]
+            if arguments[0] in self._loaded:
+                return f"rows[{self._loaded.index(arguments[0])}]"
+            if pattern.row and pattern.column:
+                return {"bool": "(tile != 0)", "float": "tl.cast(tile, tl.float32)", "int": "tile"}[pattern.kind]
+            return self._load(arguments[0]).replace("mask=j_ok", "mask=j < k_length, other=0")
+        return super()._expression(position)
+
+    def _arithmetic(self, name: str, arguments: list[int], values: list[str], common: str) -> str:
+        if name == "tanh" and self._fast:
+            return f"math.tanh_nvidia({values[0]})"
+        if name == "relu":
+            return f"tl.where({values[0]} < 0, 0.0, {values[0]})"
+        return super()._arithmetic(name, arguments, values, common)
+
+
+def _constant(value: bool | int | float) -> str:
+    if isinstance(value, bool):
+        return f"tl.cast({int(value)}, tl.int1)"
+    if isinstance(value, int):
+        return f"tl.cast({value}, tl.int{32 if -(2**31) <= value < 2**31 else 64})"
+    return f'tl.cast(float("{value!r}"), tl.float32)'
+
+
+def _unbounded(program: tuple[Instruction, ...], patterns: tuple[CapturedPattern, ...], position: int) -> bool:
+    """As ``has_unbounded_terms``, but a factor that belongs to a head, such as a slope, is no mask."""
+    name, *arguments = program[position]
+    if name in LEAVES:
+        return has_unbounded_terms(program, position)
+    if name == "mul":
+        arguments = [a for a in arguments if not _is_head_factor(program[a], patterns)]
+    return any(_unbounded(program, patterns, a) for a in arguments)
+
+
+def _is_head_factor(instruction: Instruction, patterns: tuple[CapturedPattern, ...]) -> bool:
+    name, *arguments = instruction
+    return name == "captured" and not (patterns[arguments[0]].row or patterns[arguments[0]].column)
+
+
+@functools.lru_cache(maxsize=1024)
+def compile_hopper(
+    function: ScoreFunction,
+    patterns: tuple[CapturedPattern, ...],
+    fast: bool,
+    masked: bool,
+    scaled: bool,
+) -> HopperProgram:
+    """Compile a score function that ``refuses`` takes.
+
+    Args:
+        fast: tanh at the precision of bfloat16's products of queries and keys.
+        masked: compile the mask; else the kernel's own causal bound covers it.
+        scaled: logits are wanted scaled even where they are the scores alone.
+    """
+    function = function if masked else replace(function, mask=None)
+    function, inner, outer = peel(function)
+    used = function.captured(function.score, function.mask, function.sink)
+    loaded = [n for n in used if not patterns[n].column]
+    plain = function.program[function.score] == ("score",)
+    scaled = scaled or function.depends_on(function.mask, "score") or not plain
+    source = ""
+
+    def write(name: str, position: int, result: Callable[[Emitter], str]) -> None:
+        nonlocal source
+        emitter = _HopperEmitter(function, patterns, fast, loaded)
+        value = result(emitter)
+        source += define(name, _CONTEXT, emitter.lines, value)
+
+    if scaled:
+        write("logits", function.score, lambda e: e.as_float(function.score))
+    if function.mask is not None:
+        write("mask", function.mask, lambda e: e.value(function.mask or 0))
+    if function.sink is not None:
+        write("sink", function.sink, lambda e: e.as_float(function.sink or 0))
+    if loaded:
+        emitter = Emitter(function.program, patterns, precise=False)
+        values = "".join(f"{emitter._load(n)}, ".replace("mask=i_ok", "mask=i_ok, other=0") for n in loaded)
+        source += define("rows", _LOADED, [], f"({values})")
+    names = compile_source(source) if source else {}
+    tiles = _tiles(function, patterns)
+    return HopperProgram(
+        inner=inner if scaled else 1.0,
+        outer=outer if scaled else outer * inner,
+        logits=names.get("logits"),
+        mask=names.get("mask"),
+        rows=names.get("rows"),
+        sink=names.get("sink"),
+        tile=tiles[0] if tiles else None,
+        unbounded=_unbounded(function.program, patterns, function.score),
+        source=source,
+    )
+
+
+assert LEAD_AXES == 4  # as the device functions have it
