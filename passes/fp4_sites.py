@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from vbcompile.handles import is_offloaded
 from vbcompile.passes.graph_ops import Call, call_of, describe_site, positive_dim, value_of
 
 HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
@@ -41,6 +42,8 @@ def weight_inputs(graph: fx.Graph, example_inputs: list[Any]) -> dict[fx.Node, t
     found = {}
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         value = example_inputs[position] if position < len(example_inputs) else None
+        if is_offloaded(value):
+            continue  # packed where it is planned when it is to arrive: by the offload pass
         static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
         if isinstance(value, nn.Parameter) or (static and isinstance(value, Tensor)):
             found[node] = (position, value)

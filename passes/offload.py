@@ -16,6 +16,7 @@ from vbcompile.handles_payload import Payload
 from vbcompile.handles_store import Part, WeightStore, store_of
 from vbcompile.passes.graph_ops import describe_site, value_of
 from vbcompile.passes.offload_costs import Rates, nanoseconds, reserve
+from vbcompile.passes.offload_fp4 import Packer
 from vbcompile.passes.offload_inputs import describe, missing_sizes, plain_fake
 from vbcompile.passes.offload_outer import Layout, Piece, emit
 from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, shape_of_graph, whole
@@ -48,7 +49,7 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     (store,) = stores.values()
     if not isinstance(store, WeightStore):
         return [Decision(PASS_NAME, "graph", "left", "weights that belong to no offloaded model: each use copies them")]
-    streamed = StreamedGraph(gm, weights, store, context.training)
+    streamed = StreamedGraph(gm, weights, store, context)
     context.around.append(streamed.around)
     return streamed.decisions()
 
@@ -67,7 +68,7 @@ class StreamedGraph:
     """One graph, cut, planned, and run."""
 
     def __init__(
-        self, gm: fx.GraphModule, weights: Mapping[fx.Node, Payload], store: WeightStore, training: bool
+        self, gm: fx.GraphModule, weights: Mapping[fx.Node, Payload], store: WeightStore, context: Any
     ) -> None:
         self.graph = copy_graph(gm.graph)
         self.root = gm
@@ -76,8 +77,13 @@ class StreamedGraph:
         self.key = store.key
         self.fake_mode = fake_mode_of_compile(*(value_of(node) for node in twins))
         self.fakes = {node: plain_fake(payload, node, self.fake_mode) for node, payload in self.weights.items()}
-        sizes = [payload.nbytes for payload in self.weights.values()]
-        self.cutting: Cutting = cut(self.graph, self.fakes, largest_segment(sizes), lookups=not training)
+        self.arguments = len(twins)
+        self.packer = Packer(self.graph, self.weights, self.fakes, self.fake_mode, store, context)
+        self.packed = self.packer.run()
+        self.parts = self.packer.parts
+        sizes = {payload: payload.nbytes for payload in self.weights.values()}
+        largest = largest_segment([*sizes.values()])
+        self.cutting: Cutting = cut(self.graph, self.fakes, largest, lookups=not context.training)
         self.compile: Compile | None = None
         self.pieces: dict[bool, list[Piece]] = {}  # as one piece or not
         self.outer: Callable[..., Any] | None = None
@@ -93,7 +99,7 @@ class StreamedGraph:
         operators = []
         rows = set[Payload]()
         for segment in self.cutting.segments:
-            payloads = tuple(self.weights[node] for node in segment.weights)
+            payloads = tuple(dict.fromkeys(self.weights[node] for node in segment.weights))
             if segment.lookup is not None:
                 rows.update(payloads)
                 payloads = ()
@@ -128,8 +134,8 @@ class StreamedGraph:
         written = frozenset(node for node, reason in self.cutting.fixed.items() if reason == WRITTEN)
         places = {node: index(payload) for node, payload in self.weights.items()}
         last = self.start + len(self.cutting.segments) - 1
-        layout = Layout(self.key, self.plan, places, written, self.start, last)
-        self.outer = emit(self.graph, self.pieces[one], layout)
+        layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last)
+        self.outer = emit(self.graph, self.arguments, self.pieces[one], layout)
 
     def _compiled(self, segments: Sequence[Segment]) -> list[Piece]:
         """Compile each distinct segment once."""
@@ -160,6 +166,7 @@ class StreamedGraph:
 
     def run(self, *args: Any) -> Any:
         """Called with the inputs of the graph; offloaded ones are only names."""
+        self.packer.refresh()
         if self.outer is None:
             self._prepare()
         try:
@@ -179,7 +186,8 @@ class StreamedGraph:
             for payload, reason in self.part.fixed.items()
         ]
         action = "left" if plan.declined else "rewritten"
-        return [Decision(PASS_NAME, "graph", action, plan.summary(), details=self._details(plan)), *found]
+        whole_graph = Decision(PASS_NAME, "graph", action, plan.summary(), details=self._details(plan))
+        return [*self.packed, whole_graph, *found]
 
     def _details(self, plan: Plan) -> dict[str, Any]:
         names = {level: [] for level in {DEVICE, *plan.levels}}  # type: dict[int, list[str]]

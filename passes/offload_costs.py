@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from vbcompile.compat import size_hint
+from vbcompile.handles import is_offloaded
 from vbcompile.passes.graph_ops import call_of, value_of
 
 _LAUNCH_NS = 4_000
@@ -79,7 +80,7 @@ def reserve(graph: fx.Graph, weights: Iterable[fx.Node]) -> int:
 
     Inputs of the graph stay alive throughout.
     """
-    skipped = set(weights)
+    skipped = {*weights, *(n for n in graph.find_nodes(op="placeholder") if is_offloaded(value_of(n)))}
     for node in graph.nodes:  # views of weights
         if node.op != "output" and node.all_input_nodes and skipped.issuperset(node.all_input_nodes):
             skipped.add(node)

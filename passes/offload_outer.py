@@ -82,6 +82,7 @@ class Layout(NamedTuple):
 
     Attributes:
         weights: Index of each weight in the plan.
+        parts: Which tensor of a bundle an input is, where it is one.
         written: Weights that the graph writes to.
         start, last: Indices of the graph's first and last operator in the plan.
     """
@@ -89,19 +90,21 @@ class Layout(NamedTuple):
     key: str
     plan: Plan
     weights: Mapping[fx.Node, int]
+    parts: Mapping[fx.Node, int]
     written: frozenset[fx.Node]
     start: int
     last: int
 
 
-def emit(graph: fx.Graph, pieces: Sequence[Piece], layout: Layout) -> fx.GraphModule:
-    """The outer graph, with the inputs and outputs of ``graph``."""
-    return _Emitter(graph, pieces, layout).run()
+def emit(graph: fx.Graph, arguments: int, pieces: Sequence[Piece], layout: Layout) -> fx.GraphModule:
+    """The outer graph, with the outputs of ``graph`` and the first ``arguments`` of its inputs."""
+    return _Emitter(graph, arguments, pieces, layout).run()
 
 
 class _Emitter:
-    def __init__(self, graph: fx.Graph, pieces: Sequence[Piece], layout: Layout) -> None:
+    def __init__(self, graph: fx.Graph, arguments: int, pieces: Sequence[Piece], layout: Layout) -> None:
         self.source, self.pieces, self.layout = graph, pieces, layout
+        self.arguments = arguments
         self.outer = fx.Graph()
         self.known: dict[fx.Node, fx.Node] = {}
         self.arrived: dict[int, fx.Node] = {}  # weight -> node that holds it now
@@ -109,7 +112,7 @@ class _Emitter:
         self.issued = _issued(layout.plan)
 
     def run(self) -> fx.GraphModule:
-        for node in self.source.find_nodes(op="placeholder"):
+        for node in self.source.find_nodes(op="placeholder")[: self.arguments]:
             self.known[node] = self.outer.placeholder(node.name)
         self._call(begin, self.layout.start)
         for number, piece in enumerate(self.pieces):
@@ -155,7 +158,9 @@ class _Emitter:
         if weight not in self.arrived:
             assert self.layout.plan.levels[weight] == DEVICE, f"{node} is read where no copy of it was waited for"
             self.arrived[weight] = self._call(resident, weight)
-        return self.arrived[weight]
+        part = self.layout.parts.get(node)
+        held = self.arrived[weight]
+        return held if part is None else self.outer.call_function(_item, (held, part))
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.outer.call_function(function, (self.layout.key, *args))

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbcompile.handles_payload import Payload, dense_strides
+from vbcompile.handles_payload import Bundle, Payload, dense_strides
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_sources import HostBytes
+from vbcompile.vgpu_plan import ALIGNMENT, padded
 
 BATCH_BYTES = 1 << 30
 """Masters are copied together up to this many bytes: one slab of pinned memory."""
@@ -19,6 +20,28 @@ def host_payload(name: str, value: Tensor, device: torch.device, host: HostMemor
     (memory,) = host.allocate([value.numel() * value.element_size()])
     fill(memory, value)
     return Payload(name, value, device, HostBytes(memory))
+
+
+def host_bundle(name: str, parts: Sequence[Tensor], device: torch.device, host: HostMemory) -> Bundle:
+    """A payload with copies of several contiguous tensors in host memory, each on an aligned byte."""
+    begins, end = [], 0
+    for part in parts:
+        begins.append(end)
+        end += padded(part.nbytes, ALIGNMENT)
+    (memory,) = host.allocate([end])
+    bundle = Bundle(name, memory, device, HostBytes(memory))
+    bundle.parts = tuple((begin, tuple(p.shape), p.dtype) for begin, p in zip(begins, parts, strict=True))
+    refill(bundle, parts)
+    return bundle
+
+
+def refill(bundle: Bundle, parts: Sequence[Tensor]) -> None:
+    """Give a bundle other contents of the same shapes."""
+    assert isinstance(bundle.source, HostBytes)
+    if bundle.residence is not None:
+        bundle.residence.before_write(bundle)
+    for target, part in zip(bundle.split(bundle.source.memory), parts, strict=True):
+        fill(target.view(-1).view(torch.uint8), part)
 
 
 def fill(memory: Tensor, value: Tensor) -> None:

@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from vbcompile import compat
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_checkpoint import Checkpoint, open_checkpoint
-from vbcompile.handles_disk import WeightFile
 from vbcompile.handles_memory import batches, fill
 from vbcompile.handles_payload import Payload
 from vbcompile.handles_places import Places, find_places
 from vbcompile.handles_store import WeightStore
+from vbcompile.runtime_shards import Shard
 from vbcompile.runtime_sources import DiskBytes, HostBytes, Source
 from vbcompile.vgpu import VGPUStack
 from vbcompile.vgpu_size import parse_size
@@ -226,8 +225,7 @@ def _take_over(
     sources: dict[int, Source | None] = {index: origin.on_disk(sites[index]) for index in on_disk}
     unsaved = [sites[index] for index, source in sources.items() if source is None]
     if unsaved:
-        contents = {site.name: (site.value, partial(origin.value, site)) for site in unsaved}
-        store.file = WeightFile(origin.places.folder, contents)
+        store.file = _shard(unsaved, origin)
         sources |= {index: store.file.sources[sites[index].name] for index in on_disk if sources[index] is None}
     for chosen in batches([site.value for site in sites]):
         kept = [index for index in chosen if index not in on_disk]
@@ -241,6 +239,18 @@ def _take_over(
             nbytes = site.nbytes
             _replace(site, Payload(site.name, site.value, store.device, source), store)
             advance(nbytes)
+
+
+def _shard(sites: list[_Site], origin: _Origin) -> Shard:
+    """A file of weights that are in no checkpoint."""
+    by_name = {site.name: site for site in sites}
+
+    def load(name: str) -> Tensor:
+        memory = torch.empty(by_name[name].nbytes, dtype=torch.uint8)
+        fill(memory, origin.value(by_name[name]))
+        return memory
+
+    return Shard(origin.places.folder, {name: site.nbytes for name, site in by_name.items()}, load)
 
 
 def _replace(site: _Site, payload: Payload, store: WeightStore) -> None:

@@ -1,6 +1,7 @@
 """The master copy of a tensor that does not live on the device: bytes in host memory or in a file."""
 
 import itertools
+import math
 import threading
 import weakref
 from typing import Any, Protocol
@@ -123,6 +124,24 @@ class Payload:
             with torch.inference_mode(False), torch.no_grad():
                 self.shaped(self.source.memory).copy_(value.detach())
             self.version += 1
+
+
+class Bundle(Payload):
+    """Several tensors that are always used together, such as codes and scales, as one master.
+
+    Attributes:
+        parts: First byte, shape and dtype of each.
+    """
+
+    parts: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+
+    def split(self, memory: Tensor) -> tuple[Tensor, ...]:
+        """The tensors in ``memory`` (uint8, one dimension); no copy."""
+        found = []
+        for begin, shape, dtype in self.parts:
+            nbytes = math.prod(shape) * dtype.itemsize
+            found.append(memory[begin : begin + nbytes].view(dtype).view(shape))
+        return tuple(found)
 
 
 _numbers = itertools.count()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbcompile.handles_payload import Payload
+from vbcompile.handles_payload import Bundle, Payload
 from vbcompile.runtime import Streamer
 from vbcompile.runtime_device import MemoryDevice
 from vbcompile.runtime_host import HostMemory
@@ -71,6 +71,7 @@ class WeightStore:
         key: What compiled graphs know it by.
         plan: The current plan; None before the first graph.
         file: Keeps the file of weights that host memory has no room for.
+        forms: Other forms of payloads (packed ones), by what their makers know them by.
     """
 
     def __init__(
@@ -94,13 +95,14 @@ class WeightStore:
         self._parts: list[Part] = []
         self._starts: list[int] = []
         self._superseded: set[int] = set()
+        self.forms: dict[Any, Any] = {}
         self._index: dict[int, int] = {}
         self._order: list[Payload] = []
         self._streamer: Streamer | None = None
-        self._views: dict[int, tuple[Tensor, Tensor]] = {}
-        self._resident_views: dict[int, Tensor] = {}
+        self._views: dict[int, tuple[Tensor, Any]] = {}
+        self._resident_views: dict[int, Any] = {}
         self._position: int | None = None  # first operator of the graph that runs, within a step
-        self._whole: dict[int, Tensor] | None = None
+        self._whole: dict[int, Any] | None = None
         self._past: list[dict[str, Any]] = []
         self._lock = threading.RLock()
         _stores[self.key] = self
@@ -193,15 +195,15 @@ class WeightStore:
         return self.beside + peak + max(peak * _MARGIN[0] // _MARGIN[1], libraries)
 
     def _planned(self, parts: Sequence[Part]) -> tuple[Plan, list[Payload], list[int]]:
-        order = [p for p in self.payloads.values() if p.number not in self._superseded]
+        read = {p.number for part in parts for _, _, payloads in part.operators for p in payloads}
+        read |= {p.number for part in parts for p in part.rows}
+        order = [p for p in self.payloads.values() if p.number in read or p.number not in self._superseded]
         index = {payload.number: position for position, payload in enumerate(order)}
         fixed = {payload.number for part in parts for payload in part.fixed}
         operators: list[Operator] = []
         starts: list[int] = []
         first_of: dict[Any, int] = {}
-        seen: set[int] = set()
         for number, part in enumerate(parts):
-            seen |= {p.number for _, _, payloads in part.operators for p in payloads} | {p.number for p in part.rows}
             if part.order in first_of:
                 starts.append(first_of[part.order])
                 continue
@@ -211,7 +213,7 @@ class WeightStore:
                 used = tuple(dict.fromkeys(index[p.number] for p in payloads))
                 operators.append(Operator(f"{number}:{name}", ns, used))
         for payload in order:
-            if payload.number not in seen:  # read by graphs that will be compiled later
+            if payload.number not in read:  # read by graphs that will be compiled later
                 ns = payload.nbytes * 10**9 // _SLOWEST_MEMORY
                 operators.append(Operator(payload.name, ns, (index[payload.number],)))
         weights = tuple(Weight(f"{p.number}:{p.name}", p.nbytes, p.number in fixed) for p in order)
@@ -250,8 +252,8 @@ class WeightStore:
     def prefetch(self, copy: int) -> None:
         self._streamer.prefetch(copy)  # type: ignore[union-attr]
 
-    def wait(self, copy: int) -> Tensor:
-        """The weight of a copy, in its own shape."""
+    def wait(self, copy: int) -> Any:
+        """The weight of a copy, in its own shape; of a bundle, its tensors."""
         if self._whole is not None:
             return self._fetched(self.plan.copies[copy].weight)  # type: ignore[union-attr]
         memory = self._streamer.wait(copy)  # type: ignore[union-attr]
@@ -260,15 +262,15 @@ class WeightStore:
             return known[1]
         payload = self._order[self.plan.copies[copy].weight]  # type: ignore[union-attr]
         with torch.inference_mode(False), torch.no_grad():
-            view = payload.shaped(memory)
+            view = _view(payload, memory)
         self._views[copy] = (memory, view)
         return view
 
     def release(self, copy: int) -> None:
         self._streamer.release(copy)  # type: ignore[union-attr]
 
-    def resident(self, weight: int) -> Tensor:
-        """A resident weight, in its own shape."""
+    def resident(self, weight: int) -> Any:
+        """A resident weight, in its own shape; of a bundle, its tensors."""
         if self._whole is not None:
             return self._fetched(weight)
         return self._resident_views[weight]
@@ -290,12 +292,12 @@ class WeightStore:
         finally:
             self._whole = None
 
-    def _fetched(self, weight: int) -> Tensor:
+    def _fetched(self, weight: int) -> Any:
         assert self._whole is not None
         if weight not in self._whole:
             payload = self._order[weight]
             with torch.inference_mode(False), torch.no_grad():
-                self._whole[weight] = payload.shaped(payload.load().to(self.device, copy=True))
+                self._whole[weight] = _view(payload, payload.load().to(self.device, copy=True))
         return self._whole[weight]
 
     # life
@@ -313,7 +315,7 @@ class WeightStore:
             streamer.start()
             with torch.inference_mode(False), torch.no_grad():
                 self._resident_views = {
-                    index: self._order[index].shaped(streamer.view(index))
+                    index: _view(self._order[index], streamer.view(index))
                     for index, level in enumerate(self.plan.levels)
                     if level == DEVICE
                 }
@@ -340,6 +342,10 @@ class WeightStore:
             return {"key": self.key, "device": str(self.device), "budget": self.budget, "streamer": current} | _placed(
                 self
             )
+
+
+def _view(payload: Payload, memory: Tensor) -> Any:
+    return payload.split(memory) if isinstance(payload, Bundle) else payload.shaped(memory)
 
 
 def _placed(store: WeightStore) -> dict[str, Any]:
