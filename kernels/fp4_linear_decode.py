@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
+_UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
     "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
@@ -58,6 +59,26 @@ def load_x_assembly(unroll: int) -> tuple[str, str]:
     return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "r"])
 
 
+def word_assembly(kind: str) -> tuple[str, str]:
+    """PTX, and its constraints, that decodes one word of codes.
+
+    Operands: four pairs of 16-bit floats; the word; the scale bytes of the thread's two rows in its low half.
+    """
+    shift, bias = _scale_bits(kind)
+    text = [f"{{ .reg .b32 t, u, n, k, s<2>, p0, p1, p2, p3;\nmov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"]
+    text.append(_UNPACK_BODY.replace("$8", "$4") + (TO_HALF if kind == "half" else ""))
+    for half in range(2):
+        text.append(f"prmt.b32 t, $5, 0, 0x4{half}4{half}; mad.lo.u32 s{half}, t, {shift}, k;")
+        text += [_MULTIPLY[kind].format(f"p{i}", f"s{half}") for i in (2 * half, 2 * half + 1)]
+    text += [f"mov.b32 ${i}, p{i};" for i in range(4)]
+    return "\n".join(text) + "\n}", "=r,=r,=r,=r,r,r"
+
+
+def _scale_bits(kind: str) -> tuple[int, int]:
+    """What turns a scale byte into the bits of a 16-bit float: factor, and the summand in both halves of a word."""
+    return (128, 0x30003000) if kind == "half" else (16, 0x76007600)
+
+
 def strip_assembly(kind: str, blocks: int, scale_words: int) -> tuple[str, str]:
     """PTX, and its constraints, of 16 rows by 64 columns of the weight times ``8 * blocks`` rows of x.
 
@@ -72,11 +93,10 @@ def strip_assembly(kind: str, blocks: int, scale_words: int) -> tuple[str, str]:
     first = 4 * blocks
     codes, scales = first, first + 4
     x, sums = scales + scale_words, scales + scale_words + 8 * blocks
-    shift, bias = (128, 0x30003000) if kind == "half" else (16, 0x76007600)
+    shift, bias = _scale_bits(kind)
     text = [f"{{ .reg .b32 t, u, n, k, s<2>, p0, p1, p2, p3;\nmov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"]
-    body = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
     for step in range(4):
-        text.append(body.replace("$8", f"${codes + step}") + (TO_HALF if kind == "half" else ""))
+        text.append(_UNPACK_BODY.replace("$8", f"${codes + step}") + (TO_HALF if kind == "half" else ""))
         word = f"${scales + step // 2}" if scale_words == 2 else f"${scales}"
         place = 2 * (step % 2 if scale_words == 2 else step // 2)
         for half in range(2):

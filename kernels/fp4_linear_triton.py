@@ -134,7 +134,7 @@ def product(
     partial = arrived = out
     if splits > 1:
         partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        arrived = _counters(x.device, grid[0] * grid[2])
+        arrived = counters(x.device, grid[0] * grid[2])
     fp4_product_kernel[grid](
         rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial,
         arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
@@ -196,7 +196,7 @@ def prepare(device: torch.device) -> None:
             torch.cuda.synchronize(device)  # other streams may use it first
 
 
-def _counters(device: torch.device, count: int) -> Tensor:
+def counters(device: torch.device, count: int) -> Tensor:
     """``count`` zeroed int32 counters that no other kernel in flight uses.
 
     Kernels of one stream follow one another and share theirs. A launch recorded into a CUDA graph gets its own, because

@@ -1,0 +1,120 @@
+"""Launches of the FP4 product for many rows of x on Hopper (:mod:`vbcompile.kernels.fp4_linear_wide`)."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.triton_target import refuses_triton
+
+_CONSUMERS = 2
+_ALIGNMENT = 8  # columns: the copy engine wants rows at multiples of 16 bytes
+_MOST_ELEMENTS = 2**31
+
+
+@dataclass(frozen=True)
+class WideConfig:
+    """How one product is cut up.
+
+    Attributes:
+        block_m: rows of x a block of threads takes.
+        tiles: tiles of 64 rows of the weight a warpgroup takes, 1 or 2; a block has two warpgroups.
+        stages: shared buffers.
+        splits: blocks that share the columns of one tile.
+        blocks: blocks that an SM holds at a time.
+    """
+
+    block_m: int
+    tiles: int
+    stages: int
+    splits: int
+    blocks: int = 1
+
+
+def refuses_wide(target: Target, dtype: torch.dtype, m: int, n: int, k: int, layout: str) -> str | None:
+    """Why the kernel for many rows cannot run a case."""
+    if reason := refuses_triton(target):
+        return reason
+    if target.arch != "sm_90":
+        return f"written for sm_90, this is {target.arch}"
+    if layout != "fragments2t":
+        return f"reads layout fragments2t, not {layout}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {dtype}"
+    if m * n >= _MOST_ELEMENTS:
+        return "more than 2**31 results"
+    return f"takes columns in multiples of {_ALIGNMENT}" if k % _ALIGNMENT else None
+
+
+@functools.lru_cache(maxsize=256)
+def wide_config(target: Target, m: int, n: int, k: int) -> WideConfig:
+    """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``."""
+    return WideConfig(64, 2, 4, 1, 2) if m <= 64 else WideConfig(256, 1, 4, 1, 1)
+
+
+def launch_options(dtype: torch.dtype, config: WideConfig) -> dict[str, Any]:
+    """Constants and compiler options of a launch."""
+    from triton.experimental.gluon import language as gl
+
+    from vbcompile.kernels.fp4_linear_decode import word_assembly
+
+    half = dtype == torch.float16
+    registers = 232 if config.blocks == 1 else 104
+    return {
+        "TILES": config.tiles, "STAGES": config.stages, "TYPE": gl.float16 if half else gl.bfloat16,
+        "WORD": word_assembly("half" if half else "bf16_sm90"), "SPLIT": config.splits > 1, "REGISTERS": registers,
+        "num_warps": 4, "maxnreg": 168 if config.blocks == 1 else 80,
+    }  # fmt: skip
+
+
+def descriptors(rows: Tensor, codes: Tensor, block_scales: Tensor, format_name: str, block_m: int) -> tuple[Any, ...]:
+    """What the copy engine reads: x, codes, scales."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    kind = gl.float16 if rows.dtype == torch.float16 else gl.bfloat16
+    x_layout = gl.NVMMASharedLayout.get_default_for([block_m, TILE], kind)
+    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    words = 1024 // fp4_format(format_name).block_size
+    return (
+        TensorDescriptor.from_tensor(rows, [block_m, TILE], x_layout),
+        TensorDescriptor.from_tensor(codes.view(torch.int32).view(-1, 256), [2, 256], flat),
+        TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(-1, words), [1, words], flat),
+    )
+
+
+def product_wide(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: WideConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t``."""
+    from vbcompile.kernels.fp4_linear_triton import counters
+    from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
+
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % _ALIGNMENT or rows.data_ptr() % 16:
+        rows = rows.contiguous()
+    m, n = rows.shape[0], row_scale.shape[0]
+    config = config or wide_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    k_tiles = -(-k // (2 * TILE)) * 2
+    steps_each = -(-k_tiles // (2 * config.splits)) * 2
+    splits = -(-k_tiles // steps_each)
+    grid = (-(-n // (_CONSUMERS * config.tiles * TILE)), splits, -(-m // config.block_m))
+    partial = arrived = out
+    if splits > 1:
+        tiles = -(-n // TILE) * grid[2]
+        partial = torch.empty(splits, tiles, TILE * config.block_m, dtype=torch.float32, device=x.device)
+        arrived = counters(x.device, tiles)
+    options = launch_options(x.dtype, config) | {"SPLIT": splits > 1}
+    fp4_wide_kernel[grid](
+        *descriptors(rows, codes, block_scales, format_name, config.block_m), row_scale,
+        row_scale if bias is None else bias, out, partial, arrived, m, n, k_tiles, codes.shape[1], steps_each,
+        BIAS=bias is not None, **options,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], n)

@@ -1,0 +1,210 @@
+"""Device code of the FP4 product for many rows of x on Hopper, in Triton's Gluon dialect (sm_90a).
+
+A block of threads takes ``128 * TILES`` rows of the weight and BLOCK_M rows of x. One producer warp copies tiles of x,
+codes and scales to shared memory with the tensor memory accelerator; each of two consumers, a warpgroup, decodes its
+tiles of 64 rows by 64 columns to registers, as the left operand of ``wgmma``, while the tensor cores multiply the tile
+before. Only x is read from shared memory by the tensor cores.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+CONSUMERS = gl.constexpr(2)
+
+
+@gluon.jit
+def _decode(codes, scales, WORD: gl.constexpr):
+    """A tile ``[64, 64]`` of the weight times ``2**-8``: pairs of 16-bit floats, int32 ``[128, 4, 2, 2]``.
+
+    codes: shared int32 ``[2, 256]``; scales: shared int32 ``[1, 32 * words of scales]``; WORD: assembly, constraints.
+    """
+    words = codes.load(gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])).reshape([128, 4])
+    COUNT: gl.constexpr = scales.shape[1] // 32
+    SHARED: gl.constexpr = gl.BlockedLayout([1, COUNT, 1], [1, 8, 4], [1, 4, 1], [2, 1, 0])
+    scale = gl.expand_dims(scales.load(gl.SliceLayout(2, SHARED)), 2)
+    scale, _ = gl.broadcast(scale, gl.full([1, 32 * COUNT, 4], 0, gl.int32, SHARED))
+    scale = scale.reshape([32, COUNT, 4]).permute((0, 2, 1)).reshape([128, COUNT])
+    scale = gl.join(scale, scale >> 16)
+    if COUNT == 1:
+        scale = gl.join(scale, scale)
+    scale = gl.convert_layout(scale.reshape([128, 4]), words.type.layout, assert_trivial=True)
+    CODE: gl.constexpr = WORD[0]
+    CONSTRAINTS: gl.constexpr = WORD[1]
+    TYPES: gl.constexpr = (gl.int32,) * 4
+    a, b, c, d = gl.inline_asm_elementwise(CODE, CONSTRAINTS, [words, scale], TYPES, is_pure=True, pack=1)
+    return gl.join(gl.join(a, b), gl.join(c, d))  # [thread, step of 16 columns, half of them, 8 rows further on]
+
+
+@gluon.jit
+def _operand(pairs, TYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """What ``_decode`` gave, as the left operand of a product of layout LAYOUT.
+
+    Not done before the loop's edge: 16-bit values would be taken apart there and put together again.
+    """
+    low = pairs.to(gl.int16).to(TYPE, bitcast=True)
+    high = (pairs >> 16).to(gl.int16).to(TYPE, bitcast=True)
+    values = gl.join(low, high).reshape([4, 8, 4, 4, 2, 2, 2]).permute((0, 5, 1, 3, 4, 2, 6)).reshape([64, 64])
+    return gl.convert_layout(values, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _produce(descriptors, buffers, barriers, place, TILES: gl.constexpr):
+    """The producer warp: keeps every shared buffer full."""
+    x_desc, code_desc, scale_desc = descriptors
+    x_smem, code_smem, scale_smem = buffers
+    full, empty = barriers
+    tile_n, first_m, first, steps, column_tiles = place
+    STAGES: gl.constexpr = x_smem.shape[0]
+    PARTS: gl.constexpr = CONSUMERS * TILES
+    BYTES: gl.constexpr = x_desc.block_type.nbytes + PARTS * (
+        code_desc.block_type.nbytes + scale_desc.block_type.nbytes
+    )
+    for j in range(steps):
+        slot = j % STAGES
+        mbarrier.wait(empty.index(slot), (j // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(slot), BYTES)
+        at = full.index(slot)
+        tma.async_copy_global_to_shared(x_desc, [first_m, (first + j) * 64], at, x_smem.index(slot))
+        for t in gl.static_range(PARTS):
+            row = (tile_n * PARTS + t) * column_tiles + first + j
+            tma.async_copy_global_to_shared(code_desc, [row * 2, 0], at, code_smem.index(slot * PARTS + t))
+            tma.async_copy_global_to_shared(scale_desc, [row, 0], at, scale_smem.index(slot * PARTS + t))
+
+
+@gluon.jit
+def _consume(
+    buffers, barriers, place, results, w: gl.constexpr, TILES: gl.constexpr, BLOCK_M: gl.constexpr, TYPE: gl.constexpr,
+    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the block's rows."""
+    x_smem, code_smem, scale_smem = buffers
+    full, empty = barriers
+    tile_n, first_m, first, steps, column_tiles = place
+    STAGES: gl.constexpr = x_smem.shape[0]
+    PARTS: gl.constexpr = CONSUMERS * TILES
+    OWN: gl.constexpr = w * TILES
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    mbarrier.wait(full.index(0), 0)
+    pairs = _decode(code_smem.index(OWN), scale_smem.index(OWN), WORD)
+    sum_a = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
+    sum_b = sum_a
+    # two products in turn, each from registers of its own: while one runs, the operand of the other is decoded
+    for j in range(0, steps, 3 - TILES):
+        slot = j % STAGES
+        a = _operand(pairs, TYPE, LAYOUT)
+        sum_a = warpgroup_mma(a, x_smem.index(slot).permute((1, 0)), sum_a, is_async=True)
+        other_slot, part = slot, slot * PARTS + OWN + 1
+        if TILES == 1:
+            other_slot = (j + 1) % STAGES
+            part = other_slot * PARTS + OWN
+            mbarrier.wait(full.index(other_slot), (j + 1) // STAGES & 1)
+        b = _operand(_decode(code_smem.index(part), scale_smem.index(part), WORD), TYPE, LAYOUT)
+        x = x_smem.index(other_slot).permute((1, 0))
+        if TILES == 1:
+            sum_a = warpgroup_mma(b, x, sum_a, is_async=True)
+            sum_a, a = warpgroup_mma_wait(1, [sum_a, a])
+            mbarrier.arrive(empty.index(slot))
+        else:
+            sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
+            sum_a, sum_b, a = warpgroup_mma_wait(1, [sum_a, sum_b, a])
+        following = gl.minimum(j + 3 - TILES, steps - 1)  # after the last step, that step again
+        next_slot = following % STAGES
+        mbarrier.wait(full.index(next_slot), following // STAGES & 1)
+        part = next_slot * PARTS + OWN
+        pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+        # the assembler wants all products of a round done before its end
+        if TILES == 1:
+            sum_a, b, pairs = warpgroup_mma_wait(0, [sum_a, b, pairs])
+        else:
+            sum_a, sum_b, b, pairs = warpgroup_mma_wait(0, [sum_a, sum_b, b, pairs])
+        mbarrier.arrive(empty.index(other_slot))
+    tile = tile_n * PARTS + OWN
+    _finish(sum_a, tile, first_m, results, BIAS, SPLIT)
+    if TILES == 2:
+        _finish(sum_b, tile + 1, first_m, results, BIAS, SPLIT)
+
+
+@gluon.jit
+def _finish(total, tile, first_m, results, BIAS: gl.constexpr, SPLIT: gl.constexpr):
+    """Store a tile; SPLIT: store its sums, and who comes last adds those of all splits in order."""
+    row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n = results
+    LAYOUT: gl.constexpr = total.type.layout
+    rows_n = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    rows_m = first_m + gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
+    keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
+    at = rows_m[None, :] * n + rows_n[:, None]
+    last = True
+    if SPLIT:
+        # whole tiles, one after another: [split, tile of x, tile of the weight, 64, BLOCK_M]
+        splits = gl.num_programs(1)
+        tiles = gl.cdiv(n, 64)
+        place = gl.program_id(2) * tiles + tile
+        SIZE: gl.constexpr = 64 * total.shape[1]
+        own = partial_ptr + place.to(gl.int64) * SIZE
+        step = (gl.num_programs(2) * tiles).to(gl.int64) * SIZE
+        within = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None] * total.shape[1]
+        within = within + gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
+        last = False
+        if tile < tiles:
+            gl.store(own + gl.program_id(1) * step + within, total)
+            gl.thread_barrier()
+            last = gl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == splits - 1
+        if last:
+            total = gl.zeros_like(total)
+            for part in range(splits):
+                total += gl.load(own + part * step + within, cache_modifier=".cg")
+            gl.store(arrived_ptr + place, 0)
+    if last:
+        scale = gl.load(row_scale_ptr + rows_n, mask=rows_n < n, other=0.0) * 256.0
+        total = total * scale[:, None]
+        if BIAS:
+            total += gl.load(bias_ptr + rows_n, mask=rows_n < n, other=0.0).to(gl.float32)[:, None]
+        gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@gluon.jit(do_not_specialize=["m", "steps_each", "k_tiles"])
+def fp4_wide_kernel(
+    x_desc, code_desc, scale_desc, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n, k_tiles,
+    column_tiles, steps_each, TILES: gl.constexpr, STAGES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr,
+    BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """``out = x @ weight.T * row_scale + bias``.
+
+    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
+    ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``.
+    Program ``(rows of the weight, split of k, rows of x)`` takes ``steps_each`` steps of 64 columns.
+    """
+    PARTS: gl.constexpr = CONSUMERS * TILES
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
+    code_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 2, 256], code_desc.layout)
+    words: gl.constexpr = scale_desc.block_type.shape[1]
+    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 1, words], scale_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    first = gl.program_id(1) * steps_each
+    steps = gl.minimum(steps_each, k_tiles - first)
+    place = (gl.program_id(0), gl.program_id(2) * BLOCK_M, first, steps, column_tiles)
+    results = (row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n)
+    buffers = (x_smem, code_smem, scale_smem)
+    barriers = (full, empty)
+    gl.warp_specialize(
+        [
+            (_consume, (buffers, barriers, place, results, 0, TILES, BLOCK_M, TYPE, WORD, BIAS, SPLIT)),
+            (_consume, (buffers, barriers, place, results, 1, TILES, BLOCK_M, TYPE, WORD, BIAS, SPLIT)),
+            (_produce, ((x_desc, code_desc, scale_desc), buffers, barriers, place, TILES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
