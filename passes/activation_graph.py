@@ -69,11 +69,11 @@ class JointGraph:
 
     @cached_property
     def results(self) -> set[fx.Node]:
-        """Forward operators whose value leaves the graph, directly or as the base of a view."""
-        found = {node for node in self._output_nodes() if node is not None and node in self.forward}
-        for node in reversed(self.forward):
-            if node in found and self.is_view(node):
-                found.update(source for source in node.all_input_nodes if source in self.forward)
+        """Operators whose value leaves the graph, directly or as the base of a view."""
+        found = {node for node in self._output_nodes() if node is not None}
+        for node in reversed(self.graph.nodes):
+            if node in found and node.op == "call_function" and self.is_view(node):
+                found.update(node.all_input_nodes)
         return found
 
     @cached_property

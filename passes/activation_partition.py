@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
@@ -11,10 +11,12 @@ from vbcompile.passes import activation_graph, activation_offload, activation_pl
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
 from vbcompile.passes.activation_rates import measured_rates
-from vbcompile.passes.pipeline import PassContext
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_activations import ActivationPlan
 from vbcompile.vgpu_plan import PlanError
+
+if TYPE_CHECKING:
+    from vbcompile.passes.pipeline import PassContext
 
 MODULES = (activation_graph, activation_offload, activation_plan, recompute)
 """What a partition depends on, for the compile cache's key."""
@@ -69,7 +71,7 @@ class ActivationPartitioner:
             return compat.partition(joint, inputs, **options)
         planner = StepPlanner(graph, self._rates, self._limits)
         plan = planner.plan()
-        fates = dict(zip(planner.planned, plan.fates, strict=False))
+        fates = dict(zip(planner.planned, plan.fates, strict=True))
         again = {node for node, fate in fates.items() if fate.choice == "recompute"}
         recompute.mark(graph, dict.fromkeys(node for node in planner.saved if node not in again))
         trips = {
@@ -112,7 +114,7 @@ class ActivationPartitioner:
         )
 
 
-def partitioner_for(context: PassContext, report: GraphReport) -> ActivationPartitioner | None:
+def partitioner_for(context: "PassContext", report: GraphReport) -> ActivationPartitioner | None:
     """The partitioner for a graph that is trained in a mode that saves memory; None for all others.
 
     Nothing is gained by moving tensors from main memory to main memory: on the CPU they are only recomputed, unless

@@ -1,9 +1,9 @@
 """From a joint graph to the planner's terms and back: which saved tensor is kept, recomputed or offloaded, and when."""
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch.fx as fx
 
@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 _DEEPEST = 2
 _SMALLEST_SHARE = 1000
 _SMALLEST_MOVED = 2**20
-_TRIES = 9
+_TRIES = 8
+_FINE = 50
 
 
 @dataclass(frozen=True)
@@ -184,22 +185,25 @@ class StepPlanner:
         return found
 
     @cached_property
-    def _others(self) -> list[Activation]:
-        """What else takes memory: gradients as they are made, and what passes from operator to operator."""
+    def _reserved(self) -> list[int]:
+        """What else takes memory during each operator: gradients as they are made, and what passes between them."""
         index, leaders, _ = self._timeline
         planned, last = set(self.planned), len(leaders) - 1
-        found = []
+        change = [0] * (len(leaders) + 1)
         for node in index:
             if node in planned or self.joint.is_view(node) or not node_bytes(node):
                 continue
             if self._is_light(node) and all(u in index and self._is_light(u) for u in node.users):
                 continue  # fused into what reads it
             uses = [index[u] for u in self._all_readers(node, index)]
-            end = last if node in self.joint.gradients or node in self.joint.results else max(uses, default=index[node])
-            begin = index[node]
-            if begin < end:
-                found.append(Activation(node.name, node_bytes(node), begin, begin, begin + 1, end, can_offload=False))
-        return found
+            end = last if node in self.joint.results else max(uses, default=index[node])
+            change[index[node]] += node_bytes(node)
+            change[end + 1] -= node_bytes(node)
+        for node in self.joint.backward:
+            if node.op == "placeholder" and leaders:  # gradients of the results
+                change[min(self.first_backward, last)] += node_bytes(node)
+                change[max((index[u] for u in self._all_readers(node, index)), default=last) + 1] -= node_bytes(node)
+        return list(accumulate(change[:-1]))
 
     def _all_readers(self, node: fx.Node, index: dict[fx.Node, int]) -> list[fx.Node]:
         found, stack = [], [node]
@@ -219,19 +223,18 @@ class StepPlanner:
         return sum(node_bytes(n) for n in inputs if n not in self.joint.backward)
 
     def plan(self) -> ActivationPlan:
-        """The fates of :attr:`planned`, in their order, followed by what cannot be chosen.
+        """The fates of :attr:`planned`, in their order.
 
         Raises:
             PlanError: the budget cannot be kept.
         """
         late: set[fx.Node] = set()
         while True:
-            activations = [*(self._activation(n, late) for n in self.planned), *self._others]
-            found = self._search(activations)
+            found = self._search([self._activation(n, late) for n in self.planned])
             end = self.first_backward
             overdue = {
                 n
-                for n, fate in zip(self.planned, found.fates, strict=False)
+                for n, fate in zip(self.planned, found.fates, strict=True)
                 if fate.choice == "offload" and fate.free_before > end
             }
             if not overdue:
@@ -240,21 +243,26 @@ class StepPlanner:
 
     def _search(self, activations: list[Activation]) -> ActivationPlan:
         operators = [Operator(n.name, t) for n, t in zip(self._timeline[1], self._timeline[2], strict=True)]
-        tier, limits = self.rates.tier, self.limits
+        tier, limits, resident = self.rates.tier, self.limits, self.resident_bytes
+        reserved = [resident + size for size in self._reserved]
+
+        def solve(budget: int) -> ActivationPlan:
+            return plan_activations(operators, activations, budget, tier, reserved=reserved)
+
         if limits.budget is not None:
-            return plan_activations(operators, activations, max(limits.budget - self.resident_bytes, 0), tier)
+            return solve(limits.budget)
         try:
-            plan_activations(operators, activations, 0, tier)
+            least = solve(0).peak_bytes
         except PlanError as error:
             least = error.minimum_budget or 0
-        else:
-            least = 0
-        best = plan_activations(operators, activations, 2**62, tier)
+        best = solve(2**62)
         allowed = best.kept_step_ns * (1 + limits.slowdown)
         low, high = least, best.kept_peak_bytes
         for _ in range(_TRIES):
+            if high - low <= high // _FINE:
+                break
             middle = (low + high) // 2
-            found = plan_activations(operators, activations, middle, tier)
+            found = solve(middle)
             if found.step_ns <= allowed:
                 best, high = found, middle
             else:
@@ -280,8 +288,3 @@ def operations(node: fx.Node) -> int:
     if any(part in name for part in ("mm", "linear")):
         return 2 * size * int(inputs[-2].shape[-1])
     return 0
-
-
-def with_budget(limits: Limits, budget: int | None) -> Limits:
-    """The same limits with another budget."""
-    return dataclasses.replace(limits, budget=budget)

@@ -79,7 +79,7 @@ class ActivationPlan:
     """Fates in the order of the activations given.
 
     Attributes:
-        peak_bytes: Most bytes of these activations that are on the device at one operator.
+        peak_bytes: Most bytes of these activations, and reserved, that are on the device at one operator.
         kept_peak_bytes: The same if all were kept.
         step_ns: Time of the step on the simulated clock.
         kept_step_ns: Time of the step if all were kept.
@@ -112,6 +112,7 @@ def plan_activations(
     budget: int,
     tier: Tier,
     weights: Plan | None = None,
+    reserved: Sequence[int] = (),
 ) -> ActivationPlan:
     """Choose fates with the least time among those whose peak keeps within the budget.
 
@@ -123,11 +124,13 @@ def plan_activations(
         budget: Bytes of device memory for them.
         tier: Where offloaded ones go; its capacity holds.
         weights: Weights that are streamed in the same step: what they leave of the link and of the tier is used.
+        reserved: Bytes within the budget that other things take during each operator; empty: none.
 
     Raises:
         PlanError: even with everything away whenever it is not in use, the peak is over the budget; it names the
             smallest budget that works.
-        ValueError: an activation's position is beyond the operators, or the budget is negative.
+        ValueError: an activation's position is beyond the operators, the budget is negative, or ``reserved`` does not
+            have one number for each operator.
     """
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
         raise ValueError(f"the budget must be a number of bytes of at least 0, not {budget!r}")
@@ -137,7 +140,11 @@ def plan_activations(
                 f"activation {activation.name!r} is used by operator {activation.last_backward}, "
                 f"and there are {len(operators)}"
             )
-    problem = _Problem(tuple(operators), tuple(activations), budget, _left_over(tier, weights), weights)
+    if reserved and len(reserved) != len(operators):
+        raise ValueError(f"{len(reserved)} reserved sizes for {len(operators)} operators")
+    problem = _Problem(
+        tuple(operators), tuple(activations), budget, _left_over(tier, weights), weights, tuple(reserved)
+    )
     kept = problem.evaluate(("keep",) * len(activations))
     if kept.fits:
         return problem.finish(kept, kept)
@@ -173,7 +180,9 @@ class _Problem:
         budget: int,
         tier: Tier | None,
         weights: Plan | None,
+        reserved: tuple[int, ...] = (),
     ) -> None:
+        self.reserved = reserved or (0,) * len(operators)
         self.operators, self.activations, self.budget, self.tier = operators, activations, budget, tier
         self.extra_ns = weights.prediction.stall_ns if weights is not None else 0
         self.write_ns = [0 if tier is None else tier.write_ns(a.nbytes) for a in activations]
@@ -273,7 +282,8 @@ class _Problem:
             if fate.choice == "offload":
                 there[activation.produced] += activation.nbytes
                 there[activation.last_backward + 1] -= activation.nbytes
-        return list(accumulate(here[:-1])), list(accumulate(there[:-1]))
+        live = [used + size for used, size in zip(accumulate(here[:-1]), self.reserved, strict=True)]
+        return live, list(accumulate(there[:-1]))
 
     def _step_ns(self, ways: Sequence[str], fates: Sequence[Fate]) -> int:
         """Compute queue, a queue to the host in order of production, a queue back in order of need."""

@@ -1,0 +1,298 @@
+"""Moving activations to host memory: the operators, the memory they use, their order, and training through them."""
+
+import gc
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vbcompile import compat, runtime_activations
+from vbcompile.backend import add_listener, remove_listener
+from vbcompile.passes.activation_offload import Trip, insert_trips
+from vbcompile.runtime_activation_memory import HostMemory
+from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
+
+OPS = torch.ops.vblackwell
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    monkeypatch.setattr(runtime_activations, "_traffic", {})
+
+
+@pytest.fixture
+def reports():
+    found = []
+    add_listener(found.append)
+    yield found
+    remove_listener(found.append)
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """A slow device with copy queues of its own in the CPU's place; it proves the order of copies."""
+    device = SimulatedDevice(rates={"d2h": LinkRate(2e8, 1e-4), "h2d": LinkRate(2e8, 1e-4)})
+
+    def open_(where):
+        traffic = runtime_activations._Traffic(where, HostMemory(where), device)
+        traffic.away, traffic.back = device.queue("d2h"), device.queue("h2d")
+        return traffic
+
+    monkeypatch.setattr(runtime_activations, "_open", open_)
+    yield device
+    device.close()
+
+
+def there_and_back(source):
+    host = OPS.activation_offload(source)
+    OPS.activation_departed(host, source)
+    restored = OPS.activation_reload(host, source.device)
+    OPS.activation_arrived(restored, host)
+    return restored
+
+
+LAYOUTS = {
+    "plain": lambda: torch.randn(5, 7),
+    "transposed": lambda: torch.randn(4, 6, 8).transpose(0, 2),
+    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "with holes": lambda: torch.randn(8, 9)[:, ::2],
+    "expanded": lambda: torch.randn(8, 1).expand(8, 5),
+    "scalar": lambda: torch.randn(()),
+    "bool": lambda: torch.rand(33) > 0.5,
+    "bfloat16": lambda: torch.randn(3, 1, 5).bfloat16(),
+    "int64": lambda: torch.arange(17),
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_values_return_as_they_left(make):
+    source = make()
+    restored = there_and_back(source)
+    assert torch.equal(restored, source) and restored.dtype == source.dtype
+    if compat.is_dense(source):
+        assert restored.stride() == source.stride()
+
+
+def test_operators_describe_themselves_to_the_compiler():
+    source = torch.randn(4, 6).t()
+    host = OPS.activation_offload(source)
+    for op, args in (
+        (OPS.activation_offload.default, (source,)),
+        (OPS.activation_reload.default, (host, CPU)),
+        (OPS.activation_departed.default, (host, source)),
+        (OPS.activation_arrived.default, (source, host)),
+    ):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_memory_comes_back_when_the_last_tensor_on_it_is_gone():
+    source = torch.randn(1000)
+    host = OPS.activation_offload(source)
+    view = host[10:20]
+    address = host.data_ptr()
+    del host
+    gc.collect()
+    other = OPS.activation_offload(source)
+    assert other.data_ptr() != address, "a view still reads this memory"
+    assert torch.equal(view, source[10:20])
+    del view
+    gc.collect()
+    assert OPS.activation_offload(source).data_ptr() == address
+    assert runtime_activations.statistics("cpu").host_bytes == 8192
+
+
+def test_host_memory_is_whole_pages_and_bounded():
+    memory = HostMemory(CPU)
+    tensors = [memory.take(5000 + 4096 * i)[1] for i in range(4)]
+    assert memory.total_bytes == sum(8192 + 4096 * i for i in range(4)) and memory.free_bytes == 0
+    del tensors
+    gc.collect()
+    assert memory.free_bytes == memory.total_bytes
+    memory.trim(keep=9000)
+    assert memory.total_bytes <= 9000
+    memory.trim()
+    assert memory.total_bytes == memory.free_bytes == 0
+
+
+def test_memory_that_cannot_be_pinned_is_named_once(monkeypatch, caplog):
+    monkeypatch.setattr(compat, "register_host_memory", lambda *_: "cudaError: 2")
+    memory = HostMemory(torch.device("cuda", 0))
+    with caplog.at_level(logging.WARNING):
+        held = [memory.take(100)[1] for _ in range(2)]
+    assert len(held) == 2 and len(caplog.records) == 1
+    assert "host memory could not be pinned (cudaError: 2" in caplog.text and "ulimit -l" in caplog.text
+
+
+def test_copies_are_ordered_on_a_device_with_queues(simulated):
+    """The simulated device raises where a copy is not ordered behind what it depends on."""
+    for _ in range(3):
+        sources = [torch.randn(2000) for _ in range(4)]
+        expected = [s.clone() for s in sources]
+        hosts = [OPS.activation_offload(s) for s in sources]
+        for host, source in zip(hosts, sources, strict=True):
+            OPS.activation_departed(host, source)
+            source.fill_(torch.nan)  # the computation may reuse the memory now
+        restored = [OPS.activation_reload(host, CPU) for host in reversed(hosts)]
+        for host, back in zip(reversed(hosts), restored, strict=True):
+            OPS.activation_arrived(back, host)
+        assert all(torch.equal(r, e) for r, e in zip(restored, reversed(expected), strict=True))
+        del hosts, host
+    moved = runtime_activations.statistics("cpu")
+    assert moved.offloads == moved.reloads == 12 and moved.offloaded == 12 * 8000
+    assert moved.host_bytes <= 9 * 8192, "buffers are used again"
+
+
+def test_memory_of_a_step_that_broke_off_is_let_go(simulated):
+    """Between offload and departed the source is held; afterwards nobody waits, and the next step lets it go."""
+    traffic = runtime_activations._traffic_of(CPU)
+    source = torch.randn(500)
+    host = OPS.activation_offload(source)
+    pending = traffic.departures[host.data_ptr()]
+    assert pending[1] is not None
+    pending[0].synchronize()
+    OPS.activation_departed(OPS.activation_offload(source), source)
+    assert traffic.departures[host.data_ptr()][1] is None
+
+
+# ------------------------------------------------------------------------------------------- whole steps
+class Feed(nn.Module):
+    """Residual feed-forward blocks."""
+
+    def __init__(self, width=64, blocks=4, dropout=0.0):
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(blocks))
+        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(blocks))
+        self.dropout = dropout
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + F.dropout(down(F.gelu(up(x))), self.dropout, self.training)
+        return x
+
+
+ROWS = 2048  # 2 MiB for each wide activation: enough to be moved
+
+
+def compiled(model, downstream="aot_eager", dynamic=None):
+    """Everything that may be moved is: recomputing is off, and time does not matter."""
+    options = {"mode": "memory", "recompute": False, "offload": True, "slowdown": 1.0, "mixed_precision": False}
+    options |= {"strict": True, "downstream": downstream}
+    return torch.compile(model, backend="vblackwell", dynamic=dynamic, options=options)
+
+
+def gradients(function, model, x):
+    model.zero_grad()
+    function(x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_gradients_are_bit_equal_and_bytes_moved(reports, simulated):
+    model, x = Feed(), torch.randn(ROWS, 64)
+    expected = gradients(torch.compile(model, backend="aot_eager"), model, x)
+    found = gradients(compiled(model), model, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    chosen = [d for d in reports[-1].decisions if d.pass_name == "activation_offload"]
+    moved = runtime_activations.statistics("cpu")
+    assert chosen and all(d.action == "rewritten" and "moved to host memory" in d.reason for d in chosen)
+    assert moved.offloaded == moved.reloaded == sum(d.details["bytes"] for d in chosen)
+    assert reports[-1].training and not reports[-1].failures
+
+
+def test_backward_twice_late_or_never():
+    model, x = Feed(blocks=2), torch.randn(ROWS, 64)
+    expected = gradients(model, model, x)
+    function = compiled(model)
+    function(x)  # its backward never runs
+    model.zero_grad()
+    loss = function(x).square().mean()
+    function(2 * x).sum()  # another forward in between
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close([p.grad / 2 for p in model.parameters()], expected)
+
+
+def test_two_models_interleaved():
+    models = [Feed(blocks=2), Feed(blocks=3)]
+    x = torch.randn(ROWS, 64)
+    expected = [gradients(torch.compile(m, backend="aot_eager"), m, x) for m in models]
+    functions = [compiled(m) for m in models]
+    for _ in range(2):
+        for m in models:
+            m.zero_grad()
+        losses = [f(x).square().mean() for f in functions]
+        for loss in losses:
+            loss.backward()
+        for m, wanted in zip(models, expected, strict=True):
+            assert all(torch.equal(p.grad, g) for p, g in zip(m.parameters(), wanted, strict=True))
+
+
+def test_a_backward_that_raises_midway_leaves_nothing_behind():
+    model, x = Feed(blocks=2), torch.randn(ROWS, 64)
+    expected = gradients(torch.compile(model, backend="aot_eager"), model, x)
+    function = compiled(model)
+    original = runtime_activations._reload
+
+    def fails(host, device):
+        raise RuntimeError("the link is down")
+
+    implementation = torch.library.Library("vblackwell", "IMPL")
+    loss = function(x).square().mean()
+    try:
+        implementation.impl("activation_reload", fails, "CPU")  # goes before the one for all devices
+        with pytest.raises(RuntimeError, match="the link is down"):
+            loss.backward()
+    finally:
+        implementation._destroy()
+    del loss
+    gc.collect()
+    assert original is runtime_activations._reload
+    traffic = runtime_activations._traffic_of(CPU)
+    assert traffic.memory.free_bytes == traffic.memory.total_bytes > 0
+    assert all(torch.equal(a, b) for a, b in zip(gradients(function, model, x), expected, strict=True))
+
+
+def test_dynamic_rows():
+    model = Feed(blocks=2)
+    function = compiled(model, dynamic=True)
+    for rows in (ROWS, ROWS + 512, 100):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(gradients(function, model, x), gradients(model, model, x))
+    assert runtime_activations.statistics("cpu").offloads > 0
+
+
+def test_inductor_keeps_the_order():
+    """Each copy is queued right behind its tensor, waited for further on, and fetched before it is read."""
+    from torch._inductor.utils import run_and_get_code
+
+    model, x = Feed(blocks=3), torch.randn(ROWS, 64)
+    function = compiled(model, downstream="inductor")
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        found, (forward, backward) = run_and_get_code(gradients, function, model, x)
+    torch.testing.assert_close(found, gradients(model, model, x))
+    body = forward.split("def call(")[1]
+    away, gone = body.find("activation_offload.default("), body.find("activation_departed.default(")
+    assert 0 < away < gone and "extern_kernels" in body[away:gone], "computation goes on while the copy runs"
+    body = backward.split("def call(")[1]
+    begin, there = body.find("activation_reload.default("), body.find("activation_arrived.default(")
+    assert 0 < begin < there
+    assert runtime_activations.statistics("cpu").reloads > 0
+
+
+def test_what_leaves_the_graph_stays():
+    """A saved tensor that is also a result, and one that the backward does not read, are not moved."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    a, b = (graph.call_function(torch.ops.aten.neg.default, (x,)) for _ in range(2))
+    graph.output((a, a, b))
+    back = torch.fx.Graph()
+    saved = [back.placeholder(n.name) for n in (a, b)]
+    back.output((saved[0],))
+    for node in (x, a, b, *saved):
+        node.meta["val"] = torch.empty(4)
+    modules = [torch.fx.GraphModule({}, g) for g in (graph, back)]
+    assert insert_trips(*modules, 1, {n.name: Trip(None, None) for n in (a, b)}) == []
