@@ -5,6 +5,7 @@ compiled as one piece and nothing is streamed.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ class StreamedGraph:
             ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], rates)
             operators.append((_title(segment), ns, payloads))
         fixed = {self.weights[node]: reason for node, reason in self.cutting.fixed.items()}
-        return Part(operators, fixed, frozenset(rows), reserve(self.graph, self.weights), self.rebuild)
+        return Part(operators, fixed, frozenset(rows), reserve(self.graph, self.weights), weakref.ref(self))
 
     def rebuild(self, plan: Plan, start: int) -> None:
         """The plan has changed: the next call runs by the new one."""

@@ -58,10 +58,10 @@ class Checkpoint:
             CheckpointError: it is not there, or has another shape.
             StorageError: its bytes cannot be read.
         """
-        from vbcompile.handles_payload import read_file
+        from vbcompile.runtime_disk import read_bytes
 
         found = self._find(name, like)
-        return read_file(found.source).view(_DTYPES[found.dtype]).view(found.shape).to(like.dtype)
+        return read_bytes(found.source).view(_DTYPES[found.dtype]).view(found.shape).to(like.dtype)
 
     def _find(self, name: str, like: Tensor) -> FileTensor:
         found = self._tensors.get(name)

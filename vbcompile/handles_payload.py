@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vbcompile.runtime_disk import read_bytes
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_sources import DiskBytes, HostBytes, Source
 
@@ -98,7 +99,7 @@ class Payload:
     def load(self) -> Tensor:
         """The bytes, wherever they are: uint8, one dimension; a copy only where they come from a file."""
         if isinstance(self.source, DiskBytes):
-            return read_file(self.source)
+            return read_bytes(self.source)
         return self.source.memory
 
     def fetch(self) -> Tensor:
@@ -167,25 +168,6 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
 def own_storage(memory: Tensor) -> Tensor:
     """The same bytes under a storage of their own, so that tensors of one slab do not look tied to each other."""
     return torch.from_numpy(memory.numpy())
-
-
-def read_file(source: DiskBytes) -> Tensor:
-    """The bytes of a stretch of a file.
-
-    Raises:
-        StorageError: they are not there, or not what was written.
-    """
-    from vbcompile.runtime_disk import OpenFiles
-    from vbcompile.runtime_read import verify_checksums
-
-    memory = torch.empty(source.nbytes, dtype=torch.uint8)
-    files = OpenFiles(direct=False)
-    try:
-        files.read(source, source.offset, memory, source.nbytes)
-    finally:
-        files.close()
-    verify_checksums(source, memory)
-    return memory
 
 
 def _place_of(source: Any) -> str:

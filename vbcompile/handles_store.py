@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ _LIBRARIES = 96 << 20  # bytes: workspaces of vendors' libraries on an accelerat
 _SLOWEST_MEMORY = 600 * 10**9  # bytes per second assumed for operators of graphs that were not compiled yet
 
 
+class Planned(Protocol):
+    """A compiled graph that runs by a plan."""
+
+    def rebuild(self, plan: Plan, start: int) -> None:
+        """The plan has changed."""
+        ...
+
+
 @dataclass
 class Part:
     """What a compiled graph asks of the plan.
@@ -40,14 +48,15 @@ class Part:
         fixed: Payloads that have to be resident, each with the reason.
         rows: Payloads that only embeddings read: they are read on the host where they are not resident.
         reserve: Device memory beside offloaded weights at its peak, in bytes.
-        rebuild: Called with the plan and the index of the part's first operator whenever these have changed.
+        graph: The compiled graph, as long as it exists; told the plan, and the index of its first operator, whenever
+            these have changed.
     """
 
     operators: Sequence[tuple[str, int, tuple[Payload, ...]]]
     fixed: dict[Payload, str]
     rows: frozenset[Payload]
     reserve: int
-    rebuild: Callable[[Plan, int], None] = field(repr=False)
+    graph: "weakref.ref[Planned]" = field(repr=False)
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -150,33 +159,28 @@ class WeightStore:
             PlanError: nothing works within the budget.
         """
         with self._lock:
+            alive = [n for n, old in enumerate(self._parts) if old.graph() is not None]
+            self._parts, self._starts = [self._parts[n] for n in alive], [self._starts[n] for n in alive]
             known = next((n for n, old in enumerate(self._parts) if self._covers(old, part)), None)
             if known is not None and self.plan is not None:
                 self._parts.append(part)
                 self._starts.append(self._starts[known])
-                part.rebuild(self.plan, self._starts[known])
+                _tell(part, self.plan, self._starts[known])
                 return self.plan
-            parts, starts = [*self._parts, part], self._starts
+            parts = [*self._parts, part]
             plan, order, starts = self._planned(parts)
             self.stop()
             self._parts, self._starts, self._order = parts, starts, order
             self._index = {payload.number: index for index, payload in enumerate(order)}
             self.plan = plan
             for each, start in zip(parts, starts, strict=True):
-                each.rebuild(plan, start)
+                _tell(each, plan, start)
             log.info("offload: %s", plan.summary())
             return plan
 
     def index_of(self, payload: Payload) -> int:
         """Index of a payload in the plan."""
         return self._index[payload.number]
-
-    def remove_part(self, part: Part) -> None:
-        """Forget a graph whose compile failed."""
-        with self._lock:
-            if part in self._parts:
-                at = self._parts.index(part)
-                del self._parts[at], self._starts[at]
 
     def _covers(self, old: Part, new: Part) -> bool:
         """Whether the plan serves a new graph where it serves an old one."""
@@ -342,6 +346,12 @@ class WeightStore:
             return {"key": self.key, "device": str(self.device), "budget": self.budget, "streamer": current} | _placed(
                 self
             )
+
+
+def _tell(part: Part, plan: Plan, start: int) -> None:
+    graph = part.graph()
+    if graph is not None:
+        graph.rebuild(plan, start)
 
 
 def _view(payload: Payload, memory: Tensor) -> Any:
