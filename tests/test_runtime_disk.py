@@ -1,10 +1,10 @@
 """Weights on disk: what files say, reads of every alignment, shards, and each way in which storage fails."""
 
-import atexit
 import errno
 import json
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from vbcompile.runtime_disk import BLOCK, OpenFiles, StorageError, disk_bytes, read_bytes, safetensors_contents
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_read import PIECE, Destination, DiskReader
-from vbcompile.runtime_shards import CHECKSUM_BYTES, write_shard
+from vbcompile.runtime_shards import CHECKSUM_BYTES, Shard
 from vbcompile.runtime_simulated import RaceError, SimulatedDevice
 from vbcompile.vgpu_plan import staged
 
@@ -242,19 +242,20 @@ def test_a_missing_safetensors_file(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- shards
 def shard_of(folder, sizes=(5000, 0, CHECKSUM_BYTES + 3, 8)):
     data = dict(zip("abcd", random_bytes(sizes), strict=True))
-    return write_shard(folder, {name: tensor.numel() for name, tensor in data.items()}, data.__getitem__), data
+    return Shard(folder, {name: tensor.numel() for name, tensor in data.items()}, data.__getitem__), data
 
 
 def test_a_shard_holds_what_was_written(tmp_path, reader):
-    sources, data = shard_of(tmp_path / "new" / "folder")
+    shard, data = shard_of(tmp_path / "new" / "folder")
+    sources = shard.sources
     for name, tensor in data.items():
         if tensor.numel():
             assert torch.equal(read(reader, sources[name]), tensor)
         assert torch.equal(read_bytes(sources[name]), tensor)
     (file,) = (tmp_path / "new" / "folder").iterdir()
     assert sources["a"].offset % BLOCK == 0 and file.suffix == ".safetensors"
-    with safe_open(file, "pt") as shard:  # others can read it
-        assert all(torch.equal(shard.get_tensor(name), tensor) for name, tensor in data.items())
+    with safe_open(file, "pt") as opened:  # others can read it
+        assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in data.items())
 
 
 def damage(file, offset):
@@ -268,23 +269,23 @@ def damage(file, offset):
 
 
 def test_a_flipped_bit_is_found_at_the_first_read(tmp_path, reader):
-    sources, data = shard_of(tmp_path)
-    source = sources["c"]
+    shard, data = shard_of(tmp_path)
+    source = shard.sources["c"]
     damage(source.file, source.offset + CHECKSUM_BYTES + 1)
     with pytest.raises(StorageError, match="checksum mismatch") as caught:
         read(reader, source)
     assert caught.value.offset == source.offset + CHECKSUM_BYTES and caught.value.wanted != caught.value.got
     with pytest.raises(StorageError, match="checksum mismatch"):
         read_bytes(source)
-    assert torch.equal(read(reader, sources["a"]), data["a"])
+    assert torch.equal(read(reader, shard.sources["a"]), data["a"])
 
 
 def test_checksums_are_verified_once(tmp_path, reader, monkeypatch):
-    sources, _ = shard_of(tmp_path)
+    shard, _ = shard_of(tmp_path)
     calls = []
     monkeypatch.setattr("vbcompile.runtime_read.verify_checksums", lambda *what: calls.append(what))
     for _ in range(3):
-        read(reader, sources["a"])
+        read(reader, shard.sources["a"])
     assert len(calls) == 1
 
 
@@ -294,24 +295,24 @@ def test_a_full_disk_is_found_before_any_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StorageError, match="No space left"):
-        write_shard(tmp_path, {"a": 10}, lambda _: pytest.fail("work was begun"))
+        Shard(tmp_path, {"a": 10}, lambda _: pytest.fail("work was begun"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(StorageError, match="no room") as caught:
-        write_shard(tmp_path, {"a": 10**13}, lambda _: pytest.fail("work was begun"))
+        Shard(tmp_path, {"a": 10**13}, lambda _: pytest.fail("work was begun"))
     assert caught.value.wanted > 10**13 > caught.value.got and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"exists|directory"):
-        write_shard(tmp_path / "file", {"a": 1}, lambda _: torch.zeros(1, dtype=torch.uint8))
+        Shard(tmp_path / "file", {"a": 1}, lambda _: torch.zeros(1, dtype=torch.uint8))
 
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(StorageError, match="Permission denied"):
-        write_shard(tmp_path, {"a": 1}, lambda _: torch.zeros(1, dtype=torch.uint8))
+        Shard(tmp_path, {"a": 1}, lambda _: torch.zeros(1, dtype=torch.uint8))
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
@@ -321,9 +322,9 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
         return torch.zeros(10, dtype=torch.uint8)
 
     with pytest.raises(KeyboardInterrupt):
-        write_shard(tmp_path, {"a": 10, "b": 10}, load)
+        Shard(tmp_path, {"a": 10, "b": 10}, load)
     with pytest.raises(ValueError, match="announced"):
-        write_shard(tmp_path, {"a": 11}, load)
+        Shard(tmp_path, {"a": 11}, load)
     assert not list(tmp_path.iterdir())
 
 
@@ -331,36 +332,38 @@ def in_a_child(work):
     """Exit code of a forked process that runs ``work`` and then what Python runs at exit."""
     child = os.fork()
     if child == 0:
-        atexit._clear()
+        weakref.finalize._registry.clear()  # the parent's own
         try:
             work()
-            atexit._run_exitfuncs()
+            weakref.finalize._exitfunc()
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path):
-    assert in_a_child(lambda: write_shard(tmp_path, {"a": 10}, lambda _: os._exit(9))) == 9
+    assert in_a_child(lambda: Shard(tmp_path, {"a": 10}, lambda _: os._exit(9))) == 9
     assert [file.suffix for file in tmp_path.iterdir()] == [".partial"]
-    sources, _ = shard_of(tmp_path)
-    assert list(tmp_path.iterdir()) == [sources["a"].file]
+    shard, _ = shard_of(tmp_path)
+    assert list(tmp_path.iterdir()) == [shard.sources["a"].file]
 
 
 def test_a_run_removes_its_shards_at_its_end(tmp_path):
     seen = []
-    in_a_child(lambda: seen.append(shard_of(tmp_path)))
+    in_a_child(lambda: seen.append(shard_of(tmp_path)))  # alive until the end
     assert not list(tmp_path.iterdir())
-    sources, data = shard_of(tmp_path)
-    in_a_child(lambda: None)  # a forked child ends: the file is still its parent's
-    assert torch.equal(read_bytes(sources["a"]), data["a"])
+    shard, data = shard_of(tmp_path)
+    in_a_child(shard._finalizer)  # a forked child ends: the file is still its parent's
+    assert torch.equal(read_bytes(shard.sources["a"]), data["a"])
+    del shard
+    assert not list(tmp_path.iterdir())
 
 
 def test_live_processes_keep_their_shards(tmp_path):
     first, data = shard_of(tmp_path)
     second, _ = shard_of(tmp_path)
-    assert first["a"].file != second["a"].file
-    assert torch.equal(read_bytes(first["a"]), data["a"])
+    assert first.sources["a"].file != second.sources["a"].file
+    assert torch.equal(read_bytes(first.sources["a"]), data["a"])
 
 
 def test_open_files_are_closed(file):

@@ -5,7 +5,6 @@ under another name and renamed when it is complete, and no later run looks for i
 is never trusted, only removed.
 """
 
-import atexit
 import contextlib
 import itertools
 import json
@@ -13,8 +12,9 @@ import logging
 import os
 import shutil
 import socket
+import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -34,10 +34,8 @@ _PREFIX = "vbcompile"
 _numbers = itertools.count()
 
 
-def write_shard(
-    folder: str | os.PathLike[str], sizes: Mapping[str, int], load: Callable[[str], Tensor]
-) -> dict[str, DiskBytes]:
-    """Write tensors to a new file, which is removed when this process ends.
+class Shard:
+    """A new file that holds tensors, removed when this object is dropped or the process ends.
 
     Space for the whole file is reserved before ``load`` is called for the first time. One tensor at a time is held.
 
@@ -46,34 +44,35 @@ def write_shard(
         sizes: Bytes of each tensor.
         load: Gives a tensor by name: contiguous, on any device, of as many bytes.
 
-    Returns:
-        Where each tensor's bytes are, with their checksums.
+    Attributes:
+        sources: Where each tensor's bytes are, with their checksums.
 
     Raises:
         StorageError: the folder cannot be written to, or the disk has no room. Nothing is left behind.
         ValueError: a tensor has not the size that was announced.
     """
-    place = Path(folder)
-    with _storage_errors(place):
-        place.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(place)
-    name = f"{_PREFIX}-{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.safetensors"
-    partial, final = place / f"{name}.partial", place / name
-    try:
-        with _storage_errors(partial):
-            begin, checksums = _write(partial, sizes, load)
-            partial.rename(final)
-            _sync_folder(place)
-            identity = file_identity(final.stat())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _remove_at_exit(final)
-    found, offset = {}, begin
-    for key, nbytes in sizes.items():
-        found[key] = DiskBytes(final, offset, nbytes, identity, tuple(checksums[key]), CHECKSUM_BYTES)
-        offset += nbytes
-    return found
+
+    def __init__(self, folder: str | os.PathLike[str], sizes: Mapping[str, int], load: Callable[[str], Tensor]) -> None:
+        place = Path(folder)
+        with _storage_errors(place):
+            place.mkdir(parents=True, exist_ok=True)
+            _remove_orphans(place)
+        name = f"{_PREFIX}-{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.safetensors"
+        partial, final = place / f"{name}.partial", place / name
+        try:
+            with _storage_errors(partial):
+                begin, checksums = _write(partial, sizes, load)
+                partial.rename(final)
+                _sync_folder(place)
+                identity = file_identity(final.stat())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        self._finalizer = weakref.finalize(self, _remove, final, os.getpid())
+        self.sources: dict[str, DiskBytes] = {}
+        for key, nbytes in sizes.items():
+            self.sources[key] = DiskBytes(final, begin, nbytes, identity, tuple(checksums[key]), CHECKSUM_BYTES)
+            begin += nbytes
 
 
 def _write(file: Path, sizes: Mapping[str, int], load: Callable[[str], Tensor]) -> tuple[int, dict[str, list[int]]]:
@@ -144,7 +143,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(file: Path):  # type: ignore[no-untyped-def]
+def _storage_errors(file: Path) -> Iterator[None]:
+    """Errors of the operating system as :class:`StorageError`."""
     try:
         yield
     except OSError as error:
@@ -153,14 +153,9 @@ def _storage_errors(file: Path):  # type: ignore[no-untyped-def]
         raise StorageError(file, 0, "to write", "an error", error.strerror or str(error)) from error
 
 
-def _remove_at_exit(file: Path) -> None:
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # not in a forked child, whose parent still reads it
-            file.unlink(missing_ok=True)
-
-    atexit.register(remove)
+def _remove(file: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child, whose parent still reads it
+        file.unlink(missing_ok=True)
 
 
 def _remove_orphans(folder: Path) -> None:
