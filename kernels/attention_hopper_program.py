@@ -22,6 +22,12 @@ from vbcompile.kernels.score_triton import (
 )
 
 MAX_LENGTH = 1 << 21  # positions, their sums and differences are exact in float32
+_WEIGHTS: Final = {  # instructions of the machine, roughly
+    **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "tanh", "to_int"), 2),
+    **dict.fromkeys(("sigmoid", "div", "floordiv", "mod"), 4),
+    **dict.fromkeys(("log1p", "sin", "cos", "pow"), 12),
+}
+_MOST_WEIGHT: Final = 24
 _CONTEXT: Final = "score, i, j, fi, fj, rows, tile, lead, q_length, k_length, captured, strides"
 _LOADED: Final = "i, i_ok, lead, captured, strides"
 
@@ -58,9 +64,29 @@ def refuses(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> s
         return "more than one captured tensor has rows and columns"
     if any(_reads_tile(function, patterns, p) for p in (function.sink,)):
         return "the sink reads a tensor with columns"
+    weight = sum(_WEIGHTS.get(function.program[p][0], 1) for p in _per_element(function, patterns))
+    if weight > _MOST_WEIGHT:
+        return "the score function takes more registers than its threads have"
     if any(pattern.wide for pattern in patterns):
         return "a captured tensor needs 64-bit offsets of columns"
     return None
+
+
+def _per_element(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> set[int]:
+    """Instructions of the logits that are computed for every element."""
+    found: set[int] = set()
+
+    def visit(position: int) -> bool:
+        name, *arguments = function.program[position]
+        if name in LEAVES:
+            return name in ("score", "k_index") or (name == "captured" and patterns[arguments[0]].column)
+        varies = sum(map(visit, arguments)) > 0
+        if varies:
+            found.add(position)
+        return varies
+
+    visit(function.score)
+    return found
 
 
 def _tiles(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> list[int]:
