@@ -181,6 +181,7 @@ class Packer:
         return _Form(bundle, linear.k, linear.layout, error, payload.version)
 
     def _packed(self, payload: Payload, transposed: bool, layout: str) -> tuple[LinearWeight, float]:
+        self.store.stop()  # resident weights and the ring leave room for the work on this one
         with torch.inference_mode(False), torch.no_grad():
             weight = payload.fetch()
             weight = weight.t().contiguous() if transposed else weight
