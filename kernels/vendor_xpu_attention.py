@@ -28,13 +28,9 @@ def _refuses(target: Target, case: AttentionCase | None) -> str | None:
         return None
     if case.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {case.dtype}"
-    if reason := _refuses_features(case.q[-1]):
-        return reason
-    if not case.contiguous_rows:
-        return "the last axis is not contiguous"
     if len(case.q) == 5 and case.q[2] > 1 and case.k[2] == 1:
         return "does not document shared heads of keys"
-    return refuses_common(case) or refuses_structure(case)
+    return refuses_structure(case) or refuses_common(case) or _refuses_features(case.q[-1])
 
 
 def _refuses_features(features: int) -> str | None:
