@@ -49,6 +49,7 @@ class HostMemory:
         self.use = HostUse()
         self._device, self._slab = device, slab_bytes
         self._warned = False
+        self._registers = device.type in ("cuda", "cpu")
 
     def allocate(self, sizes: Sequence[int], *, alignment: int = 256) -> list[Tensor]:
         """Memory for several tensors; each stays alive as long as any tensor of its slab does.
@@ -70,12 +71,15 @@ class HostMemory:
         limit = self._slab
         start = 0
         while start < len(sizes):
-            end = _next_slab(sizes, start, alignment, limit)
+            room = limit if self._registers else _power_of_two(sizes[start:], alignment, limit)
+            end = _next_slab(sizes, start, alignment, room)
             total = sum(padded(size, alignment) for size in sizes[start:end])
             slab, refused = self._pinned(total)
             if slab is None and limit > _SMALLEST_SLAB and end - start > 1:
                 limit = max(min(limit, total) // 4, _SMALLEST_SLAB)
                 continue
+            if slab is None and total > _available():
+                raise MemoryError(f"{total} bytes of HOST memory are not to be had. Limits: {describe_limits()}")
             if slab is None:
                 self._warn(sum(padded(size, alignment) for size in sizes), sum(t.numel() for t in found), refused)
                 slab = _mapped(total)
@@ -90,11 +94,13 @@ class HostMemory:
         if not nbytes or self._device.type == "cpu":
             self.use.pinned += nbytes
             return _mapped(nbytes), ""
+        if nbytes > _available():  # pinning takes the pages at once, and the system would end the process
+            return None, "not as much is available"
         try:
-            slab = _registered(nbytes, self._device) if self._device.type == "cuda" else _vendors(nbytes)
+            slab = _registered(nbytes, self._device) if self._registers else _vendors(nbytes)
         except (RuntimeError, MemoryError) as error:
             return None, str(error).strip().partition("\n")[0]
-        self.use.pinned += slab.numel()
+        self.use.pinned += slab.untyped_storage().nbytes()
         return slab[:nbytes], ""
 
     def _warn(self, wanted: int, pinned: int, refused: str) -> None:
@@ -148,8 +154,8 @@ def _registered(nbytes: int, device: torch.device) -> Tensor:
 
 
 def _vendors(nbytes: int) -> Tensor:
-    """PyTorch's allocator of the other vendors; it rounds up to a power of two."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    """PyTorch's allocator of the other vendors; what it would round up to is asked for, so that it shows."""
+    return torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8, pin_memory=True)
 
 
 def _next_slab(sizes: Sequence[int], start: int, alignment: int, limit: int) -> int:
@@ -161,12 +167,26 @@ def _next_slab(sizes: Sequence[int], start: int, alignment: int, limit: int) -> 
     return end
 
 
+def _power_of_two(sizes: Sequence[int], alignment: int, limit: int) -> int:
+    """Size of the next slab where the allocator rounds up to powers of two: one that these tensors fill."""
+    total, first = sum(padded(size, alignment) for size in sizes), padded(sizes[0], alignment)
+    largest = 1 << (max(min(total, limit), 1).bit_length() - 1)
+    return largest if first <= largest else 1 << (first - 1).bit_length()
+
+
 def _cut(slab: Tensor, sizes: Sequence[int], alignment: int) -> list[Tensor]:
     found, offset = [], 0
     for size in sizes:
         found.append(slab[offset : offset + size])
         offset += padded(size, alignment)
     return found
+
+
+def _available() -> int:
+    """Bytes of main memory that this process may still take, its container's limit included."""
+    from vbcompile.device import DeviceBackend
+
+    return DeviceBackend("cpu").mem_get_info()[0]
 
 
 def describe_limits() -> str:
