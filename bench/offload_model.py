@@ -122,7 +122,7 @@ def run(model: nn.Module, tokens: Tensor, mode: str, steps: int) -> tuple[dict[s
         "compile_seconds": compile_seconds,
         "host_ms": host * 1e3,
         "operators": len(plan.sweep.operators),
-        "streamer": store.statistics()["streamer"],
+        "counters": store.counters(),
     }
     return row, logits
 

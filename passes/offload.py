@@ -50,6 +50,8 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     (store,) = stores.values()
     if not isinstance(store, WeightStore):
         return [Decision(PASS_NAME, "graph", "left", "weights that belong to no offloaded model: each use copies them")]
+    if context.config.budget is not None:
+        store.budget = context.config.budget
     streamed = StreamedGraph(gm, weights, store, context)
     context.around.append(streamed.around)
     return streamed.decisions()

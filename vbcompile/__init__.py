@@ -38,6 +38,7 @@ _HOME = {
     ),
     "handles": ("OffloadedTensor",),
     "handles_model": ("materialize", "offload"),
+    "handles_statistics": ("stats",),
     "global_switch": (
         "disable",
         "enable",

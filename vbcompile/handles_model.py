@@ -96,7 +96,7 @@ def offload(
         _take_over(large, on_disk, _Origin(found, places), store, advance)
     for module in {id(module): module for site in large for module, _ in site.owners}.values():
         _hooks[module] = module.register_state_dict_post_hook(_plain_state)
-    log.info("offload: %d tensors, %s", len(large), store.statistics()["masters"])
+    log.info("offload: %d tensors, %s", len(large), store.masters())
     return model
 
 

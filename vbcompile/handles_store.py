@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _MARGIN = (1, 8)  # of the memory beside weights: the allocator's fragments
 _LIBRARIES = 96 << 20  # bytes: workspaces of vendors' libraries on an accelerator
+_SUMMED = ("steps", "abandoned", "streamed_bytes", "hits", "misses", "wasted_bytes", "detour_bytes", "fetched_bytes")
 _SLOWEST_MEMORY = 600 * 10**9  # bytes per second assumed for operators of graphs that were not compiled yet
 
 
@@ -339,13 +340,21 @@ class WeightStore:
             self._views.clear()
             self._resident_views.clear()
 
-    def statistics(self) -> dict[str, Any]:
-        """Where the weights are and what has been moved, ready for JSON."""
+    def counters(self) -> dict[str, Any]:
+        """What the runtime has counted since the weights were offloaded; step times are those of the current plan."""
         with self._lock:
-            current = self._streamer.statistics() if self._streamer is not None else {}
-            return {"key": self.key, "device": str(self.device), "budget": self.budget, "streamer": current} | _placed(
-                self
-            )
+            runs = [*self._past, *([self._streamer.statistics()] if self._streamer is not None else [])]
+        found: dict[str, Any] = dict(runs[-1]) if runs else {}
+        for name in _SUMMED:
+            found[name] = sum(run.get(name) or 0 for run in runs)
+        return found
+
+    def masters(self) -> dict[str, int]:
+        """Bytes of masters by place."""
+        places: dict[str, int] = {}
+        for payload in self.payloads.values():
+            places[payload.place] = places.get(payload.place, 0) + payload.nbytes
+        return places
 
 
 def _tell(part: Part, plan: Plan, start: int) -> None:
@@ -356,13 +365,6 @@ def _tell(part: Part, plan: Plan, start: int) -> None:
 
 def _view(payload: Payload, memory: Tensor) -> Any:
     return payload.split(memory) if isinstance(payload, Bundle) else payload.shaped(memory)
-
-
-def _placed(store: WeightStore) -> dict[str, Any]:
-    places: dict[str, int] = {}
-    for payload in store.payloads.values():
-        places[payload.place] = places.get(payload.place, 0) + payload.nbytes
-    return {"masters": places, "plan": store.plan.summary() if store.plan is not None else None}
 
 
 _numbers = itertools.count()
