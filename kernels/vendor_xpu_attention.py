@@ -8,10 +8,10 @@ import torch
 
 from vbcompile.compat import has_kernel
 from vbcompile.device import Target
+from vbcompile.kernels import vendor_operators
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_sdpa import fused_backward, fused_forward, refuses_common, refuses_structure
 from vbcompile.kernels.registry import Implementation, operator
-from vbcompile.kernels.vendor_operators import FALLBACK, is_present
 
 NAME = "xpu_flash"
 _FEATURES = (64, 96, 128, 192)
@@ -22,8 +22,8 @@ _OPERATORS = ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_pr
 def _refuses(target: Target, case: AttentionCase | None) -> str | None:
     if target.vendor != "intel":
         return "runs on Intel GPUs"
-    if is_present("xpu") and not all(has_kernel(name, "XPU") for name in _OPERATORS):
-        return f"PyTorch's flash attention for XPU needs torch 2.13 or later (found {torch.__version__}); {FALLBACK}"
+    if vendor_operators.is_present("xpu") and not all(has_kernel(name, "XPU") for name in _OPERATORS):
+        return f"PyTorch's flash attention for XPU needs torch 2.13 or later (found {torch.__version__}); {vendor_operators.FALLBACK}"
     if case is None:
         return None
     if case.dtype not in (torch.float16, torch.bfloat16):
