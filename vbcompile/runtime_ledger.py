@@ -35,6 +35,8 @@ class Ledger:
 
     def _range(self, begin: int, end: int) -> tuple[int, int]:
         """Indices of the stretches that share a byte with these."""
+        if end <= begin:
+            return 0, 0
         first = bisect_right(self._stretches, begin, key=lambda stretch: stretch.end)
         last = first
         while last < len(self._stretches) and self._stretches[last].begin < end:
