@@ -139,7 +139,7 @@ def product(
         rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial,
         arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
         BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
-        STAGES=config.stages, num_warps=config.warps, **_decoding(target, format_name, layout, x.dtype),
+        STAGES=config.stages, num_warps=config.warps, **decoding(target, format_name, layout, x.dtype),
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
@@ -157,12 +157,12 @@ def dequantize(
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     fp4_dequantize_kernel[(-(-n // TILE), column_tiles // 2)](
         codes.view(torch.int32), block_scales, row_scale, out, n, k, column_tiles, COLUMNS=2, num_warps=8,
-        SCALED=dtype != torch.float8_e4m3fn, **_decoding(get_target(codes.device), format_name, layout, dtype),
+        SCALED=dtype != torch.float8_e4m3fn, **decoding(get_target(codes.device), format_name, layout, dtype),
     )  # fmt: skip
     return out
 
 
-def _decoding(target: Target, format_name: str, layout: str, dtype: torch.dtype) -> dict[str, Any]:
+def decoding(target: Target, format_name: str, layout: str, dtype: torch.dtype) -> dict[str, Any]:
     capability = target.compute_capability
     asm = 0
     if layout.endswith("t") and capability is not None:

@@ -86,7 +86,7 @@ def _consume(
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the block's rows."""
     x_smem, code_smem, scale_smem = buffers
     full, empty = barriers
-    tile_n, first_m, first, steps, column_tiles = place
+    tile_n, first_m, _, steps, _ = place
     STAGES: gl.constexpr = x_smem.shape[0]
     PARTS: gl.constexpr = CONSUMERS * TILES
     OWN: gl.constexpr = w * TILES

@@ -35,6 +35,7 @@ MODULES = {
     "attention_backward": _ATTENTION,
     "fp4_linear": _FP4_LINEAR,
     "fp4_linear_backward": _FP4_LINEAR,
+    "fp4_grouped_linear": ("vbcompile.kernels.fp4_grouped",),
 }
 
 

@@ -44,7 +44,7 @@ def product_launch(arch: str, m: int, dtype: torch.dtype, format_name: str = "nv
     options = {
         "BLOCK_M": config.block_m, "ROWS": config.rows, "COLUMNS": config.columns, "SPLIT": config.splits > 1,
         "BIAS": True, "STAGES": config.stages, "num_warps": config.warps,
-        **fp4_linear_triton._decoding(device, format_name, layout, dtype),
+        **fp4_linear_triton.decoding(device, format_name, layout, dtype),
     }  # fmt: skip
     return Launch(fp4_product_kernel, arguments, options)
 
@@ -69,7 +69,7 @@ def test_dequantization_compiles_without_spills(arch):
     layout = fp4_linear_triton.preferred_layout(device)
     codes, scales = torch.empty(16, dtype=torch.int32), torch.empty(16, dtype=torch.uint8)
     arguments = (codes, scales, torch.empty(16), out, N, K, K // 64)
-    options = fp4_linear_triton._decoding(device, "nvfp4", layout, torch.bfloat16)
+    options = fp4_linear_triton.decoding(device, "nvfp4", layout, torch.bfloat16)
     launch = Launch(fp4_dequantize_kernel, arguments, {"COLUMNS": 2, "num_warps": 8, "SCALED": True, **options})
     assert compile_launch(launch, arch).spills == 0
 
