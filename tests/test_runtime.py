@@ -25,6 +25,8 @@ from vbcompile.runtime_disk import StorageError
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
 from vbcompile.runtime_sources import DiskBytes, HostBytes
+from vbcompile.runtime_statistics import table
+from vbcompile.vgpu import create_vgpu_stack
 from vbcompile.vgpu_plan import Tier
 from vbcompile.vgpu_planner import plan_weights
 
@@ -221,6 +223,20 @@ def test_stores_reach_the_host_and_later_copies(device, unit):
             assert isinstance(source, HostBytes) and torch.equal(source.memory, tensor)
 
 
+@pytest.mark.parametrize("nbytes", [4096, 3 * MIB])
+def test_a_resident_weight_that_is_written_in_place_is_stored_as_it_was(device, nbytes):
+    plan = plan_weights(sweep_of([nbytes, 100]), 10**9, (HOST,))
+    data = random_bytes([nbytes, 100])
+    with Streamer(plan, sources_of(plan, data, device.device), device) as streamer:
+        view = streamer.view(0)
+        for value in range(5):
+            view.fill_(value)
+            streamer.store(0, view)
+        view.fill_(99)
+        streamer.finish_stores()
+        assert bool((streamer.sources[0].memory == 4).all()) and bool((streamer.view(0) == 99).all())
+
+
 def test_stores_that_make_no_sense(device, unit, tmp_path):
     streamer, _ = streamer_of(device, [9 * unit] * 8, 30 * unit, (small_host(40 * unit), DISK), tmp_path)
     on_disk = next(weight for weight, source in enumerate(streamer.sources) if isinstance(source, DiskBytes))
@@ -327,6 +343,33 @@ def test_recorded_timeline(device, unit):
     assert sum(span.lane == "compute" for span in spans) == 12
     assert found["gbps"]["h2d"] > 0 and found["stall_ns"] >= 0
     assert memory and all(sample.nbytes > 0 for sample in memory)
+
+
+def test_the_counters_of_the_stack_and_the_table(device, unit, tmp_path):
+    stack = create_vgpu_stack(
+        {
+            "levels": [
+                {"device": "cuda:0", "capacity_mb": 64},
+                {"device": "cpu", "capacity_mb": 64},
+                {"device": "ssd", "capacity_mb": 64, "path": str(tmp_path)},
+            ]
+        }
+    )
+    streamer, data = streamer_of(
+        device, [2 * unit] * 16, 9 * unit, (small_host(20 * unit), DISK), tmp_path, stack=stack, record=True
+    )
+    with streamer:
+        run_steps(streamer, data)
+        streamer.save(device.allocate(100), torch.empty(100, dtype=torch.uint8))
+        run_steps(streamer, data, 1)
+        found = streamer.statistics()
+    top, host, disk = (level.statistics for level in stack.levels)
+    assert host.bytes_out == found["links"]["h2d"]["bytes"] and disk.bytes_out == found["links"]["disk"]["bytes"]
+    assert host.transfers_in == 1 and host.bytes_in == 100 and host.bytes_out + disk.bytes_out == top.bytes_in
+    assert (top.hits, top.misses, top.evictions) == (found["hits"], 0, found["evictions"])
+    assert top.hits == 4 * len(streamer.plan.copies)
+    text = table(found)
+    assert "h2d" in text and "disk" in text and "4 steps" in text and "predicted" in text
 
 
 def test_nothing_is_recorded_unless_asked(device, unit):

@@ -19,8 +19,11 @@ from vbcompile.runtime_links import Links, bytes_of
 from vbcompile.runtime_read import DiskReader
 from vbcompile.runtime_ring import Ring
 from vbcompile.runtime_sources import DiskBytes, HostBytes, Source
-from vbcompile.runtime_statistics import MemorySample, Recorder, Span, Statistics
+from vbcompile.runtime_statistics import MemorySample, Recorder, Span, StackReport, Statistics
+from vbcompile.vgpu import VGPUStack
 from vbcompile.vgpu_plan import DEVICE, Plan, padded
+
+_SMALL = 1 << 20  # bytes that are copied on the device rather than waited for
 
 
 class Streamer:
@@ -33,6 +36,7 @@ class Streamer:
         device: The device with the ring.
         host: Where staging memory for disk reads comes from; None: made when needed.
         reader: Disk threads that may be shared between streamers; None: made when needed, and closed with this.
+        stack: Its counters are kept up to date, step by step.
         record: Keep a timeline and the memory of every step (see :meth:`timeline`); costs a few events per copy.
 
     Methods may be called from several threads (autograd runs backward passes in one of its own). The stream that is
@@ -50,6 +54,7 @@ class Streamer:
         *,
         host: HostMemory | None = None,
         reader: DiskReader | None = None,
+        stack: VGPUStack | None = None,
         record: bool = False,
     ) -> None:
         _require_match(plan, sources)
@@ -58,6 +63,7 @@ class Streamer:
         self._statistics = Statistics(plan)
         self._links = Links(self.sources, device, self._statistics, host, reader, plan.ring_bytes)
         self._recorder = Recorder(device, plan) if record else None
+        self._report = StackReport(stack) if stack is not None else None
         self._ring: Ring | None = None
         self._resident: dict[int, Tensor] = {}
         self._current: dict[int, Tensor] = {}  # weight -> its bytes on the device while in use
@@ -125,6 +131,8 @@ class Streamer:
             self._in_step = False
             self._links.forget_sent()
             self._statistics.step_end(self.device)
+            if self._report is not None:
+                self._report.update(self._statistics)
             if self._recorder is not None:
                 self._recorder.step_end()
 
@@ -218,8 +226,8 @@ class Streamer:
     def store(self, weight: int, tensor: Tensor) -> None:
         """Write a weight: where it lives, and on the device where it is resident. Later copies bring the new bytes.
 
-        The host does not wait. ``tensor`` is read in the order of the computation and may be changed or dropped by
-        whatever is queued after this; host memory holds the new bytes after :meth:`finish_stores`.
+        The host does not wait, and host memory holds the new bytes after :meth:`finish_stores`. Until then ``tensor``
+        may be dropped but not written to, unless it is the resident weight itself (:meth:`view`).
 
         Args:
             tensor: Any dtype and shape, with as many bytes as the weight, on the device.
@@ -235,13 +243,21 @@ class Streamer:
                 raise ValueError(f"weight {name!r} lives on disk, which a step does not write: keep it in host memory")
             if data.numel() != source.nbytes:
                 raise ValueError(f"weight {name!r} has {source.nbytes} bytes, not {data.numel()}")
-            if weight in self._resident:
-                self._resident[weight].copy_(data)
+            resident = self._resident.get(weight)
+            in_place = resident is not None and data.data_ptr() == resident.data_ptr()
+            if resident is not None and not in_place:
+                resident.copy_(data)
+            elif in_place and data.numel() <= _SMALL:
+                data = data.clone()  # the computation may write to it again before the copy is done
             readers = self._ring.forget(weight) if self._ring is not None else []
             self._links.store(weight, data, readers)
+            if in_place and data.numel() > _SMALL:
+                self.device.wait(None, self._links.stored(weight))
 
     def save(self, tensor: Tensor, target: Tensor) -> Any:
         """Copy a tensor (a gradient, an activation) from the device into host memory, beside the computation.
+
+        Until the returned event is over the tensor may be dropped but not written to.
 
         Args:
             target: Contiguous host memory with as many bytes; pinned, or the host waits.
@@ -259,8 +275,8 @@ class Streamer:
     def finish_stores(self) -> None:
         """Block until all :meth:`store` and :meth:`save` calls so far have reached their memory."""
         with self._lock:
-            leaving = self._links.leaving()
-        for event in leaving:
+            events = self._links.last_sent()
+        for event in events:
             self.device.join(event)
         with self._lock:
             self._links.forget_sent()

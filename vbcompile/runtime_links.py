@@ -47,6 +47,7 @@ class Links:
         self._most_leaving = max(most_leaving, _MOST_LEAVING)
         self._queues: dict[str, CopyQueue] = {}
         self._leaving: list[_Leaving] = []
+        self._last_sent: dict[str, Any] = {}
         self._stored: dict[int, Any] = {}
 
     @property
@@ -103,14 +104,14 @@ class Links:
             self._device.wait(queue, event)
         self._device.copy(queue, target.memory, data)
         self._statistics.count(queue.name, data.nbytes)
-        event = self._device.record(queue)
+        event = self._last_sent[queue.name] = self._device.record(queue)
         self._leaving.append(_Leaving(event, data))
         self._bound_leaving()
         return event
 
-    def leaving(self) -> list[Any]:
-        """Events behind the copies that may still be under way out of the device."""
-        return [entry.event for entry in self._leaving]
+    def last_sent(self) -> list[Any]:
+        """For each queue out of the device, the event behind its last copy."""
+        return list(self._last_sent.values())
 
     def forget_sent(self) -> None:
         """Let go of the memory of what has arrived."""
@@ -126,6 +127,7 @@ class Links:
         if self._reader is not None and self._own_reader:
             self._reader.close()
         self._leaving.clear()
+        self._last_sent.clear()
         self._stored.clear()
 
     def _bound_leaving(self) -> None:

@@ -88,6 +88,7 @@ class Ring:
                 slot.detour = self._device.allocate(slot.memory.nbytes)
                 self._links.load(self._plan.copies[copy].weight, slot.detour)
                 self._statistics.detour_bytes += slot.detour.nbytes
+                self._statistics.streamed_bytes += slot.detour.nbytes
             slot.in_use = True
         return slot.memory if slot.detour is None else slot.detour
 
@@ -137,6 +138,7 @@ class Ring:
         self._ledger.claim(begin, end, index)
         slot.filled, slot.used, slot.request = True, False, None
         self._statistics.count(slot.queue.name, copy.nbytes)
+        self._statistics.streamed_bytes += copy.nbytes
         source = self._sources[copy.weight]
         if isinstance(source, DiskBytes):
             self._take_from_disk(index, after)

@@ -3,14 +3,19 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vbcompile.runtime_device import CopyQueue, MemoryDevice
+from vbcompile.vgpu import VGPUStack
 from vbcompile.vgpu_plan import Plan
 
 _KEPT_STEPS = 64
+_COUNTERS = (
+    *("steps", "abandoned", "streamed_bytes", "hits", "misses", "late", "evictions"),
+    *("wasted_bytes", "detour_bytes", "fetched_bytes", "host_wait_ns"),
+)
 
 
 class Span(NamedTuple):
@@ -52,7 +57,8 @@ class Statistics:
     """Counters since the start.
 
     Attributes:
-        links: By name of the link: ``h2d``, ``d2h``, ``disk``, or a neighbouring card.
+        links: By name of the link: ``h2d``, ``d2h``, ``disk``, ``cuda:1``, ``to cuda:1``.
+        streamed_bytes: Copied into the ring, or on a detour around it.
         hits: Waits that found their copy under way or done.
         misses: Waits that had to begin it.
         late: Waits whose copy was not done yet when the host queued them.
@@ -66,6 +72,7 @@ class Statistics:
 
     plan: Plan
     links: dict[str, LinkCount] = field(default_factory=dict)
+    streamed_bytes: int = 0
     hits: int = 0
     misses: int = 0
     late: int = 0
@@ -87,11 +94,11 @@ class Statistics:
         found.nbytes += nbytes
 
     def step_begin(self, device: MemoryDevice) -> None:
-        self._begin, self._before = device.record(timing=True), self._streamed()
+        self._begin, self._before = device.record(timing=True), self.streamed_bytes
 
     def step_end(self, device: MemoryDevice) -> None:
         if self._begin is not None:
-            self._open.append(_Step(self._begin, device.record(timing=True), self._streamed() - self._before))
+            self._open.append(_Step(self._begin, device.record(timing=True), self.streamed_bytes - self._before))
         self.steps += 1
         self._begin = None
         self._harvest(device)
@@ -110,7 +117,6 @@ class Statistics:
         measured = min((ns for ns, _ in self._times), default=None)
         found = {
             "links": {name: {"copies": link.copies, "bytes": link.nbytes} for name, link in self.links.items()},
-            "streamed_bytes": self._streamed(),
             "streamed_bytes_per_step": self._times[-1][1] if self._times else None,
             "planned_bytes_per_step": self.plan.streamed_bytes,
             "resident_bytes": self.plan.resident_bytes,
@@ -119,12 +125,8 @@ class Statistics:
             "step_ns": measured,
             "predicted_step_ns": self.plan.prediction.step_ns,
         }
-        names = ("steps", "abandoned", "hits", "misses", "late", "evictions", "wasted_bytes", "detour_bytes")
-        found |= {name: getattr(self, name) for name in (*names, "fetched_bytes", "host_wait_ns")}
+        found |= {name: getattr(self, name) for name in _COUNTERS}
         return found | (recorder.summary() if recorder is not None else {})
-
-    def _streamed(self) -> int:
-        return sum(link.nbytes for link in self.links.values())
 
     def _harvest(self, device: MemoryDevice) -> None:
         while self._open and device.is_over(self._open[0].end):
@@ -133,12 +135,62 @@ class Statistics:
         del self._times[:-_KEPT_STEPS]
 
 
+def table(found: Mapping[str, Any]) -> str:
+    """The counters of :meth:`Statistics.to_dict` as lines of text: one per link, then steps and uses."""
+    rates = found.get("gbps", {})
+    lines = [f"{'link':<10} {'copies':>9} {'GB':>10}  GB/s while busy (last recorded step)"]
+    for name, link in sorted(found["links"].items()):
+        rate = f"{rates[name]:.1f}" if name in rates else "-"
+        lines.append(f"{name:<10} {link['copies']:>9} {link['bytes'] / 1e9:>10.3f}  {rate}")
+    step = "none yet" if found["step_ns"] is None else f"{found['step_ns'] / 1e6:.2f} ms"
+    lines.append(f"step: {step} measured, {found['predicted_step_ns'] / 1e6:.2f} ms predicted; {found['steps']} steps")
+    stall = f", computation waited {found['stall_ns'] / 1e6:.2f} ms in the last recorded step" if rates else ""
+    lines.append(f"host waited {found['host_wait_ns'] / 1e6:.2f} ms for reads from disk{stall}")
+    lines.append(
+        f"uses: {found['hits']} prefetched, {found['misses']} not, {found['late']} not there yet when queued; "
+        f"{found['evictions']} evictions"
+    )
+    extra = {name: found[f"{name}_bytes"] for name in ("wasted", "detour", "fetched") if found[f"{name}_bytes"]}
+    if extra:
+        lines.append("; ".join(f"{name} {nbytes / 1e6:.1f} MB" for name, nbytes in extra.items()))
+    lines.append(f"device memory at its peak: {found['peak_bytes'] / 1e9:.3f} GB")
+    return "\n".join(lines)
+
+
 class _Mark(NamedTuple):
     lane: str
     name: str
     begin: Any
     end: Any
     nbytes: int
+
+
+class StackReport:
+    """Keeps the counters of a :class:`vbcompile.vgpu.VGPUStack` in step with a streamer's."""
+
+    def __init__(self, stack: VGPUStack) -> None:
+        self._stack = stack
+        self._seen: Counter[str] = Counter()
+
+    def update(self, statistics: Statistics) -> None:
+        """Count what has happened since the last call."""
+        for name, link in statistics.links.items():
+            level = self._level(name.removeprefix("to "))
+            copies, nbytes = self._since(f"{name} copies", link.copies), self._since(f"{name} bytes", link.nbytes)
+            if level is not None and copies:
+                ends = (0, level) if name == "d2h" or name.startswith("to ") else (level, 0)
+                self._stack.record_transfer(*ends, nbytes, count=copies)
+        hits, misses = self._since("hits", statistics.hits), self._since("misses", statistics.misses)
+        self._stack.record_use(0, hits, misses)
+        self._stack.record_eviction(0, self._since("evictions", statistics.evictions))
+
+    def _level(self, link: str) -> int | None:
+        kind = {"h2d": "host", "d2h": "host", "disk": "disk"}.get(link)
+        return next((lv.number for lv in self._stack.levels[1:] if lv.kind == kind or lv.device == link), None)
+
+    def _since(self, name: str, value: int) -> int:
+        before, self._seen[name] = self._seen[name], value
+        return value - before
 
 
 class Recorder:

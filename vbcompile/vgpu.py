@@ -186,13 +186,15 @@ class VGPUStack:
             self.levels[level].statistics.hits += hits
             self.levels[level].statistics.misses += misses
 
-    def record_transfer(self, source: int, target: int, nbytes: int, busy_ns: int = 0, stall_ns: int = 0) -> None:
-        """Count one transfer; its time belongs to the link of the farther level, a wait for it to level 0."""
+    def record_transfer(
+        self, source: int, target: int, nbytes: int, busy_ns: int = 0, stall_ns: int = 0, count: int = 1
+    ) -> None:
+        """Count transfers; their time belongs to the link of the farther level, a wait for them to level 0."""
         with self._lock:
             origin, goal = self.levels[source].statistics, self.levels[target].statistics
-            origin.transfers_out += 1
+            origin.transfers_out += count
             origin.bytes_out += nbytes
-            goal.transfers_in += 1
+            goal.transfers_in += count
             goal.bytes_in += nbytes
             self.levels[max(source, target)].statistics.busy_ns += busy_ns
             self.levels[0].statistics.stall_ns += stall_ns
