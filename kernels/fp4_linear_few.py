@@ -10,6 +10,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS = 32
@@ -50,7 +51,9 @@ def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str)
 
 @functools.lru_cache(maxsize=256)
 def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
-    """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``."""
+    """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
+    if (tuned := tuned_config(target, "triton_few", n, k, m)) is not None:
+        return FewConfig(*tuned)
     blocks = -(-n // 64)
     return FewConfig(4 if m > 16 or blocks >= 4 * (target.multiprocessors or 128) else 1, 4, 2)
 

@@ -2,17 +2,18 @@
 
 Costs are in units of the time of that product for the same shape, so a cost above 1 means slower than the unpacked
 weight. They are estimates for a device with about 260 bfloat16 operations a byte of memory traffic, as data-centre
-accelerators have; see ``bench/results/fp4_linear.json`` for measured ones.
+accelerators have; shapes that were measured (:mod:`vbcompile.kernels.fp4_tuning`) cost what was measured.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels import fp4_linear_few, fp4_linear_fp8, fp4_linear_triton
+from vbcompile.kernels import fp4_linear_few, fp4_linear_fp8, fp4_linear_hopper, fp4_linear_triton, fp4_tuning
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.registry import Implementation, operator
@@ -21,6 +22,7 @@ from vbcompile.kernels.triton_target import refuses_triton
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
 _FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.3
+_HOPPER_SHARE = 0.75
 _FP8_SHARE = 0.8  # of twice the rate of bfloat16
 
 
@@ -44,6 +46,32 @@ def _few_cost(target: Target, case: Fp4LinearCase) -> float:
     stored = bits_per_weight(case.format_name) / 8
     ours = max(stored / _FEW_MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _FEW_COMPUTE_SHARE)
     return ours / _dense(case.m, 2)
+
+
+def _hopper_cost(target: Target, case: Fp4LinearCase) -> float:
+    stored = bits_per_weight(case.format_name) / 8
+    ours = max(stored / _MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _HOPPER_SHARE)
+    return ours / _dense(case.m, 2)
+
+
+def _measured_or(name: str, estimate: Callable[[Target, Fp4LinearCase], float]) -> Callable[..., float]:
+    """The cost from the tables of measured times where they have the shape, else the estimate."""
+
+    def cost(target: Target, case: Fp4LinearCase) -> float:
+        measured = None
+        if case.dtype in (torch.float16, torch.bfloat16):
+            measured = fp4_tuning.relative_cost(target, name, case.format_name, case.n, case.k, case.m)
+        return estimate(target, case) if measured is None else measured
+
+    return cost
+
+
+def _refuses_hopper(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := _refuses_target(target):
+        return reason
+    if case is None:
+        return None if target.arch == "sm_90" else f"written for sm_90, this is {target.arch}"
+    return fp4_linear_hopper.refuses_wide(target, case.dtype, case.m, case.n, case.k, case.layout)
 
 
 def _refuses_few(target: Target, case: Fp4LinearCase | None) -> str | None:
@@ -120,18 +148,14 @@ def dequantize_backward(
     return grad @ fp4_linear_triton.dequantize(codes, block_scales, row_scale, k, format_name, layout, grad.dtype)
 
 
-operator("fp4_linear").register(
-    Implementation("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost),
-)
-operator("fp4_linear").register(
-    Implementation("triton", fp4_linear_triton.product, _refuses_product, _product_cost),
-)
-operator("fp4_linear").register(
-    Implementation("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost),
-)
-operator("fp4_linear").register(
-    Implementation("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost),
-)
+for _name, _run, _refuses, _cost in (
+    ("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost),
+    ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _hopper_cost),
+    ("triton", fp4_linear_triton.product, _refuses_product, _product_cost),
+    ("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost),
+    ("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost),
+):
+    operator("fp4_linear").register(Implementation(_name, _run, _refuses, _measured_or(_name, _cost)))
 operator("fp4_linear_backward").register(
     Implementation("triton_dequantize", dequantize_backward, _refuses_dequantize, _dequantize_cost),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 _CONSUMERS = 2
@@ -53,7 +54,9 @@ def refuses_wide(target: Target, dtype: torch.dtype, m: int, n: int, k: int, lay
 
 @functools.lru_cache(maxsize=256)
 def wide_config(target: Target, m: int, n: int, k: int) -> WideConfig:
-    """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``."""
+    """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
+    if (tuned := tuned_config(target, "hopper", n, k, m)) is not None:
+        return WideConfig(*tuned)
     return WideConfig(64, 2, 4, 1, 2) if m <= 64 else WideConfig(256, 1, 4, 1, 1)
 
 

@@ -1,6 +1,7 @@
 """Launches of the Triton FP4 linear kernels: what they refuse, tile shapes, workspace.
 
-Tile shapes come from a formula of (architecture, rows of x, shape of the weight): nothing is tuned at run time.
+Tile shapes come from the tables of :mod:`vbcompile.kernels.fp4_tuning`, or from a formula of (architecture, rows of x,
+shape of the weight): nothing is tuned at run time.
 """
 
 import functools
@@ -14,6 +15,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS: int = 512  # of x; beyond, decoding once and a vendor product is always faster
@@ -77,7 +79,9 @@ def refuses_product(target: Target, dtype: torch.dtype, m: int, layout: str) -> 
 # -------------------------------------------------------------------------------------------------------------- tiles
 @functools.lru_cache(maxsize=1024)
 def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
-    """The tile shape for ``x [m, k]`` and a weight ``[n, k]``; depends on m by power-of-two buckets only."""
+    """The tile shape for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula from the bucket of m."""
+    if (tuned := tuned_config(target, "triton", n, k, m)) is not None:
+        return TileConfig(*tuned)
     column_tiles = -(-k // (2 * TILE)) * 2
     hopper = _is_hopper_or_datacenter(target)
     wide_steps = column_tiles % 4 == 0 and hopper

@@ -1,4 +1,4 @@
-"""Command line: ``vbcompile demo | run | explain | plan | doctor | bench``.
+"""Command line: ``vbcompile demo | run | explain | plan | doctor | bench | tune``.
 
 Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 """
@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--html", metavar="FILE", help="write one self-contained page with the transfer timeline")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(command=_plan)
+
+    tune = commands.add_parser("tune", help="time the ways to run FP4 products of a model's shapes on this device")
+    tune.add_argument("target", nargs="?", help="FILE.py:NAME or package.module:NAME, as for explain")
+    tune.add_argument("--shape", action="append", default=[], metavar="NxK", help="a weight's rows and columns")
+    tune.add_argument("--rows", type=int, nargs="+", help="rows of x (default: powers of two up to 4096)")
+    tune.add_argument("--format", default="nvfp4", choices=["nvfp4", "mxfp4"])
+    tune.set_defaults(command=_tune)
 
     doctor = commands.add_parser(
         "doctor", help="devices, drivers, versions, kernels that can run here, and what to fix"
@@ -210,6 +217,40 @@ def _plan(arguments: argparse.Namespace) -> int:
         Path(arguments.html).write_text(html_page([], arguments.target, Movement(result.plan)), encoding="utf-8")
     print(result.to_json() if arguments.json else result)
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    """Writes the user's table of FP4 products, which goes before the shipped one."""
+    import torch
+
+    from vbcompile import tune
+    from vbcompile.kernels.fp4_tuning import user_table
+
+    shapes = [_shape(text) for text in arguments.shape]
+    if arguments.target:
+        path, _, name = arguments.target.rpartition(":")
+        if not path:
+            raise UsageError(f"tune needs FILE.py:NAME or package.module:NAME, not {arguments.target!r}")
+        with torch.device("meta"):
+            shapes += tune.shapes_of(_make(path, name)[0])
+    if not shapes:
+        raise UsageError("tune needs a model or --shape NxK")
+    try:
+        for format_name, n, k, rows, dense, times in tune.tune(shapes, arguments.rows or tune.ROWS, arguments.format):
+            best = ", ".join(f"{name} {time}" for name, (time, _) in sorted(times.items(), key=lambda item: item[1][0]))
+            print(f"{format_name} [{n}, {k}] x {rows}: {best} us; bfloat16 {dense} us", flush=True)
+    except tune.TuneError as error:
+        print(f"vbcompile: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {user_table()}")
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+        raise UsageError(f"--shape wants rows x columns of the weight, as 4096x14336, not {text!r}")
+    return int(n), int(k)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,129 @@
+"""Measured times of the FP4 product: a table shipped per architecture, and the user's own, which goes first.
+
+Nothing is measured when a model runs. ``tuned/fp4_linear.json`` holds, per architecture, the device that was measured
+and rows of ``[format, N, K, rows of x, microseconds of the bfloat16 product, {implementation: [microseconds,
+configuration or null]}]``; the user's table, written by ``vbcompile tune``, has the same form. Shapes that are in
+neither are cut up by formula.
+"""
+
+import functools
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vbcompile.device import Target
+
+log = logging.getLogger(__name__)
+_SHIPPED = "tuned/fp4_linear.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one shape, in microseconds.
+
+    Attributes:
+        dense: of the vendor's bfloat16 product with an unpacked weight.
+        times: of each implementation.
+        configs: how each implementation cuts it up, as the arguments of its configuration; None where it has none.
+    """
+
+    dense: float
+    times: dict[str, float]
+    configs: dict[str, tuple[Any, ...] | None]
+
+
+def user_table() -> Path:
+    """Where ``vbcompile tune`` writes: ``$XDG_CACHE_HOME/vbcompile/fp4_linear.json`` (``~/.cache/vbcompile``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vbcompile" / "fp4_linear.json"
+
+
+def lookup(arch: str, format_name: str, n: int, k: int, m: int) -> Measured | None:
+    """What was measured for m rows of x and a weight ``[n, k]``; a count of rows between two stands for the larger."""
+    rows = _tables().get(arch, {}).get((format_name, n, k))
+    if not rows:
+        return None
+    return rows.get(min((have for have in rows if have >= m), default=-1))
+
+
+def tuned_config(target: Target, implementation: str, n: int, k: int, m: int) -> tuple[Any, ...] | None:
+    """How an implementation is to cut up a shape, from the table of either format."""
+    for format_name in ("nvfp4", "mxfp4"):
+        measured = lookup(target.arch, format_name, n, k, m)
+        if measured is not None and measured.configs.get(implementation) is not None:
+            return measured.configs[implementation]
+    return None
+
+
+def relative_cost(target: Target, implementation: str, format_name: str, n: int, k: int, m: int) -> float | None:
+    """Measured time in units of the bfloat16 product's; infinite where others were measured and this one was not."""
+    measured = lookup(target.arch, format_name, n, k, m)
+    if measured is None:
+        return None
+    return measured.times.get(implementation, math.inf) / measured.dense
+
+
+def write_user_table(arch: str, device: str, rows: list[list[Any]]) -> Path:
+    """Put rows into the user's table, in place of those of the same shape; other architectures' stay.
+
+    Raises:
+        ValueError: there is a file of that name that is no table.
+    """
+    path = user_table()
+    content = _read(path.read_text()) if path.exists() else {}
+    new = {tuple(row[:4]) for row in rows}
+    kept = [row for row in content.get(arch, {}).get("rows", []) if tuple(row[:4]) not in new]
+    content[arch] = {"device": device, "rows": sorted(kept + rows, key=lambda row: row[:4])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    _tables.cache_clear()
+    return path
+
+
+def forget() -> None:
+    """Read the tables anew at the next question."""
+    _tables.cache_clear()
+
+
+@functools.cache
+def _tables() -> dict[str, dict[tuple[str, int, int], dict[int, Measured]]]:
+    """Architecture -> (format, N, K) -> rows of x -> times."""
+    tables: dict[str, dict[tuple[str, int, int], dict[int, Measured]]] = {}
+    _merge(tables, _read(resources.files("vbcompile.kernels").joinpath(_SHIPPED).read_text()))
+    path = user_table()
+    try:
+        _merge(tables, _read(path.read_text()))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.warning("%s is not read: %s; `vbcompile tune` writes it anew once it is deleted", path, error)
+    return tables
+
+
+def _read(text: str) -> dict[str, Any]:
+    """The content of a table. Raises ValueError where it is none."""
+    content = json.loads(text)
+    try:
+        for table in content.values():
+            for format_name, n, k, m, dense, times in table["rows"]:
+                if format_name not in ("nvfp4", "mxfp4") or min(n, k, m, dense) <= 0:
+                    raise ValueError(f"no such shape: {format_name} {n} {k} {m}")
+                [float(time) for time, _ in times.values()]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no table of times: {error!r}") from error
+    return content
+
+
+def _merge(tables: dict[str, dict[tuple[str, int, int], dict[int, Measured]]], content: dict[str, Any]) -> None:
+    for arch, table in content.items():
+        for format_name, n, k, m, dense, times in table["rows"]:
+            measured = Measured(
+                dense,
+                {name: time for name, (time, _) in times.items()},
+                {name: None if config is None else tuple(config) for name, (_, config) in times.items()},
+            )
+            tables.setdefault(arch, {}).setdefault((format_name, n, k), {})[m] = measured

@@ -1,0 +1,175 @@
+"""``vbcompile tune``: times every way to run FP4 products of given shapes on this device, for the user's table.
+
+Times are medians of CUDA-graph replays that go round copies of the weight, so that none is found in cache.
+"""
+
+import functools
+import itertools
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vbcompile.device import Target, get_target
+from vbcompile.kernels import (
+    fp4_linear_few,
+    fp4_linear_fp8,
+    fp4_linear_gpu,
+    fp4_linear_hopper,
+    fp4_linear_triton,
+    fp4_tuning,
+)
+from vbcompile.kernels.fp4 import PackedWeight
+from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_layout import LinearWeight, to_layout
+from vbcompile.kernels.fp4_linear import make_case
+from vbcompile.kernels.registry import operator
+
+log = logging.getLogger(__name__)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_CACHE_BYTES = 200e6  # more than any second-level cache holds
+_REPLAYS = 9
+
+
+class TuneError(RuntimeError):
+    """There is nothing to tune here; the message says why."""
+
+
+def microseconds(runs: Sequence[Callable[[], Any]]) -> float:
+    """Median time of one call, over replays of a CUDA graph that calls each of ``runs`` in turn."""
+    for run in runs[:2]:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(runs))
+    return statistics.median(times)
+
+
+def copies(n: int, k: int, format_name: str, count: int | None = None) -> list[LinearWeight]:
+    """Weights with random codes in memory of their own; as many as no cache holds, unless ``count`` is given."""
+    fmt = fp4_format(format_name)
+    layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
+    blocks = -(-k // fmt.block_size)
+    codes = torch.randint(0, 256, (n, blocks * fmt.block_size // 2), dtype=torch.uint8, device="cuda")
+    low, high = (40, 70) if fmt.has_tensor_scale else (118, 127)
+    scales = torch.randint(low, high, (n, blocks), dtype=torch.uint8, device="cuda")
+    packed = PackedWeight(codes, scales, torch.full((1,), 1e-3, device="cuda"), format_name, (n, k))
+    first = to_layout(packed, layout)
+    count = count or max(2, int(_CACHE_BYTES // first.nbytes))
+    rest = ([t.clone() for t in first.tensors] for _ in range(count - 1))
+    return [first, *(LinearWeight(c, b, r, k, format_name, layout) for c, b, r in rest)]
+
+
+def calls(x: Tensor, weights: list[LinearWeight], run: Callable[..., Any], **extra: Any) -> list[Callable[[], Any]]:
+    """At least eight calls that go round the weights."""
+    order = (weights * 8)[: max(len(weights), 8)]
+    return [functools.partial(run, x, *w.tensors, None, w.k, w.format_name, w.layout, **extra) for w in order]
+
+
+def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Callable[..., Tensor], Any]]:
+    """``(implementation, function, configuration or None)`` of every way worth timing."""
+    for few in _few_candidates(m):
+        yield "triton_few", fp4_linear_few.product_few, few
+    for wide in _wide_candidates(m):
+        yield "hopper", fp4_linear_hopper.product_wide, wide
+    shape = fp4_linear_triton.tile_config(target, m, n, k)
+    yield "triton", fp4_linear_triton.product, shape
+    yield "triton_dequantize", fp4_linear_gpu.dequantize_product, None
+    yield "triton_fp8", fp4_linear_fp8.product_fp8, None
+
+
+def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
+    if m <= fp4_linear_few.MOST_ROWS:
+        for strips, warps, unroll in itertools.product((1, 2, 4), (4, 8), (1, 2, 4)):
+            if strips * unroll <= 4 or m == 1:
+                yield fp4_linear_few.FewConfig(strips, warps, unroll)
+
+
+def _wide_candidates(m: int) -> Iterator[fp4_linear_hopper.WideConfig]:
+    if 16 < m <= 64:
+        for splits in (1, 2, 4):
+            yield fp4_linear_hopper.WideConfig(64, 1, 5, splits, 2)
+            yield fp4_linear_hopper.WideConfig(64, 2, 8, splits, 1)
+    elif m > 64:
+        for splits in (1, 2, 4) if m <= 512 else (1,):
+            yield fp4_linear_hopper.WideConfig(128, 2, 6, splits, 1)
+            yield fp4_linear_hopper.WideConfig(256, 1, 5, splits, 1)
+
+
+def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int]) -> Iterator[list[Any]]:
+    """Rows of the table of :mod:`vbcompile.kernels.fp4_tuning`, one a count of rows of x."""
+    weights = copies(n, k, format_name)
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    implementations = {i.name: i for i in operator("fp4_linear").implementations}
+    for m in rows:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        case = make_case(x.dtype, m, n, k, format_name, weights[0].layout, "fp8")
+        times: dict[str, list[Any]] = {}
+        for name, run, config in candidates(target, m, n, k):
+            if implementations[name].refuses(target, None) or implementations[name].refuses(target, case):
+                continue
+            extra = {} if config is None else {"config": config}
+            try:
+                time = microseconds(calls(x, weights, run, **extra))
+            except Exception as error:  # noqa: BLE001 - too much shared memory, say; logged, the others go on
+                log.warning("%s %s does not run with %d rows: %s", name, config, m, error)
+                continue
+            if name not in times or time < times[name][0]:
+                times[name] = [round(time, 2), None if config is None else astuple(config)]
+        vendor = microseconds([functools.partial(F.linear, x, w) for w in dense * 3])
+        yield [format_name, n, k, m, round(vendor, 2), times]
+
+
+def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
+    """``(N, K)`` of the linear layers of a model, each once."""
+    found = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, nn.Linear)}
+    return sorted(found)
+
+
+def check_device() -> Target:
+    """The device to tune for. Raises TuneError where none of our Triton kernels can run."""
+    if not torch.cuda.is_available():
+        raise TuneError("needs an NVIDIA or AMD GPU: there is none that PyTorch can use here (vbcompile doctor)")
+    target = get_target("cuda")
+    if fp4_linear_triton.preferred_layout(target) == "plain":
+        reason = operator("fp4_linear").choose(target, make_case(torch.bfloat16, 1, 64, 64, "nvfp4", "plain"))
+        raise TuneError(f"no Triton kernel for FP4 runs on {target.name}: {reason.explain()}")
+    return target
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]], rows: Sequence[int] = ROWS, format_name: str = "nvfp4"
+) -> Iterator[list[Any]]:
+    """Measure, and write the user's table shape by shape; yields its rows.
+
+    Raises:
+        TuneError: no device to tune for.
+        ValueError: unknown format.
+    """
+    target = check_device()
+    fp4_format(format_name)
+    fp4_linear_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
+    operator("fp4_linear").load()
+    for n, k in shapes:
+        found = []
+        for row in measure(target, format_name, n, k, rows):
+            found.append(row)
+            yield row
+        fp4_tuning.write_user_table(target.arch, target.name, found)
