@@ -78,35 +78,32 @@ def _prepared(
     return folded
 
 
-def _cast(folded: Folded, dtype: torch.dtype) -> Tensor:
+def _operand(folded: Folded, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The weight in ``dtype``, and the scale of each row that is left for the products."""
     if folded.row_scale is None:
-        return folded.weight
-    return CAST(folded.weight, None, dtype)
+        return folded.weight, None
+    weight = CAST(folded.weight, None, dtype)
+    if dtype == torch.float16:  # sums of unscaled numbers might not fit
+        return (weight * folded.row_scale.unsqueeze(1)).to(dtype), None
+    return weight, folded.row_scale  # a power of two where the checkpoint has no scale of its own: it rounds nothing
 
 
 def _product(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
     layout: str,
 ) -> Tensor:  # fmt: skip
-    folded = _prepared(codes, block_scales, row_scale, k, format_name, x.dtype)
-    if folded.row_scale is None:
-        return F.linear(x, folded.weight, None if bias is None else bias.to(x.dtype))
-    weight = _cast(folded, x.dtype)
-    if x.dtype == torch.float16:  # sums of unscaled numbers might not fit
-        return F.linear(
-            x, (weight * folded.row_scale.unsqueeze(1)).to(x.dtype), None if bias is None else bias.to(x.dtype)
-        )
-    # the scale of a row is a power of two where the checkpoint has no scale of its own: it rounds nothing
-    out = F.linear(x, weight) * folded.row_scale
+    weight, scale = _operand(_prepared(codes, block_scales, row_scale, k, format_name, x.dtype), x.dtype)
+    if scale is None:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    out = F.linear(x, weight) * scale
     return (out if bias is None else out + bias).to(x.dtype)
 
 
 def _backward(
     grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str
 ) -> Tensor:
-    folded = _prepared(codes, block_scales, row_scale, k, format_name, grad.dtype)
-    scaled = grad if folded.row_scale is None else (grad * folded.row_scale).to(grad.dtype)  # as small as the result
-    return scaled @ _cast(folded, grad.dtype)
+    weight, scale = _operand(_prepared(codes, block_scales, row_scale, k, format_name, grad.dtype), grad.dtype)
+    return (grad if scale is None else (grad * scale).to(grad.dtype)) @ weight
 
 
 def _refuses(target: Target, case: Fp4LinearCase | None) -> str | None:

@@ -257,6 +257,70 @@ def npu_fused_infer_attention_score_v2(query, key, value, *, pse_shift=None, att
                   pre_tokens, next_tokens, input_layout, sparse_mode, return_softmax_lse)  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------- FP4, FP8
+def _decoded(codes: Tensor, scales: Tensor) -> Tensor:
+    """Values ``[K, N]`` of E2M1 codes packed along the contiguous axis, and E8M0 scales ``[ceil(K / 32), N]``."""
+    along_n = codes.stride(-1) == 1
+    packed = codes if along_n else codes.mT
+    values = _E2M1[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()].double()
+    values = values if along_n else values.mT
+    return values * torch.exp2(scales.double() - 127).repeat_interleave(32, 0)[: values.shape[0]]
+
+
+def npu_weight_quant_batchmatmul(x, weight, antiquant_scale, antiquant_offset=None, quant_scale=None, quant_offset=None,
+                                 bias=None, antiquant_group_size=0, inner_precise=0, weight_dtype=None):  # fmt: skip
+    """The MXFP4 case of Ascend 950."""
+    _check(weight_dtype == FLOAT4 and weight.dtype == torch.uint8, "only float4_e2m1 weights are simulated")
+    _check(antiquant_group_size == 32 and antiquant_offset is None, "MXFP4: groups of 32, no offset")
+    _check(antiquant_scale.dtype == torch.uint8, "MXFP4: scales are E8M0, as bytes")
+    _check(x.dim() == 2 and x.dtype in (torch.float16, torch.bfloat16), "x is [M, K] in a 16-bit type")
+    _check(bias is None or (bias.dtype == x.dtype and bias.is_contiguous()), "bias has the type of x")
+    values = _decoded(weight, antiquant_scale)
+    _check(tuple(antiquant_scale.shape) == (-(-values.shape[0] // 32), values.shape[1]), "scale is [ceil(K / 32), N]")
+    _check(x.shape[1] == values.shape[0], f"K: {x.shape[1]} and {values.shape[0]}")
+    _check(x.shape[0] > 0 and max(values.shape) <= 65535, "sizes")
+    out = x.double() @ values
+    return (out if bias is None else out + bias.double()).to(x.dtype)
+
+
+def npu_dynamic_mx_quant(input, *, axis=-1, round_mode="rint", dst_type=296, block_size=32, scale_alg=0, **unused):
+    _check(axis in (-1, input.dim() - 1) and block_size == 32 and round_mode == "rint", "only the default is simulated")
+    _check(dst_type == 292, "only float8_e4m3fn is simulated")
+    blocks = input.double().unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    exponent = torch.floor(torch.log2(largest.clamp_min(2.0**-126))) - 8  # the exponent of E4M3's largest number
+    values = (blocks / torch.exp2(exponent)).clamp(-448, 448).flatten(-2).to(torch.float8_e4m3fn)
+    return values, (exponent.flatten(-2) + 127).to(torch.uint8).unflatten(-1, (-1, 2))
+
+
+def npu_quant_matmul(
+    x1,
+    x2,
+    scale,
+    *,
+    offset=None,
+    pertoken_scale=None,
+    bias=None,
+    output_dtype=None,
+    x1_dtype=None,
+    x2_dtype=None,
+    pertoken_scale_dtype=None,
+    scale_dtype=None,
+    group_sizes=None,
+    y_scale=None,
+):
+    """The case of float8_e4m3fn activations and float4_e2m1 weights with E8M0 scales on both."""
+    _check(x1.dtype == torch.float8_e4m3fn and x1_dtype is None and x2_dtype == FLOAT4, "only A8W4 is simulated")
+    _check(scale_dtype == E8M0 and pertoken_scale_dtype == E8M0, "scales are float8_e8m0fnu")
+    _check(list(group_sizes) in ([0, 0, 32], [1, 1, 32]), f"group_sizes {group_sizes}")
+    _check(x2.stride(-2) == 1 and x1.shape[1] == 2 * x2.shape[0], "x2 is transposed, packed along K")
+    _check(tuple(scale.shape) == (x1.shape[1] // 64, x2.shape[1], 2), f"scale of shape {tuple(scale.shape)}")
+    _check(tuple(pertoken_scale.shape) == (x1.shape[0], x1.shape[1] // 64, 2), "pertoken_scale is [M, K / 64, 2]")
+    left = x1.double() * torch.exp2(pertoken_scale.flatten(1).double() - 127).repeat_interleave(32, 1)
+    out = left @ _decoded(x2, scale.transpose(0, 1).flatten(1).t())
+    return out.to(_DTYPES[output_dtype])
+
+
 KERNELS = {
     f.__name__: f
     for f in (
@@ -266,6 +330,9 @@ KERNELS = {
         npu_fusion_attention_grad_v2,
         npu_fused_infer_attention_score,
         npu_fused_infer_attention_score_v2,
+        npu_weight_quant_batchmatmul,
+        npu_dynamic_mx_quant,
+        npu_quant_matmul,
     )
 }
 

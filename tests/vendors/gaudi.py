@@ -60,5 +60,15 @@ def sdpa_recomp_bwd(grad, q, k, v, attention_mask, m, linv, seed, is_causal, p, 
     return tuple(g.sum_to_size(t.shape).to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
 
 
+def cast_from_fp8(input, scale, out_dtype, scale_shape=None):
+    _check(input.dtype in (torch.float8_e4m3fn, torch.float8_e5m2), f"type {input.dtype}")
+    _check(scale is None and scale_shape is None, "scales are not simulated")
+    wide = input.float()
+    _check(
+        input.dtype != torch.float8_e4m3fn or bool((wide.abs() <= 240).all()), "beyond Gaudi 2's largest E4M3 number"
+    )
+    return wide.to(out_dtype)
+
+
 def kernels(version: str) -> dict[str, Any]:
-    return {"sdpa_recomp_fwd": sdpa_recomp_fwd, "sdpa_recomp_bwd": sdpa_recomp_bwd}
+    return {f.__name__: f for f in (sdpa_recomp_fwd, sdpa_recomp_bwd, cast_from_fp8)}
