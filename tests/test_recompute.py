@@ -1,0 +1,372 @@
+"""What the backward makes again: the smallest set to save, plans under a budget, and gradients that stay the same."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vbcompile.backend import add_listener, remove_listener
+from vbcompile.config import ConfigError, resolve_config
+from vbcompile.passes import activation_partition, recompute
+from vbcompile.passes.activation_graph import JointGraph, node_bytes
+from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner, operations
+from vbcompile.report import GraphReport
+from vbcompile.vgpu_plan import PlanError
+
+RATES = Rates(matmul=10**12, memory=10**11, away=10**10, back=10**10, host_bytes=2**40)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def reports():
+    found = []
+    add_listener(found.append)
+    yield found
+    remove_listener(found.append)
+
+
+def joint_graph(model, *inputs):
+    """The joint graph of a training step, as the partitioner gets it."""
+    from functorch.compile import aot_module, make_boxed_func, min_cut_rematerialization_partition
+
+    found = []
+
+    def split(joint, given, *, num_fwd_outputs, **options):
+        found.append(JointGraph(joint.graph, num_fwd_outputs))
+        return min_cut_rematerialization_partition(joint, given, num_fwd_outputs=num_fwd_outputs, **options)
+
+    def keep(gm, _):
+        return make_boxed_func(gm.forward)
+
+    aot_module(model, fw_compiler=keep, partition_fn=split)(*inputs)
+    return found[0]
+
+
+class Gated(nn.Module):
+    """Normed, gated feed-forward blocks with residual connections."""
+
+    def __init__(self, width=32, blocks=2, dropout=0.0):
+        super().__init__()
+        self.width, self.dropout = width, dropout
+        self.gate = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(blocks))
+        self.up = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(blocks))
+        self.down = nn.ModuleList(nn.Linear(4 * width, width, bias=False) for _ in range(blocks))
+
+    def forward(self, x):
+        for gate, up, down in zip(self.gate, self.up, self.down, strict=True):
+            y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+            y = down(F.silu(gate(y)) * up(y))
+            x = x + F.dropout(y, self.dropout, self.training)
+        return x
+
+
+# ------------------------------------------------------------------------------------------- what is saved
+def test_only_results_of_matrix_products_and_residuals_are_saved():
+    joint = joint_graph(Gated(blocks=2), torch.randn(128, 32))
+    row = 128 * 4
+    sizes = sorted(node_bytes(n) for n in joint.smallest_cut())
+    # gate and up of both blocks, and the residual between them; the input is there anyway
+    assert sizes == [32 * row, *(4 * [128 * row])]
+
+
+def test_small_results_of_reductions_are_saved_rather_than_read_again():
+    joint = joint_graph(Gated(width=256, blocks=1), torch.randn(64, 256))
+    saved = joint.smallest_cut()
+    assert any(node_bytes(n) == 64 * 4 for n in saved)
+
+
+_STEPS = (
+    lambda a, b, weight: a @ weight,
+    lambda a, b, weight: a.sin(),
+    lambda a, b, weight: a * b,
+    lambda a, b, weight: a + b,
+    lambda a, b, weight: a.exp(),
+)
+
+
+def random_model(seed):
+    """A few pointwise operators and products in a random order, each reading earlier values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(count):
+        return int(torch.randint(count, (), generator=generator))
+
+    steps = [(pick(5), pick(i + 1), pick(i + 1)) for i in range(4)]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(8, 8, generator=generator) for _ in steps)
+
+        def forward(self, x):
+            values = [x]
+            for weight, (kind, a, b) in zip(self.weights, steps, strict=True):
+                values.append(_STEPS[kind](values[a], values[b], weight))
+            return values[-1].square() + values[-2].cos()
+
+    return Model()
+
+
+def brute_force(joint):
+    """Fewest bytes from which all that is needed can be made without products, by trying every set."""
+    choices = [n for n in joint.forward if not joint.is_view(n)]
+
+    def makes(node, saved):
+        if node not in joint.forward or node in saved:
+            return True
+        return joint.is_cheap(node) and all(makes(s, saved) for s in node.all_input_nodes)
+
+    best = math.inf
+    for count in range(len(choices) + 1):
+        for saved in itertools.combinations(choices, count):
+            cost = sum(node_bytes(n) for n in saved)
+            if cost < best and all(makes(n, set(saved)) for n in joint.needed):
+                best = cost
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_smaller_set_exists(seed):
+    joint = joint_graph(random_model(seed), torch.randn(4, 8, requires_grad=True))
+    assert sum(map(node_bytes, joint.smallest_cut())) == brute_force(joint)
+
+
+def test_operations_are_counted():
+    joint = joint_graph(nn.Linear(16, 64), torch.randn(32, 16))
+    (product,) = [n for n in joint.forward if joint.is_costly(n)]
+    assert operations(product) == 2 * 32 * 16 * 64
+
+
+# ------------------------------------------------------------------------------------------- plans
+def planner(limits, width=64, blocks=4, rows=512, rates=RATES):
+    return StepPlanner(joint_graph(Gated(width, blocks), torch.randn(rows, width)), rates, limits)
+
+
+def test_a_budget_is_kept_and_least_memory_costs_no_more_than_allowed():
+    unlimited = planner(Limits(2**40)).plan()
+    assert unlimited.declined
+    with pytest.raises(PlanError) as caught:
+        planner(Limits(1)).plan()
+    budget = (unlimited.kept_peak_bytes + caught.value.minimum_budget) // 2
+    plan = planner(Limits(budget)).plan()
+    assert plan.peak_bytes <= budget < plan.kept_peak_bytes and not plan.declined
+    least = planner(Limits(slowdown=0.1)).plan()
+    assert least.step_ns <= 1.1 * least.kept_step_ns and least.peak_bytes < least.kept_peak_bytes
+    free = planner(Limits(slowdown=0.0)).plan()
+    assert free.step_ns == free.kept_step_ns and least.peak_bytes <= free.peak_bytes
+
+
+def test_a_slow_link_is_left_alone_and_a_fast_one_used():
+    slow = planner(Limits(slowdown=0.2), rates=Rates(10**12, 10**11, 10**5, 10**5, 2**40)).plan()
+    assert not slow.chosen("offload") and slow.chosen("recompute")
+    fast = planner(Limits(slowdown=0.0), rows=4096, rates=Rates(10**11, 10**11, 10**12, 10**12, 2**40)).plan()
+    assert fast.chosen("offload") and not fast.chosen("recompute")
+
+
+def test_residuals_stay_so_that_no_chain_grows_long():
+    found = planner(Limits())
+    residual = [n for n in found.saved if node_bytes(n) == 512 * 64 * 4]
+    assert residual and not any(n in found.recomputable for n in residual[1::2])
+    longest = max(
+        len([w for w in found.joint.made_from(n, found.saved) if found.joint.is_costly(w)]) for n in found.saved
+    )
+    assert longest <= 1
+
+
+def test_an_impossible_budget_names_the_one_that_works():
+    with pytest.raises(PlanError, match="smallest budget that works") as caught:
+        planner(Limits(1000)).plan()
+    assert caught.value.minimum_budget
+    assert planner(Limits(caught.value.minimum_budget)).plan().peak_bytes <= caught.value.minimum_budget
+
+
+def test_exactly_the_plan_reaches_the_backward():
+    model, x = Gated(64, 3), torch.randn(512, 64)
+    from functorch.compile import aot_module, make_boxed_func
+
+    limits = Limits(planner(Limits(), blocks=3).plan().peak_bytes, offload=False)
+    seen = {}
+
+    def split(joint, given, *, num_fwd_outputs, **options):
+        graph = JointGraph(joint.graph, num_fwd_outputs)
+        step = StepPlanner(graph, RATES, limits)
+        again = {a.name for a in step.plan().chosen("recompute")}
+        seen["wanted"] = {n.name for n in step.saved if n.name not in again}
+        seen["again"] = again
+        recompute.mark(graph, dict.fromkeys(n for n in step.saved if n.name in seen["wanted"]))
+        forward, backward = activation_partition.compat.partition(
+            joint, given, num_fwd_outputs=num_fwd_outputs, **options
+        )
+        outputs = forward.graph.output_node().args[0][num_fwd_outputs:]
+        seen["found"] = {n.name for n in outputs if n.op == "call_function"}
+        seen["run again"] = {n.name for n in backward.graph.nodes}
+        return forward, backward
+
+    aot_module(model, fw_compiler=lambda gm, _: make_boxed_func(gm.forward), partition_fn=split)(x)
+    assert seen["again"] and seen["found"] == seen["wanted"]
+    assert all(name in seen["run again"] for name in seen["again"])
+
+
+# ------------------------------------------------------------------------------------------- whole steps
+def compiled(model, dynamic=None, **options):
+    wanted = {"mode": "memory", "mixed_precision": False, "slowdown": 1.0, "strict": True, "downstream": "aot_eager"}
+    return torch.compile(model, backend="vblackwell", dynamic=dynamic, options=wanted | options)
+
+
+def gradients(function, model, x, seed=0):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    function(x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def same(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_gradients_and_report(reports):
+    model, x = Gated(64), torch.randn(512, 64)
+    expected = gradients(torch.compile(model, backend="aot_eager"), model, x)
+    function = compiled(model)
+    assert same(gradients(function, model, x), expected)
+    (report,) = reports
+    made = [d for d in report.decisions if d.pass_name == "recompute" and d.action == "rewritten"]
+    kept = [d for d in report.decisions if d.pass_name == "recompute" and d.action == "left"]
+    assert made and kept and not report.failures and "recompute" not in dict(report.unavailable)
+    assert all("made again in the backward" in d.reason for d in made)
+    assert any("gate" in d.site for d in made + kept), "sites are named as in the model"
+
+
+def test_less_is_saved():
+    model, x = Gated(64), torch.randn(512, 64)
+
+    def saved(function):
+        loss = function(x).square().mean()
+        node = loss.grad_fn.next_functions[0][0].next_functions[0][0]
+        return sum(t.nbytes for t in node.saved_tensors if t is not None)
+
+    assert saved(compiled(model)) < 0.6 * saved(torch.compile(model, backend="aot_eager"))
+
+
+def test_dropout_is_replayed():
+    model, x = Gated(64, dropout=0.3).train(), torch.randn(512, 64)
+    expected = gradients(torch.compile(model, backend="aot_eager"), model, x, seed=7)
+    function = compiled(model)
+    assert same(gradients(function, model, x, seed=7), expected)
+    assert not same(gradients(function, model, x, seed=8), expected)
+
+
+def test_a_hundred_steps_do_not_drift():
+    x, target = torch.randn(64, 32), torch.randn(64, 32)
+    states = []
+    for wrap in (lambda m: torch.compile(m, backend="aot_eager"), compiled):
+        torch.manual_seed(1)
+        model = Gated(32)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        function = wrap(model)
+        for _ in range(100):
+            optimizer.zero_grad()
+            F.mse_loss(function(x), target).backward()
+            optimizer.step()
+        states.append([p.detach() for p in model.parameters()])
+    assert same(*states)
+
+
+def test_gradients_accumulate():
+    model = Gated(32)
+    parts = [torch.randn(64, 32) for _ in range(3)]
+    results = []
+    for function in (torch.compile(model, backend="aot_eager"), compiled(model)):
+        model.zero_grad()
+        for part in parts:
+            function(part).square().mean().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    assert same(*results)
+
+
+def test_dynamic_rows():
+    model = Gated(32)
+    function = compiled(model, dynamic=True)
+    for rows in (128, 96, 300):
+        x = torch.randn(rows, 32)
+        torch.testing.assert_close(gradients(function, model, x), gradients(model, model, x))
+
+
+def test_state_that_the_forward_writes_is_not_read_again():
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, 4)).train()
+    x = torch.randn(256, 16)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = gradients(model, model, x)
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    torch.testing.assert_close(gradients(compiled(model), model, x), expected)
+    torch.testing.assert_close(model.state_dict(), after)
+
+
+def test_checkpointing_by_the_model_is_respected():
+    class Checkpointed(Gated):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model, x = Checkpointed(32), torch.randn(64, 32)
+    expected = gradients(torch.compile(model, backend="aot_eager"), model, x)
+    assert same(gradients(compiled(model, slowdown=0.0), model, x), expected)
+
+
+def test_a_plan_that_fails_leaves_what_pytorch_saves(reports, monkeypatch, caplog):
+    def broken(self):
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr(StepPlanner, "plan", broken)
+    model, x = Gated(32), torch.randn(64, 32)
+    assert same(
+        gradients(compiled(model, strict=False), model, x),
+        gradients(torch.compile(model, backend="aot_eager"), model, x),
+    )
+    assert reports[0].failures == [("recompute", "RuntimeError: no idea")]
+    assert "saved as PyTorch does: RuntimeError: no idea" in caplog.text
+    with pytest.raises(Exception, match="no idea"):
+        gradients(compiled(Gated(16), strict=True), model, torch.randn(8, 16))
+
+
+def test_a_budget_that_is_too_small_reaches_the_user():
+    model, x = Gated(32), torch.randn(64, 32)
+    with pytest.raises(Exception, match="smallest budget that works") as caught:
+        compiled(model, budget="1KB", strict=False)(x)
+    assert isinstance(caught.value, PlanError) or "PlanError" in str(caught.value)
+
+
+def test_no_partitioner_where_nothing_is_to_be_saved():
+    from vbcompile.device import get_target
+    from vbcompile.passes.pipeline import PassContext
+
+    report = GraphReport("0", 1, True, "cpu", "memory", {})
+
+    def chosen(training=True, **options):
+        context = PassContext(resolve_config(options=options, environ={}), get_target("cpu"), training)
+        return activation_partition.partitioner_for(context, report)
+
+    assert chosen(mode="memory") is not None and chosen(mode="memory", training=False) is None
+    assert chosen(mode="balanced") is None and chosen(mode="balanced", recompute=True) is not None
+    # from main memory to main memory: only if asked for by name
+    assert not chosen(mode="memory")._limits.offload
+    assert chosen(mode="memory", offload=True)._limits.offload
+    assert chosen(mode="memory", recompute=False) is None
+
+
+def test_settings():
+    assert resolve_config(environ={"VB_HBM_BUDGET": "2GiB"}).budget == 2**31
+    assert resolve_config(options={"budget": 5}, environ={"VB_HBM_BUDGET": "2GiB"}).budget == 5
+    assert resolve_config(environ={}).slowdown == 0.1
+    for wrong in ({"budget": "much"}, {"budget": 0}, {"slowdown": 2}, {"slowdown": "a"}):
+        with pytest.raises(ConfigError):
+            resolve_config(options=wrong, environ={})
