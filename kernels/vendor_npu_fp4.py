@@ -126,7 +126,7 @@ _ones: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
 
 
 def _is_one(row_scale: Tensor) -> bool:
-    """Whether the scales of the rows are all one, as in every MXFP4 checkpoint; waits for the device once a tensor."""
+    """Whether the scales of the rows are all one, as in MXFP4 checkpoints; waits for the device once a tensor."""
     known = _ones.get(id(row_scale))
     if known is None or known[0]() is not row_scale or known[1] != row_scale._version:
         identity = id(row_scale)
