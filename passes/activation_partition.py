@@ -11,6 +11,7 @@ from vbcompile.passes import activation_graph, activation_offload, activation_pl
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
 from vbcompile.passes.activation_rates import measured_rates
+from vbcompile.passes.graph_ops import describe_site
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_activations import ActivationPlan
 from vbcompile.vgpu_plan import PlanError
@@ -100,7 +101,7 @@ class ActivationPartitioner:
             choice = "keep" if fate.choice == "offload" and node.name not in moved else fate.choice
             name = "activation_offload" if choice == "offload" else "recompute"
             action = "left" if choice == "keep" else "rewritten"
-            self._report.decisions.append(Decision(name, _site(node), action, _reason(planner, node, choice), details={
+            self._report.decisions.append(Decision(name, describe_site(node), action, _reason(planner, node, choice), details={
                 "tensor": node.name, "bytes": sizes[node.name], "choice": choice,
             }))  # fmt: skip
         log.info(
@@ -130,12 +131,6 @@ def partitioner_for(context: "PassContext", report: GraphReport) -> ActivationPa
 
 def _name(node: fx.Node | None) -> str | None:
     return None if node is None else node.name
-
-
-def _site(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    place = next(reversed(list(stack.values())), None)
-    return f"{place[0]} ({node.name})" if place else node.name
 
 
 def _reason(planner: StepPlanner, node: fx.Node, choice: str) -> str:
