@@ -101,9 +101,9 @@ class ActivationPartitioner:
             choice = "keep" if fate.choice == "offload" and node.name not in moved else fate.choice
             name = "activation_offload" if choice == "offload" else "recompute"
             action = "left" if choice == "keep" else "rewritten"
-            self._report.decisions.append(Decision(name, describe_site(node), action, _reason(planner, node, choice), details={
-                "tensor": node.name, "bytes": sizes[node.name], "choice": choice,
-            }))  # fmt: skip
+            details = {"tensor": node.name, "bytes": sizes[node.name], "choice": choice}
+            reason = _reason(planner, node, choice)
+            self._report.decisions.append(Decision(name, describe_site(node), action, reason, details=details))
         log.info(
             "activations: %d bytes saved by default, at most %d alive at once instead of %d; "
             "estimated step %.2f ms instead of %.2f ms",
