@@ -60,21 +60,35 @@ def fold_into_fp8(codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int
 
 
 # ---------------------------------------------------------------------------------------------- one copy for a weight
-_folded: dict[tuple[int, torch.dtype], tuple[weakref.ref[Tensor], tuple[int, ...], Folded]] = {}
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A prepared weight and the tensors that it was made from."""
+
+    sources: tuple[weakref.ref[Tensor], ...]
+    versions: tuple[int, ...]
+    folded: Folded
+
+    def is_of(self, tensors: tuple[Tensor, ...]) -> bool:
+        same = all(source() is t for source, t in zip(self.sources, tensors, strict=True))
+        return same and self.versions == tuple(t._version for t in tensors)
+
+
+_known: dict[tuple[int, torch.dtype], _Known] = {}
 
 
 def _prepared(
     codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, dtype: torch.dtype
 ) -> Folded:
-    """The weight for the product, made anew where its tensors were written to."""
-    key, versions = (id(codes), dtype), (codes._version, block_scales._version, row_scale._version)
-    known = _folded.get(key)
-    if known is not None and known[0]() is codes and known[1] == versions:
-        return known[2]
+    """The weight for the product, made anew where its tensors are others or were written to."""
+    key, tensors = (id(codes), dtype), (codes, block_scales, row_scale)
+    known = _known.get(key)
+    if known is not None and known.is_of(tensors):
+        return known.folded
     folded = fold_into_fp8(codes, block_scales, row_scale, k)
     if folded is None:
         folded = Folded(dequantize_weight(codes, block_scales, row_scale, k, format_name, "plain", dtype), None)
-    _folded[key] = (weakref.ref(codes, lambda _: _folded.pop(key, None)), versions, folded)
+    sources = (weakref.ref(codes, lambda _: _known.pop(key, None)), weakref.ref(block_scales), weakref.ref(row_scale))
+    _known[key] = _Known(sources, tuple(t._version for t in tensors), folded)
     return folded
 
 
