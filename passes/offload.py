@@ -109,7 +109,13 @@ class StreamedGraph:
             ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], rates)
             operators.append((_title(segment), ns, payloads))
         fixed = {self.weights[node]: reason for node, reason in self.cutting.fixed.items()}
-        return Part(operators, fixed, frozenset(rows), reserve(self.graph, self.weights), weakref.ref(self))
+        beside = reserve(self.graph, self.weights) + self._returned_bytes()
+        return Part(operators, fixed, frozenset(rows), beside, weakref.ref(self))
+
+    def _returned_bytes(self) -> int:
+        """Weights of which the graph returns a view are fetched for that, and the view is copied."""
+        roots = {root for node in self.cutting.returned for root in node.all_input_nodes if root in self.weights}
+        return 2 * sum(self.weights[root].nbytes for root in roots)
 
     def rebuild(self, plan: Plan, start: int) -> None:
         """The plan has changed: the next call runs by the new one."""
@@ -132,13 +138,13 @@ class StreamedGraph:
         assert self.plan is not None
         one = self.plan.declined
         if one not in self.pieces:
-            self.pieces[one] = self._compiled([whole(self.graph)] if one else self.cutting.segments)
+            self.pieces[one] = self._compiled([whole(self.graph, self.cutting)] if one else self.cutting.segments)
         index = store_of(self.key).index_of
         written = frozenset(node for node, reason in self.cutting.fixed.items() if reason == WRITTEN)
         places = {node: index(payload) for node, payload in self.weights.items()}
         last = self.start + len(self.cutting.segments) - 1
         layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last)
-        self.outer = emit(self.graph, self.arguments, self.pieces[one], layout)
+        self.outer = emit(self.graph, self.arguments, self.pieces[one], self.cutting.returned, layout)
 
     def _compiled(self, segments: Sequence[Segment]) -> list[Piece]:
         """Compile each distinct segment once."""

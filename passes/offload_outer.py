@@ -96,15 +96,27 @@ class Layout(NamedTuple):
     last: int
 
 
-def emit(graph: fx.Graph, arguments: int, pieces: Sequence[Piece], layout: Layout) -> fx.GraphModule:
-    """The outer graph, with the outputs of ``graph`` and the first ``arguments`` of its inputs."""
-    return _Emitter(graph, arguments, pieces, layout).run()
+def emit(
+    graph: fx.Graph, arguments: int, pieces: Sequence[Piece], returned: Sequence[fx.Node], layout: Layout
+) -> fx.GraphModule:
+    """The outer graph, with the outputs of ``graph`` and the first ``arguments`` of its inputs.
+
+    ``returned`` are views of weights that the graph returns: they are fetched on demand.
+    """
+    return _Emitter(graph, arguments, pieces, returned, layout).run()
 
 
 class _Emitter:
-    def __init__(self, graph: fx.Graph, arguments: int, pieces: Sequence[Piece], layout: Layout) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        arguments: int,
+        pieces: Sequence[Piece],
+        returned: Sequence[fx.Node],
+        layout: Layout,
+    ) -> None:
         self.source, self.pieces, self.layout = graph, pieces, layout
-        self.arguments = arguments
+        self.arguments, self.returned = arguments, returned
         self.outer = fx.Graph()
         self.known: dict[fx.Node, fx.Node] = {}
         self.arrived: dict[int, fx.Node] = {}  # weight -> node that holds it now
@@ -118,7 +130,13 @@ class _Emitter:
         for number, piece in enumerate(self.pieces):
             self._piece(number, piece)
         self._call(end, self.layout.last)
-        self.outer.output(fx.map_arg(self.source.output_node().args[0], self._value))
+        results = {node: self.known[node] for node in self.known}
+        for node in self.returned:
+            results[node] = self.outer.node_copy(node, results.__getitem__)
+        for node in self.source.output_node().all_input_nodes:
+            if node in self.returned:
+                results[node] = self.outer.call_method("clone", (results[node],))
+        self.outer.output(fx.map_arg(self.source.output_node().args[0], results.__getitem__))
         self.outer.lint()
         return fx.GraphModule(self.modules, self.outer)
 

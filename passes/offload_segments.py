@@ -53,10 +53,12 @@ class Cutting:
 
     Attributes:
         fixed: Weights that have to stay on the device, each with the reason.
+        returned: Views of weights that are made for the graph's output alone, in order; in no segment.
     """
 
     segments: list[Segment]
     fixed: dict[fx.Node, str]
+    returned: list[fx.Node]
 
 
 def cut(graph: fx.Graph, weights: Mapping[fx.Node, Tensor], largest: int, lookups: bool) -> Cutting:
@@ -72,9 +74,10 @@ def cut(graph: fx.Graph, weights: Mapping[fx.Node, Tensor], largest: int, lookup
     fixed = _fixed(graph, weights, views)
     views.sink()
     reads = {node: views.weights_of(node) for node in graph.nodes}
-    segments = _group(graph, reads, weights, fixed, largest, lookups)
+    returned = [node for node in graph.nodes if node in views.roots and views.is_returned(node)]
+    segments = _group(graph, reads, weights, fixed, largest, lookups, returned)
     _connect(graph, segments, weights)
-    return Cutting(segments, fixed)
+    return Cutting(segments, fixed, returned)
 
 
 class _Views:
@@ -107,11 +110,18 @@ class _Views:
         found = [root for n in node.all_input_nodes for root in sorted(self.roots.get(n, ()), key=lambda r: r.name)]
         return list(dict.fromkeys(found))
 
+    def is_returned(self, node: fx.Node) -> bool:
+        """Whether a view is made for the graph's output."""
+        follow = [user for user in node.users if user in self.roots]
+        if node.op == "placeholder":
+            return False
+        return any(user.op == "output" for user in node.users) or any(map(self.is_returned, follow))
+
     def sink(self) -> None:
-        """Give each use of a view a view of its own, right before it."""
+        """Give each use of a view a view of its own, right before it; those of the output stay."""
         for node in reversed([n for n in self.roots if n.op != "placeholder"]):
             for user in list(node.users):
-                if user.op == "output":
+                if user.op == "output" or (user in self.roots and self.is_returned(user)):
                     continue
                 with self.graph.inserting_before(user):
                     twin = self.graph.node_copy(node, lambda n: n)
@@ -146,11 +156,10 @@ def _fixed(graph: fx.Graph, weights: Mapping[fx.Node, Tensor], views: _Views) ->
             for source in node.all_input_nodes:
                 for root in views.roots.get(source, ()):
                     found.setdefault(root, "a view of it depends on other tensors")
-        if node.op == "output" or any(isinstance(a, fx.Node) and a.op == "get_attr" for a in node.all_input_nodes):
-            reason = "the graph returns it" if node.op == "output" else "a higher-order operator reads it"
+        if node.op != "output" and any(a.op == "get_attr" for a in node.all_input_nodes):
             for source in node.all_input_nodes:
                 for root in views.roots.get(source, ()):
-                    found.setdefault(root, reason)
+                    found.setdefault(root, "a higher-order operator reads it")
     return found
 
 
@@ -161,13 +170,14 @@ def _group(
     fixed: Mapping[fx.Node, str],
     largest: int,
     lookups: bool,
+    returned: Sequence[fx.Node],
 ) -> list[Segment]:
-    allowed = _allowed_cuts(graph)
+    allowed, apart = _allowed_cuts(graph), set(returned)
     segments, held = [Segment([])], 0
     pending: list[fx.Node] = []  # views of weights: they go with what follows
     autocast: list[fx.Node] = []
     for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
+        if node.op in ("placeholder", "output") or node in apart:
             continue
         if _is_prelude(node, reads, weights):
             pending.append(node)
@@ -271,13 +281,16 @@ def _connect(graph: fx.Graph, segments: Sequence[Segment], weights: Mapping[fx.N
         ]  # fmt: skip
 
 
-def whole(graph: fx.Graph) -> Segment:
+def whole(graph: fx.Graph, cutting: Cutting) -> Segment:
     """The graph as one segment."""
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    inputs = [node for node in graph.find_nodes(op="placeholder") if node.users]
-    outputs = [node for node in graph.output_node().all_input_nodes if node.op != "placeholder"]
-    weights: list[fx.Node] = []
-    return Segment(nodes, weights, inputs, outputs)
+    apart = set(cutting.returned)
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output") and node not in apart]
+    inputs = [
+        n for n in graph.find_nodes(op="placeholder") if any(u.op != "output" and u not in apart for u in n.users)
+    ]
+    outputs = [n for n in graph.output_node().all_input_nodes if n.op != "placeholder" and n not in apart]
+    weights = [node for segment in cutting.segments for node in segment.weights]
+    return Segment(nodes, list(dict.fromkeys(weights)), inputs, outputs)
 
 
 def build(root: fx.GraphModule, segment: Segment, extra: Iterable[fx.Node] = ()) -> fx.GraphModule:

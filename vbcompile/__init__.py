@@ -52,6 +52,7 @@ _HOME = {
     "doctor": ("diagnose",),
     "estimator": ("PlanError", "estimate"),
     "explainer": ("explain",),
+    "passes.fp4_weights": ("requantize", "restore_weights"),
     "troubleshooting": ("check_model_device", "out_of_memory_advice"),
     "vgpu": ("VGPUStack", "create_vgpu_stack"),
 }

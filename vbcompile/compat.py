@@ -405,3 +405,19 @@ def symbol_of(value: Any) -> Any:
     """The symbol that a symbolic number is; None where it is an expression or no symbolic number."""
     expression = value.node.expr if isinstance(value, torch.SymInt) else None
     return expression if expression is not None and expression.is_symbol else None
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no data because a graph is being captured."""
+    from torch._subclasses import fake_tensor
+
+    return bool(fake_tensor.is_fake(tensor))
+
+
+def refuse_while_lowering(reason: str) -> None:
+    """Raise RuntimeError(reason) while AOTAutograd lowers a graph; nothing while Dynamo captures one."""
+    from torch._guards import detect_fake_mode
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None and detect_fake_mode() is not None:
+        raise RuntimeError(reason)

@@ -5,13 +5,15 @@ backend decides when its bytes arrive; an operator that meets one outside of com
 writes to it writes to the master copy.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from vbcompile.compat import is_fake, refuse_while_lowering
 from vbcompile.handles_payload import Payload, payload_of
 
 __all__ = ["OffloadedTensor", "is_offloaded"]
@@ -28,6 +30,7 @@ class OffloadedTensor(Tensor):
 
     key: Tensor
     _payload: Payload | None
+    _views: "tuple[_View, ...]"  # what makes this tensor of the payload's
 
     @staticmethod
     def __new__(
@@ -56,6 +59,7 @@ class OffloadedTensor(Tensor):
     ) -> None:
         self.key = key
         self._payload = payload
+        self._views = ()
 
     @classmethod
     def of(cls, payload: Payload, requires_grad: bool = False) -> "OffloadedTensor":
@@ -78,6 +82,8 @@ class OffloadedTensor(Tensor):
     # what torch.compile asks for
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        if self._views:
+            raise RuntimeError("a view of an offloaded tensor is no input of compiled code: pass view.clone()")
         return ["key"], (self.dtype, self.device)
 
     @staticmethod
@@ -94,6 +100,8 @@ class OffloadedTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedTensor":
         if id(self) in memo:
             return memo[id(self)]
+        if self._views:
+            return _fetched(self)
         from vbcompile.handles_memory import copy_payload
 
         twin: Any = OffloadedTensor.of(copy_payload(self.payload, memo=memo), self.requires_grad)
@@ -103,7 +111,7 @@ class OffloadedTensor(Tensor):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        plain: Tensor = self.payload.on_host()
+        plain = _on_host(self)
         plain = nn.Parameter(plain, self.requires_grad) if isinstance(self, nn.Parameter) else plain
         return plain.__reduce_ex__(protocol)
 
@@ -119,6 +127,8 @@ class OffloadedTensor(Tensor):
                 return result
         if func._schema.is_mutable:
             return _written_through(func, args, kwargs)
+        if _is_view(func) and args and isinstance(args[0], OffloadedTensor) and not is_fake(args[0].key):
+            return _viewed(func, args, kwargs)
         leaves, spec = tree_flatten((tuple(args), kwargs))
         args, kwargs = tree_unflatten([_fetched(leaf) for leaf in leaves], spec)
         return func(*args, **kwargs)
@@ -151,26 +161,83 @@ def _fake_fetch(
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
+class _View(NamedTuple):
+    """One step from a payload's tensor to a view of it; ``index``: which result of the operator."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    index: int | None
+
+    def of(self, base: Tensor) -> Tensor:
+        result = self.func(base, *self.args, **self.kwargs)
+        return result if self.index is None else result[self.index]
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """Whether an operator's results share the memory of its first argument."""
+    arguments, results = func._schema.arguments, func._schema.returns
+    return bool(arguments and results) and arguments[0].alias_info is not None and results[0].alias_info is not None
+
+
+def _viewed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A view of a tensor that is elsewhere is elsewhere too, so that writing to it writes to the master."""
+    base: OffloadedTensor = args[0]
+    shape = torch.empty_strided(base.size(), base.stride(), dtype=base.dtype, device="meta")
+    results = func(shape, *args[1:], **kwargs)
+    found = []
+    for index, like in enumerate(results if isinstance(results, (list, tuple)) else [results]):
+        view = OffloadedTensor(base.key, like.size(), like.stride(), like.dtype, base.device, base._payload)
+        which = index if isinstance(results, (list, tuple)) else None
+        view._views = (*base._views, _View(func, tuple(args[1:]), kwargs, which))
+        found.append(view)
+    return found if isinstance(results, (list, tuple)) else found[0]
+
+
+def _apply(views: Sequence[_View], base: Tensor) -> Tensor:
+    for view in views:
+        base = view.of(base)
+    return base
+
+
+def _on_host(handle: OffloadedTensor) -> Tensor:
+    return _apply(handle._views, handle.payload.on_host())
+
+
 def _fetched(value: Any) -> Any:
     if not isinstance(value, OffloadedTensor):
         return value
+    if value._views:
+        return _apply(value._views, value.payload.fetch())
     return torch.ops.vblackwell.fetch(value.key, value.size(), value.stride(), value.dtype, value.device)
 
 
 def _written_through(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator that writes to its arguments, and write what it wrote to the masters."""
     leaves, spec = tree_flatten((tuple(args), kwargs))
-    fetched: dict[int, tuple[OffloadedTensor, Tensor]] = {}
+    bases: dict[int, Tensor] = {}
+    plain = []
     for leaf in leaves:
-        if isinstance(leaf, OffloadedTensor) and id(leaf) not in fetched:
-            fetched[id(leaf)] = (leaf, _fetched(leaf))
-    plain = [fetched[id(leaf)][1] if id(leaf) in fetched else leaf for leaf in leaves]
+        if isinstance(leaf, OffloadedTensor) and is_fake(leaf.key):
+            plain.append(
+                _fetched(leaf)
+            )  # a graph is being captured: the backend sees the write, and refuses or does it
+        elif isinstance(leaf, OffloadedTensor):
+            number = leaf.payload.number
+            bases[number] = bases[number] if number in bases else leaf.payload.fetch()
+            plain.append(_apply(leaf._views, bases[number]))
+        else:
+            plain.append(leaf)
     plain_args, plain_kwargs = tree_unflatten(plain, spec)
     result = func(*plain_args, **plain_kwargs)
     for handle in _written(func, args, kwargs):
-        handle.payload.write(fetched[id(handle)][1])
+        if is_fake(handle.key):
+            refuse_while_lowering(f"{func} writes to an offloaded tensor, in a graph that is not streamed")
+            continue
+        handle.payload.write(bases[handle.payload.number])
     results, result_spec = tree_flatten(result)
-    originals = {id(value): handle for handle, value in fetched.values()}
+    originals = {id(value): leaf for leaf, value in zip(leaves, plain, strict=True)}
     return tree_unflatten([originals.get(id(value), value) for value in results], result_spec)
 
 
@@ -187,32 +254,31 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
 def _detach(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     source: OffloadedTensor = args[0]
     twin = OffloadedTensor(source.key, source.size(), source.stride(), source.dtype, source.device, source._payload)
+    twin._views = source._views
     return twin
 
 
 def _copy(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     target, source = args[0], args[1]
-    if not isinstance(target, OffloadedTensor):
+    if not isinstance(target, OffloadedTensor) or target._views:
         return NotImplemented
     if tuple(source.shape) != tuple(target.shape):
         source = source.expand(target.shape)
-    target.payload.write(source.payload.on_host() if isinstance(source, OffloadedTensor) else source)
+    target.payload.write(_on_host(source) if isinstance(source, OffloadedTensor) else source)
     return target
 
 
 def _to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """``.cpu()`` reads the master; another dtype on the same device stays elsewhere."""
-    from torch._subclasses.fake_tensor import is_fake
-
     source: OffloadedTensor = args[0]
     if is_fake(source.key):
         return NotImplemented
     device = torch.device(kwargs.get("device") or source.device)
     if device.type == "cpu" and source.device.type != "cpu":
-        host = source.payload.on_host()
+        host = _on_host(source)
         options = {key: value for key, value in kwargs.items() if key in ("dtype", "memory_format")}
         return host.to(copy=True, **options)
-    if device == source.device and kwargs.get("dtype") not in (None, source.dtype):
+    if device == source.device and not source._views and kwargs.get("dtype") not in (None, source.dtype):
         from vbcompile.handles_memory import copy_payload
 
         return OffloadedTensor.of(copy_payload(source.payload, kwargs["dtype"]))

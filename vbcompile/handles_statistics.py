@@ -99,13 +99,13 @@ def stats(model: nn.Module | None = None) -> list[OffloadStatistics]:
 def _of(store: WeightStore) -> OffloadStatistics:
     plan = store.plan
     counters = store.counters()
-    moved = {
+    moved: dict[str, Any] = {
         "steps": counters.get("steps", 0),
         "streamed_bytes": counters.get("streamed_bytes", 0),
         "step_ns": counters.get("step_ns"),
         "runtime": counters,
     }
-    base = {"device": str(store.device), "budget": store.budget, "masters": store.masters()}
+    base: dict[str, Any] = {"device": str(store.device), "budget": store.budget, "masters": store.masters()}
     if plan is None:
         return OffloadStatistics(**base, **moved)
     resident = [w.name.partition(":")[2] for w, lv in zip(plan.sweep.weights, plan.levels, strict=True) if lv == DEVICE]

@@ -221,7 +221,11 @@ class WeightStore:
             if payload.number not in read:  # read by graphs that will be compiled later
                 ns = payload.nbytes * 10**9 // _SLOWEST_MEMORY
                 operators.append(Operator(payload.name, ns, (index[payload.number],)))
-        weights = tuple(Weight(f"{p.number}:{p.name}", p.nbytes, p.number in fixed) for p in order)
+        disk = next((tier.level for tier in self.tiers if tier.via is not None), None)
+        weights = tuple(
+            Weight(f"{p.number}:{p.name}", p.nbytes, p.number in fixed, disk if p.place == "ssd" else None)
+            for p in order
+        )
         sweep = Sweep(weights, tuple(operators), self._reserve(parts))
         return plan_weights(sweep, self.budget, self.tiers), order, starts
 

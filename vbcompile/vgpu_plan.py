@@ -57,11 +57,13 @@ class Weight:
         name: Its qualified name, unique in the sweep.
         nbytes: Size of the payload.
         pinned: It must stay on the device: it is written in place, or an output of the step aliases it.
+        home: Level where it lives already and from where it comes unless it stays on the device; None: any level.
     """
 
     name: str
     nbytes: int
     pinned: bool = False
+    home: int | None = None
 
     def __post_init__(self) -> None:
         _require_count(f"size of weight {self.name!r}", self.nbytes)

@@ -152,7 +152,7 @@ class Problem:
         traffic: Sequence[Traffic],
         staging: int,
     ) -> Candidate | None:
-        levels = spread(traffic, self.tiers, staging)
+        levels = self._levels(traffic, staging)
         built = None if levels is None else self._transfers(entries, places, levels, staging)
         if built is None or levels is None:
             return None
@@ -161,6 +161,16 @@ class Problem:
         everywhere = tuple(levels.get(index, DEVICE) for index in range(len(self.sweep.weights)))
         extent = max((p.offset + e.size for p, e in zip(places, entries, strict=True)), default=0)
         return Candidate(*step, extent, staged_bytes, resident, everywhere, copies, reads)
+
+    def _levels(self, traffic: Sequence[Traffic], staging: int) -> dict[int, int] | None:
+        """Level of each weight; those that have a home stay there, and share its level with no other."""
+        at_home = {t.weight: home for t in traffic if (home := self.sweep.weights[t.weight].home) is not None}
+        if not at_home:
+            return spread(traffic, self.tiers, staging)
+        taken = set(at_home.values())
+        free = [tier for tier in self.tiers if tier.level not in taken and (tier.via is None or tier.via not in taken)]
+        others = spread([t for t in traffic if t.weight not in at_home], free, 0)
+        return None if others is None else at_home | others
 
     def _transfers(
         self, entries: Sequence[Stay], places: Sequence[Place], levels: dict[int, int], staging: int

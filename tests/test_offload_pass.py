@@ -1,0 +1,310 @@
+"""Graphs with offloaded weights: cut, planned and streamed, on a device made of host memory that proves every access."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vbcompile
+from vbcompile.backend import add_listener, remove_listener
+from vbcompile.compat import own_tracing_context
+from vbcompile.vgpu_plan import PlanError
+
+SMALLEST = 1024
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def blocks(width: int = 32, depth: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width) for _ in range(depth))).eval().requires_grad_(False)
+
+
+def offload(model: nn.Module, budget: str = "72KiB", **places) -> nn.Module:
+    return vbcompile.offload(model, "cpu", {0: budget, "cpu": "64MiB"} | places, smallest=SMALLEST, progress=False)
+
+
+def compiled(model, downstream: str = "eager", mode: str = "memory", fullgraph: bool = False):
+    torch._dynamo.reset()
+    options = {"mode": mode, "strict": True, "downstream": downstream}
+    return torch.compile(model, backend="vblackwell", options=options, fullgraph=fullgraph)
+
+
+@pytest.fixture
+def reports():
+    found = []
+    add_listener(found.append)
+    yield found
+    remove_listener(found.append)
+
+
+def streamed(model) -> int:
+    (found,) = vbcompile.stats(model)
+    return found.streamed_bytes
+
+
+@pytest.mark.parametrize("downstream", ["eager", "aot_eager", "inductor"])
+def test_results_are_those_of_the_model(downstream, reports):
+    model, x = blocks(), torch.randn(3, 32)
+    expected = model(x)
+    offload(model)
+    run = compiled(model, downstream)
+    for _ in range(3):
+        torch.testing.assert_close(run(x), expected)
+    (found,) = vbcompile.stats(model)
+    assert found.steps == 3 and found.planned_bytes > 0 and found.streamed_bytes >= 3 * found.planned_bytes
+    assert found.runtime["misses"] == found.runtime["wasted_bytes"] == found.runtime["detour_bytes"] == 0
+    (record,) = [d for d in reports[0].decisions if d.pass_name == "offload"]
+    assert record.action == "rewritten" and record.details["tiers"]["cpu"]["weights"]
+    assert record.details["peak"] <= record.details["budget"] == 72 << 10
+    assert 0 < record.details["roofline_share"] <= 1
+
+
+def test_bit_equal_to_whole_copies():
+    model, x = blocks(), torch.randn(3, 32)
+    offload(model)
+    run = compiled(model, "inductor")
+    once = run(x)
+    store = model[0].up.weight.payload.residence
+    with store.everything_fetched():
+        assert torch.equal(run(x), once)
+    assert torch.equal(run(x), once)
+
+
+def test_identical_segments_are_compiled_once(monkeypatch):
+    from vbcompile.passes import offload as module
+
+    contexts = []
+    monkeypatch.setattr(module, "own_tracing_context", lambda mode: contexts.append(mode) or own_tracing_context(mode))
+    model = blocks(depth=8)
+    offload(model, "96KiB")
+    compiled(model, "aot_eager")(torch.randn(3, 32))
+    (found,) = vbcompile.stats(model)
+    assert found.planned_bytes > 0 and len(contexts) <= 4  # the first, the last, and the two kinds between
+
+
+def test_a_model_that_fits_is_not_cut(reports):
+    model, x = blocks(), torch.randn(3, 32)
+    expected = model(x)
+    offload(model, "1MiB")
+    run = compiled(model)
+    assert torch.equal(run(x), expected) and torch.equal(run(x), expected)
+    (found,) = vbcompile.stats(model)
+    assert found.planned_bytes == 0 and "fits" in found.declined and len(found.resident) == 8
+    assert found.streamed_bytes == 0 and found.resident_bytes == found.masters["cpu"]
+    assert "fits" in next(d for d in reports[0].decisions if d.pass_name == "offload").reason
+
+
+def test_an_infeasible_budget_names_the_smallest():
+    model = blocks()
+    offload(model, "20KiB")
+    with pytest.raises(Exception, match="smallest budget that works") as caught:
+        compiled(model)(torch.randn(3, 32))
+    error = caught.value
+    while error is not None and not isinstance(error, PlanError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    assert error is not None and error.minimum_budget > 20 << 10
+    vbcompile.materialize(model)
+    offload(model, str(error.minimum_budget))
+    compiled(model)(torch.randn(3, 32))
+    assert streamed(model) > 0
+
+
+def test_dynamic_shapes_share_one_plan():
+    model = blocks()
+    twin = copy.deepcopy(model)
+    offload(model)
+    run = compiled(model, "aot_eager")
+    for rows in (3, 5, 9, 2):
+        x = torch.randn(rows, 32)
+        torch.testing.assert_close(run(x), twin(x))
+    store = model[0].up.weight.payload.residence
+    assert len(set(store._starts)) == 1 and vbcompile.stats(model)[0].runtime["misses"] == 0
+
+
+def test_graph_breaks_share_one_ring():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = blocks(depth=3), blocks(depth=3)
+
+        def forward(self, x):
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    model, x = Broken().eval(), torch.randn(3, 32)
+    expected = model(x)
+    offload(model, "96KiB")
+    run = compiled(model)
+    for _ in range(2):
+        assert torch.equal(run(x), expected)
+    (before,) = vbcompile.stats(model)
+    for _ in range(3):
+        assert torch.equal(run(x), expected)
+    (found,) = vbcompile.stats(model)
+    assert found.runtime["detour_bytes"] == 0 and found.runtime["misses"] == before.runtime["misses"]
+    assert found.steps == before.steps + 3 and found.planned_bytes > 0
+
+
+def test_views_of_weights():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fused = nn.Parameter(torch.randn(96, 32))
+            self.table = nn.Parameter(torch.randn(32, 32))
+            self.last = nn.Parameter(torch.randn(32, 32))
+
+        def forward(self, x):
+            q, k, v = self.fused.split(32)
+            y = x @ q.t() + F.linear(x, k)
+            y = y @ self.table.view(32, 4, 8).flatten(1)
+            return F.linear(y, v) @ self.last.transpose(0, 1) + self.table[:3].sum()
+
+    model, x = Views().requires_grad_(False), torch.randn(3, 32)
+    expected = model(x)
+    offload(model, "18KiB")
+    run = compiled(model)
+    for _ in range(3):
+        torch.testing.assert_close(run(x), expected)
+    assert vbcompile.stats(model)[0].planned_bytes > 0
+
+
+def test_weights_that_are_written_or_returned_stay():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = blocks(depth=6)
+            self.register_buffer("state", torch.zeros(32, 32))
+
+        def forward(self, x):
+            y = self.body(x)
+            self.state.add_(y.sum())
+            return y + self.state.sum(), self.body[0].up.weight.t()
+
+    model, x = Stateful(), torch.randn(3, 32)
+    twin = copy.deepcopy(model)
+    offload(model, "112KiB")
+    run = compiled(model, fullgraph=True)
+    for _ in range(3):
+        for got, expected in zip(run(x), twin(x), strict=True):
+            torch.testing.assert_close(got, expected)
+    (found,) = vbcompile.stats(model)
+    assert "state" in found.resident and found.planned_bytes > 0
+    torch.testing.assert_close(model.state_dict()["state"], twin.state)
+
+
+def test_writes_between_steps_are_seen():
+    model, x = blocks(), torch.randn(3, 32)
+    twin = copy.deepcopy(model)
+    offload(model)
+    run = compiled(model)
+    run(x)
+    other = {name: torch.randn_like(value) * 0.1 for name, value in twin.state_dict().items()}
+    for each in (model, twin):
+        each.load_state_dict(other)
+    torch.testing.assert_close(run(x), twin(x))
+
+
+def test_autocast_and_other_contexts_survive_cuts():
+    model, x = blocks(), torch.randn(3, 32)
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    expected = call(x)
+    offload(model)
+    torch.testing.assert_close(compiled(call)(x), expected)
+    assert streamed(model) > 0
+
+
+def test_an_exception_in_a_step_is_forgotten():
+    model, x = blocks(), torch.randn(3, 32)
+    expected = model(x)
+    offload(model)
+    run = compiled(model)
+    run(x)
+    store = model[0].up.weight.payload.residence
+    wait, calls = store.wait, []
+
+    def failing(copy):
+        calls.append(copy)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return wait(copy)
+
+    store.wait = failing
+    with pytest.raises(KeyboardInterrupt):
+        run(x)
+    store.wait = wait
+    assert torch.equal(run(x), expected)
+
+
+def test_packed_weights_are_what_is_streamed(reports):
+    model, x = blocks(128), torch.randn(2, 128)
+    twin = copy.deepcopy(model)
+    packed = compiled(twin, mode="speed")(x)
+    offload(model, "200KiB")
+    run = compiled(model, mode="full")
+    assert torch.equal(run(x), packed) and torch.equal(run(x), packed)
+    (found,) = vbcompile.stats(model)
+    assert 0 < found.planned_bytes < sum(p.nbytes for p in twin.parameters()) / 4
+    assert reports[-1].count("rewritten", "fp4") == 8
+    with torch.no_grad():
+        for each in (model, twin):
+            each[1].up.weight.mul_(2)
+    assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+
+
+def test_plain_models_are_left_alone(reports):
+    model, x = blocks(), torch.randn(3, 32)
+    assert torch.equal(compiled(model)(x), model(x))
+    assert not [d for d in reports[0].decisions if d.action == "rewritten"]
+
+
+def test_weights_of_two_models_in_one_graph(reports):
+    one, two, x = blocks(), blocks(), torch.randn(3, 32)
+    expected = one(x) + two(x)
+    offload(one), offload(two)
+    assert torch.equal(compiled(lambda x: one(x) + two(x))(x), expected)  # each weight fetched on demand
+    assert "offload them together" in reports[0].decisions[0].reason
+
+
+def test_disk_tier(tmp_path):
+    model, x = blocks(), torch.randn(3, 32)
+    expected = model(x)
+    offload(model, "120KiB", cpu="64KiB", disk=str(tmp_path))
+    run = compiled(model)
+    for _ in range(3):
+        assert torch.equal(run(x), expected)
+    (found,) = vbcompile.stats(model)
+    assert found.masters["ssd"] > 0 and found.runtime["links"]["disk"]["bytes"] > 0
+
+
+def test_generate_with_tied_weights():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (1, 7))
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    offload(model, "64KiB")
+    model.forward = compiled(model.forward)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    (found,) = vbcompile.stats(model)
+    assert found.planned_bytes > 0 and found.runtime["detour_bytes"] == 0
