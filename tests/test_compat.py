@@ -294,3 +294,26 @@ def test_registered_backends():
     graph = fx.symbolic_trace(torch.nn.ReLU())
     out = compat.registered_backend("eager")(graph, [torch.ones(2)])(torch.tensor([-1.0, 1.0]))
     assert torch.equal(torch.as_tensor(out), torch.tensor([0.0, 1.0]))
+
+
+def test_fake_mode_and_contexts_of_parts_of_a_graph():
+    seen = []
+
+    def backend(gm, example_inputs):
+        mode = compat.fake_mode_of_compile()
+        fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
+        tensor = next(value for value in fakes if isinstance(value, torch.Tensor))
+        outer = torch._guards.TracingContext.get()
+        with compat.own_tracing_context(mode):
+            inner = torch._guards.TracingContext.get()
+        symbols = compat.free_symbols_of(tensor)
+        named = {compat.symbol_of(value) for value in fakes} & symbols
+        seen.append((tensor.fake_mode is mode, inner is not outer, inner.fake_mode is mode, symbols == named))
+        seen.append(compat.is_fake(tensor))
+        return gm.forward
+
+    torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.randn(3, 5))
+    assert seen == [(True, True, True, True), True]
+    assert not compat.is_fake(torch.zeros(1)) and compat.symbol_of(3) is None
+    assert compat.fake_mode_of_compile() is not None
+    compat.refuse_while_lowering("nothing is being lowered here")
