@@ -79,6 +79,17 @@ def encode_e2m1(x: Tensor) -> Tensor:
     return magnitude.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
 
 
+def round_e2m1(x: Tensor) -> Tensor:
+    """Float32 ``x`` rounded to the nearest E2M1 value, ties to the even code, saturating; no NaN.
+
+    Adding and taking away ``1.5 * 2**23`` spacings leaves a multiple of the spacing, rounded half to even.
+    """
+    out = x.clamp(-E2M1_MAX, E2M1_MAX)
+    spacings = (out.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**floor(log2(|x|))
+    spacings.clamp_min_(1.0).mul_(1.5 * 2.0**22)
+    return out.add_(spacings).sub_(spacings)
+
+
 def decode_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of E2M1 ``codes`` (uint8, 0 to 15), exact in every floating dtype."""
     return torch.tensor(E2M1_VALUES, dtype=dtype, device=codes.device)[codes.int()]

@@ -6,6 +6,7 @@ The parameters stay where they are unless the option ``fp4_master`` says ``drop`
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, choose, make_case
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_quantize import refuse_weight
+from vbcompile.passes.fp4_feed import FedWeight, WeightFeed
+from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
+from vbcompile.passes.fp4_progress import progress
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     autocast_dtypes,
@@ -25,10 +29,12 @@ from vbcompile.passes.fp4_sites import (
     is_vocabulary_projection,
     is_written,
     linear_sites,
+    rematch,
     weight_inputs,
 )
-from vbcompile.passes.fp4_weights import Packed, PackKey, WeightFeed, pack
-from vbcompile.passes.graph_ops import call_of, module_graphs, value_of
+from vbcompile.passes.fp4_training import train_for_fp4
+from vbcompile.passes.fp4_weights import Packed, PackKey, adopted_format, canonical_form, is_hollow, pack, state_of
+from vbcompile.passes.graph_ops import call_of, describe_site, module_graphs, value_of
 from vbcompile.report import Decision
 
 PASS_NAME = "fp4"
@@ -36,18 +42,16 @@ SMALLEST = 2**15
 """Fewest elements of a weight that is worth packing: below, launching the product takes longer than reading it."""
 SLOWEST = 2.0
 """Most times that a layer may take of its unpacked product's, where the number of rows is known."""
+_WORTH_A_BAR = 2**28  # elements that are packed before a progress bar helps
 _PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """A weight that will be packed, and the placeholders of its tensors."""
+    """Weights that will be packed together, and the placeholders of their tensors."""
 
-    position: int
-    key: PackKey
-    packed: Packed
-    name: str
+    fed: FedWeight
     nodes: tuple[fx.Node, ...]
 
 
@@ -72,59 +76,56 @@ class _Fp4Pass:
         self.graph = copy_graph(gm.graph)  # Dynamo goes through its own graph's placeholders once more afterwards
         self.weights = weight_inputs(self.graph, context.example_inputs)
         self.autocast = autocast_dtypes(self.graph, context.target.device_type)
-        self.packings: dict[tuple[fx.Node, bool], _Packing | str] = {}
+        self.packings: dict[tuple[tuple[fx.Node, ...], PackKey], _Packing] = {}
+        self.decisions: dict[fx.Node, Decision] = {}
 
     def run(self) -> list[Decision]:
-        decisions = [self._decide(site) for site in linear_sites(self.graph, self.weights)]
-        packings = [p for p in self.packings.values() if isinstance(p, _Packing)]
-        if packings:
+        sites = list(linear_sites(self.graph, self.weights))
+        found = {site.node: self._candidate(site) for site in sites}
+        candidates = [c for c in found.values() if isinstance(c, Candidate)]
+        for node, reason in found.items():
+            if isinstance(reason, str):
+                self._leave(node, reason)
+        groups = with_shared_inputs(candidates, self.graph) if self.config.fp4_fuse else [[c] for c in candidates]
+        with progress(groups, "packing FP4 weights", self._reads_weights(candidates)) as packing:
+            plans = [plan for group in packing for plan in self._packed(group)]
+        trained = self._train([site for site in sites if found[site.node] is None])
+        for group, packed in plans:
+            self._rewrite(group, packed)
+        if plans or trained:
             self._remove_transposes()
             self.graph.lint()
             unpacked = fx.GraphModule(self.gm, copy_graph(self.original))
             self.gm.graph = self.graph
-            self._feed(packings, unpacked)
-        return decisions
+            if self.packings:
+                self._feed(unpacked)
+        self._refuse_to_read_hollow_weights()
+        return [self.decisions[site.node] for site in sites]
 
-    def _decide(self, site: LinearSite) -> Decision:
-        name = site.name
-        reason = self._refuses(site)
-        if reason:
-            return Decision(PASS_NAME, name, "left", reason)
-        dtype, rows = self._dtype(site), _rows(site.x)
+    def _leave(self, node: fx.Node, reason: str) -> None:
+        self.decisions[node] = Decision(PASS_NAME, describe_site(node), "left", reason)
+
+    # -------------------------------------------------------------------------------------------------- what to rewrite
+    def _candidate(self, site: LinearSite) -> "Candidate | str | None":
+        """What to do with a site: run it on a packed weight, leave it for a reason, or (None) train it for FP4."""
         weight = self.weights[site.weight][1]
+        trained = self.context.training and weight.requires_grad
+        if trained and not self.config.fp4_qat:
+            return "the weight requires gradients: it stays in high precision; fp4_qat=True trains it for FP4"
+        if reason := self._refuses(site):
+            return reason
+        if trained:
+            return None
+        dtype, rows = self._dtype(site), _rows(site.x)
         n, k = reversed(weight.shape) if site.transposed else weight.shape
-        key = PackKey(self.config.fp4_format, preferred_layout(self.context.target), site.transposed)
-        activations = self.config.fp4_activations
-        case = make_case(dtype, rows if rows is not None else 1, n, k, key.format_name, key.layout, activations)
-        if reason := self._too_slow(case, rows):
-            return Decision(PASS_NAME, name, "left", reason)
-        packing = self._pack(site, key)
-        if isinstance(packing, str):
-            return Decision(PASS_NAME, name, "left", packing)
-        linear, error = packing.packed.linear, packing.packed.error
-        self._rewrite(site, packing, dtype)
-        case = make_case(dtype, case.m, n, k, key.format_name, linear.layout, activations)
-        return Decision(
-            PASS_NAME,
-            name,
-            "rewritten",
-            f"{key.format_name} weight [{n}, {k}], relative error {error:.4f}",
-            _explain(self.context.target, case, rows),
-            {
-                "shape": [int(n), int(k)],
-                "error": error,
-                "bytes": weight.numel() * weight.element_size(),
-                "packed_bytes": linear.nbytes,
-                "layout": linear.layout,
-                "master": "dropped" if self._may_drop(site.weight) else "kept",
-            },
-        )
+        format_name = adopted_format(weight) or self.config.fp4_format
+        key = PackKey(format_name, preferred_layout(self.context.target), site.transposed)
+        candidate = Candidate(site, key, dtype, rows, int(n), int(k))
+        return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
 
     def _refuses(self, site: LinearSite) -> str | None:
         """Why a site stays as it is, as far as that shows without reading the weight's data."""
         weight = self.weights[site.weight][1]
-        if self.context.training and weight.requires_grad:
-            return "the weight requires gradients: it stays in high precision"
         if weight.is_inference():
             return "made under inference_mode: later updates of the weight could not be noticed"
         if type(weight) not in _PLAIN_TYPES:
@@ -142,7 +143,13 @@ class _Fp4Pass:
         oriented = weight.detach().t() if site.transposed else weight.detach()
         return refuse_weight(oriented, fp4_format(self.config.fp4_format))
 
-    def _too_slow(self, case: Fp4LinearCase, rows: int | None) -> str | None:
+    def _case(self, candidate: Candidate, n: int, layout: str) -> Fp4LinearCase:
+        rows = 1 if candidate.rows is None else candidate.rows
+        name, activations = candidate.key.format_name, self.config.fp4_activations
+        return make_case(candidate.dtype, rows, n, candidate.k, name, layout, activations)
+
+    def _too_slow(self, candidate: Candidate) -> str | None:
+        case, rows = self._case(candidate, candidate.n, candidate.key.layout), candidate.rows
         choice = choose(self.context.target, case)
         if choice.implementation.name == "reference":
             return f"no kernel for this case: {choice.explain()}"
@@ -157,29 +164,57 @@ class _Fp4Pass:
         cast = self.autocast.get(site.node)
         return own if cast is None or own == torch.float64 else cast
 
-    def _pack(self, site: LinearSite, key: PackKey) -> "_Packing | str":
-        """The packed weight, once for each weight of the graph; or why it stays as it is."""
-        known = self.packings.get((site.weight, site.transposed))
-        if known is None:
-            known = self.packings[site.weight, site.transposed] = self._pack_once(site, key)
-        return known
+    def _reads_weights(self, candidates: list[Candidate]) -> bool:
+        """Whether packing takes long enough to show how far it is."""
+        return sum(c.n * c.k for c in candidates) >= _WORTH_A_BAR
 
-    def _pack_once(self, site: LinearSite, key: PackKey) -> "_Packing | str":
-        position, weight = self.weights[site.weight]
-        name = site.name.split(" ")[0] or site.weight.name
+    # ---------------------------------------------------------------------------------------------------------- packing
+    def _packed(self, group: list[Candidate]) -> list[tuple[list[Candidate], _Packing]]:
+        """The group packed together, without members that cannot be; those are left with the reason."""
+        nodes = tuple(c.site.weight for c in group)
+        names = tuple(c.name for c in group)
+        known = self.packings.get((nodes, group[0].key))
+        if known is not None:
+            return [(group, known)]
+        weights = [self.weights[node][1] for node in nodes]
+        master = tuple(self._master(node) for node in nodes)
         try:
-            packed = pack(weight, key, name)
+            packed = pack(weights, group[0].key, names, self.config.fp4_watch, keep="keep" not in master)
+        except ValueError:
+            return self._packed(good) if (good := [c for c in group if self._can_be_packed(c)]) else []
+        good = [c for c, error in zip(group, packed.errors, strict=True) if self._accepts(c, error)]
+        if len(good) < len(group):
+            return self._packed(good) if good else []
+        return [(group, self._supply(group, packed, master))]
+
+    def _can_be_packed(self, candidate: Candidate) -> bool:
+        weight = self.weights[candidate.site.weight][1]
+        try:
+            canonical_form(weight, state_of(weight), candidate.key, candidate.name)
         except ValueError as error:
-            return str(error)
-        if packed.error > self.config.fp4_max_error:
-            return f"relative error {packed.error:.3f} is above fp4_max_error={self.config.fp4_max_error}"
+            self._leave(candidate.site.node, str(error))
+            return False
+        return True
+
+    def _accepts(self, candidate: Candidate, error: float) -> bool:
+        limit = self.config.fp4_max_error
+        if error > limit:
+            self._leave(candidate.site.node, f"relative error {error:.3f} is above fp4_max_error={limit}")
+        return error <= limit
+
+    def _supply(self, group: list[Candidate], packed: Packed, master: tuple[str, ...]) -> _Packing:
+        """Placeholders for the tensors of a packed copy."""
         if packed.linear.layout != "plain":
-            prepare(weight.device)
-        nodes = tuple(
-            self._placeholder(f"{site.weight.name}_{part}", tensor)
+            prepare(packed.linear.codes.device)
+        nodes = tuple(c.site.weight for c in group)
+        placeholders = tuple(
+            self._placeholder(f"{nodes[0].name}_{part}", tensor)
             for part, tensor in zip(("codes", "block_scales", "row_scale"), packed.linear.tensors, strict=True)
         )
-        return _Packing(position, key, packed, name, nodes)
+        positions = tuple(self.weights[node][0] for node in nodes)
+        fed = FedWeight(positions, group[0].key, tuple(c.name for c in group), packed, master)
+        packing = self.packings[nodes, group[0].key] = _Packing(fed, placeholders)
+        return packing
 
     def _placeholder(self, name: str, tensor: Tensor) -> fx.Node:
         last = self.graph.find_nodes(op="placeholder")[-1]
@@ -191,28 +226,71 @@ class _Fp4Pass:
         self.context.example_inputs.append(fake)
         return node
 
-    def _rewrite(self, site: LinearSite, packing: _Packing, dtype: torch.dtype) -> None:
-        linear = packing.packed.linear
-        with self.graph.inserting_before(site.node):
-            x = site.x
-            if site.node in self.autocast:
+    def _master(self, weight: fx.Node) -> str:
+        """What becomes of a weight's own memory, as far as the options say."""
+        choice = self.config.fp4_master
+        if choice == "host" and self.weights[weight][1].device.type == "cpu":
+            return "keep"  # that is where it is
+        return "keep" if self.context.training else choice
+
+    # -------------------------------------------------------------------------------------------------------- rewriting
+    def _rewrite(self, group: list[Candidate], packing: _Packing) -> None:
+        sites = [rematch(c.site, self.weights) for c in group]  # their inputs may have been rewritten
+        linear, first = packing.fed.packed.linear, sites[0]
+        with self.graph.inserting_before(first.node):
+            x, dtype = first.x, group[0].dtype
+            if first.node in self.autocast:
                 x = self.graph.call_method("to", (x, dtype))
-                x.meta["example_value"] = value_of(site.x).to(dtype)
+                x.meta["example_value"] = value_of(first.x).to(dtype)
+            bias = shared_bias(self.graph, sites)
+            arguments = (linear.k, linear.format_name, linear.layout, self.config.fp4_activations)
             new = self.graph.call_function(
-                torch.ops.vblackwell.fp4_linear.default,
-                (
-                    x,
-                    *packing.nodes,
-                    site.bias,
-                    linear.k,
-                    linear.format_name,
-                    linear.layout,
-                    self.config.fp4_activations,
-                ),
+                torch.ops.vblackwell.fp4_linear.default, (x, *packing.nodes, bias, *arguments)
             )
-        new.meta = dict(site.node.meta)
-        site.node.replace_all_uses_with(new)
-        self.graph.erase_node(site.node)
+        new.meta = dict(first.node.meta)
+        for candidate, error in zip(group, packing.fed.packed.errors, strict=True):
+            self.decisions[candidate.site.node] = self._rewritten(candidate, error, group, packing)
+        if len(group) == 1:
+            first.node.replace_all_uses_with(new)
+            self.graph.erase_node(first.node)
+            return
+        value = value_of(first.node)
+        new.meta["example_value"] = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
+        split_result(self.graph, new, sites, [c.n for c in group])
+
+    def _rewritten(self, candidate: Candidate, error: float, group: list[Candidate], packing: _Packing) -> Decision:
+        linear, weight = packing.fed.packed.linear, self.weights[candidate.site.weight][1]
+        others = [c.name for c in group if c is not candidate]
+        n, k, total = candidate.n, candidate.k, sum(c.n for c in group)
+        reason = f"{linear.format_name} weight [{n}, {k}], relative error {error:.4f}"
+        return Decision(
+            PASS_NAME,
+            candidate.site.name,
+            "rewritten",
+            reason + (f", one product with {', '.join(others)}" if others else ""),
+            _explain(self.context.target, self._case(candidate, total, linear.layout), candidate.rows),
+            {
+                "shape": [n, k],
+                "error": error,
+                "bytes": weight.numel() * weight.element_size(),
+                "packed_bytes": linear.nbytes * n // total,
+                "layout": linear.layout,
+                "fused_with": others,
+                "master": {"keep": "kept", "host": "in host memory", "drop": "dropped"}[
+                    self._master(candidate.site.weight)
+                ],
+            },
+        )
+
+    def _train(self, sites: list[LinearSite]) -> int:
+        """Round the trained weights of ``sites`` in the forward; returns how many sites were rewritten."""
+        count = 0
+        for site in sites:
+            name, weight = site.name, self.weights[site.weight][1]
+            decision = train_for_fp4(self.graph, site, weight, self.config.fp4_format, self.config.fp4_max_error)
+            self.decisions[site.node] = Decision(PASS_NAME, name, *decision)
+            count += decision[0] == "rewritten"
+        return count
 
     def _remove_transposes(self) -> None:
         """Erase the transposes of weights that nothing reads any more."""
@@ -221,21 +299,34 @@ class _Fp4Pass:
                 if not user.users and _is_transpose(user):
                     self.graph.erase_node(user)
 
-    def _may_drop(self, weight: fx.Node) -> bool:
-        return self.config.fp4_master == "drop" and not self.context.training
-
-    def _feed(self, packings: list[_Packing], unpacked: fx.GraphModule) -> None:
+    def _feed(self, unpacked: fx.GraphModule) -> None:
+        """Add the wrapper that supplies the packed tensors. Weights that the graph still reads keep their memory."""
         placeholders = self.graph.find_nodes(op="placeholder")
-        feed = WeightFeed(
-            [p.position for p in packings],
-            [p.key for p in packings],
-            [p.name for p in packings],
-            [p.packed for p in packings],
-            self.config.fp4_max_error,
-            [self._may_drop(placeholders[p.position]) and not placeholders[p.position].users for p in packings],
-            unpacked,
-        )
+        fed = [packing.fed for packing in self.packings.values()]
+        for one in fed:
+            read = [bool(placeholders[position].users) for position in one.positions]
+            one.master = tuple("keep" if r else m for m, r in zip(one.master, read, strict=True))
+        feed = WeightFeed(fed, self.config.fp4_max_error, self.config.fp4_watch, unpacked)
         self.context.wrappers.append(feed.wrap)
+
+    def _refuse_to_read_hollow_weights(self) -> None:
+        """Have calls fail where the graph would read weights whose values were given up."""
+        read = [node for node, (_, weight) in self.weights.items() if is_hollow(weight) and node.users]
+        if not read:
+            return
+        reasons = [d.reason for d in self.decisions.values() if d.action == "left"]
+        message = (
+            f"{len(read)} weights were given up by fp4_master but this graph reads them, {read[0].name} the first"
+            f" ({'; '.join(dict.fromkeys(reasons)) or 'not as the weight of a product'}): restore or reload them"
+        )
+
+        def wrap(compiled: Callable[..., Any]) -> Callable[..., Any]:
+            def refuse(*args: Any) -> Any:
+                raise RuntimeError(message)
+
+            return refuse
+
+        self.context.wrappers.append(wrap)
 
 
 def _is_transpose(node: fx.Node) -> bool:

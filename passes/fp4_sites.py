@@ -51,12 +51,18 @@ def weight_inputs(graph: fx.Graph, example_inputs: list[Any]) -> dict[fx.Node, t
 
 
 def linear_sites(graph: fx.Graph, weights: dict[fx.Node, tuple[int, Tensor]]) -> Iterator[LinearSite]:
-    """The products of the graph whose right factor is one of ``weights``, in order; each may be replaced when it is its
-    turn."""
-    for node in list(graph.nodes):
+    """The products of the graph whose right factor is one of ``weights``, in order."""
+    for node in graph.nodes:
         site = _match(node)
         if site is not None and site.weight in weights:
             yield site
+
+
+def rematch(site: LinearSite, weights: dict[fx.Node, tuple[int, Tensor]]) -> LinearSite:
+    """The site as it is after its operands were rewritten."""
+    fresh = _match(site.node)
+    assert fresh is not None and fresh.weight in weights
+    return fresh
 
 
 def _match(node: fx.Node) -> LinearSite | None:

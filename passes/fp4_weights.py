@@ -1,32 +1,38 @@
 """Packed copies of live weights: each made once, shared by all graphs, and made again when the weight changes.
 
-A weight is known by identity. Its version counter and its address tell whether it was written to or given other memory
-since it was packed; both are compared at every call of a compiled graph. Writing through ``weight.data`` or a NumPy
-view changes neither: after such writes call :func:`forget`.
+A weight is known by identity. What tells that it was written to, at every call of a compiled graph:
+
+- its version counter and its address: in-place operations, ``load_state_dict``, optimizers, new memory;
+- steps of any ``torch.optim`` optimizer that holds it, however it writes;
+- on CPUs a few sampled elements, which show almost every write through ``weight.data`` or NumPy;
+- by the option ``fp4_watch="contents"`` a checksum of the whole weight, which shows them on every device.
+
+For writes that none of these sees there is :func:`requantize`.
 """
 
-import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from vbcompile.kernels.fp4 import PackedWeight, concat_rows, row_ranges
 from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
 
-log = logging.getLogger(__name__)
+WATCHES = ("samples", "contents")
+_SAMPLED = 4  # rows, and columns, of a weight that are looked at
 
 
 @dataclass(frozen=True)
 class PackKey:
-    """How a weight is packed.
+    """How weights are packed.
 
     Attributes:
-        layout: the layout to use where it can hold the weight, else ``plain``.
+        layout: the layout to use where it can hold the weights, else ``plain``.
         transposed: the parameter is ``[K, N]``.
     """
 
@@ -36,165 +42,318 @@ class PackKey:
 
 
 @dataclass(eq=False)
-class Packed:
-    """A weight's packed copy.
+class WeightState:
+    """What is known of one live weight.
 
     Attributes:
-        weight: the live weight.
-        linear: tensors for the operator; their memory stays the same when the weight is packed again.
-        error: relative error ``|W - Q| / |W|``.
-        version, address: of the weight when it was packed.
+        weight: weak reference to it.
+        contents: number that changes when the weight's values do.
+        version, address: of the weight when it was last looked at.
+        sample, checksum: of its values then; None where they were not looked at.
+        canonical: packed forms that stand for the weight's values, by format and orientation: those that it was loaded
+            in, or was given up for; with their relative error.
+        master: the values in host memory, where they were moved there.
         dropped: whether the weight's own memory was given up.
     """
 
-    weight: Callable[[], Tensor | None]
-    linear: LinearWeight
-    error: float
+    weight: weakref.ref[Tensor]
+    contents: int
     version: int
     address: int
+    sample: list[object] | None = None
+    checksum: int | None = None
+    canonical: dict[tuple[str, bool], tuple[PackedWeight, float]] = field(default_factory=dict)
+    master: Tensor | None = None
     dropped: bool = False
 
-    def is_current(self, weight: Tensor) -> bool:
-        return self.weight() is weight and weight._version == self.version and weight.data_ptr() == self.address
+    def look(self, weight: Tensor, watch: str) -> int:
+        """Compare the weight with what was last seen of it, and return the number of its contents."""
+        if weight._version != self.version or weight.data_ptr() != self.address:
+            self.changed(weight)
+        elif not self.dropped:
+            self._look_inside(weight, watch)
+        return self.contents
+
+    def _look_inside(self, weight: Tensor, watch: str) -> None:
+        if weight.device.type == "cpu":
+            sample = _sample(weight)
+            if self.sample not in (None, sample):
+                self.changed(weight)
+            self.sample = sample
+        if watch == "contents":
+            checksum = _checksum(weight)
+            if self.checksum not in (None, checksum):
+                self.changed(weight)
+            self.checksum = checksum
+
+    def changed(self, weight: Tensor) -> None:
+        """The weight has, or may have, other values than before."""
+        self.contents += 1
+        self.seen(weight)
+        self.canonical, self.master, self.dropped = {}, None, False
+
+    def seen(self, weight: Tensor) -> None:
+        """What the weight is now is what is known of it."""
+        self.version, self.address = weight._version, weight.data_ptr()
+        self.sample = self.checksum = None
 
 
-_packed: dict[int, dict[PackKey, Packed]] = {}
+@dataclass(eq=False)
+class Packed:
+    """The packed copy of one weight, or of several below one another.
+
+    Attributes:
+        states: of the weights, with the number of the contents that each was packed from.
+        linear: tensors for the operator; their memory stays the same when the weights are packed again.
+        errors: relative error ``|W - Q| / |W|`` of each weight.
+    """
+
+    states: list[tuple[WeightState, int]]
+    linear: LinearWeight
+    errors: list[float]
+
+    def is_current(self, weights: Sequence[Tensor], watch: str) -> bool:
+        """Whether these are the weights that were packed, unchanged since."""
+        return all(
+            state.weight() is weight and state.look(weight, watch) == contents
+            for (state, contents), weight in zip(self.states, weights, strict=True)
+        )
+
+
+_states: dict[int, WeightState] = {}
+_packed: dict[tuple[tuple[int, ...], PackKey], Packed] = {}
 _lock = threading.RLock()
+_hooked: list[object] = []
 
 
-def pack(weight: Tensor, key: PackKey, name: str) -> Packed:
-    """The current packed copy of ``weight``; quantizes it where there is none or where it has changed.
+def state_of(weight: Tensor) -> WeightState:
+    """The state of a live weight; begins to watch it where it is new."""
+    with _lock:
+        state = _states.get(id(weight))
+        if state is not None and state.weight() is weight:
+            return state
+        _watch_optimizers()
+        identity = id(weight)
+        reference = weakref.ref(weight, lambda gone: _forget_identity(identity, gone))
+        state = _states[identity] = WeightState(reference, 0, weight._version, weight.data_ptr())
+        return state
+
+
+def _forget_identity(identity: int, reference: weakref.ref[Tensor] | None) -> None:
+    with _lock:
+        if reference is not None and identity in _states and _states[identity].weight is not reference:
+            return  # another weight has the identity by now
+        _states.pop(identity, None)
+        for key in [key for key in _packed if identity in key[0]]:
+            del _packed[key]
+
+
+def _watch_optimizers() -> None:
+    if not _hooked:
+        _hooked.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _after_step(optimizer: Optimizer, args: object, keywords: object) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            state = _states.get(id(weight))
+            live = None if state is None else state.weight()
+            if state is not None and live is not None and live is weight:
+                state.changed(live)
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+def pack(
+    weights: Sequence[Tensor], key: PackKey, names: Sequence[str], watch: str = "samples", keep: bool = False
+) -> Packed:
+    """The current packed copy of ``weights``, one below the other; quantizes those that are new or have changed.
+
+    With ``keep`` the packed form of each also stays in host memory, for :func:`give_up`.
 
     Raises:
-        ValueError: the weight cannot be packed, for the reasons of :func:`vbcompile.kernels.fp4_quantize.quantize`, or
-            no longer in the layout that it had.
+        ValueError: a weight cannot be packed, for the reasons of :func:`vbcompile.kernels.fp4_quantize.quantize`.
     """
     with _lock:
-        copies = _packed.get(id(weight))
-        old = None if copies is None else copies.get(key)
-        if old is not None and old.is_current(weight):
+        identity = (tuple(id(weight) for weight in weights), key)
+        states = [state_of(weight) for weight in weights]
+        seen = [state.look(weight, watch) for state, weight in zip(states, weights, strict=True)]
+        old = _packed.get(identity)
+        if old is not None and old.is_current(weights, watch):
             return old
-        if old is not None and old.weight() is not weight:
-            copies = old = None  # another tensor had this address in Python
-        new = _quantize(weight, key, name)
+        new = _pack(weights, states, seen, key, names, keep)
         if old is not None and old.linear.layout == new.linear.layout:
             for mine, fresh in zip(old.linear.tensors, new.linear.tensors, strict=True):
                 mine.copy_(fresh)  # compiled graphs and CUDA graphs hold these addresses
-            old.error, old.version, old.address, old.dropped = new.error, new.version, new.address, False
+            old.states, old.errors = new.states, new.errors
             return old
-        if copies is None:
-            copies = _packed[id(weight)] = {}
-        copies[key] = new
+        _packed[identity] = new
         return new
 
 
-def _quantize(weight: Tensor, key: PackKey, name: str) -> Packed:
-    version, address = weight._version, weight.data_ptr()
+def _pack(
+    weights: Sequence[Tensor],
+    states: list[WeightState],
+    seen: list[int],
+    key: PackKey,
+    names: Sequence[str],
+    keep: bool,
+) -> Packed:
+    parts, errors = [], []
     with torch.inference_mode(False), torch.no_grad():
-        source = weight.detach()
-        source = source.t().contiguous() if key.transposed else source
-        packed = quantize(source, key.format_name, name=name)
-        error = relative_error(source, packed)
+        for weight, state, name in zip(weights, states, names, strict=True):
+            part, error = canonical_form(weight, state, key, name)
+            parts.append(part)
+            errors.append(error)
+            if keep:
+                state.canonical[key.format_name, key.transposed] = (part.to("cpu"), error)
+        packed = concat_rows(parts) if len(parts) > 1 else parts[0]
         layout = "plain" if refuses_layout(packed, key.layout) else key.layout
-        linear = to_layout(packed, layout)
-    identity = id(weight)
-    return Packed(weakref.ref(weight, lambda _: _packed.pop(identity, None)), linear, error, version, address)
+        return Packed(list(zip(states, seen, strict=True)), to_layout(packed, layout), errors)
 
 
-def drop(packed: Packed) -> None:
-    """Give up the memory of the weight itself: it keeps its shape and dtype and reads as NaN."""
-    weight = packed.weight()
-    if weight is None or packed.dropped:
-        return
+def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) -> tuple[PackedWeight, float]:
+    """The weight packed as checkpoints hold it, on its device, and its relative error.
+
+    Raises:
+        ValueError: it cannot be packed.
+    """
+    kept = state.canonical.get((key.format_name, key.transposed))
+    if kept is not None:
+        return kept[0].to(weight.device), kept[1]
+    source = weight.detach()
+    if state.dropped:
+        if state.master is None:
+            raise ValueError(f"{name}: its high-precision values were dropped, so it cannot be packed another way")
+        source = state.master.to(weight.device)
+    source = source.transpose(-2, -1) if key.transposed else source
+    packed = quantize(source, key.format_name, name=name)
+    return packed, relative_error(source, packed)
+
+
+def adopt(weight: Tensor, packed: PackedWeight, transposed: bool = False) -> None:
+    """Have ``packed`` stand for the values of ``weight`` until it is written to: nothing is rounded a second time.
+
+    ``transposed`` where the parameter is ``[..., K, N]``.
+    """
     with _lock:
-        weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        packed.version, packed.address, packed.dropped = weight._version, weight.data_ptr(), True
+        state = state_of(weight)
+        state.changed(weight)
+        state.canonical[packed.format_name, transposed] = (packed, 0.0)
+
+
+def adopted_format(weight: Tensor) -> str | None:
+    """The format of the packed form that stands for the weight's values, if there is one."""
+    state = _states.get(id(weight))
+    if state is None or state.weight() is not weight:
+        return None
+    return next((name for name, _ in state.canonical), None)
+
+
+# -------------------------------------------------------------------------------------------------------------- masters
+def give_up(weight: Tensor, key: PackKey, name: str, to_host: bool) -> None:
+    """Free the memory of the weight itself: it keeps its shape and dtype and reads as NaN.
+
+    Its packed form stays in host memory, and with ``to_host`` its values do too.
+    """
+    with _lock:
+        state = state_of(weight)
+        if state.dropped:
+            return
+        packed, error = canonical_form(weight, state, key, name)
+        state.canonical[key.format_name, key.transposed] = (packed.to("cpu"), error)
+        if to_host:
+            state.master = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
+            state.master.copy_(weight.detach())
+        make_hollow(weight)
+        state.seen(weight)
+        state.dropped = True
+
+
+def is_hollow(weight: Tensor) -> bool:
+    """Whether the weight's values were given up and it still reads as NaN."""
+    state = _states.get(id(weight))
+    if state is None or state.weight() is not weight:
+        return False
+    state.look(weight, "samples")
+    return state.dropped
+
+
+def make_hollow(weight: Tensor) -> None:
+    """Leave of a weight its shape, dtype and device; it reads as NaN."""
+    weight.data = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+
+
+def restore_weights(module: nn.Module) -> int:
+    """Give weights that ``fp4_master="host"`` moved to host memory their own memory back; returns how many.
+
+    Raises:
+        ValueError: weights were dropped, not moved: their values are gone. None is restored then.
+    """
+    with _lock:
+        hollow = [(name, w, s) for name, w, s in _watched(module) if s.dropped]
+        lost = [name for name, _, state in hollow if state.master is None]
+        if lost:
+            raise ValueError(f"{lost[0]} and {len(lost) - 1} more were dropped; load the model's checkpoint again")
+        for _, weight, state in hollow:
+            assert state.master is not None
+            weight.data = state.master.to(weight.device)
+            state.seen(weight)
+            state.master, state.dropped, state.canonical = None, False, {}
+        return len(hollow)
+
+
+def requantize(module: nn.Module | None = None) -> int:
+    """Have the weights of a module, or all, packed again before they are used next; returns how many.
+
+    Needed after writes that leave no trace: through ``weight.data`` on an accelerator, DLPack, or C++ code. Weights
+    whose high-precision values were given up are what their packed form says, and stay.
+    """
+    with _lock:
+        if module is None:
+            found = [(s.weight(), s) for s in _states.values()]
+        else:
+            found = [(w, s) for _, w, s in _watched(module)]
+        stale = [(weight, state) for weight, state in found if weight is not None and not state.dropped]
+        for weight, state in stale:
+            state.changed(weight)
+        return len(stale)
+
+
+def _watched(module: nn.Module) -> Iterator[tuple[str, Tensor, WeightState]]:
+    for name, weight in (*module.named_parameters(), *module.named_buffers()):
+        state = _states.get(id(weight))
+        if state is not None and state.weight() is weight:
+            yield name, weight, state
 
 
 def forget(weight: Tensor | None = None) -> None:
-    """Forget the packed copy of one weight, or of all, so that the next compile packs it again.
+    """Forget the packed copies of one weight, or of all, so that the next compile packs them again.
 
     Compiled graphs keep the copies that they hold until ``torch._dynamo.reset()``.
     """
     with _lock:
-        if weight is None:
-            _packed.clear()
+        if weight is not None:
+            _forget_identity(id(weight), None)
         else:
-            _packed.pop(id(weight), None)
+            _states.clear()
+            _packed.clear()
 
 
-class WeightFeed:
-    """Supplies the packed tensors to a compiled graph, after the caller's own arguments.
-
-    The same compiled graph may be called with other weights, as happens when one compiled block serves many layers:
-    each weight brings its own packed copy.
-    """
-
-    def __init__(
-        self,
-        positions: Sequence[int],
-        keys: Sequence[PackKey],
-        names: Sequence[str],
-        packed: Sequence[Packed],
-        max_error: float,
-        drop_masters: Sequence[bool],
-        unpacked: Callable[..., Any],
-    ) -> None:
-        self._positions, self._keys, self._names = positions, keys, names
-        self._last = list(packed)
-        self._layouts = [p.linear.layout for p in packed]
-        self._max_error, self._drop = max_error, drop_masters
-        self._unpacked = unpacked
-        self._warned = False
-
-    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """``compiled`` called with the packed tensors added."""
-
-        def with_packed_weights(*args: Any) -> Any:
-            try:
-                extra = self._tensors(args)
-            except _Unsuitable as reason:
-                return self._run_unpacked(args, str(reason))
-            out = compiled(*args, *extra)
-            if any(self._drop):
-                self._drop_masters()
-            return out
-
-        return with_packed_weights
-
-    def _tensors(self, args: Sequence[Any]) -> list[Tensor]:
-        extra: list[Tensor] = []
-        for n, position in enumerate(self._positions):
-            weight, last = args[position], self._last[n]
-            if not last.is_current(weight) or last.error > self._max_error:
-                last = self._last[n] = self._packed_again(n, weight)
-            extra += last.linear.tensors
-        return extra
-
-    def _packed_again(self, n: int, weight: Tensor) -> Packed:
-        try:
-            packed = pack(weight, self._keys[n], self._names[n])
-        except ValueError as error:
-            raise _Unsuitable(str(error)) from error
-        if packed.error > self._max_error:
-            raise _Unsuitable(f"{self._names[n]}: relative error {packed.error:.3f} is above {self._max_error}")
-        if packed.linear.layout != self._layouts[n]:
-            raise _Unsuitable(f"{self._names[n]}: the new weight does not fit the layout {self._layouts[n]}")
-        return packed
-
-    def _run_unpacked(self, args: Sequence[Any], reason: str) -> Any:
-        if any(p.dropped for p in self._last):
-            raise RuntimeError(f"{reason}; the high-precision weights were dropped, so nothing can run without FP4")
-        if not self._warned:
-            self._warned = True
-            log.warning("FP4 does not suit the weights this graph is called with; it runs uncompiled: %s", reason)
-        return self._unpacked(*args)
-
-    def _drop_masters(self) -> None:
-        for wanted, packed in zip(self._drop, self._last, strict=True):
-            if wanted and not packed.dropped:
-                drop(packed)
+# ------------------------------------------------------------------------------------------------------------- watching
+def _sample(weight: Tensor) -> list[object]:
+    steps = [max(1, size // _SAMPLED) for size in weight.shape[-2:]]
+    values: list[object] = weight.detach()[..., :: steps[0], :: steps[1]].tolist()
+    return values
 
 
-class _Unsuitable(Exception):
-    """A weight that cannot take the place of the one that the graph was compiled for."""
+def _checksum(weight: Tensor) -> int:
+    """Depends on every bit of the weight and on its place; waits for the device."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    rows = weight.detach().flatten(0, -2)
+    columns = torch.arange(rows.shape[1], device=weight.device) * 0x9E3779B1 + 1
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start, stop in row_ranges(rows.shape[0], rows.shape[1], weight.device):
+        bits = rows[start:stop].contiguous().view(kind).long()
+        places = torch.arange(start, stop, device=weight.device) * 0x85EBCA77 + 1
+        total += ((bits * columns).sum(1) * places).sum()
+    return int(total)

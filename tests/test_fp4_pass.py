@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from fp4_compiling import FEED, Feed, compiled, decoded_twin, reasons, rounded
 from torch import nn
 
 from vbcompile.backend import add_listener, remove_listener
@@ -29,44 +30,6 @@ def reports():
     add_listener(found.append)
     yield found
     remove_listener(found.append)
-
-
-def compiled(model, **options):
-    options = {"mode": "speed", "strict": True, "downstream": "aot_eager", **options}
-    return torch.compile(model, backend="vblackwell", options=options)
-
-
-def rounded(weight, format_name="nvfp4"):
-    return dequantize(quantize(weight.detach(), format_name), torch.float64).to(weight.dtype)
-
-
-def decoded_twin(model, *names, format_name="nvfp4"):
-    """A copy whose named weights hold their FP4 values."""
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for name in names:
-            parameter = twin.get_parameter(name)
-            parameter.copy_(rounded(parameter, format_name))
-    return twin
-
-
-class Feed(nn.Module):
-    """Gated feed-forward block with a residual connection."""
-
-    def __init__(self, width=128, hidden=256):
-        super().__init__()
-        self.gate, self.up = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-FEED = ("gate.weight", "up.weight", "down.weight")
-
-
-def reasons(report, action="left"):
-    return [d.reason for d in report.decisions if d.pass_name == "fp4" and d.action == action]
 
 
 # ------------------------------------------------------------------------------------------------------------ inference
@@ -193,11 +156,11 @@ def test_updated_weights_are_packed_again(update):
 def test_an_update_keeps_the_packed_tensors_in_place():
     weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
     key = fp4_weights.PackKey("nvfp4", "plain", False)
-    first = fp4_weights.pack(weight, key, "weight")
+    first = fp4_weights.pack([weight], key, ["weight"])
     address, before = first.linear.codes.data_ptr(), first.linear.codes.clone()
-    assert fp4_weights.pack(weight, key, "weight") is first
+    assert fp4_weights.pack([weight], key, ["weight"]) is first
     weight.normal_()
-    assert fp4_weights.pack(weight, key, "weight").linear.codes.data_ptr() == address
+    assert fp4_weights.pack([weight], key, ["weight"]).linear.codes.data_ptr() == address
     assert not first.linear.codes.equal(before)
 
 
@@ -365,7 +328,10 @@ def test_adapters_train_over_a_frozen_base(downstream, reports):
 def test_trainable_weights_stay(reports):
     model, x = Feed(), torch.randn(2, 128)
     torch.testing.assert_close(compiled(model)(x), model(x))
-    assert reasons(reports[0]) == ["the weight requires gradients: it stays in high precision"] * 3
+    assert (
+        reasons(reports[0])
+        == ["the weight requires gradients: it stays in high precision; fp4_qat=True trains it for FP4"] * 3
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- masters
@@ -405,7 +371,7 @@ def test_the_pass_is_available():
     ("option", "message"),
     [
         ({"fp4_format": "nf4"}, "unknown fp4_format 'nf4'; valid: nvfp4, mxfp4"),
-        ({"fp4_master": "move"}, "unknown fp4_master 'move'; valid: keep, drop"),
+        ({"fp4_master": "move"}, "unknown fp4_master 'move'; valid: keep, host, drop"),
         ({"fp4_max_error": 2}, "'fp4_max_error' must be a number from 0 to 1, not 2"),
         ({"fp4_max_error": True}, "'fp4_max_error' must be a number"),
         ({"fp4_lm_head": "yes"}, "'fp4_lm_head' must be True or False"),

@@ -134,9 +134,9 @@ def _downstream(
 
 @functools.cache
 def _sources_hash() -> str:
-    from vbcompile.kernels import attention, fp4_linear
+    from vbcompile.kernels import attention, fp4_linear, fp4_straight_through
 
-    return compat.source_hash(pipeline, attention, fp4_linear, *activation_partition.MODULES)
+    return compat.source_hash(pipeline, attention, fp4_linear, fp4_straight_through, *activation_partition.MODULES)
 
 
 def _cache_key(config: Config) -> str:

@@ -41,8 +41,15 @@ class Config:
         fp4_lm_head: also the projection onto the vocabulary; off, because its errors go straight to the logits.
         fp4_max_error: largest relative error ``|W - Q| / |W|`` of a weight that is quantized; those above stay as they
             are and are reported. Gaussian weights have 0.081 in NVFP4 and 0.112 in MXFP4.
-        fp4_master: ``keep`` the high-precision weights, or ``drop`` them after the first call: the parameters then read
-            as NaN, take no memory, and the first graph is compiled once more.
+        fp4_fuse: one product for layers that share their input (query, key and value; gate and up).
+        fp4_qat: train quantisation-aware: weights that require gradients are rounded to their FP4 values in the forward
+            of training graphs, and the gradient goes to the weight as if they were not. Off: they stay as they are.
+        fp4_master: what becomes of the high-precision weights after the first call: ``keep`` them; ``host``: move them
+            to host memory, from where ``vbcompile.restore_weights`` fetches them; ``drop`` them. With the last two the
+            parameters read as NaN, take no device memory, and the first graph is compiled once more.
+        fp4_watch: how writes to packed weights are noticed beyond versions, addresses and optimizer steps: ``samples``
+            of the values on CPUs; ``contents``: a checksum of every weight at every call, on any device, for code that
+            writes through ``weight.data``.
         recompute: recompute activations in the backward (mode).
         offload: move weights and activations between memory tiers (mode).
         budget: device memory that a training step may take, in bytes or as ``"20GiB"``: parameters, gradients and all
@@ -64,7 +71,10 @@ class Config:
     fp4_activations: str = "same"
     fp4_lm_head: bool = False
     fp4_max_error: float = 0.15
+    fp4_fuse: bool = True
+    fp4_qat: bool = False
     fp4_master: str = "keep"
+    fp4_watch: str = "samples"
     recompute: bool = False
     offload: bool = False
     budget: int | None = None
@@ -91,10 +101,11 @@ class Config:
 
 FP4_FORMATS: Final = ("nvfp4", "mxfp4")
 FP4_ACTIVATIONS: Final = ("same", "fp8")
-FP4_MASTERS: Final = ("keep", "drop")
-_FLAGS = ("attention", "mixed_precision", "fp4", "fp4_lm_head", "recompute", "offload", "strict")
+FP4_MASTERS: Final = ("keep", "host", "drop")
+FP4_WATCHES: Final = ("samples", "contents")
+_FLAGS = ("attention", "mixed_precision", "fp4", "fp4_lm_head", "fp4_fuse", "fp4_qat", "recompute", "offload", "strict")
 OPTIONS: Final = (
-    "mode", *_FLAGS, "fp4_format", "fp4_activations", "fp4_max_error", "fp4_master",
+    "mode", *_FLAGS, "fp4_format", "fp4_activations", "fp4_max_error", "fp4_master", "fp4_watch",
     "budget", "slowdown", "downstream", "inductor_mode",
 )  # fmt: skip
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -167,6 +178,7 @@ def _validate(values: Mapping[str, Any]) -> None:
         ("fp4_format", FP4_FORMATS),
         ("fp4_activations", FP4_ACTIVATIONS),
         ("fp4_master", FP4_MASTERS),
+        ("fp4_watch", FP4_WATCHES),
     ):
         if name in values and values[name] not in valid:
             raise ConfigError(_unknown(name, values[name], valid))
