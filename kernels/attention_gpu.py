@@ -1,6 +1,7 @@
 """Our own GPU kernels as implementations of attention: the general Triton ones and Hopper's warp-specialised ones."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -124,9 +125,10 @@ def _triton_cost(name: str) -> Callable[[Target, AttentionCase], float]:
     return lambda target, case: _TRITON_COST[name]
 
 
-for _name, _hopper, _triton in (
-    ("attention", _hopper_forward, _triton_forward),
-    ("attention_backward", _hopper_backward, _triton_backward),
+for _name, _hopper, _triton, _kernels in (
+    ("attention", _hopper_forward, _triton_forward, attention_triton.FORWARD_KERNELS),
+    ("attention_backward", _hopper_backward, _triton_backward, attention_triton.BACKWARD_KERNELS),
 ):
+    _refuses_triton = partial(attention_triton.refuses, _kernels)
     operator(_name).register(Implementation("hopper", _hopper, _refuses_hopper, _hopper_cost(_name)))
-    operator(_name).register(Implementation("triton", _triton, attention_triton.refuses, _triton_cost(_name)))
+    operator(_name).register(Implementation("triton", _triton, _refuses_triton, _triton_cost(_name)))

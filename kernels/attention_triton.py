@@ -16,7 +16,7 @@ from vbcompile.kernels.attention_gradients import backward
 from vbcompile.kernels.attention_layout import pad_lead, tile_strides
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import empty_output
-from vbcompile.kernels.attention_tuning import TileConfig
+from vbcompile.kernels.attention_tuning import TileConfig, refuses_tiles
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.triton_target import refuses_triton
 
@@ -31,11 +31,21 @@ _DECODE_PROGRAMS, _MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 2, 128, 128
 
 
 # ------------------------------------------------------------------------------------------------- refusals
-def refuses(target: Target, case: AttentionCase | None) -> str | None:
-    """Why these kernels cannot run a case on a target; ``case`` None asks about the target alone."""
+FORWARD_KERNELS = ("forward", "decode")
+BACKWARD_KERNELS = ("rows", "grad_q", "grad_kv")
+
+
+def refuses(kernels: Sequence[str], target: Target, case: AttentionCase | None) -> str | None:
+    """Why ``kernels`` cannot run a case on a target; ``case`` None asks about the target alone."""
     if reason := refuses_triton(target):
         return reason
-    return None if case is None else _refuses_case(case)
+    if case is None:
+        return None
+    if reason := _refuses_case(case):
+        return reason
+    arch = "interpreter" if target.vendor == "cpu" else target.arch
+    head = max(problems.padded(case.q[-1]), problems.padded(case.v[-1]))
+    return refuses_tiles(arch, kernels, case.dtype.itemsize, head)
 
 
 def _refuses_case(case: AttentionCase) -> str | None:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -81,6 +81,17 @@ def tile_config(arch: str, kernel: str, element_size: int, padded: int, light: b
     raise ValueError(f"no tiles of {kernel} on {arch} for elements of {element_size} bytes and head size {padded}")
 
 
+def refuses_tiles(arch: str, kernels: Sequence[str], element_size: int, padded: int) -> str | None:
+    """Why the table has no tiles for a size: none that its registers hold, or None where each kernel has some."""
+    table = _tables()[_relative(arch)]
+    lacking = [k for k in kernels if not any(size == element_size and padded <= most for size, most, *_ in table[k])]
+    if not lacking:
+        return None
+    return (
+        f"no tiles of {' and '.join(lacking)} fit the registers of {arch} at head size {padded}, {element_size} bytes"
+    )
+
+
 @functools.cache
 def _tables() -> dict[str, Any]:
     return json.loads(resources.files("vbcompile.kernels").joinpath("tuned/attention.json").read_text())
@@ -95,6 +106,8 @@ def _relative(arch: str) -> str:
     if found := re.match(r"sm_(\d+)", arch):
         known = sorted((int(name[3:]), name) for name in tables if name.startswith("sm_"))
         return max(((n, name) for n, name in known if n <= int(found.group(1))), default=known[0])[1]
+    if arch.startswith(("gfx10", "gfx11", "gfx12")):
+        return "gfx1100"
     if arch.startswith("gfx"):
-        return "gfx950" if arch.startswith(("gfx95", "gfx12")) else "gfx942"
+        return "gfx950" if arch.startswith("gfx95") else "gfx942"
     return "xpu"

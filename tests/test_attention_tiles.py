@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from attention_forms import make_forms
+from attention_forms import make_forms, make_function
 
+from vbcompile.device_catalog import catalog_target
+from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_tiles import RangeEmitter, analyse_mask
+from vbcompile.kernels.attention_triton import BACKWARD_KERNELS, FORWARD_KERNELS, refuses
 from vbcompile.kernels.score_function import evaluate
 
 ROWS, COLUMNS, BLOCK = 45, 61, 8
@@ -91,3 +94,12 @@ def test_ranges_are_tight(name):
 def test_opaque_terms_stay():
     analysis = analyse_mask(FORMS["plain"].function, ())
     assert not analysis.constraints and not analysis.opaque
+
+
+def test_sizes_that_no_registers_hold_are_refused_with_the_reason():
+    case = lambda size: AttentionCase(torch.bfloat16, *((1, 2, 64, size),) * 3, (), False, make_function().dumps())
+    rdna = catalog_target("gfx1100")
+    assert refuses(FORWARD_KERNELS, rdna, case(128)) is None and refuses(BACKWARD_KERNELS, rdna, case(64)) is None
+    assert "grad_kv fit the registers of gfx1100 at head size 256" in refuses(BACKWARD_KERNELS, rdna, case(200))
+    for arch in ("sm_80", "sm_90", "sm_120", "gfx90a", "gfx950", "pvc"):
+        assert refuses(BACKWARD_KERNELS, catalog_target(arch), case(256)) is None
