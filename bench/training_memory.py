@@ -52,6 +52,7 @@ VARIANTS = [
     Variant("memory", options={"mode": "memory", **_PLAIN}),
     Variant("memory 6GB", options={"mode": "memory", "budget": "6GB", **_PLAIN}),
     Variant("memory 5.6GB", options={"mode": "memory", "budget": "5.6GB", **_PLAIN}),
+    Variant("memory 20GB", options={"mode": "memory", "budget": "20GB", **_PLAIN}),
     Variant("memory 8GB", options={"mode": "memory", "budget": "8GB", **_PLAIN}),
     Variant("memory 6GB recompute", options={"mode": "memory", "budget": "6GB", "offload": False, **_PLAIN}),
     Variant("memory 6GB offload", options={"mode": "memory", "budget": "6GB", "recompute": False, **_PLAIN}),
@@ -60,29 +61,25 @@ VARIANTS = [
 ]
 
 
-def prepare(variant: Variant, small: bool) -> training_step.Step:
-    """The compiled model."""
+def prepare(step: training_step.Step, variant: Variant) -> None:
+    """Compile the model anew."""
+    torch._dynamo.reset()
+    gc.collect()
     torch._functorch.config.activation_memory_budget = variant.share
-    step = training_step.Step("eager sdpa", small)
     step.model.train()
+    step.model.gradient_checkpointing_disable()
     if variant.checkpointing:
         step.model.gradient_checkpointing_enable({"use_reentrant": False})
     step.run = torch.compile(step.model, backend=variant.backend, options=dict(variant.options) or None)
-    return step
 
 
-def measure(variant: Variant, small: bool, repeats: int) -> tuple[dict, list[torch.Tensor]]:
-    """Median step time in ms, peaks of forward and backward in GB, bytes moved; and the gradients, on the host."""
-    torch._dynamo.reset()
-    gc.collect()
-    before = _allocated()
-    step = prepare(variant, small)
+def measure(step: training_step.Step, variant: Variant, repeats: int) -> dict:
+    """Median step time in ms, peaks of forward and backward in GB, bytes moved; the gradients stay in the model."""
+    prepare(step, variant)
     begun = time.perf_counter()
     with training_step._Sites() as sites:
         loss = float(step())
     first_call = time.perf_counter() - begun
-    gradients = [p.grad.detach().cpu() for p in step.model.parameters()]
-    norm = step.gradient_norm()
     step()
     _reset_moved()
     _reset_peak()
@@ -91,29 +88,29 @@ def measure(variant: Variant, small: bool, repeats: int) -> tuple[dict, list[tor
         "variant": variant.name,
         "ms": round(statistics.median(times), 2),
         "fastest_ms": round(min(times), 2),
-        "peak_gb": _gb(_peak() - before),
-        **_peaks(step, before),
+        "peak_gb": _gb(_peak()),
+        **_moved(step.device, repeats),
+        **_peaks(step),
         "loss": loss,
-        "gradient_norm": round(norm, 4),
+        "gradient_norm": round(step.gradient_norm(), 4),
         "first_call_s": round(first_call, 1),
-        **_moved(step.device, repeats + 1),
         **_chosen(sites.reports),
     }
-    return row, gradients
+    return row
 
 
-def _peaks(step: training_step.Step, before: int) -> dict:
+def _peaks(step: training_step.Step) -> dict:
     """Peaks of the forward and of the backward, and what is alive between them."""
     step.model.zero_grad(set_to_none=True)
     step.synchronize()
     _reset_peak()
     loss = step.run(input_ids=step.tokens, labels=step.tokens).loss
     step.synchronize()
-    found = {"forward_gb": _gb(_peak() - before), "between_gb": _gb(_allocated() - before)}
+    found = {"forward_gb": _gb(_peak()), "between_gb": _gb(_allocated())}
     _reset_peak()
     loss.backward()
     step.synchronize()
-    return {**found, "backward_gb": _gb(_peak() - before), "after_gb": _gb(_allocated() - before)}
+    return {**found, "backward_gb": _gb(_peak()), "after_gb": _gb(_allocated())}
 
 
 def _chosen(reports: list) -> dict:
@@ -144,12 +141,13 @@ def _reset_moved() -> None:
     reset_statistics()
 
 
-def difference(rows: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+def difference(model: torch.nn.Module, reference: list[torch.Tensor]) -> float:
     """Largest relative difference of any parameter's gradient, in the Euclidean norm."""
     worst = 0.0
-    for ours, theirs in zip(rows, reference, strict=True):
-        scale = theirs.float().norm()
-        worst = max(worst, float((ours.float() - theirs.float()).norm() / scale) if scale else 0.0)
+    for parameter, host in zip(model.parameters(), reference, strict=True):
+        expected = host.to(parameter.device).float()
+        scale = float(expected.norm())
+        worst = max(worst, float((parameter.grad.float() - expected).norm()) / scale if scale else 0.0)
     return worst
 
 
@@ -172,22 +170,28 @@ def _reset_peak() -> None:
 
 def run(variants: list[Variant], small: bool, repeats: int) -> list[dict]:
     """Rows in order; a variant that fails leaves its reason."""
+    step = training_step.Step("eager sdpa", small)
     rows: list[dict] = []
     reference: list[torch.Tensor] = []
     for variant in variants:
         try:
-            row, gradients = measure(variant, small, repeats)
+            row = measure(step, variant, repeats)
         except Exception as error:  # noqa: BLE001  the row says what happened, and main() exits with it
-            row, gradients = {"variant": variant.name, "error": f"{type(error).__name__}: {error}"[:2000]}, []
-        if gradients:
-            reference = reference or gradients
-            row["gradient_difference"] = round(difference(gradients, reference), 6)
+            row = {"variant": variant.name, "error": f"{type(error).__name__}: {error}"[:2000]}
+        else:
+            reference = reference or [p.grad.cpu() for p in step.model.parameters()]
+            row["gradient_difference"] = round(difference(step.model, reference), 6)
         rows.append(row)
         print(row, flush=True)
-        del gradients
+        write(_name(small), rows)
+        step.model.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return rows
+
+
+def _name(small: bool) -> str:
+    return "training_memory_small" if small else "training_memory"
 
 
 def main() -> None:
@@ -199,7 +203,6 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen: dict[str, Callable] = {variant.name: variant for variant in VARIANTS}
     rows = run([chosen[name] for name in arguments.variants], arguments.small, arguments.repeats)
-    print(write("training_memory_small" if arguments.small else "training_memory", rows))
     good = [row for row in rows if "error" not in row]
     wrong = [f"{row['variant']}: {row['error']}" for row in rows if "error" in row]
     for row in good:

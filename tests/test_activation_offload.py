@@ -296,3 +296,57 @@ def test_what_leaves_the_graph_stays():
         node.meta["val"] = torch.empty(4)
     modules = [torch.fx.GraphModule({}, g) for g in (graph, back)]
     assert insert_trips(*modules, 1, {n.name: Trip(None, None) for n in (a, b)}) == []
+
+
+# ------------------------------------------------------------------------------------------- on a card
+@pytest.mark.gpu
+def test_copies_on_a_card_race_with_nothing():
+    """Sources are overwritten as soon as they may be, restored tensors read as soon as they may be, over and over."""
+    device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+    sources = [torch.empty(2**22, device=device) for _ in range(6)]
+    for step in range(20):
+        hosts = []
+        for number, source in enumerate(sources):
+            source.fill_(step * 10 + number)
+            hosts.append(OPS.activation_offload(source))
+        for host, source in zip(hosts, sources, strict=True):
+            OPS.activation_departed(host, source)
+            source.fill_(-1)
+        restored = [OPS.activation_reload(host, device) for host in hosts]
+        sums = []
+        for host, back in zip(hosts, restored, strict=True):
+            OPS.activation_arrived(back, host)
+            sums.append(torch.stack((back.amin(), back.amax())))
+        assert torch.stack(sums).tolist() == [[step * 10 + n] * 2 for n in range(6)]
+    moved = runtime_activations.statistics(device)
+    assert moved.host_bytes <= 2 * 6 * 2**24 and runtime_activations._traffic_of(device).memory.free_bytes > 0
+
+
+@pytest.mark.gpu
+def test_training_on_a_card_is_bit_equal_and_takes_less_memory():
+    backend = torch.accelerator.current_accelerator().type
+    results, peaks = [], []
+    for options in ({"budget": "60GB"}, {"slowdown": 0.5}):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Feed(width=1024, blocks=8, dropout=0.1).to(backend, torch.bfloat16)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        wanted = {"mode": "memory", "recompute": False, "mixed_precision": False, "strict": True}
+        function = torch.compile(model, backend="vblackwell", options=wanted | options)
+        x = torch.randn(8192, 1024, device=backend, dtype=torch.bfloat16)
+        for step in range(20):
+            if step == 2:
+                torch.cuda.reset_peak_memory_stats()
+                before = runtime_activations.statistics(backend).offloads
+            optimizer.zero_grad()
+            function(x).float().square().mean().backward()
+            optimizer.step()
+        peaks.append(torch.cuda.max_memory_allocated())
+        results.append(
+            ([p.detach().cpu() for p in model.parameters()], runtime_activations.statistics(backend).offloads - before)
+        )
+        del model, optimizer, function, x
+    (kept, none), (moved, some) = results
+    assert none == 0 and some > 0
+    assert all(torch.equal(a, b) for a, b in zip(kept, moved, strict=True))
+    assert peaks[1] < 0.9 * peaks[0]
