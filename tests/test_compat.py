@@ -308,7 +308,7 @@ def test_fake_mode_and_contexts_of_parts_of_a_graph():
             inner = torch._guards.TracingContext.get()
         symbols = compat.free_symbols_of(tensor)
         named = {compat.symbol_of(value) for value in fakes} & symbols
-        seen.append((tensor.fake_mode is mode, inner is not outer, inner.fake_mode is mode, symbols == named))
+        seen.append((mode is outer.fake_mode, inner is not outer, inner.fake_mode is mode, symbols == named))
         seen.append(compat.is_fake(tensor))
         return gm.forward
 

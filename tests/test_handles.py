@@ -185,9 +185,9 @@ def test_refusals_say_what_to_do():
         offloaded(empty)
     with pytest.raises(ValueError, match="materialize"):
         offloaded(offloaded(make()))
-    with pytest.raises(ValueError, match="before torch.compile"):
+    with pytest.raises(ValueError, match=r"before torch\.compile"):
         offloaded(torch.compile(make()))
-    with pytest.raises(ConfigError, match="max_memory=\\{0"):
+    with pytest.raises(ConfigError, match=r"max_memory=\{0"):
         vbcompile.offload(make(), "cpu")
     with pytest.raises(ConfigError, match="room"):
         vbcompile.offload(make(), "cpu", {0: "1MiB", "cpu": "4KiB"}, smallest=SMALLEST, progress=False)

@@ -162,16 +162,16 @@ def _fake_fetch(
 
 
 class _View(NamedTuple):
-    """One step from a payload's tensor to a view of it; ``index``: which result of the operator."""
+    """One step from a payload's tensor to a view of it; ``which`` of the operator's results."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    index: int | None
+    which: int | None
 
     def of(self, base: Tensor) -> Tensor:
-        result = self.func(base, *self.args, **self.kwargs)
-        return result if self.index is None else result[self.index]
+        found = self.func(base, *self.args, **self.kwargs)
+        return found if self.which is None else found[self.which]
 
 
 @functools.cache

@@ -21,7 +21,8 @@ from vbcompile.handles_payload import Bundle, Payload
 from vbcompile.runtime import Streamer
 from vbcompile.runtime_device import MemoryDevice
 from vbcompile.runtime_host import HostMemory
-from vbcompile.vgpu_plan import DEVICE, Operator, Plan, Sweep, Tier, Weight
+from vbcompile.runtime_neighbours import copy_to_neighbours
+from vbcompile.vgpu_plan import DEVICE, Operator, Plan, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights
 
 log = logging.getLogger(__name__)
@@ -170,14 +171,34 @@ class WeightStore:
                 return self.plan
             parts = [*self._parts, part]
             plan, order, starts = self._planned(parts)
-            self.stop()
-            self._parts, self._starts, self._order = parts, starts, order
-            self._index = {payload.number: index for index, payload in enumerate(order)}
-            self.plan = plan
-            for each, start in zip(parts, starts, strict=True):
-                _tell(each, plan, start)
-            log.info("offload: %s", plan.summary())
+            self._parts = parts
+            self._take(plan, order, starts)
             return plan
+
+    def replan(self, budget: int) -> Plan:
+        """Plan all graphs anew for another budget; nothing is compiled for that.
+
+        Raises:
+            PlanError: nothing works within it; everything stays as it is.
+        """
+        with self._lock:
+            before, self.budget = self.budget, budget
+            try:
+                plan, order, starts = self._planned([p for p in self._parts if p.graph() is not None])
+            except PlanError:
+                self.budget = before
+                raise
+            self._parts = [p for p in self._parts if p.graph() is not None]
+            self._take(plan, order, starts)
+            return plan
+
+    def _take(self, plan: Plan, order: list[Payload], starts: list[int]) -> None:
+        self.stop()
+        self._order, self._starts, self.plan = order, starts, plan
+        self._index = {payload.number: index for index, payload in enumerate(order)}
+        for part, start in zip(self._parts, starts, strict=True):
+            _tell(part, plan, start)
+        log.info("offload: %s", plan.summary())
 
     def index_of(self, payload: Payload) -> int:
         """Index of a payload in the plan."""
@@ -319,7 +340,7 @@ class WeightStore:
             assert self.plan is not None, "no graph has been planned"
             if self._memory_device is None:
                 self._memory_device = self._make_device()
-            sources = [payload.source for payload in self._order]
+            sources = copy_to_neighbours(self.plan, [payload.source for payload in self._order])
             streamer = Streamer(self.plan, sources, self._memory_device, host=self.host)
             streamer.start()
             with torch.inference_mode(False), torch.no_grad():
