@@ -17,6 +17,7 @@ if not (_here / "kernels").is_dir():  # a checkout without symbolic links (Windo
 _HOME = {
     "backend": ("vblackwell",),
     "config": ("Config", "ConfigError", "resolve_config"),
+    "data_parallel": ("DataParallel",),
     "device": (
         "DeviceBackend",
         "DeviceError",
