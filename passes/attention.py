@@ -26,6 +26,7 @@ from vbcompile.passes.attention_matcher import Matcher
 from vbcompile.passes.attention_plan import Plan, plan
 from vbcompile.passes.attention_report import describe, details
 from vbcompile.passes.attention_rewrite import rewrite
+from vbcompile.passes.attention_rows import EmptyRowsOfGraph
 from vbcompile.passes.attention_site import Detail, Retry, Site
 from vbcompile.passes.attention_weights import Carriers
 from vbcompile.passes.graph_axes import AxisError
@@ -47,11 +48,9 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
     Returns:
         A decision for every softmax that might have been attention.
     """
-    import vbcompile.kernels.attention  # noqa: F401  registers the operator
-
     decisions: list[Decision] = []
     for module in list(module_graphs(gm)):
-        found = _GraphPass(module, _outer_nodes(gm, module)).run()
+        found = _GraphPass(module, _outer_nodes(gm, module), _skips_tiles(context)).run()
         decisions += found
         if any(d.action == "rewritten" for d in found):
             module.graph.lint()
@@ -62,10 +61,12 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
 class _GraphPass:
     """The pass over one graph."""
 
-    def __init__(self, module: fx.GraphModule, outer: Mapping[fx.Node, fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, outer: Mapping[fx.Node, fx.Node], skips_tiles: bool) -> None:
         self.module = module
         self.graph = module.graph
         self.outer = outer
+        self.skips_tiles = skips_tiles
+        self.empty_rows: EmptyRowsOfGraph = {}
         self.decisions: list[tuple[int, Decision]] = []
         self.settled: set[fx.Node] = set()
 
@@ -78,7 +79,7 @@ class _GraphPass:
             calls = self._calls()
         carriers = Carriers()
         carriers.sweep(self.graph, calls)
-        matcher = Matcher(Effects(self.graph), carriers, self.outer)
+        matcher = Matcher(Effects(self.graph), carriers, self.outer, self.skips_tiles)
         self._fused_calls(matcher, calls)
         for node in calls:
             if not any(i in carriers.carrying for i in node.all_input_nodes) or node._erased:
@@ -150,7 +151,7 @@ class _GraphPass:
     def _replace(self, matcher: Matcher, plans: list[Plan]) -> None:
         out = plans[0].site.out
         place, site = matcher.effects.position[out], describe_site(out)
-        rewrite(plans, matcher.effects)
+        rewrite(plans, matcher.effects, self.empty_rows)
         for made in plans:
             decision = Decision(PASS_NAME, site, "rewritten", describe(made), details=details(made))
             self.decisions.append((place, decision))
@@ -163,6 +164,11 @@ class _GraphPass:
         for node in self.graph.nodes:
             if node in matcher.carriers.softmaxes and node not in self.settled and is_named_softmax(node):
                 self._leave(matcher, node, "no matrix product sums values with these weights")
+
+
+def _skips_tiles(context: Any) -> bool:
+    """Whether kernels of the target leave out hidden tiles; those of CPUs read a mask as a tensor like any other."""
+    return context is not None and context.target.device_type != "cpu"
 
 
 def is_named_softmax(node: fx.Node) -> bool:

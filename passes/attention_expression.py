@@ -24,6 +24,7 @@ class Expression:
 
     Leaves: ``score``; ``axis`` (Atom); ``const`` (bool, int, float); ``size`` (SymInt); ``scalar`` (an FX node with a
     symbolic float); ``tensor`` (an FX node and its dimensions). ``kind`` is the kind of number: bool, int or float.
+    ``empty_row`` of a mask is an operator besides: whether a row's mask hides all keys.
     """
 
     __slots__ = ("_affine", "_atoms", "_leaves", "arguments", "kind", "name")
@@ -77,7 +78,7 @@ Affine = tuple[dict[Atom, int], Any]  # coefficients, constant (int or SymInt)
 _COMPARISONS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
 }  # fmt: skip
-_BOOLEAN: Final = {*_COMPARISONS, "and", "or", "xor", "not", "to_bool"}
+_BOOLEAN: Final = {*_COMPARISONS, "and", "or", "xor", "not", "to_bool", "empty_row"}
 _FOLDS: Final[dict[str, Callable[..., Any]]] = {
     **_COMPARISONS,
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs,
@@ -197,7 +198,7 @@ class Algebra:
 
     def _through_where(self, name: str, arguments: tuple[Expression, ...]) -> Expression | None:
         """An operator on a choice between two constants is a choice between two constants."""
-        choices = [a for a in arguments if _is_constant_choice(a)]
+        choices = [a for a in arguments if is_constant_choice(a)]
         if len(choices) != 1 or any(a.name != "const" for a in arguments if a is not choices[0]):
             return None
         condition, *branches = choices[0].arguments
@@ -264,7 +265,7 @@ class Algebra:
 
     def _both_choices(self, a: Expression, b: Expression, joint: Callable[[Any, Any], str]) -> Expression | None:
         """Least, greatest or product of two choices between the same two constants."""
-        if not (_is_constant_choice(a) and _is_constant_choice(b)) or a.arguments[1:] != b.arguments[1:]:
+        if not (is_constant_choice(a) and is_constant_choice(b)) or a.arguments[1:] != b.arguments[1:]:
             return None
         (p, x, y), q = a.arguments, b.arguments[0]
         return self.make("where", self.make(joint(x.value, y.value), p, q), x, y)
@@ -289,7 +290,7 @@ class Algebra:
                 return one
         if a.kind == BOOL and b.kind == BOOL:
             return self.make("and", a, b)
-        if _is_constant_choice(a) and {a.arguments[1].value, a.arguments[2].value} == {0, 1}:
+        if is_constant_choice(a) and {a.arguments[1].value, a.arguments[2].value} == {0, 1}:
             return self._both_choices(a, b, lambda x, y: "and" if x > y else "or")
         return None
 
@@ -444,5 +445,6 @@ def _is_zero(e: Expression) -> bool:
     return e.name == "const" and e.kind != BOOL and e.value == 0
 
 
-def _is_constant_choice(e: Expression) -> bool:
+def is_constant_choice(e: Expression) -> bool:
+    """Whether the expression is one of two constants."""
     return e.name == "where" and all(a.name == "const" for a in e.arguments[1:])

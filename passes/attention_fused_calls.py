@@ -51,7 +51,7 @@ def match_sdpa(matcher: Matcher, node: fx.Node, detail: Detail) -> Site:
         logits = add_mask(lifter, logits, mask, broadcast_input((*batch, rows, keys), shape_of(mask)), True)
     if call.get("is_causal", False) is not False:
         logits = _causal(lifter, logits, call.get("is_causal"), rows, keys)
-    site.logits = split_logits(site.algebra, logits, keys)
+    site.logits = split_logits(site.algebra, logits, keys, guard=matcher.guard(node))
     _set_scale(site, call.get("scale"), q)
     site.dropout = check_dropout(call.get("dropout_p", 0.0))
     check_operands(site)

@@ -12,7 +12,16 @@ import torch
 from torch import SymFloat, SymInt, fx
 
 from vbcompile.passes.attention_contraction import Contraction
-from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Algebra, Expression, bounds, count_instructions
+from vbcompile.passes.attention_expression import (
+    BOOL,
+    FLOAT,
+    INT,
+    Algebra,
+    Expression,
+    bounds,
+    count_instructions,
+    is_constant_choice,
+)
 from vbcompile.passes.graph_axes import (
     REPEATS,
     RESHAPES,
@@ -281,8 +290,8 @@ class Lifter:
         """Whether to load the node's own elements instead of computing them from what it was computed from."""
         if found.name in ("const", "tensor") or node not in self._position:
             return False
-        if found.name == "not" and found.arguments[0].name == "tensor":
-            return False  # the mask itself is there anyway, and says more than its opposite
+        if _is_flag(found) or (is_constant_choice(found) and _is_flag(found.arguments[0])):
+            return False  # the mask itself is there anyway, is smaller, and says what hides a key
         if "tensor" not in found.leaves and "scalar" not in found.leaves:
             size = count_instructions(found)
             return size > _PROGRAM_LIMIT or (len(found.atoms) <= 1 and size > 1 and _is_expensive(found))
@@ -386,6 +395,11 @@ class Lifter:
 def _name(node: fx.Node) -> str:
     call = call_of(node)
     return call.name if call is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _is_flag(e: Expression) -> bool:
+    """Whether the expression is a boolean tensor or its opposite."""
+    return e.name == "tensor" if e.name != "not" else _is_flag(e.arguments[0])
 
 
 def _is_expensive(e: Expression) -> bool:

@@ -1,8 +1,8 @@
 """From an expression of the logits to scale, logits and mask.
 
-A fill of ``-inf`` becomes the mask. A finite fill keeps its value, because a row whose keys are all filled must come
-out as in the source, unless every row is proved to keep a key: then a fill so low that its weight is zero is a mask
-too.
+A fill of ``-inf`` becomes the mask. A row whose keys are all filled with a finite number must come out as in the
+source, so such a fill keeps its value, unless every row is proved to keep a key, or rows without one are found at run
+time (``Guard``): then a fill so low that its weight is zero is a mask too.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from vbcompile.passes.attention_expression import FLOAT, Affine, Algebra, Expression, _combine, bounds
+from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds
 from vbcompile.passes.graph_axes import Dim
 from vbcompile.passes.graph_ops import call_of, is_parameter, known, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
+_BEYOND = 2**30  # no index is as large
 
 
 @dataclass
@@ -40,19 +41,88 @@ class Logits:
     every_row: bool = False
 
 
-def split_logits(algebra: Algebra, logits: Expression, keys: Dim, low_fills: bool = False) -> Logits:
+@dataclass(frozen=True)
+class Guard:
+    """Rows without a key are found at run time, and keep the source's meaning there.
+
+    Attributes:
+        absorbs: whether a number so low that the score vanishes beside it may be added instead of put in the score's
+            place: the same values, another gradient.
+    """
+
+    absorbs: bool
+
+
+def split_logits(
+    algebra: Algebra, logits: Expression, keys: Dim, low_fills: bool = False, guard: Guard | None = None
+) -> Logits:
     """Separate the mask and the scale from the logits; ``keys`` are the axes of the softmax.
 
     ``low_fills``: rows without a key do not matter, so that every low fill is a mask.
     """
-    value, mask = _split(algebra, logits, LOWEST_FILL)
+    low = value, mask = _split(algebra, logits, LOWEST_FILL)
     every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
     if not every_row and not low_fills:
         value, mask = _split(algebra, logits, float("-inf"))
         every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
+        may_guard = _is_finite(low[0]) and not any("score" in condition.leaves for condition in low[1])
+        if guard is not None and may_guard:
+            value, mask, every_row = *_guarded(algebra, low, (value, mask), keys, guard), False
     if any("score" in condition.leaves for condition in mask):  # such a mask stays a part of the logits
         value, mask, every_row = logits, [], False
     return _extract_scale(algebra, Logits(value, _unique(algebra, mask), every_row=every_row))
+
+
+def _guarded(
+    algebra: Algebra,
+    low: tuple[Expression, list[Expression]],
+    exact: tuple[Expression, list[Expression]],
+    keys: Dim,
+    guard: Guard,
+) -> tuple[Expression, list[Expression]]:
+    """``low``, where every low fill is a mask, in rows that keep a key; ``exact``, where none is, in the others."""
+    terms, hidden = (_unique(algebra, mask) for mask in (low[1], exact[1]))
+    shown = conjunction(algebra, terms)
+    if shown is None or not set(hidden) <= set(terms) or len(set(terms)) == len(set(hidden)):
+        return exact
+    empty = algebra.make("empty_row", shown)
+    relaxed = [_relaxed(algebra, term, empty, keys) for term in terms if term not in hidden]
+    return _in_rows(algebra, empty, exact[0], low[0], shown, guard), [*hidden, *relaxed]
+
+
+def _relaxed(algebra: Algebra, term: Expression, empty: Expression, keys: Dim) -> Expression:
+    """``term`` or ``empty``; of a comparison that bounds the keys, one with a bound beyond all of them."""
+    if term.name not in ("le", "ge") or any(side.kind != INT for side in term.arguments):
+        return algebra.make("or", term, empty)
+    left, right = term.arguments
+    beyond = _BEYOND if term.name == "le" else -_BEYOND
+    if left.atoms.isdisjoint(keys):
+        return algebra.raw(term.name, algebra.raw("where", empty, algebra.const(-beyond), left), right)
+    return algebra.raw(term.name, left, algebra.raw("where", empty, algebra.const(beyond), right))
+
+
+def _in_rows(
+    algebra: Algebra, empty: Expression, there: Expression, elsewhere: Expression, shown: Expression, guard: Guard
+) -> Expression:
+    """``there`` in empty rows, else ``elsewhere``; as a sum with the score where it is one."""
+    there = _where_hidden(algebra, there, shown)
+    zero = algebra.const(0.0)
+    if there.name == "const" and there.value <= LOWEST_FILL and guard.absorbs:
+        return algebra.make("add", elsewhere, algebra.make("where", empty, there, zero))
+    for one, other in (there.arguments, tuple(reversed(there.arguments))) if there.name == "add" else ():
+        if one is elsewhere:
+            return algebra.make("add", one, algebra.make("where", empty, _where_hidden(algebra, other, shown), zero))
+    return algebra.make("where", empty, there, elsewhere)
+
+
+def _where_hidden(algebra: Algebra, e: Expression, shown: Expression) -> Expression:
+    """The expression where ``shown`` is False."""
+    if e.name != "where":
+        return e
+    condition, a, b = e.arguments
+    if set(conjuncts(condition)) == set(conjuncts(shown)):
+        return b
+    return a if set(conjuncts(algebra.make("not", condition))) == set(conjuncts(shown)) else e
 
 
 def conjunction(algebra: Algebra, terms: list[Expression]) -> Expression | None:

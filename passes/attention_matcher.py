@@ -10,7 +10,7 @@ from vbcompile.passes.attention_checks import bind_roles, check_axes, check_drop
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Lifter, Refusal
-from vbcompile.passes.attention_masks import Logits, conjuncts, split_logits
+from vbcompile.passes.attention_masks import Guard, Logits, conjuncts, split_logits
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, read_softmax
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
@@ -29,10 +29,14 @@ class Matcher:
         effects: side effects of the graph.
         carriers: nodes that carry softmax weights.
         outer: for the placeholders of an inner graph, the nodes outside that they stand for.
+        skips_tiles: whether a mask saves work, so that low finite fills are worth being made one.
     """
 
-    def __init__(self, effects: Effects, carriers: Carriers, outer: Mapping[fx.Node, fx.Node]) -> None:
+    def __init__(
+        self, effects: Effects, carriers: Carriers, outer: Mapping[fx.Node, fx.Node], skips_tiles: bool = False
+    ) -> None:
         self.effects = effects
+        self.skips_tiles = skips_tiles
         self.carriers = carriers
         self.outer = outer
         self._recalled: dict[Any, Any] = {}
@@ -131,8 +135,8 @@ class Matcher:
         logits = self._logits(lifter, softmax)
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
-        split = split_logits(algebra, logits, keys)
         weights = softmax.weights
+        split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
         split, empty = self._keep(lifter, split, logits, weights, keys)
         dims = first.label_dims(space, lifter.score_dims)
         query, key, rows = bind_roles(space, first, dims, keys)
@@ -148,6 +152,10 @@ class Matcher:
         site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
         self._check(site, softmax, keys)
         return site
+
+    def guard(self, score: fx.Node) -> Guard | None:
+        """How a low finite fill becomes a mask; None where it stays a number."""
+        return Guard(absorbs=not tensor_of(score).requires_grad) if self.skips_tiles else None
 
     def check_place(self, *nodes: fx.Node) -> None:
         """Raise Refusal for nodes under a function transform, for which the operator has no rule."""

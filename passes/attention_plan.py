@@ -13,6 +13,7 @@ from vbcompile.kernels.score_function import Builder, Instruction, ScoreFunction
 from vbcompile.passes.attention_expression import Expression
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import conjunction
+from vbcompile.passes.attention_rows import EmptyRows
 from vbcompile.passes.attention_site import Operand, Retry, Site
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_input
 from vbcompile.passes.graph_effects import Effects, storage_of
@@ -28,7 +29,7 @@ class Plan:
     Attributes:
         lead: the leading dimensions in their order; each one atom, or several merged.
         dtype: of q, k and v of the fused call.
-        captured: ``(node or symbolic number, its dimensions)``.
+        captured: ``(node, symbolic number or rows to be found, its dimensions)``.
         factor: constant that was taken out of the operands, part of the scale.
     """
 
@@ -39,7 +40,7 @@ class Plan:
     v: Operand = None  # type: ignore[assignment]
     dtype: torch.dtype = torch.float32
     function: ScoreFunction = field(default_factory=ScoreFunction)
-    captured: list[tuple[fx.Node, Dims]] = field(default_factory=list)
+    captured: list[tuple[fx.Node | EmptyRows, Dims]] = field(default_factory=list)
     factor: float = 1.0
 
     @property
@@ -255,7 +256,7 @@ class _ProgramBuilder:
     def __init__(self, made: Plan) -> None:
         self.made = made
         self.site = made.site
-        self.captured: list[tuple[fx.Node, Dims]] = []
+        self.captured: list[tuple[fx.Node | EmptyRows, Dims]] = []
         self._builder = Builder()
         self._positions: dict[Expression, int] = {}
         self._mask = conjunction(self.site.algebra, self.site.logits.mask)
@@ -307,9 +308,17 @@ class _ProgramBuilder:
             return emit("captured", self._capture(e.arguments[0], self.site.space.resolve_all(e.arguments[1])))
         if e.name == "scalar":
             return emit("captured", self._capture(e.arguments[0], ()))
+        if e.name == "empty_row":
+            return emit("captured", self._capture(self._empty_rows(e.arguments[0]), ()))
         return emit(e.name, *(self._emit(a) for a in e.arguments))
 
-    def _capture(self, node: fx.Node, dims: Dims) -> int:
+    def _empty_rows(self, mask: Expression) -> EmptyRows:
+        apart = _ProgramBuilder(self.made)
+        place = apart._emit(mask)
+        captured = tuple((node, dims) for node, dims in apart.captured if isinstance(node, fx.Node))
+        return EmptyRows(ScoreFunction(apart._builder.program, place), captured)
+
+    def _capture(self, node: fx.Node | EmptyRows, dims: Dims) -> int:
         if (node, dims) not in self.captured:
             self.captured.append((node, dims))
         return self.captured.index((node, dims))

@@ -56,6 +56,10 @@ def details(made: Plan) -> dict[str, Any]:
         **{name: [str(size) for size in shape_of(node)] for name, node in tensors.items()},
         "dtype": str(made.dtype).removeprefix("torch."),
         "score_function": made.function.dumps(),
-        "captured": [[str(s) for s in shape_of(node)] if is_tensor(node) else [] for node, _ in made.captured],
+        "captured": [_shape_text(node) for node, _ in made.captured],
         "dropout": bool(made.site.dropout),
     }
+
+
+def _shape_text(captured: Any) -> list[str]:
+    return [str(s) for s in shape_of(captured)] if is_tensor(captured) else []

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import vbcompile.kernels.attention  # noqa: F401  registers the operator
 from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.score_function import accumulation_dtype
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_plan import Plan
+from vbcompile.passes.attention_rows import EmptyRows, EmptyRowsOfGraph, emit_empty_rows
 from vbcompile.passes.graph_axes import Dim, Dims, permutation, product
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_emit import Emitter
@@ -20,16 +22,16 @@ from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, 
 _SEED_BOUND = 2**62
 
 
-def rewrite(plans: Sequence[Plan], effects: Effects) -> fx.Node:
+def rewrite(plans: Sequence[Plan], effects: Effects, empty_rows: EmptyRowsOfGraph) -> fx.Node:
     """Replace the site (a sum of fused calls, where there are several plans) and erase what nobody reads any more.
 
-    Returns the node that now holds the site's result. Raises Refusal, with the graph as before, where a run-time size
-    that is needed is in no node.
+    ``empty_rows`` is what other sites of the graph have computed. Returns the node that now holds the site's result.
+    Raises Refusal, with the graph as before, where a run-time size that is needed is in no node.
     """
     out = plans[0].site.out
     emitter = Emitter(plans[0].site.insert_before, effects.position)
     try:
-        result, log_sums = _emit(emitter, plans)
+        result, log_sums = _emit(emitter, plans, empty_rows)
     except LookupError as error:
         emitter.undo()
         raise Refusal(str(error)) from error
@@ -43,13 +45,15 @@ def rewrite(plans: Sequence[Plan], effects: Effects) -> fx.Node:
     return result
 
 
-def _emit(emitter: Emitter, plans: Sequence[Plan]) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
+def _emit(
+    emitter: Emitter, plans: Sequence[Plan], empty_rows: EmptyRowsOfGraph
+) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
     """The result and, for each ``logsumexp`` node that is replaced, its replacement."""
     out = plans[0].site.out
     result: fx.Node | None = None
     log_sums: list[tuple[fx.Node, fx.Node]] = []
     for plan in plans:
-        term, sums = _emit_call(emitter, plan)
+        term, sums = _emit_call(emitter, plan, empty_rows)
         log_sums += sums
         result = term if result is None else emitter.function(operator.add, result, term)
     assert result is not None
@@ -61,7 +65,9 @@ def _emit(emitter: Emitter, plans: Sequence[Plan]) -> tuple[fx.Node, list[tuple[
     return result, log_sums
 
 
-def _emit_call(emitter: Emitter, plan: Plan) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
+def _emit_call(
+    emitter: Emitter, plan: Plan, empty_rows: EmptyRowsOfGraph
+) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
     site, space = plan.site, plan.site.space
     lead = plan.lead or [()]
     features, values = space.resolve(site.features), space.resolve(site.values)
@@ -70,7 +76,7 @@ def _emit_call(emitter: Emitter, plan: Plan) -> tuple[fx.Node, list[tuple[fx.Nod
     q = _operand(emitter, plan, plan.q.node, plan.q.dims, [*lead, plan.rows, features])
     k = _operand(emitter, plan, plan.k.node, plan.k.dims, [*lead, plan.keys, features])
     v = _operand(emitter, plan, plan.v.node, plan.v.dims, [*lead, plan.keys, values])
-    captured = [_captured(emitter, plan, node, dims, [*lead, plan.rows, plan.keys]) for node, dims in plan.captured]
+    captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in plan.captured]
     seed = None
     if site.dropout:
         device = tensor_of(q).device
@@ -114,14 +120,32 @@ def _operand(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: li
     return emitter.arrange(node, plan.site.space.resolve_all(dims), target)
 
 
-def _captured(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
-    device = tensor_of(plan.q.node).device
+def _captured(
+    emitter: Emitter, plan: Plan, node: fx.Node | EmptyRows, dims: Dims, empty_rows: EmptyRowsOfGraph
+) -> fx.Node:
+    device, target = tensor_of(plan.q.node).device, [*(plan.lead or [()]), plan.rows, plan.keys]
+    if isinstance(node, EmptyRows):
+        return _find_empty_rows(emitter, plan, node, target, empty_rows)
     if not is_tensor(node):
         return emitter.function(torch.full, (1,) * len(target), node, dtype=torch.float32, device=device)
     if tensor_of(node).device != device:
         node = emitter.method("to", node, device)
     node, dims = emitter.spread(node, plan.site.space.resolve_all(dims), target)
     return emitter.arrange(node, dims, target)
+
+
+def _find_empty_rows(
+    emitter: Emitter, plan: Plan, wanted: EmptyRows, target: list[Dim], empty_rows: EmptyRowsOfGraph
+) -> fx.Node:
+    """The rows without a key, computed at the first of the sites that share a mask."""
+    resolve = plan.site.space.resolve_all
+    key = wanted.key([(node, resolve(dims)) for node, dims in wanted.captured], target)
+    place = emitter.position[emitter.before]
+    if key not in empty_rows or empty_rows[key]._erased or emitter.position[empty_rows[key]] > place:
+        captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in wanted.captured]
+        sizes = [emitter.size(product(dim)) for dim in target]
+        empty_rows[key] = emit_empty_rows(emitter, wanted.mask, captured, sizes, tensor_of(plan.q.node))
+    return empty_rows[key]
 
 
 def _scale(emitter: Emitter, plan: Plan) -> Any:

@@ -108,6 +108,15 @@ class Emitter:
             wanted[n] = -1 if known is None else known
         return self.method("reshape", node, tuple(wanted))
 
+    def size(self, value: Any) -> Any:
+        """The size as a number, or as a node that holds it; raises LookupError where the graph has none."""
+        if not isinstance(value, SymInt):
+            return value
+        found = self._find_size(value)
+        if found is None:
+            raise LookupError(f"no node holds the size {value}")
+        return found
+
     def _find_size(self, size: SymInt) -> fx.Node | None:
         """A node that holds a symbolic size; None where the graph has none before this place."""
         for node in self.graph.nodes:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+import vbcompile.kernels.attention  # noqa: F401  registers the operator
 from vbcompile.report import Decision
 
 log = logging.getLogger(__name__)
