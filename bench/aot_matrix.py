@@ -77,9 +77,8 @@ def main() -> int:
                 if problem:
                     print(row["arch"], row["kernel"], row["size"], row["kind"], problem, flush=True)
     failed, refused = (sum(what in row for row in rows) for what in ("error", "refused"))
-    print(
-        f"{len(rows) - failed - refused} compiled, {refused} refused, {failed} failed in {time.perf_counter() - start:.0f} s"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{len(rows) - failed - refused} compiled, {refused} refused, {failed} failed in {seconds:.0f} s")
     print(record.write("aot_matrix", rows))
     return int(failed > 0)
 
