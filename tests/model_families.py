@@ -79,7 +79,9 @@ class Family:
         config = AutoConfig.for_model(self.model_type or self.name, **self.config)
         without_dropout(config)
         torch.manual_seed(0)
-        return AutoModel.from_config(config, attn_implementation=implementation)
+        # experts as batched products: PyTorch 2.11 cannot differentiate the grouped ones of CPUs in one graph
+        experts = {"experts_implementation": "batched_mm"} if "num_local_experts" in self.config else {}
+        return AutoModel.from_config(config, attn_implementation=implementation, **experts)
 
     def inputs(self, padded: bool, device: str = "cpu", length: int = 11, batch: int = 3) -> dict[str, Tensor]:
         """Fresh random inputs by argument name; with ``padded``, sequences of different lengths and their mask."""
