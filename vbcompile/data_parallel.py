@@ -59,16 +59,14 @@ class DataParallel(nn.Module):
         if len(parts) == 1:
             args, kwargs = parts[0]
             return _to(self.module(*args, **kwargs), self.output_device)
-        results = []
+        results: list[Any] = []
         for device, (args, kwargs) in zip(self.devices, parts, strict=False):
             with _current(device):
-                results.append(self._run(device, args, kwargs))
+                if results:
+                    results.append(functional_call(self.module, replicate(self.module, device), args, kwargs))
+                else:  # the first card works on the parameters and buffers themselves
+                    results.append(self.module(*args, **kwargs))
         return gather(results, self.output_device, self.dim)
-
-    def _run(self, device: torch.device, args: Any, kwargs: Any) -> Any:
-        if device == self.devices[0]:
-            return self.module(*args, **kwargs)
-        return functional_call(self.module, replicate(self.module, device), args, kwargs)
 
     def _check_place(self) -> None:
         first = self.devices[0]
@@ -152,9 +150,10 @@ def _kind_of(module: nn.Module) -> str:
 
 
 def _device(kind: str, wanted: int | str | torch.device) -> torch.device:
-    """A card that exists; the CPU has no cards, so its indices all mean the CPU."""
-    name = f"{kind}:{wanted}" if isinstance(wanted, int) and kind != "cpu" else kind if kind == "cpu" else str(wanted)
-    return get_unified_backend(name).device
+    """A card that exists; the CPU has no cards, so every index means the CPU."""
+    if isinstance(wanted, int):
+        wanted = kind if kind == "cpu" else f"{kind}:{wanted}"
+    return get_unified_backend(wanted).device
 
 
 def _same(a: torch.device, b: torch.device) -> bool:
