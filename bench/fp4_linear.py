@@ -1,24 +1,19 @@
-"""The FP4 linear layer on a GPU: checks against float64, a sweep of tile shapes, a table beside the vendor's product.
+"""The FP4 linear layer on a GPU: checks against float64, a table beside the vendor's product.
 
-    python bench/fp4_linear.py check             exhaustive decoding, odd shapes, gradients, a compiled model
-    python bench/fp4_linear.py sweep [--m M ...]  tile shapes
-    python bench/fp4_linear.py table             microseconds beside bfloat16
-    python bench/fp4_linear.py cpu               the same on this machine's processor, in milliseconds
+    python bench/fp4_linear.py check   exhaustive decoding, odd shapes, gradients, a compiled model
+    python bench/fp4_linear.py table   microseconds beside bfloat16
+    python bench/fp4_linear.py cpu     the same on this machine's processor, in milliseconds
 
-Times are medians of CUDA-graph replays that go round copies of the weight, so that none is found in cache. The floor is
-the packed bytes at the bandwidth that a device-to-device copy reaches in the same run.
+Times are those of ``vbcompile tune``: medians of CUDA-graph replays that go round copies of the weight, so that none is
+found in cache. The floor is the packed bytes at the bandwidth that a device-to-device copy reaches in the same run.
 """
 
 import argparse
 import copy
 import itertools
-import multiprocessing
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +26,41 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import record  # noqa: E402
 
 from vbcompile.device import get_target  # noqa: E402
-from vbcompile.kernels import fp4_linear_gpu, fp4_linear_triton  # noqa: E402
+from vbcompile.kernels import fp4_linear_few, fp4_linear_fp8, fp4_linear_gpu, fp4_linear_hopper  # noqa: E402
+from vbcompile.kernels import fp4_linear_triton as fp4_triton  # noqa: E402
 from vbcompile.kernels.fp4 import PackedWeight  # noqa: E402
-from vbcompile.kernels.fp4_layout import LinearWeight, dequantize_weight, to_layout  # noqa: E402
+from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout  # noqa: E402
 from vbcompile.kernels.fp4_linear import choose, fp4_linear, make_case  # noqa: E402
-from vbcompile.kernels.fp4_linear_triton import TileConfig, preferred_layout, product, tile_config  # noqa: E402
+from vbcompile.kernels.fp4_linear_triton import preferred_layout, product  # noqa: E402
 from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
+from vbcompile.kernels.registry import operator  # noqa: E402
+from vbcompile.tune import calls, copies, microseconds  # noqa: E402
 
 SHAPES = [(28672, 4096), (4096, 14336)]
 ROWS = [1, 4, 16, 64, 256, 2048]
-_CACHE_BYTES = 200e6  # more than any second-level cache holds
 _ERROR_RATIO = 2.0
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
+PRODUCTS = {  # implementation: function, most rows of x that it takes
+    "triton_few": (fp4_linear_few.product_few, fp4_linear_few.MOST_ROWS),
+    "hopper": (fp4_linear_hopper.product_wide, 10**9),
+    "triton": (product, fp4_triton.MOST_ROWS),
+    "triton_dequantize": (fp4_linear_gpu.dequantize_product, 10**9),
+}
+
+
+def products(
+    m: int, n: int, k: int, name: str, dtype: torch.dtype
+) -> list[tuple[str, Callable[..., torch.Tensor], int]]:
+    """``(implementation, function, most rows)`` of what takes a case here."""
+    target = get_target("cuda")
+    case = make_case(dtype, m, n, k, name, preferred_layout(target))
+    operator("fp4_linear").load()
+    known = {i.name: i for i in operator("fp4_linear").implementations}
+    return [(i, *rest) for i, rest in PRODUCTS.items() if not known[i].refuses(target, case)]
+
+
 def check_decoding(dtype: torch.dtype) -> None:
     """Every code with every scale comes out exact: rows hold one scale each, columns the codes."""
     layout = preferred_layout(get_target("cuda"))
@@ -53,35 +69,54 @@ def check_decoding(dtype: torch.dtype) -> None:
         blocks = torch.tensor(scales, dtype=torch.uint8)[:, None].repeat(1, 512 // block)
         packed = PackedWeight(codes, blocks, torch.ones(1), name, (len(scales), 512))
         weight = to_layout(packed.to("cuda"), layout)
-        got = fp4_linear_triton.dequantize(*weight.tensors, 512, name, layout, dtype)
+        got = fp4_triton.dequantize(*weight.tensors, 512, name, layout, dtype)
         want = dequantize_weight(*weight.tensors, 512, name, layout, torch.float32).to(dtype)
         assert torch.equal(got, want), f"{name} {dtype}: {(got != want).sum()} values differ"
-        # the product with the identity passes the tensor cores: sums with one term
+        # products with the identity pass the tensor cores: sums with one term
         eye = torch.eye(512, device="cuda", dtype=dtype)
-        got = product(eye, *weight.tensors, None, 512, name, layout)
-        assert torch.equal(got, want.t()), f"{name} {dtype}: {(got != want.t()).sum()} products differ"
+        for rows in (1, 16, 32, 512):
+            for implementation, run, most in products(rows, len(scales), 512, name, dtype):
+                if rows <= most and (rows > 1 or implementation == "triton_few"):
+                    parts = [run(e, *weight.tensors, None, 512, name, layout) for e in eye.split(rows)]
+                    wrong = (torch.cat(parts) != want.t()).sum()
+                    assert wrong == 0, f"{implementation} {name} {dtype}: {wrong} products differ"
 
 
-def check_products() -> float:
-    """Worst ratio of our error to plain PyTorch's over shapes, types and configurations."""
-    layout, worst = preferred_layout(get_target("cuda")), 0.0
-    for dtype, name, m, (n, k), biased in itertools.product(
-        (torch.bfloat16, torch.float16), ("nvfp4", "mxfp4"), (1, 5, 16, 33, 100, 300), ((1000, 2880), (70, 100)), (0, 1)
+def check_products() -> dict[str, float]:
+    """Worst ratio of each implementation's error to plain PyTorch's over shapes and types."""
+    layout, worst = preferred_layout(get_target("cuda")), dict.fromkeys(PRODUCTS, 0.0)
+    shapes = ((1000, 2880), (70, 100), (4096, 4096), (200, 7168))
+    for dtype, name, m, (n, k) in itertools.product(
+        (torch.bfloat16, torch.float16), ("nvfp4", "mxfp4"), (1, 2, 5, 16, 27, 33, 64, 100, 300), shapes
     ):
+        biased = bool((m + n) % 2)
         weight = to_layout(quantize(torch.randn(n, k, device="cuda") * 0.02, name), layout)
         x = torch.randn(m, k + 8, device="cuda", dtype=dtype)[:, :k]
         bias = torch.randn(n, device="cuda", dtype=dtype) if biased else None
         dense = dequantize_weight(*weight.tensors, k, name, layout, torch.float64)
         exact = x.double() @ dense.T + (0 if bias is None else bias.double())
-        plain = F.linear(x, dense.to(dtype), bias)
-        for run in (product, fp4_linear_gpu.dequantize_product):
+        plain = float((F.linear(x, dense.to(dtype), bias).double() - exact).norm())
+        for implementation, run, _ in products(m, n, k, name, dtype):
             got = run(x, *weight.tensors, bias, k, name, layout)
-            ratio = float((got.double() - exact).norm() / (plain.double() - exact).norm())
-            worst = max(worst, ratio)
-            assert ratio <= _ERROR_RATIO, f"{run.__name__} {dtype} {name} {m} {n} {k}: {ratio}"
-        again = product(x, *weight.tensors, bias, k, name, layout)
-        assert torch.equal(again, product(x, *weight.tensors, bias, k, name, layout)), "two runs differ"
+            again = run(x, *weight.tensors, bias, k, name, layout)
+            assert torch.equal(got, again), f"{implementation}: two runs differ"
+            ratio = float((got.double() - exact).norm()) / plain
+            worst[implementation] = max(worst[implementation], ratio)
+            assert ratio <= _ERROR_RATIO, f"{implementation} {dtype} {name} {m} {n} {k}: {ratio}"
     return worst
+
+
+def check_fp8() -> dict[str, float]:
+    """Signal to noise in dB of Gaussian layers: exact products of FP4 weights, and products in FP8."""
+    found = {}
+    for name in ("nvfp4", "mxfp4"):
+        dense, x = torch.randn(4096, 4096, device="cuda"), torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)
+        weight = to_layout(quantize(dense * 0.02, name), preferred_layout(get_target("cuda")))
+        exact = x.double() @ (dense * 0.02).double().T
+        for kind, run in (("W4A16", fp4_linear_gpu.dequantize_product), ("W4A8", fp4_linear_fp8.product_fp8)):
+            got = run(x, *weight.tensors, None, 4096, name, weight.layout).double()
+            found[f"{name} {kind}"] = float(20 * torch.log10(exact.norm() / (got - exact).norm()))
+    return found
 
 
 def check_gradient() -> None:
@@ -126,29 +161,7 @@ def check_model() -> dict[str, Any]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- time
-def microseconds(runs: Sequence[Callable[[], Any]]) -> float:
-    """Median time of one call, over replays of a CUDA graph that calls each of ``runs`` in turn."""
-    for run in runs[:2]:
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(9):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(runs))
-    return statistics.median(times)
-
-
+# ---------------------------------------------------------------------------------------------------------------- table
 def bandwidth() -> float:
     """Bytes a second, read and written, of a copy on the device."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -156,106 +169,34 @@ def bandwidth() -> float:
     return 2 * source.nbytes / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
 
 
-def copies(n: int, k: int, name: str, count: int) -> list[LinearWeight]:
-    """Weights with random codes, in memory of their own."""
-    block = 16 if name == "nvfp4" else 32
-    layout = preferred_layout(get_target("cuda"))
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-    low, high = (40, 70) if name == "nvfp4" else (118, 127)
-    scales = torch.randint(low, high, (n, k // block), dtype=torch.uint8, device="cuda")
-    first = to_layout(PackedWeight(codes, scales, torch.full((1,), 1e-3, device="cuda"), name, (n, k)), layout)
-    rest = [
-        LinearWeight(first.codes.clone(), first.block_scales.clone(), first.row_scale.clone(), k, name, layout)
-        for _ in range(count - 1)
-    ]
-    return [first, *rest]
-
-
-def calls(
-    x: torch.Tensor, weights: list[LinearWeight], run: Callable[..., Any], **extra: Any
-) -> list[Callable[[], Any]]:
-    order = (weights * 8)[: max(len(weights), 8)]
-    return [lambda w=w: run(x, *w.tensors, None, w.k, w.format_name, w.layout, **extra) for w in order]
-
-
-# ---------------------------------------------------------------------------------------------------------------- sweep
-CANDIDATES = {  # rows of x: (block_m, rows, columns, warps, stages)
-    16: [(16, 2, 4, 4, 3), (16, 2, 4, 4, 4), (16, 2, 2, 4, 4), (16, 2, 2, 4, 6), (16, 1, 4, 4, 4), (16, 4, 2, 8, 4)],
-    64: [(64, 2, 2, 4, 4), (64, 2, 2, 4, 3), (64, 4, 2, 8, 4), (64, 2, 4, 4, 3), (64, 2, 4, 8, 3)],
-    256: [(256, 2, 2, 8, 3), (128, 2, 2, 8, 3), (128, 4, 2, 8, 3), (256, 2, 1, 8, 4), (128, 2, 2, 4, 3)],
-}
-SPLITS = (1, 2, 3, 4, 6, 8)
-
-
-def _warm(job: tuple[int, tuple[int, ...], bool]) -> None:
-    """Compile one kernel into Triton's cache."""
-    m, (block_m, rows, columns, warps, stages), split = job
-    weights = copies(512, 2048, "nvfp4", 1)
-    x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
-    config = TileConfig(block_m, rows, columns, 2 if split else 1, warps, stages)
-    product(x, *weights[0].tensors, None, 2048, "nvfp4", weights[0].layout, config=config)
-
-
-def warm(rows: list[int]) -> None:
-    jobs = [(m, c, split) for m in rows for c in CANDIDATES[m] for split in (False, True)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(12, mp_context=context) as pool:
-        for job, failure in zip(jobs, pool.map(_failure, jobs), strict=True):
-            if failure:
-                print("does not run:", job, failure)
-
-
-def _failure(job: tuple[int, tuple[int, ...], bool]) -> str:
-    try:
-        _warm(job)
-    except Exception as error:  # noqa: BLE001 - printed, the other candidates go on
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return ""
-
-
-def sweep(rows: list[int]) -> None:
-    warm(rows)
-    for (n, k), m in itertools.product(SHAPES, rows):
-        weights = copies(n, k, "nvfp4", max(2, int(_CACHE_BYTES // (n * k * 0.5625))))
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        found = []
-        for candidate, splits in itertools.product(CANDIDATES[m], SPLITS):
-            config = TileConfig(*candidate[:3], splits, *candidate[3:])
-            try:
-                found.append((microseconds(calls(x, weights, product, config=config)), config))
-            except Exception as error:  # noqa: BLE001 - too much shared memory, say: printed
-                print("fails", config, str(error)[:100])
-        found.sort(key=lambda pair: pair[0])
-        shipped = tile_config(get_target("cuda"), m, n, k)
-        print(f"N={n} K={k} M={m} shipped {shipped}")
-        for time_us, config in found[:10]:
-            print(f"   {time_us:8.2f}  {tuple(asdict(config).values())}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- table
 def table() -> list[dict[str, Any]]:
     target, speed = get_target("cuda"), bandwidth()
+    fp4_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
     rows: list[dict[str, Any]] = []
     for (n, k), name in itertools.product(SHAPES, ("nvfp4", "mxfp4")):
-        weights = copies(n, k, name, max(2, int(_CACHE_BYTES // (n * k * 0.5625))))
-        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        weights = copies(n, k, name)
+        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         floor = weights[0].nbytes / speed * 1e6
         for m in ROWS:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            case = make_case(x.dtype, m, n, k, name, weights[0].layout)
             row = {
-                "n": n, "k": k, "m": m, "format": name, "floor": floor,
+                "n": n, "k": k, "m": m, "format": name, "copy_tb_s": speed / 1e12, "floor": floor,
                 "bf16": microseconds([lambda w=w, x=x: F.linear(x, w) for w in dense * 3]),
-                "implementation": choose(target, case).implementation.name,
-                "triton_dequantize": microseconds(calls(x, weights, fp4_linear_gpu.dequantize_product)),
+                "implementation": _choice(target, m, n, k, name, "same"),
+                "fp4": microseconds(calls(x, weights, fp4_linear)),
+                "implementation_fp8": _choice(target, m, n, k, name, "fp8"),
+                "fp4_fp8": microseconds(calls(x, weights, fp4_linear, activations="fp8")),
             }  # fmt: skip
-            if m <= fp4_linear_triton.MOST_ROWS:
-                row["triton"] = microseconds(calls(x, weights, product))
-            row["fp4"] = row[row["implementation"]]
+            row |= {"of_floor": floor / row["fp4"], "speedup": row["bf16"] / row["fp4"]}
             rows.append(row)
-            print({key: round(v, 1) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+            print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
     record.write("fp4_linear", rows)
     return rows
+
+
+def _choice(target: Any, m: int, n: int, k: int, name: str, activations: str) -> str:
+    case = make_case(torch.bfloat16, m, n, k, name, preferred_layout(target), activations)
+    return choose(target, case).implementation.name
 
 
 # ------------------------------------------------------------------------------------------------------------------ CPU
@@ -295,19 +236,17 @@ def cpu_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["check", "sweep", "table", "cpu"])
-    parser.add_argument("--m", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("what", nargs="+", choices=["check", "table", "cpu"])
     arguments = parser.parse_args()
     for what in arguments.what:
         started = time.time()
         if what == "check":
             for dtype in (torch.bfloat16, torch.float16):
                 check_decoding(dtype)
-            print("decoding exact; worst error ratio", check_products())
+            print("decoding exact; worst error ratios", check_products(), flush=True)
+            print("signal to noise, dB", check_fp8(), flush=True)
             check_gradient()
             print("gradient; model", check_model())
-        elif what == "sweep":
-            sweep(arguments.m)
         elif what == "cpu":
             cpu_table()
         else:

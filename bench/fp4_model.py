@@ -96,7 +96,9 @@ def milliseconds(step: Callable[[], Any], graph: bool) -> float:
     return statistics.median(times)
 
 
-def measure(model: torch.nn.Module, what: str, name: str, options: dict[str, Any] | None, tokens: int) -> dict[str, Any]:
+def measure(
+    model: torch.nn.Module, what: str, name: str, options: dict[str, Any] | None, tokens: int
+) -> dict[str, Any]:
     torch._dynamo.reset()
     started = time.perf_counter()
     backend = "inductor" if options is None else "vblackwell"

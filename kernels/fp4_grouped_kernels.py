@@ -6,7 +6,7 @@ import triton.language as tl
 from vbcompile.kernels.fp4_tiles import decode_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "row_tiles", "column_tiles"])
 def fp4_grouped_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, ends_ptr, out_ptr, experts, n, k, x_stride, row_tiles, column_tiles,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

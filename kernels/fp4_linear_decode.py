@@ -124,7 +124,7 @@ def _halve(tensors, COUNT: gl.constexpr):
     return joined
 
 
-@gluon.jit(do_not_specialize=["m"])
+@gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles"])
 def fp4_decode_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, k_tiles, x_stride, column_tiles,
     STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, BLOCKS: gl.constexpr, WORDS: gl.constexpr,

@@ -5,7 +5,6 @@ weight. They are estimates for a device with about 260 bfloat16 operations a byt
 accelerators have; shapes that were measured (:mod:`vbcompile.kernels.fp4_tuning`) cost what was measured.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -67,7 +66,7 @@ def _measured_or(name: str, estimate: Callable[[Target, Fp4LinearCase], float]) 
 
 
 def _refuses_hopper(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := _refuses_target(target):
+    if reason := refuses_triton(target):
         return reason
     if case is None:
         return None if target.arch == "sm_90" else f"written for sm_90, this is {target.arch}"
@@ -75,7 +74,7 @@ def _refuses_hopper(target: Target, case: Fp4LinearCase | None) -> str | None:
 
 
 def _refuses_few(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := _refuses_target(target):
+    if reason := refuses_triton(target):
         return reason
     if case is None:
         return None if target.vendor == "nvidia" else "written for NVIDIA's mma instruction"
@@ -95,7 +94,7 @@ def _fp8_cost(target: Target, case: Fp4LinearCase) -> float:
 
 
 def _refuses_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := _refuses_target(target):
+    if reason := refuses_triton(target):
         return reason
     if case is None:
         capability = target.compute_capability
@@ -103,23 +102,14 @@ def _refuses_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
     return fp4_linear_fp8.refuses_fp8(target, case.dtype, case.n, case.k, case.layout, case.activations)
 
 
-def _refuses_target(target: Target) -> str | None:
-    """Compiling ahead of time proves no result: until these kernels have run on a card, the user decides."""
-    if reason := refuses_triton(target):
-        return reason
-    if target.vendor != "cpu" and os.environ.get("VB_FP4_GPU") != "1":
-        return "compiled for this hardware but not yet run on it; VB_FP4_GPU=1 in the environment allows it"
-    return None
-
-
 def _refuses_product(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := _refuses_target(target):
+    if reason := refuses_triton(target):
         return reason
     return None if case is None else fp4_linear_triton.refuses_product(target, case.dtype, case.m, case.layout)
 
 
 def _refuses_dequantize(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := _refuses_target(target):
+    if reason := refuses_triton(target):
         return reason
     if case is None:
         return None

@@ -1,7 +1,7 @@
 """Launches of the FP4 product for many rows of x on Hopper (:mod:`vbcompile.kernels.fp4_linear_wide`)."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 _CONSUMERS = 2
-_ALIGNMENT = 8  # columns: the copy engine wants rows at multiples of 16 bytes
-_MOST_ELEMENTS = 2**31
+_ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ def refuses_wide(target: Target, dtype: torch.dtype, m: int, n: int, k: int, lay
         return f"reads layout fragments2t, not {layout}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {dtype}"
-    if m * n >= _MOST_ELEMENTS:
-        return "more than 2**31 results"
-    return f"takes columns in multiples of {_ALIGNMENT}" if k % _ALIGNMENT else None
+    return f"takes rows and columns in multiples of {_ALIGNMENT}" if n % _ALIGNMENT or k % _ALIGNMENT else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,10 +54,23 @@ def wide_config(target: Target, m: int, n: int, k: int) -> WideConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "hopper", n, k, m)) is not None:
         return WideConfig(*tuned)
-    return WideConfig(64, 2, 4, 1, 2) if m <= 64 else WideConfig(256, 1, 4, 1, 1)
+    if m <= 64:
+        config = WideConfig(64, 1, 7, 1, 2)
+    else:
+        config = WideConfig(128, 2, 7, 1, 1) if m <= 128 else WideConfig(256, 1, 4, 1, 1)
+    items = -(-n // (_CONSUMERS * config.tiles * TILE)) * -(-m // config.block_m)
+    return replace(config, splits=_splits(items, -(-k // TILE), (target.multiprocessors or 132) * config.blocks))
 
 
-def launch_options(dtype: torch.dtype, config: WideConfig) -> dict[str, Any]:
+def _splits(items: int, steps: int, resident: int) -> int:
+    """How many blocks share a tile's columns: a tile costs about ten steps beside its own, adding up two a split."""
+    return min(
+        (s for s in (1, 2, 4, 8) if s == 1 or steps // s >= 4),
+        key=lambda s: -(-items * s // resident) * (steps / s + 10) + (2 * s if s > 1 else 0),
+    )
+
+
+def launch_options(dtype: torch.dtype, config: WideConfig, split: bool) -> dict[str, Any]:
     """Constants and compiler options of a launch."""
     from triton.experimental.gluon import language as gl
 
@@ -70,24 +80,27 @@ def launch_options(dtype: torch.dtype, config: WideConfig) -> dict[str, Any]:
     registers = 232 if config.blocks == 1 else 104
     return {
         "TILES": config.tiles, "STAGES": config.stages, "TYPE": gl.float16 if half else gl.bfloat16,
-        "WORD": word_assembly("half" if half else "bf16_sm90"), "SPLIT": config.splits > 1, "REGISTERS": registers,
+        "WORD": word_assembly("half" if half else "bf16_sm90"), "SPLIT": split, "REGISTERS": registers,
         "num_warps": 4, "maxnreg": 168 if config.blocks == 1 else 80,
     }  # fmt: skip
 
 
-def descriptors(rows: Tensor, codes: Tensor, block_scales: Tensor, format_name: str, block_m: int) -> tuple[Any, ...]:
-    """What the copy engine reads: x, codes, scales."""
+def descriptors(
+    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, block_m: int
+) -> tuple[Any, ...]:
+    """What the copy engine reads and writes: x, codes, scales, results."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     kind = gl.float16 if rows.dtype == torch.float16 else gl.bfloat16
-    x_layout = gl.NVMMASharedLayout.get_default_for([block_m, TILE], kind)
+    swizzled = gl.NVMMASharedLayout.get_default_for([block_m, TILE], kind)
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     words = 1024 // fp4_format(format_name).block_size
     return (
-        TensorDescriptor.from_tensor(rows, [block_m, TILE], x_layout),
+        TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled),
         TensorDescriptor.from_tensor(codes.view(torch.int32).view(-1, 256), [2, 256], flat),
         TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(-1, words), [1, words], flat),
+        TensorDescriptor.from_tensor(out, [block_m, TILE], swizzled),
     )
 
 
@@ -107,17 +120,18 @@ def product_wide(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     k_tiles = -(-k // (2 * TILE)) * 2
     steps_each = -(-k_tiles // (2 * config.splits)) * 2
-    splits = -(-k_tiles // steps_each)
-    grid = (-(-n // (_CONSUMERS * config.tiles * TILE)), splits, -(-m // config.block_m))
-    partial = arrived = out
+    splits, tiles_m = -(-k_tiles // steps_each), -(-m // config.block_m)
+    items = -(-n // (_CONSUMERS * config.tiles * TILE)) * splits * tiles_m
+    partial = arrived = row_scale
     if splits > 1:
-        tiles = -(-n // TILE) * grid[2]
+        tiles = -(-n // TILE) * tiles_m
         partial = torch.empty(splits, tiles, TILE * config.block_m, dtype=torch.float32, device=x.device)
         arrived = counters(x.device, tiles)
-    options = launch_options(x.dtype, config) | {"SPLIT": splits > 1}
-    fp4_wide_kernel[grid](
-        *descriptors(rows, codes, block_scales, format_name, config.block_m), row_scale,
-        row_scale if bias is None else bias, out, partial, arrived, m, n, k_tiles, codes.shape[1], steps_each,
-        BIAS=bias is not None, **options,
+    target = get_target(x.device)
+    programs = min(items, (target.multiprocessors or 1) * config.blocks)
+    fp4_wide_kernel[(programs,)](
+        *descriptors(rows, codes, block_scales, out, format_name, config.block_m), row_scale,
+        row_scale if bias is None else bias, partial, arrived, n, k_tiles, codes.shape[1], tiles_m, splits, steps_each,
+        items, BIAS=bias is not None, **launch_options(x.dtype, config, splits > 1),
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)

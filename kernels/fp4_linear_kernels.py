@@ -6,7 +6,7 @@ import triton.language as tl
 from vbcompile.kernels.fp4_tiles import decode_tiles
 
 
-@triton.jit(do_not_specialize=["m", "steps_each", "splits"])
+@triton.jit(do_not_specialize=["m", "column_tiles", "steps_each", "splits"])
 def fp4_product_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr,
     m, n, k, x_stride, column_tiles, steps_each, splits,
@@ -67,7 +67,7 @@ def _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIA
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column_tiles"])
 def fp4_dequantize_kernel(
     codes_ptr, scales_ptr, row_scale_ptr, out_ptr, n, k, column_tiles,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,

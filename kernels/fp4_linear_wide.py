@@ -55,56 +55,75 @@ def _operand(pairs, TYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, place, TILES: gl.constexpr):
+def _locate(item, shape):
+    """Work item -> (tile of the weight's rows, tile of x, split, first step, steps); neighbours share the weight."""
+    tiles_m, splits, steps_each, k_tiles = shape
+    rest = item // tiles_m
+    split = rest % splits
+    first = split * steps_each
+    return rest // splits, item % tiles_m, split, first, gl.minimum(steps_each, k_tiles - first)
+
+
+@gluon.jit
+def _produce(descriptors, buffers, barriers, shape, items, column_tiles, TILES: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
     x_desc, code_desc, scale_desc = descriptors
     x_smem, code_smem, scale_smem = buffers
     full, empty = barriers
-    tile_n, first_m, first, steps, column_tiles = place
     STAGES: gl.constexpr = x_smem.shape[0]
     PARTS: gl.constexpr = CONSUMERS * TILES
+    BLOCK_M: gl.constexpr = x_smem.shape[1]
     BYTES: gl.constexpr = x_desc.block_type.nbytes + PARTS * (
         code_desc.block_type.nbytes + scale_desc.block_type.nbytes
     )
-    for j in range(steps):
-        slot = j % STAGES
-        mbarrier.wait(empty.index(slot), (j // STAGES & 1) ^ 1)
-        mbarrier.expect(full.index(slot), BYTES)
-        at = full.index(slot)
-        tma.async_copy_global_to_shared(x_desc, [first_m, (first + j) * 64], at, x_smem.index(slot))
-        for t in gl.static_range(PARTS):
-            row = (tile_n * PARTS + t) * column_tiles + first + j
-            tma.async_copy_global_to_shared(code_desc, [row * 2, 0], at, code_smem.index(slot * PARTS + t))
-            tma.async_copy_global_to_shared(scale_desc, [row, 0], at, scale_smem.index(slot * PARTS + t))
+    loaded = gl.to_tensor(0)
+    item = gl.program_id(0)
+    while item < items:
+        tile_n, tile_m, _, first, steps = _locate(item, shape)
+        for j in range(steps):
+            slot = loaded % STAGES
+            at = full.index(slot)
+            mbarrier.wait(empty.index(slot), (loaded // STAGES & 1) ^ 1)
+            mbarrier.expect(at, BYTES)
+            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, (first + j) * 64], at, x_smem.index(slot))
+            for t in gl.static_range(PARTS):
+                row = (tile_n * PARTS + t) * column_tiles + first + j
+                tma.async_copy_global_to_shared(code_desc, [row * 2, 0], at, code_smem.index(slot * PARTS + t))
+                tma.async_copy_global_to_shared(scale_desc, [row, 0], at, scale_smem.index(slot * PARTS + t))
+            loaded += 1
+        item += gl.num_programs(0)
 
 
 @gluon.jit
-def _consume(
-    buffers, barriers, place, results, w: gl.constexpr, TILES: gl.constexpr, BLOCK_M: gl.constexpr, TYPE: gl.constexpr,
-    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
-):  # fmt: skip
-    """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the block's rows."""
+def _multiply(
+    buffers, barriers, taken, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr
+):
+    """Sums ``[64, BLOCK_M]`` of consumer ``w``'s tiles over ``steps`` steps; the second is the first for TILES = 1.
+
+    Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. ``taken``
+    counts the steps before.
+    """
     x_smem, code_smem, scale_smem = buffers
     full, empty = barriers
-    tile_n, first_m, _, steps, _ = place
     STAGES: gl.constexpr = x_smem.shape[0]
+    BLOCK_M: gl.constexpr = x_smem.shape[1]
     PARTS: gl.constexpr = CONSUMERS * TILES
     OWN: gl.constexpr = w * TILES
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    mbarrier.wait(full.index(0), 0)
-    pairs = _decode(code_smem.index(OWN), scale_smem.index(OWN), WORD)
+    mbarrier.wait(full.index(taken % STAGES), taken // STAGES & 1)
+    part = taken % STAGES * PARTS + OWN
+    pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
     sum_a = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
     sum_b = sum_a
-    # two products in turn, each from registers of its own: while one runs, the operand of the other is decoded
     for j in range(0, steps, 3 - TILES):
-        slot = j % STAGES
+        slot = (taken + j) % STAGES
         a = _operand(pairs, TYPE, LAYOUT)
         sum_a = warpgroup_mma(a, x_smem.index(slot).permute((1, 0)), sum_a, is_async=True)
         other_slot, part = slot, slot * PARTS + OWN + 1
         if TILES == 1:
-            other_slot = (j + 1) % STAGES
+            other_slot = (taken + j + 1) % STAGES
             part = other_slot * PARTS + OWN
-            mbarrier.wait(full.index(other_slot), (j + 1) // STAGES & 1)
+            mbarrier.wait(full.index(other_slot), (taken + j + 1) // STAGES & 1)
         b = _operand(_decode(code_smem.index(part), scale_smem.index(part), WORD), TYPE, LAYOUT)
         x = x_smem.index(other_slot).permute((1, 0))
         if TILES == 1:
@@ -114,7 +133,7 @@ def _consume(
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
             sum_a, sum_b, a = warpgroup_mma_wait(1, [sum_a, sum_b, a])
-        following = gl.minimum(j + 3 - TILES, steps - 1)  # after the last step, that step again
+        following = taken + gl.minimum(j + 3 - TILES, steps - 1)  # after the last step, that step again
         next_slot = following % STAGES
         mbarrier.wait(full.index(next_slot), following // STAGES & 1)
         part = next_slot * PARTS + OWN
@@ -125,35 +144,48 @@ def _consume(
         else:
             sum_a, sum_b, b, pairs = warpgroup_mma_wait(0, [sum_a, sum_b, b, pairs])
         mbarrier.arrive(empty.index(other_slot))
-    tile = tile_n * PARTS + OWN
-    _finish(sum_a, tile, first_m, results, BIAS, SPLIT)
-    if TILES == 2:
-        _finish(sum_b, tile + 1, first_m, results, BIAS, SPLIT)
+    return sum_a, sum_b
 
 
 @gluon.jit
-def _finish(total, tile, first_m, results, BIAS: gl.constexpr, SPLIT: gl.constexpr):
+def _consume(
+    buffers, barriers, out_smem, results, shape, items, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
+    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
+    taken = gl.to_tensor(0)
+    item = gl.program_id(0)
+    while item < items:
+        tile_n, tile_m, split, _, steps = _locate(item, shape)
+        sum_a, sum_b = _multiply(buffers, barriers, taken, steps, w, TILES, TYPE, WORD)
+        tile = (tile_n * CONSUMERS + w) * TILES
+        _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, BIAS, SPLIT)
+        if TILES == 2:
+            _finish(sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, BIAS, SPLIT)
+        taken += steps
+        item += gl.num_programs(0)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _finish(total, tile, tile_m, split, results, out_tile, shape, BIAS: gl.constexpr, SPLIT: gl.constexpr):
     """Store a tile; SPLIT: store its sums, and who comes last adds those of all splits in order."""
-    row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n = results
+    out_desc, row_scale_ptr, bias_ptr, partial_ptr, arrived_ptr, n = results
     LAYOUT: gl.constexpr = total.type.layout
-    rows_n = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    rows_m = first_m + gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
-    keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
-    at = rows_m[None, :] * n + rows_n[:, None]
-    last = True
+    BLOCK_M: gl.constexpr = total.shape[1]
+    last = tile * 64 < n
     if SPLIT:
         # whole tiles, one after another: [split, tile of x, tile of the weight, 64, BLOCK_M]
-        splits = gl.num_programs(1)
+        tiles_m, splits, _, _ = shape
         tiles = gl.cdiv(n, 64)
-        place = gl.program_id(2) * tiles + tile
-        SIZE: gl.constexpr = 64 * total.shape[1]
+        place = tile_m * tiles + tile
+        SIZE: gl.constexpr = 64 * BLOCK_M
         own = partial_ptr + place.to(gl.int64) * SIZE
-        step = (gl.num_programs(2) * tiles).to(gl.int64) * SIZE
-        within = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None] * total.shape[1]
-        within = within + gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
-        last = False
-        if tile < tiles:
-            gl.store(own + gl.program_id(1) * step + within, total)
+        step = (tiles_m * tiles).to(gl.int64) * SIZE
+        within = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None] * BLOCK_M
+        within = within + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))[None, :]
+        if last:
+            gl.store(own + split * step + within, total)
             gl.thread_barrier()
             last = gl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == splits - 1
         if last:
@@ -162,48 +194,55 @@ def _finish(total, tile, first_m, results, BIAS: gl.constexpr, SPLIT: gl.constex
                 total += gl.load(own + part * step + within, cache_modifier=".cg")
             gl.store(arrived_ptr + place, 0)
     if last:
-        scale = gl.load(row_scale_ptr + rows_n, mask=rows_n < n, other=0.0) * 256.0
+        rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+        scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0) * 256.0
         total = total * scale[:, None]
         if BIAS:
-            total += gl.load(bias_ptr + rows_n, mask=rows_n < n, other=0.0).to(gl.float32)[:, None]
-        gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=keep)
+            total += gl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
+        tma.store_wait(0)
+        gl.thread_barrier()  # only the thread that issued the last store waited for it
+        out_tile.permute((1, 0)).store(total.to(out_tile.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(out_desc, [tile_m * BLOCK_M, tile * 64], out_tile)
 
 
-@gluon.jit(do_not_specialize=["m", "steps_each", "k_tiles"])
+@gluon.jit(do_not_specialize=["k_tiles", "column_tiles", "tiles_m", "splits", "steps_each", "items"])
 def fp4_wide_kernel(
-    x_desc, code_desc, scale_desc, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n, k_tiles,
-    column_tiles, steps_each, TILES: gl.constexpr, STAGES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr,
-    BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+    x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, partial_ptr, arrived_ptr, n, k_tiles,
+    column_tiles, tiles_m, splits, steps_each, items, TILES: gl.constexpr, STAGES: gl.constexpr, TYPE: gl.constexpr,
+    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias``.
 
     x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
-    ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``.
-    Program ``(rows of the weight, split of k, rows of x)`` takes ``steps_each`` steps of 64 columns.
+    ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
+    in blocks ``[BLOCK_M, 64]``. A work item is ``steps_each`` (even) steps of 64 columns of ``128 * TILES`` rows of the
+    weight and BLOCK_M rows of x; programs take items in rounds.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    WORDS: gl.constexpr = scale_desc.block_type.shape[1]
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
     code_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 2, 256], code_desc.layout)
-    words: gl.constexpr = scale_desc.block_type.shape[1]
-    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 1, words], scale_desc.layout)
+    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 1, WORDS], scale_desc.layout)
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    first = gl.program_id(1) * steps_each
-    steps = gl.minimum(steps_each, k_tiles - first)
-    place = (gl.program_id(0), gl.program_id(2) * BLOCK_M, first, steps, column_tiles)
-    results = (row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n)
+    shape = (tiles_m, splits, steps_each, k_tiles)
+    results = (out_desc, row_scale_ptr, bias_ptr, partial_ptr, arrived_ptr, n)
     buffers = (x_smem, code_smem, scale_smem)
     barriers = (full, empty)
+    descriptors = (x_desc, code_desc, scale_desc)
     gl.warp_specialize(
         [
-            (_consume, (buffers, barriers, place, results, 0, TILES, BLOCK_M, TYPE, WORD, BIAS, SPLIT)),
-            (_consume, (buffers, barriers, place, results, 1, TILES, BLOCK_M, TYPE, WORD, BIAS, SPLIT)),
-            (_produce, ((x_desc, code_desc, scale_desc), buffers, barriers, place, TILES)),
+            (_consume, (buffers, barriers, out_smem, results, shape, items, 0, TILES, TYPE, WORD, BIAS, SPLIT)),
+            (_consume, (buffers, barriers, out_smem, results, shape, items, 1, TILES, TYPE, WORD, BIAS, SPLIT)),
+            (_produce, (descriptors, buffers, barriers, shape, items, column_tiles, TILES)),
         ],
         [4, 1],
         [REGISTERS, 24],

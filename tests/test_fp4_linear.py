@@ -24,11 +24,6 @@ HOPPER = Target("nvidia", "cuda", "sm_90", multiprocessors=132, features=frozens
 
 
 @pytest.fixture(autouse=True)
-def allowed_on_gpus(monkeypatch):
-    monkeypatch.setenv("VB_FP4_GPU", "1")
-
-
-@pytest.fixture(autouse=True)
 def fresh():
     torch.manual_seed(0)
 
@@ -242,10 +237,18 @@ def test_operands_that_do_not_fit_are_refused(change, message):
 
 # --------------------------------------------------------------------------------------------------------------- choice
 def test_choice_on_hopper_follows_the_number_of_rows():
-    names = {m: choose(HOPPER, make_case(torch.bfloat16, m, 4096, 4096, "nvfp4", "fragments2t")) for m in (1, 64, 4096)}
-    assert [c.implementation.name for c in names.values()] == ["triton_few", "triton", "triton_dequantize"]
-    large = make_case(torch.bfloat16, 4096, 4096, 4096, "nvfp4", "fragments2t")
-    assert names[4096].implementation.cost(HOPPER, large) > 1  # and says that it is slower than bfloat16
+    def chosen(m, **extra):
+        case = make_case(torch.bfloat16, m, 4160, 4096, "nvfp4", "fragments2t", **extra)
+        return choose(HOPPER, case).implementation.name
+
+    assert [chosen(m) for m in (1, 64, 256)] == ["triton_few", "hopper", "hopper"]
+    assert chosen(4096) in ("hopper", "triton_dequantize")
+    assert chosen(4096, activations="fp8") == "triton_fp8"
+    old = Target("nvidia", "cuda", "sm_80", multiprocessors=108, features=frozenset({"triton", "bf16"}))
+    large = make_case(torch.bfloat16, 4096, 4160, 4096, "nvfp4", "fragments8t")
+    implementation = choose(old, large).implementation
+    assert implementation.name == "triton_dequantize"
+    assert implementation.cost(old, large) > 1  # and says that it is slower than bfloat16
 
 
 def test_choice_names_the_reason_for_the_reference():

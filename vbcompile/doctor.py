@@ -25,7 +25,6 @@ _VARIABLES = (
     "VB_MODE",
     "VB_STRICT",
     "VB_HBM_BUDGET",
-    "VB_FP4_GPU",
     "VB_IMPLEMENTATION",
     "ENABLE_VIRTUAL_BLACKWELL",
 )  # all that this package reads

@@ -103,14 +103,16 @@ def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
 
 
 def _wide_candidates(m: int) -> Iterator[fp4_linear_hopper.WideConfig]:
-    if 16 < m <= 64:
-        for splits in (1, 2, 4):
-            yield fp4_linear_hopper.WideConfig(64, 1, 5, splits, 2)
-            yield fp4_linear_hopper.WideConfig(64, 2, 8, splits, 1)
-    elif m > 64:
-        for splits in (1, 2, 4) if m <= 512 else (1,):
-            yield fp4_linear_hopper.WideConfig(128, 2, 6, splits, 1)
-            yield fp4_linear_hopper.WideConfig(256, 1, 5, splits, 1)
+    kind = fp4_linear_hopper.WideConfig
+    if m <= 16:
+        return
+    for splits in (1, 2, 4, 8) if m <= 256 else (1, 2):
+        if m <= 64:
+            yield kind(64, 1, 7, splits, 2)
+            yield kind(64, 2, 8, splits, 1)
+        else:
+            yield kind(128, 2, 7, splits, 1)
+            yield kind(256, 1, 4, splits, 1)
 
 
 def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int]) -> Iterator[list[Any]]:

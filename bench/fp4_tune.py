@@ -1,0 +1,77 @@
+"""The shipped table of FP4 products: what ``vbcompile tune`` measures for the layers of common language models.
+
+    python bench/fp4_tune.py [--shape NxK ...] [--rows M ...] [--into kernels/tuned/fp4_linear.json]
+
+Kernels are compiled in processes beforehand, so that the measurement itself takes seconds.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import record  # noqa: E402
+
+from vbcompile import tune  # noqa: E402
+from vbcompile.kernels import fp4_linear_triton  # noqa: E402
+from vbcompile.kernels.registry import operator  # noqa: E402
+
+LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)]
+
+
+def _compile(job: tuple[int, int, int]) -> None:
+    """Launch one share of the candidates for a count of rows on a small weight."""
+    m, share, shares = job
+    target, (n, k) = tune.check_device(), (512, 2048)
+    (weight,) = tune.copies(n, k, "nvfp4", 1)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    for name, run, config in list(tune.candidates(target, m, n, k))[share::shares]:
+        try:
+            run(x, *weight.tensors, None, k, "nvfp4", weight.layout, **({} if config is None else {"config": config}))
+        except Exception as error:  # noqa: BLE001 - printed, the others go on
+            print("does not run:", name, config, str(error)[:150], flush=True)
+    torch.cuda.synchronize()
+
+
+def compile_ahead(rows: list[int], shares: int = 4) -> None:
+    jobs = [(m, share, shares) for m in rows for share in range(shares)]
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=[f"{n}x{k}" for n, k in LLAMA_8B])
+    parser.add_argument("--rows", type=int, nargs="+", default=list(tune.ROWS))
+    parser.add_argument("--into", type=Path, help="table to write (default: the folder of results)")
+    arguments = parser.parse_args()
+    started = time.time()
+    target = tune.check_device()
+    compile_ahead(arguments.rows)
+    print(f"compiled: {time.time() - started:.0f} s", flush=True)
+    fp4_linear_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
+    operator("fp4_linear").load()
+    rows: list[list[Any]] = []
+    path = arguments.into or record.folder() / "fp4_linear_tuned.json"
+    for shape in arguments.shape:
+        n, k = map(int, shape.split("x"))
+        for row in tune.measure(target, "nvfp4", n, k, arguments.rows):
+            rows.append(row)
+            print(*row[:5], {name: tuple(found) for name, found in row[5].items()}, flush=True)
+        content = {target.arch: {"device": target.name, **record.environment(), "rows": rows}}
+        path.write_text(json.dumps(content) + "\n")
+    print(f"{time.time() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
