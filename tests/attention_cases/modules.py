@@ -151,7 +151,8 @@ class PytorchDecoderLayer(nn.Module):
         return self.layer(x, memory, tgt_mask=mask, tgt_is_causal=True)
 
 
-@either("module", tokens)  # in inference PyTorch runs the whole layer as one fused operator
+# in inference PyTorch runs the whole layer as one operator, which Dynamo of 2.11 leaves out of graphs of dynamic shapes
+@either("module", tokens, fullgraph=False)
 class PytorchEncoderLayer(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
