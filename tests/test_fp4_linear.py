@@ -266,12 +266,76 @@ def test_reference_takes_every_layout():
         check_error(fp4_linear_reference(x, *w.tensors, None, 100, "nvfp4", layout), x, w, None)
 
 
+# ------------------------------------------------------------------------------------------------------------------ GPU
+def gpu_products(m, n, k, format_name, dtype):
+    """``(name, function)`` of every exact implementation that takes a case on this GPU."""
+    target = get_target("cuda")
+    case = make_case(dtype, m, n, k, format_name, fp4_linear_triton.preferred_layout(target))
+    operator("fp4_linear").load()
+    for i in operator("fp4_linear").implementations:
+        if i.name != "reference" and not i.refuses(target, None) and not i.refuses(target, case):
+            yield i.name, i.run
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [1, 16, 100, 700])
-def test_on_a_gpu(dtype, m):
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 27, 33, 64, 100, 300])
+def test_every_implementation_on_a_gpu(dtype, m, format_name):
     layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
-    for format_name, (n, k) in itertools.product(FORMATS, ((1000, 2880), (70, 100))):
+    for n, k in ((1000, 2880), (70, 100), (4096, 4096), (208, 7168)):
         w = to_layout(quantize(torch.randn(n, k, device="cuda") * 0.02, format_name), layout)
-        x, bias = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
+        x = torch.randn(m, k + 8, device="cuda", dtype=dtype)[:, :k]
+        bias = torch.randn(n, device="cuda", dtype=dtype) if k != 2880 else None
+        for name, run in gpu_products(m, n, k, format_name, dtype):
+            got = run(x, *w.tensors, bias, k, format_name, layout)
+            check_error(got, x, w, bias)
+            assert torch.equal(got, run(x, *w.tensors, bias, k, format_name, layout)), f"{name}: two runs differ"
         check_error(fp4_linear(x, *w.tensors, bias, k, format_name, layout), x, w, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_code_and_scale_is_exact_on_a_gpu(dtype, format_name):
+    """Rows hold one scale each, columns the codes; products with the identity are sums of one term."""
+    layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
+    scales, block = (range(128), 16) if format_name == "nvfp4" else (range(118, 142), 32)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
+    blocks = torch.tensor([s % 127 if block == 16 else min(s, 136) for s in scales], dtype=torch.uint8)
+    packed = PackedWeight(
+        codes, blocks[:, None].repeat(1, 512 // block), torch.ones(1), format_name, (len(scales), 512)
+    )
+    w = to_layout(packed.to("cuda"), layout)
+    want = dequantize_weight(*w.tensors, 512, format_name, layout, torch.float32).to(dtype).t()
+    eye = torch.eye(512, device="cuda", dtype=dtype)
+    for rows in (1, 8, 16, 32, 64, 128, 512):
+        for name, run in gpu_products(rows, len(scales), 512, format_name, dtype):
+            parts = eye.split(rows) if rows > 8 or name == "triton_few" else eye[: 4 * rows].split(rows)
+            got = torch.cat([run(e, *w.tensors, None, 512, format_name, layout) for e in parts])
+            assert torch.equal(got, want[: len(got)]), (name, rows, int((got != want[: len(got)]).sum()))
+
+
+@pytest.mark.gpu
+def test_fp8_products_keep_their_signal_on_a_gpu():
+    layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
+    dense, x = torch.randn(1024, 4096, device="cuda"), torch.randn(500, 4096, device="cuda", dtype=torch.bfloat16)
+    x[3] *= 1000
+    x[5] = 0
+    exact = x.double() @ dense.double().T
+    for format_name, decibels in (("nvfp4", 21.0), ("mxfp4", 18.5)):
+        w = to_layout(quantize(dense, format_name), layout)
+        got = fp4_linear(x, *w.tensors, None, 4096, format_name, layout, activations="fp8").double()
+        rows = torch.arange(500, device="cuda") != 3
+        assert float(20 * torch.log10(exact[rows].norm() / (got - exact)[rows].norm())) > decibels
+        assert not got[5].any()
+
+
+@pytest.mark.gpu
+def test_gradient_on_a_gpu():
+    layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
+    w = to_layout(quantize(torch.randn(512, 384, device="cuda") * 0.02), layout)
+    x = torch.randn(7, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(7, 512, device="cuda", dtype=torch.bfloat16)
+    fp4_linear(x, *w.tensors, None, 384, "nvfp4", layout).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ decoded(w, torch.bfloat16))
