@@ -1,0 +1,103 @@
+"""The private parts of PyTorch behind the memory passes, on each supported release."""
+
+import pickle
+
+import pytest
+import torch
+import torch.fx as fx
+
+from vbcompile import compat
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def nodes_of(*calls):
+    """One node for each ``(operator, arguments)`` on a 4 x 4 input."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    return [graph.call_function(op, (x, *rest)) for op, *rest in calls]
+
+
+def test_operator_kinds():
+    aten, prims = torch.ops.aten, torch.ops.prims
+    kinds = compat.OperatorKinds()
+    product, view, sine, gather = nodes_of(
+        (aten.mm.default,), (aten.view.default, [16]), (aten.sin.default,), (aten.embedding.default,)
+    )
+    noise, seeded = nodes_of((aten.rand_like.default,), (prims.inductor_lookup_seed.default, 0))
+    assert kinds.is_matrix_product(product) and not kinds.is_cheap(product)
+    assert kinds.is_view(view) and not kinds.is_view(sine)
+    assert kinds.is_cheap(sine) and kinds.is_cheap(gather) and kinds.is_cheap(seeded)
+    assert kinds.is_random(noise) and not kinds.is_cheap(noise) and not kinds.is_random(seeded)
+
+
+def test_marks():
+    kinds = compat.OperatorKinds()
+    saved, again, plain = nodes_of(*[(torch.ops.aten.sin.default,)] * 3)
+    compat.mark_saved(saved)
+    compat.mark_recomputed(again)
+    assert kinds.is_saved_by_user(saved) and kinds.is_recomputed_by_user(again)
+    assert not kinds.is_saved_by_user(plain) and not kinds.is_recomputed_by_user(plain)
+
+
+def test_inductor_uses_the_partitioner_and_puts_its_key_into_the_cache_key():
+    calls = []
+
+    def split(joint, inputs, **options):
+        calls.append(options["num_fwd_outputs"])
+        return compat.partition(joint, inputs, **options)
+
+    options = compat.partitioner_options(split, "key 1")
+
+    def backend(gm, example_inputs):
+        return compat.compile_with_inductor(gm, example_inputs, {**options, "fx_graph_cache": False}, "key 1")
+
+    x = torch.randn(8, requires_grad=True)
+    torch.compile(lambda v: v.sin().cos().sum(), backend=backend)(x).backward()
+    torch.testing.assert_close(x.grad, -(x.sin().sin()) * x.cos())
+    assert calls == [1]
+    partitioner = options["custom_partitioner_fn"]
+    assert partitioner.uuid() == "key 1"
+    assert pickle.loads(pickle.dumps(partitioner)).uuid() == "key 1"
+
+
+def test_aot_eager_uses_the_partitioner():
+    calls = []
+
+    def split(joint, inputs, **options):
+        calls.append(options["num_fwd_outputs"])
+        return compat.partition(joint, inputs, **options)
+
+    def backend(gm, example_inputs):
+        return compat.compile_with_aot_eager(gm, example_inputs, split)
+
+    x = torch.randn(8, requires_grad=True)
+    torch.compile(lambda v: v.sin().sum(), backend=backend)(x).backward()
+    assert calls == [1] and torch.allclose(x.grad, x.cos())
+
+
+def test_is_dense():
+    x = torch.empty(3, 4, 5)
+    assert compat.is_dense(x) and compat.is_dense(x.transpose(0, 2)) and compat.is_dense(torch.empty(()))
+    assert not compat.is_dense(x[:, ::2]) and not compat.is_dense(x[:1].expand(3, 4, 5))
+
+
+def test_host_memory_is_registered_where_the_driver_can(monkeypatch):
+    from torch.cuda import _pin_memory_utils as utils
+
+    assert "no way to pin" in compat.register_host_memory(torch.device("xpu", 0), 0, 4096)
+    calls = []
+    monkeypatch.setattr(utils, "pin_memory", lambda *given: calls.append(given))
+    monkeypatch.setattr(utils, "unpin_memory", lambda *given: calls.append(given))
+    assert compat.register_host_memory(torch.device("cuda", 0), 4096, 8192) == ""
+    compat.unregister_host_memory(4096)
+    assert calls == [(4096, 8192), (4096,)]
+
+    def refuses(*_):
+        raise RuntimeError("Registering memory failed with cudaError: 2. More\nlines")
+
+    monkeypatch.setattr(utils, "pin_memory", refuses)
+    assert compat.register_host_memory(torch.device("cuda", 0), 4096, 8192).startswith("Registering memory failed")
