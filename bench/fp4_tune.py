@@ -44,7 +44,9 @@ def _compile(job: tuple[int, int, int]) -> None:
 
 
 def compile_ahead(rows: list[int], shares: int = 4) -> None:
-    jobs = [(m, share, shares) for m in rows for share in range(shares)]
+    # all up to 8 rows run the same kernels, and so do all from 512 on
+    distinct = sorted({min(max(m, 8), 512) for m in rows})
+    jobs = [(m, share, shares) for m in distinct for share in range(shares)]
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs))
 
