@@ -11,7 +11,7 @@ from torch import nn
 from vbcompile import compat, runtime_activations
 from vbcompile.backend import add_listener, remove_listener
 from vbcompile.passes.activation_offload import Trip, insert_trips
-from vbcompile.runtime_activation_memory import HostMemory
+from vbcompile.runtime_activation_memory import BufferPool
 from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
 
 OPS = torch.ops.vblackwell
@@ -39,7 +39,7 @@ def simulated(monkeypatch):
     device = SimulatedDevice(rates={"d2h": LinkRate(2e8, 1e-4), "h2d": LinkRate(2e8, 1e-4)})
 
     def open_(where):
-        traffic = runtime_activations._Traffic(where, HostMemory(where), device)
+        traffic = runtime_activations._Traffic(where, BufferPool(where), device)
         traffic.away, traffic.back = device.queue("d2h"), device.queue("h2d")
         return traffic
 
@@ -107,7 +107,7 @@ def test_memory_comes_back_when_the_last_tensor_on_it_is_gone():
 
 
 def test_host_memory_is_whole_pages_and_bounded():
-    memory = HostMemory(CPU)
+    memory = BufferPool(CPU)
     tensors = [memory.take(5000 + 4096 * i)[1] for i in range(4)]
     assert memory.total_bytes == sum(8192 + 4096 * i for i in range(4)) and memory.free_bytes == 0
     del tensors
@@ -121,11 +121,11 @@ def test_host_memory_is_whole_pages_and_bounded():
 
 def test_memory_that_cannot_be_pinned_is_named_once(monkeypatch, caplog):
     monkeypatch.setattr(compat, "register_host_memory", lambda *_: "cudaError: 2")
-    memory = HostMemory(torch.device("cuda", 0))
+    memory = BufferPool(torch.device("cuda", 0))
     with caplog.at_level(logging.WARNING):
         held = [memory.take(100)[1] for _ in range(2)]
     assert len(held) == 2 and len(caplog.records) == 1
-    assert "host memory could not be pinned (cudaError: 2" in caplog.text and "ulimit -l" in caplog.text
+    assert "HOST memory" in caplog.text and "cudaError: 2" in caplog.text and "RLIMIT_MEMLOCK" in caplog.text
 
 
 def test_copies_are_ordered_on_a_device_with_queues(simulated):

@@ -1,5 +1,6 @@
 """The private parts of PyTorch behind the memory passes, on each supported release."""
 
+import contextlib
 import pickle
 
 import pytest
@@ -90,6 +91,7 @@ def test_host_memory_is_registered_where_the_driver_can(monkeypatch):
 
     assert "no way to pin" in compat.register_host_memory(torch.device("xpu", 0), 0, 4096)
     calls = []
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(utils, "pin_memory", lambda *given: calls.append(given))
     monkeypatch.setattr(utils, "unpin_memory", lambda *given: calls.append(given))
     assert compat.register_host_memory(torch.device("cuda", 0), 4096, 8192) == ""
@@ -100,4 +102,5 @@ def test_host_memory_is_registered_where_the_driver_can(monkeypatch):
         raise RuntimeError("Registering memory failed with cudaError: 2. More\nlines")
 
     monkeypatch.setattr(utils, "pin_memory", refuses)
+    monkeypatch.setattr(compat, "_forget_cuda_error", lambda: None)
     assert compat.register_host_memory(torch.device("cuda", 0), 4096, 8192).startswith("Registering memory failed")

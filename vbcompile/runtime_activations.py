@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.compat import is_dense
-from vbcompile.runtime_activation_memory import HostBuffer, HostMemory
+from vbcompile.runtime_activation_memory import BufferPool, HostBuffer
 from vbcompile.runtime_device import AcceleratorDevice, CopyQueue
 
 _LIBRARY = torch.library.Library("vblackwell", "FRAGMENT")
@@ -57,7 +57,7 @@ class _Traffic:
     """One device's queues, and the copies whose end nobody has waited for; keys are addresses."""
 
     device: torch.device
-    memory: HostMemory
+    memory: BufferPool
     link: AcceleratorDevice | None = None
     away: CopyQueue | None = None
     back: CopyQueue | None = None
@@ -82,7 +82,7 @@ def _traffic_of(device: torch.device) -> _Traffic:
 
 
 def _open(device: torch.device) -> _Traffic:
-    memory = HostMemory(device)
+    memory = BufferPool(device)
     if device.type == "cpu":
         return _Traffic(device, memory)
     link = AcceleratorDevice(device)
