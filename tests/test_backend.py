@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -18,25 +19,6 @@ from vbcompile import compat
 from vbcompile.backend import add_listener, remove_listener, vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with attention written by hand, causal, with a buffer and dropout."""
-
-    def __init__(self, width=32, heads=4, dropout=0.0):
-        super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.register_buffer("gain", torch.tensor(1.5))
-
-    def forward(self, x):
-        b, s, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, s, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-2, -1) / (w // self.heads) ** 0.5
-        scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
-        y = self.dropout(scores.softmax(-1)) @ v
-        return x + self.gain * self.out(y.transpose(1, 2).reshape(b, s, w))
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ of summation may cost.
 """
 
 import copy
-import math
 
 import pytest
 import torch
+from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -19,29 +19,8 @@ DEVICE = "cuda"
 ROUNDING = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4, torch.float32: 1e-6}
 
 
-class Block(nn.Module):
-    """Pre-norm causal attention with grouped queries, written by hand; optional dropout and learned bias."""
-
-    def __init__(self, width=256, heads=4, kv_heads=2, dropout=0.0, bias=None):
-        super().__init__()
-        self.heads, self.kv_heads, self.size = heads, kv_heads, width // heads
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
-        self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * kv_heads * self.size)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, x):
-        b, s, w = x.shape
-        y = self.norm(x)
-        q = self.q(y).view(b, s, self.heads, self.size).transpose(1, 2)
-        k, v = self.kv(y).view(b, s, 2, self.kv_heads, self.size).permute(2, 0, 3, 1, 4)
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(self.size)
-        if self.bias is not None:
-            scores = scores + self.bias[:, :s, :s]
-        scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
-        y = self.dropout(scores.softmax(-1)) @ v
-        return x + self.out(y.transpose(1, 2).reshape(b, s, w))
+def grouped_block(**settings):
+    return Block(width=256, kv_heads=2, **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +74,7 @@ def implementations(reports):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_training_is_as_exact_as_eager(dtype, reports):
-    model = nn.Sequential(Block(), Block()).to(DEVICE, dtype)
+    model = nn.Sequential(grouped_block(), grouped_block()).to(DEVICE, dtype)
     x = torch.randn(2, 512, 256, device=DEVICE, dtype=dtype)
     assert_as_exact_as_eager(model, compiled(model), x, training=True)
     assert counters["vblackwell"]["fuse_attention"] == 2
@@ -105,7 +84,7 @@ def test_training_is_as_exact_as_eager(dtype, reports):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference_is_as_exact_as_eager(context):
-    model = Block().to(DEVICE, torch.bfloat16).eval()
+    model = grouped_block().to(DEVICE, torch.bfloat16).eval()
     x = torch.randn(2, 300, 256, device=DEVICE, dtype=torch.bfloat16)
     call = compiled(model)
     with context():
@@ -114,7 +93,7 @@ def test_inference_is_as_exact_as_eager(context):
 
 
 def test_dynamic_shapes_fuse_once_and_stay_right():
-    model = Block().to(DEVICE, torch.bfloat16)
+    model = grouped_block().to(DEVICE, torch.bfloat16)
     call = compiled(model, dynamic=True)
     for size in (65, 128, 333):
         x = torch.randn(2, size, 256, device=DEVICE, dtype=torch.bfloat16)
@@ -123,7 +102,7 @@ def test_dynamic_shapes_fuse_once_and_stay_right():
 
 
 def test_sizes_that_change_down_to_empty():
-    model = Block().to(DEVICE)
+    model = grouped_block().to(DEVICE)
     call = compiled(model)
     for shape in ((2, 64, 256), (3, 64, 256), (3, 80, 256), (0, 80, 256), (1, 1, 256)):
         x = torch.randn(shape, device=DEVICE)
@@ -132,7 +111,7 @@ def test_sizes_that_change_down_to_empty():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_cuda_graphs(training):
-    model = Block().to(DEVICE, torch.bfloat16).train(training)
+    model = grouped_block().to(DEVICE, torch.bfloat16).train(training)
     call = compiled(model, mode="reduce-overhead")
     for _ in range(4):  # warm-up, recording, two replays, fresh data each
         torch.compiler.cudagraph_mark_step_begin()
@@ -143,7 +122,7 @@ def test_cuda_graphs(training):
 
 
 def test_cuda_graphs_draw_new_dropout_masks():
-    model = Block(dropout=0.5).to(DEVICE, torch.bfloat16)
+    model = grouped_block(dropout=0.5).to(DEVICE, torch.bfloat16)
     call = compiled(model, mode="reduce-overhead")
     x = torch.randn(2, 128, 256, device=DEVICE, dtype=torch.bfloat16)
     results = []
@@ -154,7 +133,7 @@ def test_cuda_graphs_draw_new_dropout_masks():
 
 
 def test_autocast():
-    model = Block().to(DEVICE)
+    model = grouped_block().to(DEVICE)
     x = torch.randn(2, 256, 256, device=DEVICE)
     call = compiled(model)
 
@@ -175,7 +154,7 @@ def test_autocast():
 
 
 def test_a_named_mode_brings_mixed_precision(reports):
-    model = Block().to(DEVICE)
+    model = grouped_block().to(DEVICE)
     x = torch.randn(2, 256, 256, device=DEVICE)
     call = compiled(model, mode="balanced")
     ours, eager = run(model, call, x, True), run(model, model, x, True)
@@ -187,14 +166,14 @@ def test_a_named_mode_brings_mixed_precision(reports):
 
 
 def test_without_a_mode_float32_stays_float32(reports):
-    model = Block().to(DEVICE)
+    model = grouped_block().to(DEVICE)
     x = torch.randn(2, 256, 256, device=DEVICE)
     assert_as_exact_as_eager(model, compiled(model), x, training=True)
     assert [r.count("rewritten", "mixed_precision") for r in reports] == [0]
 
 
 def test_dropout_repeats_with_the_seed_and_stops_in_evaluation():
-    model = Block(dropout=0.25).to(DEVICE, torch.bfloat16)
+    model = grouped_block(dropout=0.25).to(DEVICE, torch.bfloat16)
     x = torch.randn(2, 200, 256, device=DEVICE, dtype=torch.bfloat16)
     call = compiled(model)
 
@@ -239,7 +218,7 @@ def test_dropout_is_unbiased_and_its_gradient_uses_the_same_mask():
 def test_a_large_learned_bias_and_its_gradient():
     bias = torch.randn(4, 384, 384)
     bias[:, :, 5:9] -= 1e4  # some keys all but masked
-    model = Block(bias=bias).to(DEVICE, torch.bfloat16)
+    model = grouped_block(bias=bias).to(DEVICE, torch.bfloat16)
     x = torch.randn(2, 384, 256, device=DEVICE, dtype=torch.bfloat16)
     assert_as_exact_as_eager(model, compiled(model), x, training=True)
     assert counters["vblackwell"]["fuse_attention"] == 1
@@ -264,7 +243,7 @@ def test_a_padding_mask_of_the_lowest_float():
 
 
 def test_a_compiled_step_never_waits_for_the_device():
-    model = Block(dropout=0.1).to(DEVICE, torch.bfloat16)
+    model = grouped_block(dropout=0.1).to(DEVICE, torch.bfloat16)
     x = torch.randn(2, 256, 256, device=DEVICE, dtype=torch.bfloat16)
     call = compiled(model)
     run(model, call, x, True)
