@@ -1,7 +1,7 @@
-"""The README's tables of figures, made from the JSON files in ``bench/results``.
+"""The tables of figures in README.md and docs/, made from the JSON files in ``bench/results``.
 
-python bench/readme_tables.py            rewrites README.md between its markers
-python bench/readme_tables.py --check    exit status 1 if README.md is not what the results say
+python bench/readme_tables.py            rewrites the pages between their markers
+python bench/readme_tables.py --check    exit status 1 if a page is not what the results say
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -20,7 +20,8 @@ def table(name: str) -> str:
     """The Markdown table of one results file, with a line that says where it was measured."""
     data = json.loads((RESULTS / f"{name}.json").read_text())
     title, columns = TABLES[name]
-    rows = [[str(cell(row)) for _, cell in columns] for row in data["rows"] if row.get("readme", True)]
+    shown = SUMMARIES.get(name, list)(data["rows"])
+    rows = [[str(cell(row)) for _, cell in columns] for row in shown if row.get("readme", True)]
     lines = [
         f"**{title}** ({_where(data['environment'])}; `bench/results/{name}.json`)",
         "",
@@ -76,6 +77,30 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("ratio", _column("ratio")),
         ],
     ),
+    "aot_matrix": (
+        "Every shipped Triton kernel compiled ahead of time, the most that any size and type of it needs",
+        [
+            ("family", _column("family")),
+            ("target", _column("arch")),
+            ("kernel", lambda row: f"`{row['kernel']}`"),
+            ("compiled", _column("built")),
+            ("registers", _column("registers")),
+            ("spills", _column("spills")),
+            ("shared memory", _column("shared")),
+            ("instructions", _column("uses")),
+            ("not", _column("reasons")),
+        ],
+    ),
+    "distributed": (
+        "A training step on two cards, Llama shape with 4 layers, batch 4 x 2048 each, bfloat16, attention written out",
+        [
+            ("way", _column("way")),
+            ("backend", _column("backend")),
+            ("time per step", _column("ms", " ms")),
+            ("tokens per second", _column("tokens_per_s")),
+            ("loss", lambda row: f"{row['loss']:.4f}"),
+        ],
+    ),
     "compile_time_cpu": (
         "First call of a model of SmolLM2-135M's shape, and time per call where nothing can be rewritten",
         [
@@ -88,8 +113,29 @@ TABLES: dict[str, tuple[str, Columns]] = {
 }
 
 
+def _by_target(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each family, kernel and target: the most that any of its sizes and types needs."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["family"], row["arch"], row["kernel"]), []).append(row)
+    summary = []
+    for (family, arch, kernel), found in groups.items():
+        built = [row for row in found if "registers" in row]
+        most = {key: max((row[key] for row in built), default="") for key in ("registers", "spills", "shared")}
+        uses = sorted({mark for row in built for mark in row["instructions"]})
+        reasons = sorted({row.get("error") or row.get("refused") or "" for row in found} - {""})
+        summary.append(
+            {"family": family, "arch": arch, "kernel": kernel, "uses": ", ".join(uses), "reasons": "; ".join(reasons),
+             "built": f"{len(built)} of {len(found)}", **most}
+        )  # fmt: skip
+    return summary
+
+
+SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {"aot_matrix": _by_target}
+
+
 def rendered(text: str) -> str:
-    """README text with every ``<!-- table: NAME -->`` block filled from its results file."""
+    """A page's text with every ``<!-- table: NAME -->`` block filled from its results file."""
     for name in TABLES:
         begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
         if begin in text:
@@ -103,12 +149,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 on a difference")
     arguments = parser.parse_args()
-    text = README.read_text()
-    wanted = rendered(text)
-    if arguments.check:
-        return int(wanted != text)
-    README.write_text(wanted)
-    return 0
+    differ = False
+    for page in PAGES:
+        text = page.read_text()
+        wanted = rendered(text)
+        differ |= wanted != text
+        if not arguments.check:
+            page.write_text(wanted)
+    return int(differ and arguments.check)
 
 
 if __name__ == "__main__":
