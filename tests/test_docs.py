@@ -78,3 +78,10 @@ def test_commands_run(page, text, tmp_path):
         elif not line.startswith(BY_CI):
             words[0] = sys.executable if words[0] == "python" else words[0]
             run(words, tmp_path, **environment)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
