@@ -59,19 +59,28 @@ def load_x_assembly(unroll: int) -> tuple[str, str]:
     return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "r"])
 
 
-def word_assembly(kind: str) -> tuple[str, str]:
-    """PTX, and its constraints, that decodes one word of codes.
+def word_assembly(kind: str) -> tuple[str, str, int]:
+    """PTX that decodes one word of codes, its constraints, and how many results it has.
 
-    Operands: four pairs of 16-bit floats; the word; the scale bytes of the thread's two rows in its low half.
+    Operands: four pairs of 16-bit floats, or with kind ``fp8`` two words of four E4M3 (the halves of 16 columns of one
+    row together); the word; the scale bytes of the thread's two rows in its low half.
     """
-    shift, bias = _scale_bits(kind)
-    text = [f"{{ .reg .b32 t, u, n, k, s<2>, p0, p1, p2, p3;\nmov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"]
-    text.append(_UNPACK_BODY.replace("$8", "$4") + (TO_HALF if kind == "half" else ""))
+    results, halves = (2, "half") if kind == "fp8" else (4, kind)
+    shift, bias = _scale_bits(halves)
+    text = ["{ .reg .b32 t, u, n, k, s<2>, p0, p1, p2, p3; .reg .b16 h<4>;"]
+    text.append(f"mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};")
+    text.append(_UNPACK_BODY.replace("$8", f"${results}") + (TO_HALF if halves == "half" else ""))
     for half in range(2):
-        text.append(f"prmt.b32 t, $5, 0, 0x4{half}4{half}; mad.lo.u32 s{half}, t, {shift}, k;")
-        text += [_MULTIPLY[kind].format(f"p{i}", f"s{half}") for i in (2 * half, 2 * half + 1)]
-    text += [f"mov.b32 ${i}, p{i};" for i in range(4)]
-    return "\n".join(text) + "\n}", "=r,=r,=r,=r,r,r"
+        text.append(f"prmt.b32 t, ${results + 1}, 0, 0x4{half}4{half}; mad.lo.u32 s{half}, t, {shift}, k;")
+        text += [_MULTIPLY[halves].format(f"p{i}", f"s{half}") for i in (2 * half, 2 * half + 1)]
+    if kind == "fp8":
+        text.append("mov.b32 k, 0x50005000;")  # 32: code * scale * 2**-8 is at most 10.5, E4M3 goes up to 448
+        for i in range(4):
+            text.append(_MULTIPLY["half"].format(f"p{i}", "k") + f"cvt.rn.satfinite.e4m3x2.f16x2 h{i}, p{i};")
+        text += [f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};" for i in range(2)]
+    else:
+        text += [f"mov.b32 ${i}, p{i};" for i in range(4)]
+    return "\n".join(text) + "\n}", ",".join(["=r"] * results + ["r", "r"]), results
 
 
 def _scale_bits(kind: str) -> tuple[int, int]:

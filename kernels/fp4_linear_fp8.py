@@ -32,15 +32,28 @@ def refuses_fp8(target: Target, dtype: torch.dtype, n: int, k: int, layout: str,
     return None
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x [m, k]`` as float8_e4m3fn and scales float32 ``[m, 1]``: the largest of a row becomes 448."""
+def quantize_rows(x: Tensor, paired: bool = False) -> tuple[Tensor, Tensor]:
+    """``x [m, k]`` as float8_e4m3fn and scales float32 ``[m, 1]``: the largest of a row becomes 448.
+
+    ``paired``: of every 16 columns, ``4 c + 2 h + b`` of the result is ``8 h + 2 c + b`` of x, which puts the columns
+    that a thread holds of the layout ``fragments2t`` side by side.
+    """
     from vbcompile.kernels.fp4_linear_kernels import fp8_rows_kernel
 
     m, k = x.shape
     out = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     block = min(4096, 1 << (k - 1).bit_length())
-    fp8_rows_kernel[(m,)](x, out, scale, k, x.stride(0), BLOCK=block, num_warps=4 if block <= 2048 else 8)
+    fp8_rows_kernel[(m,)](
+        x,
+        out,
+        scale,
+        k,
+        x.stride(0),
+        BLOCK=block,
+        PAIRED=paired,
+        num_warps=4 if block <= 2048 else 8,
+    )
     return out, scale
 
 

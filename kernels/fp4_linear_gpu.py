@@ -22,6 +22,7 @@ _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
 _FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.3
 _HOPPER_SHARE = 0.75
+_HOPPER_FP8_SHARE = 0.6
 _FP8_SHARE = 0.8  # of twice the rate of bfloat16
 
 
@@ -70,7 +71,18 @@ def _refuses_hopper(target: Target, case: Fp4LinearCase | None) -> str | None:
         return reason
     if case is None:
         return None if target.arch == "sm_90" else f"written for sm_90, this is {target.arch}"
-    return fp4_linear_hopper.refuses_wide(target, case.dtype, case.m, case.n, case.k, case.layout)
+    return fp4_linear_hopper.refuses_wide(target, case.dtype, case.n, case.k, case.layout)
+
+
+def _refuses_hopper_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
+    return _refuses_hopper(target, case) or _refuses_fp8(target, case)
+
+
+def _hopper_fp8_cost(target: Target, case: Fp4LinearCase) -> float:
+    stored = bits_per_weight(case.format_name) / 8
+    quantize = 3 * case.m / case.n
+    ours = quantize + max(stored / _MEMORY_SHARE, case.m / _OPERATIONS_A_BYTE / _HOPPER_FP8_SHARE)
+    return ours / _dense(case.m, 2)
 
 
 def _refuses_few(target: Target, case: Fp4LinearCase | None) -> str | None:
@@ -141,6 +153,7 @@ def dequantize_backward(
 for _name, _run, _refuses, _cost in (
     ("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost),
     ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _hopper_cost),
+    ("hopper_fp8", fp4_linear_hopper.product_wide_fp8, _refuses_hopper_fp8, _hopper_fp8_cost),
     ("triton", fp4_linear_triton.product, _refuses_product, _product_cost),
     ("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost),
     ("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost),

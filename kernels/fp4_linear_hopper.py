@@ -10,10 +10,16 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
 from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 _CONSUMERS = 2
+_KINDS = {  # type of x: its name in Triton, and of the assembly that decodes to it
+    torch.float16: ("float16", "half"),
+    torch.bfloat16: ("bfloat16", "bf16_sm90"),
+    torch.float8_e4m3fn: ("float8e4nv", "fp8"),
+}
 _ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
 
 
@@ -36,7 +42,7 @@ class WideConfig:
     blocks: int = 1
 
 
-def refuses_wide(target: Target, dtype: torch.dtype, m: int, n: int, k: int, layout: str) -> str | None:
+def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str) -> str | None:
     """Why the kernel for many rows cannot run a case."""
     if reason := refuses_triton(target):
         return reason
@@ -50,9 +56,9 @@ def refuses_wide(target: Target, dtype: torch.dtype, m: int, n: int, k: int, lay
 
 
 @functools.lru_cache(maxsize=256)
-def wide_config(target: Target, m: int, n: int, k: int) -> WideConfig:
+def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> WideConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
-    if (tuned := tuned_config(target, "hopper", n, k, m)) is not None:
+    if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None:
         return WideConfig(*tuned)
     if m <= 64:
         config = WideConfig(64, 1, 7, 1, 2)
@@ -70,18 +76,17 @@ def _splits(items: int, steps: int, resident: int) -> int:
     )
 
 
-def launch_options(dtype: torch.dtype, config: WideConfig, split: bool) -> dict[str, Any]:
+def launch_options(kind: torch.dtype, config: WideConfig, split: bool) -> dict[str, Any]:
     """Constants and compiler options of a launch."""
     from triton.experimental.gluon import language as gl
 
     from vbcompile.kernels.fp4_linear_decode import word_assembly
 
-    half = dtype == torch.float16
     registers = 232 if config.blocks == 1 else 104
     return {
-        "TILES": config.tiles, "STAGES": config.stages, "TYPE": gl.float16 if half else gl.bfloat16,
-        "WORD": word_assembly("half" if half else "bf16_sm90"), "SPLIT": split, "REGISTERS": registers,
-        "num_warps": 4, "maxnreg": 168 if config.blocks == 1 else 80,
+        "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
+        "WORD": word_assembly(_KINDS[kind][1]), "SPLIT": split, "REGISTERS": registers, "num_warps": 4,
+        "maxnreg": 168 if config.blocks == 1 else 80,
     }  # fmt: skip
 
 
@@ -92,15 +97,16 @@ def descriptors(
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    kind = gl.float16 if rows.dtype == torch.float16 else gl.bfloat16
-    swizzled = gl.NVMMASharedLayout.get_default_for([block_m, TILE], kind)
+    def swizzled(tensor: Tensor) -> Any:
+        return gl.NVMMASharedLayout.get_default_for([block_m, TILE], getattr(gl, _KINDS[tensor.dtype][0]))
+
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     words = 1024 // fp4_format(format_name).block_size
     return (
-        TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled),
+        TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled(rows)),
         TensorDescriptor.from_tensor(codes.view(torch.int32).view(-1, 256), [2, 256], flat),
         TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(-1, words), [1, words], flat),
-        TensorDescriptor.from_tensor(out, [block_m, TILE], swizzled),
+        TensorDescriptor.from_tensor(out, [block_m, TILE], swizzled(out)),
     )
 
 
@@ -109,15 +115,38 @@ def product_wide(
     layout: str, config: WideConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t``."""
-    from vbcompile.kernels.fp4_linear_triton import counters
-    from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
-
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1 or rows.stride(0) % _ALIGNMENT or rows.data_ptr() % 16:
         rows = rows.contiguous()
-    m, n = rows.shape[0], row_scale.shape[0]
-    config = config or wide_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows.shape[0], row_scale.shape[0], dtype=x.dtype, device=x.device)
+    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), out.shape[1], k)
+    _launch(rows, None, codes, block_scales, row_scale, bias, out, format_name, config)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def product_wide_fp8(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: WideConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """The same with x and the decoded weight rounded to E4M3."""
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    rounded, scale = quantize_rows(rows, paired=True)
+    out = torch.empty(rows.shape[0], row_scale.shape[0], dtype=x.dtype, device=x.device)
+    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), out.shape[1], k, True)
+    _launch(rounded, scale, codes, block_scales, row_scale, bias, out, format_name, config)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _launch(
+    rows: Tensor, x_scale: Tensor | None, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None,
+    out: Tensor, format_name: str, config: WideConfig,
+) -> None:  # fmt: skip
+    from vbcompile.kernels.fp4_linear_triton import counters
+    from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
+
+    (m, k), n = rows.shape, out.shape[1]
     k_tiles = -(-k // (2 * TILE)) * 2
     steps_each = -(-k_tiles // (2 * config.splits)) * 2
     splits, tiles_m = -(-k_tiles // steps_each), -(-m // config.block_m)
@@ -125,13 +154,12 @@ def product_wide(
     partial = arrived = row_scale
     if splits > 1:
         tiles = -(-n // TILE) * tiles_m
-        partial = torch.empty(splits, tiles, TILE * config.block_m, dtype=torch.float32, device=x.device)
-        arrived = counters(x.device, tiles)
-    target = get_target(x.device)
-    programs = min(items, (target.multiprocessors or 1) * config.blocks)
+        partial = torch.empty(splits, tiles, TILE * config.block_m, dtype=torch.float32, device=out.device)
+        arrived = counters(out.device, tiles)
+    programs = min(items, (get_target(out.device).multiprocessors or 1) * config.blocks)
     fp4_wide_kernel[(programs,)](
         *descriptors(rows, codes, block_scales, out, format_name, config.block_m), row_scale,
-        row_scale if bias is None else bias, partial, arrived, n, k_tiles, codes.shape[1], tiles_m, splits, steps_each,
-        items, BIAS=bias is not None, **launch_options(x.dtype, config, splits > 1),
+        row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n, k_tiles,
+        codes.shape[1], tiles_m, splits, steps_each, items, BIAS=bias is not None,
+        **launch_options(rows.dtype, config, splits > 1),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], n)

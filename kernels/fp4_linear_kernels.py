@@ -96,8 +96,11 @@ def fp4_dequantize_kernel(
 
 
 @triton.jit
-def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, BLOCK: tl.constexpr):
-    """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is x ``[m, k]``, rows ``x_stride`` apart."""
+def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+    """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is x ``[m, k]``, rows ``x_stride`` apart.
+
+    PAIRED: of every 16 columns, ``4 c + 2 h + b`` of out is ``8 h + 2 c + b`` of x; k is a multiple of 16.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -108,8 +111,11 @@ def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, BLOCK: tl.constexpr)
     scale = tl.where(top == 0, 1.0, top / 448.0)
     scale = tl.where(tl.sum((largest != largest).to(tl.int32), 0) > 0, float("nan"), scale)
     tl.store(scale_ptr + row, scale)
+    source = columns
+    if PAIRED:
+        source = columns // 16 * 16 + columns // 2 % 2 * 8 + columns // 4 % 4 * 2 + columns % 2
     for start in range(0, k, BLOCK):
         inside = columns < k - start
-        x = tl.load(x_ptr + row * x_stride + start + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + start + source, mask=inside, other=0.0).to(tl.float32)
         x = tl.clamp(x / scale, -448.0, 448.0)
         tl.store(out_ptr + row * k + start + columns, x.to(out_ptr.dtype.element_ty), mask=inside)

@@ -21,7 +21,8 @@ CONSUMERS = gl.constexpr(2)
 
 @gluon.jit
 def _decode(codes, scales, WORD: gl.constexpr):
-    """A tile ``[64, 64]`` of the weight times ``2**-8``: pairs of 16-bit floats, int32 ``[128, 4, 2, 2]``.
+    """A tile ``[64, 64]`` of the weight: int32 ``[128, 4, 2, 2]``, pairs of 16-bit floats, times ``2**-8``; or, if WORD
+    has two results, ``[128, 4, 2]``, four E4M3 each, times ``2**-3``.
 
     codes: shared int32 ``[2, 256]``; scales: shared int32 ``[1, 32 * words of scales]``; WORD: assembly, constraints.
     """
@@ -37,9 +38,15 @@ def _decode(codes, scales, WORD: gl.constexpr):
     scale = gl.convert_layout(scale.reshape([128, 4]), words.type.layout, assert_trivial=True)
     CODE: gl.constexpr = WORD[0]
     CONSTRAINTS: gl.constexpr = WORD[1]
-    TYPES: gl.constexpr = (gl.int32,) * 4
-    a, b, c, d = gl.inline_asm_elementwise(CODE, CONSTRAINTS, [words, scale], TYPES, is_pure=True, pack=1)
-    return gl.join(gl.join(a, b), gl.join(c, d))  # [thread, step of 16 columns, half of them, 8 rows further on]
+    RESULTS: gl.constexpr = WORD[2]
+    TYPES: gl.constexpr = (gl.int32,) * RESULTS
+    out = gl.inline_asm_elementwise(CODE, CONSTRAINTS, [words, scale], TYPES, is_pure=True, pack=1)
+    if RESULTS == 2:
+        return gl.join(out[0], out[1])  # [thread, step of 16 columns, 8 rows further on]
+    else:
+        return gl.join(
+            gl.join(out[0], out[1]), gl.join(out[2], out[3])
+        )  # [.., .., half the columns, 8 rows further on]
 
 
 @gluon.jit
@@ -48,10 +55,17 @@ def _operand(pairs, TYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
     Not done before the loop's edge: 16-bit values would be taken apart there and put together again.
     """
-    low = pairs.to(gl.int16).to(TYPE, bitcast=True)
-    high = (pairs >> 16).to(gl.int16).to(TYPE, bitcast=True)
-    values = gl.join(low, high).reshape([4, 8, 4, 4, 2, 2, 2]).permute((0, 5, 1, 3, 4, 2, 6)).reshape([64, 64])
-    return gl.convert_layout(values, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
+    if TYPE.primitive_bitwidth == 8:
+        even = gl.join(pairs.to(gl.int8), (pairs >> 16).to(gl.int8))
+        odd = gl.join((pairs >> 8).to(gl.int8), (pairs >> 24).to(gl.int8))
+        values = gl.join(even, odd).to(TYPE, bitcast=True).reshape([4, 8, 4, 2, 2, 2, 4])
+        values = values.permute((0, 5, 1, 3, 4, 2, 6)).reshape([64, 64])
+        return gl.convert_layout(values, gl.DotOperandLayout(0, LAYOUT, 4), assert_trivial=True)
+    else:
+        low = pairs.to(gl.int16).to(TYPE, bitcast=True)
+        high = (pairs >> 16).to(gl.int16).to(TYPE, bitcast=True)
+        values = gl.join(low, high).reshape([4, 8, 4, 4, 2, 2, 2]).permute((0, 5, 1, 3, 4, 2, 6)).reshape([64, 64])
+        return gl.convert_layout(values, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
 
 
 @gluon.jit
@@ -109,7 +123,8 @@ def _multiply(
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     PARTS: gl.constexpr = CONSUMERS * TILES
     OWN: gl.constexpr = w * TILES
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    DEPTH: gl.constexpr = 32 if TYPE.primitive_bitwidth == 8 else 16
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, DEPTH])
     mbarrier.wait(full.index(taken % STAGES), taken // STAGES & 1)
     part = taken % STAGES * PARTS + OWN
     pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
@@ -124,15 +139,16 @@ def _multiply(
             other_slot = (taken + j + 1) % STAGES
             part = other_slot * PARTS + OWN
             mbarrier.wait(full.index(other_slot), (taken + j + 1) // STAGES & 1)
-        b = _operand(_decode(code_smem.index(part), scale_smem.index(part), WORD), TYPE, LAYOUT)
+        other_pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+        b = _operand(other_pairs, TYPE, LAYOUT)
         x = x_smem.index(other_slot).permute((1, 0))
         if TILES == 1:
             sum_a = warpgroup_mma(b, x, sum_a, is_async=True)
-            sum_a, a = warpgroup_mma_wait(1, [sum_a, a])
+            sum_a, pairs = warpgroup_mma_wait(1, [sum_a, pairs])
             mbarrier.arrive(empty.index(slot))
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
-            sum_a, sum_b, a = warpgroup_mma_wait(1, [sum_a, sum_b, a])
+            sum_a, sum_b, pairs = warpgroup_mma_wait(1, [sum_a, sum_b, pairs])
         following = taken + gl.minimum(j + 3 - TILES, steps - 1)  # after the last step, that step again
         next_slot = following % STAGES
         mbarrier.wait(full.index(next_slot), following // STAGES & 1)
@@ -140,9 +156,9 @@ def _multiply(
         pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
-            sum_a, b, pairs = warpgroup_mma_wait(0, [sum_a, b, pairs])
+            sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])
         else:
-            sum_a, sum_b, b, pairs = warpgroup_mma_wait(0, [sum_a, sum_b, b, pairs])
+            sum_a, sum_b, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, sum_b, other_pairs, pairs])
         mbarrier.arrive(empty.index(other_slot))
     return sum_a, sum_b
 
@@ -153,24 +169,27 @@ def _consume(
     WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
+    FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
     taken = gl.to_tensor(0)
     item = gl.program_id(0)
     while item < items:
         tile_n, tile_m, split, _, steps = _locate(item, shape)
         sum_a, sum_b = _multiply(buffers, barriers, taken, steps, w, TILES, TYPE, WORD)
         tile = (tile_n * CONSUMERS + w) * TILES
-        _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, BIAS, SPLIT)
+        _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
         if TILES == 2:
-            _finish(sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, BIAS, SPLIT)
+            _finish(sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
         taken += steps
         item += gl.num_programs(0)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _finish(total, tile, tile_m, split, results, out_tile, shape, BIAS: gl.constexpr, SPLIT: gl.constexpr):
+def _finish(
+    total, tile, tile_m, split, results, out_tile, shape, FP8: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr
+):
     """Store a tile; SPLIT: store its sums, and who comes last adds those of all splits in order."""
-    out_desc, row_scale_ptr, bias_ptr, partial_ptr, arrived_ptr, n = results
+    out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
     LAYOUT: gl.constexpr = total.type.layout
     BLOCK_M: gl.constexpr = total.shape[1]
     last = tile * 64 < n
@@ -195,8 +214,13 @@ def _finish(total, tile, tile_m, split, results, out_tile, shape, BIAS: gl.const
             gl.store(arrived_ptr + place, 0)
     if last:
         rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-        scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0) * 256.0
-        total = total * scale[:, None]
+        scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
+        if FP8:
+            columns = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))
+            x_scale = gl.load(x_scale_ptr + columns, mask=columns < m, other=0.0)
+            total = total * x_scale[None, :] * (scale * 8.0)[:, None]
+        else:
+            total = total * (scale * 256.0)[:, None]
         if BIAS:
             total += gl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
         tma.store_wait(0)
@@ -207,18 +231,19 @@ def _finish(total, tile, tile_m, split, results, out_tile, shape, BIAS: gl.const
         tma.async_copy_shared_to_global(out_desc, [tile_m * BLOCK_M, tile * 64], out_tile)
 
 
-@gluon.jit(do_not_specialize=["k_tiles", "column_tiles", "tiles_m", "splits", "steps_each", "items"])
+@gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles", "tiles_m", "splits", "steps_each", "items"])
 def fp4_wide_kernel(
-    x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, partial_ptr, arrived_ptr, n, k_tiles,
-    column_tiles, tiles_m, splits, steps_each, items, TILES: gl.constexpr, STAGES: gl.constexpr, TYPE: gl.constexpr,
-    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+    x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n,
+    k_tiles, column_tiles, tiles_m, splits, steps_each, items, TILES: gl.constexpr, STAGES: gl.constexpr,
+    TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias``.
 
     x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
     ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
     in blocks ``[BLOCK_M, 64]``. A work item is ``steps_each`` (even) steps of 64 columns of ``128 * TILES`` rows of the
-    weight and BLOCK_M rows of x; programs take items in rounds.
+    weight and BLOCK_M rows of x; programs take items in rounds. TYPE E4M3: x has a scale a row, x_scale ``[m]``, and
+    the columns of every 16 in the order of :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
@@ -234,7 +259,7 @@ def fp4_wide_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     shape = (tiles_m, splits, steps_each, k_tiles)
-    results = (out_desc, row_scale_ptr, bias_ptr, partial_ptr, arrived_ptr, n)
+    results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
     barriers = (full, empty)
     descriptors = (x_desc, code_desc, scale_desc)

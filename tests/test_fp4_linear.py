@@ -267,10 +267,10 @@ def test_reference_takes_every_layout():
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPU
-def gpu_products(m, n, k, format_name, dtype):
-    """``(name, function)`` of every exact implementation that takes a case on this GPU."""
+def gpu_products(m, n, k, format_name, dtype, activations="same"):
+    """``(name, function)`` of every implementation but the reference that takes a case on this GPU."""
     target = get_target("cuda")
-    case = make_case(dtype, m, n, k, format_name, fp4_linear_triton.preferred_layout(target))
+    case = make_case(dtype, m, n, k, format_name, fp4_linear_triton.preferred_layout(target), activations)
     operator("fp4_linear").load()
     for i in operator("fp4_linear").implementations:
         if i.name != "reference" and not i.refuses(target, None) and not i.refuses(target, case):
@@ -317,18 +317,22 @@ def test_every_code_and_scale_is_exact_on_a_gpu(dtype, format_name):
 
 
 @pytest.mark.gpu
-def test_fp8_products_keep_their_signal_on_a_gpu():
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("m", [7, 64, 130, 500])
+def test_fp8_products_keep_their_signal_on_a_gpu(m, format_name):
     layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
-    dense, x = torch.randn(1024, 4096, device="cuda"), torch.randn(500, 4096, device="cuda", dtype=torch.bfloat16)
-    x[3] *= 1000
-    x[5] = 0
-    exact = x.double() @ dense.double().T
-    for format_name, decibels in (("nvfp4", 21.0), ("mxfp4", 18.5)):
-        w = to_layout(quantize(dense, format_name), layout)
-        got = fp4_linear(x, *w.tensors, None, 4096, format_name, layout, activations="fp8").double()
-        rows = torch.arange(500, device="cuda") != 3
-        assert float(20 * torch.log10(exact[rows].norm() / (got - exact)[rows].norm())) > decibels
-        assert not got[5].any()
+    for n, k in ((1040, 4096), (208, 2064)):
+        dense, x = torch.randn(n, k, device="cuda"), torch.randn(m, k + 8, device="cuda", dtype=torch.bfloat16)[:, :k]
+        x[3] *= 1000
+        x[5] = 0
+        bias = torch.randn(n, device="cuda")
+        exact = x.double() @ dense.double().T
+        w, few = to_layout(quantize(dense, format_name), layout), torch.arange(m, device="cuda") != 3
+        for name, run in gpu_products(m, n, k, format_name, x.dtype, "fp8"):
+            got = run(x, *w.tensors, bias, k, format_name, layout).double() - bias.double()
+            ratio = float(20 * torch.log10(exact[few].norm() / (got - exact)[few].norm()))
+            assert ratio > (21.0 if format_name == "nvfp4" else 18.5), (name, ratio)
+            assert float(got[5].abs().max()) < 0.02, name  # the bias in bfloat16
 
 
 @pytest.mark.gpu

@@ -89,6 +89,7 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
         yield "triton_few", fp4_linear_few.product_few, few
     for wide in _wide_candidates(m):
         yield "hopper", fp4_linear_hopper.product_wide, wide
+        yield "hopper_fp8", fp4_linear_hopper.product_wide_fp8, wide
     shape = fp4_linear_triton.tile_config(target, m, n, k)
     yield "triton", fp4_linear_triton.product, shape
     yield "triton_dequantize", fp4_linear_gpu.dequantize_product, None
