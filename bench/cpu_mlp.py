@@ -60,10 +60,10 @@ def main() -> int:
             results = {name: run(x) for name, run in runs.items()}
             error = float((results["speed"] - results["eager"]).norm() / results["eager"].norm())
             assert 0 < error < 0.15, error
-            times = least({name: lambda run=run: run(x) for name, run in runs.items()})
-            rows.append({"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), **times,
-                         "over_eager": times["eager"] / times["speed"], "over_inductor": times["inductor"] / times["speed"],
-                         "floor": floor, "share_of_floor": floor / times["speed"], "error": error})  # fmt: skip
+            times = least({name: lambda run=run, x=x: run(x) for name, run in runs.items()})
+            row = {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), **times}
+            row |= {f"over_{name}": times[name] / times["speed"] for name in ("eager", "inductor")}
+            rows.append(row | {"floor": floor, "share_of_floor": floor / times["speed"], "error": error})
             print(rows[-1], flush=True)
     print(write("cpu_mlp", rows))
     return 0
