@@ -1,5 +1,7 @@
 """The offload runtime, on the simulated device and on a card: every byte, whatever the order, and after errors."""
 
+import gc
+import os
 import random
 import threading
 
@@ -23,8 +25,9 @@ from vbcompile.runtime import Streamer
 from vbcompile.runtime_device import AcceleratorDevice
 from vbcompile.runtime_disk import StorageError
 from vbcompile.runtime_host import HostMemory
+from vbcompile.runtime_neighbours import copy_to_neighbours
 from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
-from vbcompile.runtime_sources import DiskBytes, HostBytes
+from vbcompile.runtime_sources import DiskBytes, HostBytes, PeerBytes
 from vbcompile.runtime_statistics import table
 from vbcompile.vgpu import create_vgpu_stack
 from vbcompile.vgpu_plan import Tier
@@ -207,6 +210,39 @@ def test_from_a_neighbour(device, unit):
         weight = plan.copies[0].weight
         streamer.store(weight, changed.to(device.device))
         assert torch.equal(streamer.fetch(weight).cpu(), changed)
+
+
+def test_weights_move_to_a_neighbour_and_stores_reach_both(device, unit):
+    sizes = [3 * unit] * 16
+    plan = planned(sweep_of(sizes), 12 * unit, (PEER,))
+    data = random_bytes(sizes)
+    hosts = [HostBytes(part.clone()) for part in data]
+    sources = copy_to_neighbours(plan, hosts, lambda name, nbytes: device.allocate(nbytes))
+    moved = [index for index, source in enumerate(sources) if isinstance(source, PeerBytes)]
+    assert moved == [index for index, level in enumerate(plan.levels) if level]
+    with Streamer(plan, sources, device) as streamer:
+        run_steps(streamer, data)
+        changed = random_bytes([sizes[0]], 9)[0]
+        streamer.store(moved[0], changed.to(device.device))
+        streamer.finish_stores()
+        assert torch.equal(hosts[moved[0]].memory, changed)
+        assert torch.equal(sources[moved[0]].memory.cpu(), changed)
+        data[moved[0]] = changed
+        run_steps(streamer, data)
+
+
+def test_a_neighbour_without_memory_leaves_the_weights_with_the_host(device, unit, caplog):
+    def refuse(name, nbytes):
+        raise torch.OutOfMemoryError("out of memory")
+
+    sizes = [3 * unit] * 8
+    plan = planned(sweep_of(sizes), 12 * unit, (PEER,))
+    data = random_bytes(sizes)
+    sources = copy_to_neighbours(plan, [HostBytes(part) for part in data], refuse)
+    assert all(isinstance(source, HostBytes) for source in sources)
+    assert "neighbour has not the" in caplog.text and len(caplog.records) == 1
+    with Streamer(plan, sources, device) as streamer:
+        run_steps(streamer, data)
 
 
 def test_stores_reach_the_host_and_later_copies(device, unit):
@@ -394,6 +430,41 @@ def test_life_in_the_wrong_order(device, unit):
         streamer.wait(0)
 
 
+def test_a_device_that_is_too_small_gives_everything_back():
+    sizes = [3000] * 8
+    plan = planned(sweep_of(sizes), 12_000)
+    for capacity in range(0, plan.peak_bytes, 2000):
+        device = SimulatedDevice(capacity)
+        streamer = Streamer(plan, [HostBytes(part) for part in random_bytes(sizes)], device)
+        with pytest.raises(torch.OutOfMemoryError):
+            streamer.start()
+        del streamer
+        gc.collect()
+        assert device.allocated_bytes() == 0
+        device.close()
+
+
+def test_a_file_that_is_missing_at_the_start(device, unit, tmp_path):
+    streamer, _ = streamer_of(device, [9 * unit] * 10, 40 * unit, (small_host(40 * unit), DISK), tmp_path)
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(StorageError, match="No such file"):
+        streamer.start()
+        for copy in range(len(streamer.plan.copies)):
+            streamer.wait(copy)
+            streamer.release(copy)
+    streamer.close()
+
+
+def test_a_streamer_that_is_dropped_finishes_what_is_under_way(device, unit):
+    streamer, data = streamer_of(device, [unit] * 8, 5 * unit)
+    streamer.start()
+    run_step(streamer, data)
+    before = device.allocated_bytes()
+    del streamer
+    gc.collect()
+    assert device.allocated_bytes() < before
+
+
 def test_sources_must_match_the_plan(device, unit, tmp_path):
     plan = planned(sweep_of([unit] * 8), 5 * unit)
     data = [HostBytes(part) for part in random_bytes([unit] * 8)]
@@ -421,8 +492,6 @@ def test_a_damaged_file_is_reported_and_the_device_stays_usable(device, unit, tm
         assert caught.value.file == file and caught.value.wanted != caught.value.got
         settle(device)
         file.write_bytes(whole)
-        import os
-
         os.utime(file, ns=(identity.st_atime_ns, identity.st_mtime_ns))
         run_steps(streamer, data)  # what failed is tried again
 

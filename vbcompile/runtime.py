@@ -7,6 +7,7 @@ memory of its own.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -83,10 +84,16 @@ class Streamer:
             if self._started or self._closed:
                 raise RuntimeError("this streamer has been started before: make a new one")
             self._started = True
-            self._load_resident()
-            if self.plan.copies:
-                self._ring = Ring(self.plan, self.sources, self.device, self._links, self._statistics, self._recorder)
-            self._issue_prologue()
+            try:
+                self._load_resident()
+                if self.plan.copies:
+                    self._ring = Ring(
+                        self.plan, self.sources, self.device, self._links, self._statistics, self._recorder
+                    )
+                self._issue_prologue()
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Finish what is under way and give all memory back. Views handed out before must not be used any more."""
@@ -102,6 +109,10 @@ class Streamer:
             self._ring = None
             self._resident.clear()
             self._current.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_started", False) and not self._closed and not sys.is_finalizing():
+            self.close()  # copies that are under way write to memory that is about to be given back
 
     def __enter__(self) -> "Streamer":
         self.start()

@@ -123,6 +123,9 @@ class OpenFiles:
                 os.close(descriptor)
             self._open.clear()
 
+    def __del__(self) -> None:
+        self.close()
+
     def _descriptor(self, file: Path) -> tuple[int, bool]:
         with self._lock:
             if file not in self._open:

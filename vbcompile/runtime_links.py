@@ -94,6 +94,8 @@ class Links:
         """Queue a weight's way back, behind the computation so far and some events."""
         source = self._sources[weight]
         assert not isinstance(source, DiskBytes)
+        if isinstance(source, PeerBytes) and source.master is not None:
+            self.send(data, HostBytes(source.master))
         self._stored[weight] = self.send(data, source, after)
 
     def send(self, data: Tensor, target: HostBytes | PeerBytes, after: Iterable[Any] = ()) -> Any:

@@ -192,6 +192,10 @@ class SimulatedDevice:
         with self._lock:
             self._access(memory, _HOST, self._tick(_HOST), writes=True)
 
+    def __del__(self) -> None:
+        for engine in self._engines.values():
+            engine.work.put(None)
+
     def close(self) -> None:
         for engine in self._engines.values():
             engine.work.put(None)
@@ -256,6 +260,9 @@ def _merge(clock: dict[str, int], other: Mapping[str, int]) -> None:
 
 
 def _serve(work: Any) -> None:
-    while (task := work.get()) is not None:
+    while True:
+        task = work.get()
+        if task is None:
+            return
         task()
-        del task  # and with it the memory that it copied
+        task = None  # and with it the memory that it copied

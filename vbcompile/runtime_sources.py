@@ -27,12 +27,20 @@ class HostBytes:
 
 @dataclass(frozen=True)
 class PeerBytes:
-    """Bytes in the memory of a neighbouring card: uint8, one dimension, on that card."""
+    """Bytes in the memory of a neighbouring card.
+
+    Attributes:
+        memory: uint8, one dimension, on that card.
+        master: The same bytes in host memory, which every store keeps up to date as well; None: there are none.
+    """
 
     memory: Tensor
+    master: Tensor | None = None
 
     def __post_init__(self) -> None:
         _require_bytes(self.memory, None)
+        if self.master is not None:
+            _require_bytes(self.master, "cpu")
 
     @property
     def nbytes(self) -> int:
