@@ -1,6 +1,6 @@
 """Whole models larger than their device budget: decode steps of Llama shapes with random weights.
 
-    python bench/offload_model.py [--layers 32] [--figures streamed full fits fp4] ...
+    python bench/offload_model.py [--shape 8b] [--layers 32] [--budget 6GiB] [--modes memory full] [--everything]
 
 A row gives the step time of a model whose weights are streamed by the plan, its share of the roofline (the bytes that
 the plan streams, at the link's bandwidth measured in the same run, or computation), what the plan predicted, and the
@@ -12,6 +12,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import record  # noqa: E402
 
 import vbcompile  # noqa: E402
+from vbcompile import handles_model  # noqa: E402
 from vbcompile.handles_model import offloaded_tensors  # noqa: E402
 from vbcompile.handles_store import WeightStore  # noqa: E402
 
@@ -89,78 +91,119 @@ def store_of(model: nn.Module) -> WeightStore:
     return found
 
 
-def run(model: nn.Module, tokens: Tensor, mode: str, steps: int) -> tuple[dict[str, Any], Tensor]:
-    """Compile, check, and time one step."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    compiled = torch.compile(model, backend="vblackwell", options={"mode": mode, "strict": True}, dynamic=False)
+def prepare(shape: str, layers: int, budget: str) -> tuple[nn.Module, float]:
+    """An offloaded model with random weights, and the seconds that this took."""
     begin = time.perf_counter()
+    model = llama(shape, layers)
+    fill, handles_model.fill = handles_model.fill, lambda memory, value: None  # nobody has written these weights yet
+    try:
+        vbcompile.offload(model, "cuda", {0: budget, "cpu": "230GiB"}, progress=False)
+    finally:
+        handles_model.fill = fill
+    randomize(model, "cuda")
+    torch.cuda.synchronize()
+    return model, time.perf_counter() - begin
+
+
+def measure(call: Callable[[], Any], store: WeightStore, steps: int, link: float) -> dict[str, Any]:
+    """Step time, beside what the plan expected of it."""
+    torch.cuda.empty_cache()
     with torch.no_grad():
-        logits = compiled(tokens).logits.clone()
+        call()
         torch.cuda.synchronize()
-        compile_seconds = time.perf_counter() - begin
-        host_begin = time.perf_counter()
-        compiled(tokens)
-        host = time.perf_counter() - host_begin
-        took = seconds(lambda: compiled(tokens), steps)
-    store = store_of(model)
+        torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        call()
+        host = time.perf_counter() - begin
+        took = seconds(call, steps)
     plan = store.plan
     assert plan is not None
-    row = {
+    read = sum(w.nbytes for w, uses in zip(plan.sweep.weights, plan.sweep.uses, strict=True) if uses)
+    beyond = max(read - (plan.budget - plan.sweep.reserve), 0)
+    floor = max(beyond / link, plan.sweep.compute_ns / 1e9)
+    return {
         "ms": took * 1e3,
         "predicted_ms": plan.prediction.step_ns / 1e6,
-        "roofline_share_predicted": plan.prediction.efficiency,
-        "bottleneck": plan.prediction.bottleneck,
+        "prediction_error": plan.prediction.step_ns / 1e9 / took - 1,
+        "roofline_ms": floor * 1e3,
+        "roofline_share": floor / took,
+        "link_share": plan.streamed_bytes / link / took,
+        "host_ms": host * 1e3,
         "streamed_bytes": plan.streamed_bytes,
         "resident_bytes": plan.resident_bytes,
         "ring_bytes": plan.ring_bytes,
         "reserve_bytes": plan.sweep.reserve,
         "budget_bytes": store.budget,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-        "compile_seconds": compile_seconds,
-        "host_ms": host * 1e3,
+        "within_budget": torch.cuda.max_memory_allocated() <= store.budget,
         "operators": len(plan.sweep.operators),
-        "counters": store.counters(),
+        "compute_ms": plan.sweep.compute_ns / 1e6,
+        "bottleneck": plan.prediction.bottleneck,
+        "misses": store.counters()["misses"],
     }
-    return row, logits
 
 
-def figures(shape: str, layers: int, budget: str, steps: int, modes: list[str]) -> list[dict[str, Any]]:
+def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one model."""
-    begin = time.perf_counter()
-    model = llama(shape, layers)
-    vbcompile.offload(model, "cuda", {0: budget, "cpu": "200GiB"}, progress=False)
-    randomize(model, "cuda")
-    setup = time.perf_counter() - begin
-    link = link_rate()
-    rows = []
-    for mode in modes:
-        tokens = torch.randint(0, 1000, (1, 1), device="cuda")
-        row, logits = run(model, tokens, mode, steps)
-        again = whole_copies(model, tokens, mode)
-        row |= {
-            "what": f"{shape} {layers} layers {budget} {mode}",
-            "setup_seconds": setup,
-            "link_gbps": link / 1e9,
-            "share_of_link": row["streamed_bytes"] / link / row["ms"] * 1e3,
-            "prediction_error": row["predicted_ms"] / row["ms"] - 1,
-            "bit_equal": torch.equal(logits, again),
-            "finite": bool(logits.isfinite().all()),
-        }
-        rows.append(row)
-        for key, value in row.items():
-            print(f"{key:28} {value}", flush=True)
-        record.write("offload_model", rows)
+    model, setup = prepare(options.shape, options.layers, options.budget)
+    store, link = store_of(model), link_rate()
+    tokens = torch.randint(0, 1000, (1, 1), device="cuda")
+    rows: list[dict[str, Any]] = []
+    for mode in options.modes:
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        compiled = torch.compile(model, backend="vblackwell", options={"mode": mode, "strict": True}, dynamic=False)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            logits = compiled(tokens).logits.clone()
+            torch.cuda.synchronize()
+        row = {"what": f"{options.shape} {options.layers} layers {options.budget} {mode}", "setup_seconds": setup}
+        row["compile_seconds"] = time.perf_counter() - begin
+        row |= measure(partial(compiled, tokens), store, options.steps, link) | {"link_gbps": link / 1e9}
+        with torch.no_grad(), store.everything_fetched():
+            row["bit_equal"] = torch.equal(compiled(tokens).logits, logits)
+        row["finite"] = bool(logits.isfinite().all())
+        torch.cuda.empty_cache()
+        add(rows, row)
+        if options.everything and mode == "memory":
+            add(rows, everything(partial(compiled, tokens), store, row, link))
+        if options.fits and mode == "memory":
+            add(rows, fits(model, partial(compiled, tokens), tokens, store, link))
     return rows
 
 
-def whole_copies(model: nn.Module, tokens: Tensor, mode: str) -> Tensor:
-    """Logits of the same segments with every weight copied whole: what the streamed run has to equal bit for bit."""
-    compiled = torch.compile(model, backend="vblackwell", options={"mode": mode, "strict": True}, dynamic=False)
-    with torch.no_grad(), store_of(model).everything_fetched():
-        return compiled(tokens).logits.clone()
+def everything(call: Callable[[], Any], store: WeightStore, row: dict[str, Any], link: float) -> dict[str, Any]:
+    """The same with the smallest budget that works: every weight is streamed in every step."""
+    budget = store.budget
+    try:
+        store.replan(1 << 20)
+    except vbcompile.PlanError as error:
+        store.replan(error.minimum_budget or budget)
+    found = measure(call, store, 2, link)
+    store.replan(budget)
+    return {"what": "everything streamed"} | found | {"speed_over_this": found["ms"] / row["ms"]}
+
+
+def fits(model: nn.Module, call: Callable[[], Any], tokens: Tensor, store: WeightStore, link: float) -> dict[str, Any]:
+    """A budget in which the model fits, against Inductor on ordinary parameters."""
+    store.replan(100 * GIB)
+    ours = [measure(call, store, 50, link)["ms"]]
+    vbcompile.materialize(model)
+    torch._dynamo.reset()
+    plain = torch.compile(model, dynamic=False)
+    with torch.no_grad():
+        theirs = seconds(lambda: plain(tokens), 50) * 1e3
+    return {"what": "fits", "ms": ours[0], "inductor_ms": theirs, "slowdown": ours[0] / theirs - 1}
+
+
+def add(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Print a row and write all so far."""
+    rows.append(row)
+    for key, value in row.items():
+        print(f"{key:24} {value}", flush=True)
+    print(flush=True)
+    record.write("offload_model", rows)
 
 
 def main() -> None:
@@ -170,9 +213,11 @@ def main() -> None:
     parser.add_argument("--budget", default="6GiB")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--modes", nargs="+", default=["memory", "full"])
+    parser.add_argument("--everything", action="store_true", help="also with the smallest budget that works")
+    parser.add_argument("--fits", action="store_true", help="also with a budget in which the model fits")
     options = parser.parse_args()
     torch.manual_seed(0)
-    figures(options.shape, options.layers, options.budget, options.steps, options.modes)
+    figures(options)
 
 
 if __name__ == "__main__":
