@@ -98,7 +98,7 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
 
 def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
     if m <= fp4_linear_few.MOST_ROWS:
-        for strips, warps, unroll in itertools.product((1, 2, 4), (4, 8), (1, 2, 4)):
+        for strips, warps, unroll in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
             if strips * unroll <= 4 or m == 1:
                 yield fp4_linear_few.FewConfig(strips, warps, unroll)
 
