@@ -4,9 +4,12 @@ They are called one by one, not through ``scaled_dot_product_attention``, becaus
 the softmax's sum and because forward and backward must agree on the kernel.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vbcompile.device import Target
@@ -85,7 +88,7 @@ def _refuses_cpu(target: Target, case: AttentionCase | None) -> str | None:
         return "knows no score function beyond an additive bias and a mask"
     if case.needs and any(case.needs[3:]):
         return "has no gradient for the bias"
-    return refuses_common(case)
+    return refuses_common(replace(case, v=(*case.v[:-1], case.q[-1])))  # other widths are padded
 
 
 # ------------------------------------------------------------------------------------ GPU: cuDNN, FA-2
@@ -136,6 +139,9 @@ def fused_backward(kernel: str):
 class _CpuCall:
     """4-D inputs, causal flag and additive mask of a call.
 
+    Only the last leading axis becomes the heads, so that what is shared along it (grouped keys and values) is not
+    copied. Head sizes are padded to the larger one.
+
     Attributes:
         scores: bias and mask; None where the causal flag says all.
         bias: both in one tensor ``[batch, heads, Q, K]``, sizes of one where shared by all.
@@ -144,8 +150,9 @@ class _CpuCall:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
         self.lead = lead_shape(q, k, v, captured)
-        self.heads = fold_heads(self.lead)
-        self.tensors = [fold(t, self.lead, self.heads) for t in (q, k, v)]
+        self.heads = self.lead[-1] if len(self.lead) > 1 else 1
+        self.widths = [int(t.shape[-1]) for t in (q, k, v)]
+        self.tensors = [self.folded(t) for t in (q, k, v)]
         self.causal = causal_offset(function, q.shape[-2], k.shape[-2]) == 0
         self.scores: DenseScores | None = None
         self.bias: Tensor | None = None
@@ -153,12 +160,20 @@ class _CpuCall:
         if self.causal or (function.mask is None and function.program[function.score] == ("score",)):
             return
         self.scores = DenseScores(function, captured, self.lead, q.shape[-2], k.shape[-2], q.device, q.dtype)
-        total = self.scores.additive
-        shared = total.shape[:-2].numel() == 1
-        self.bias = (total.reshape(1, 1, *total.shape[-2:]) if shared else fold(total, self.lead, self.heads)).to(
-            q.dtype
-        )
+        self.bias = self._fold_bias(self.scores.additive).to(q.dtype)
         self.empty = self.scores.empty
+
+    def folded(self, t: Tensor) -> Tensor:
+        """``[batch, heads, length, widest head size]``."""
+        missing = max(self.widths) - t.shape[-1]
+        return fold(F.pad(t, (0, missing)) if missing else t, self.lead, self.heads)
+
+    def _fold_bias(self, total: Tensor) -> Tensor:
+        *lead, rows, columns = total.shape
+        if math.prod(lead[:-1]) > 1:
+            lead[:-1] = self.lead[:-1]
+        heads = lead[-1] if len(lead) > 1 else 1
+        return total.expand(*lead, rows, columns).reshape(-1, heads, rows, columns)
 
 
 def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
@@ -167,7 +182,7 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *call.tensors, 0.0, call.causal, attn_mask=call.bias, scale=scale
     )
-    out = out.reshape(*call.lead, *out.shape[-2:])
+    out = out[..., : v.shape[-1]].reshape(*call.lead, *out.shape[-2:-1], v.shape[-1])
     lse = lse.reshape(*call.lead, q.shape[-2]).to(accumulation_dtype(q.dtype))
     if call.empty is not None:
         lse = lse.masked_fill(call.empty, -torch.inf)
@@ -183,7 +198,7 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
         return attention_backward_reference(
             grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
         )
-    out4, grad4 = (fold(t, call.lead, call.heads) for t in (out, grad_out))
+    out4, grad4 = (call.folded(t) for t in (out, grad_out))
     lse4 = lse.reshape(-1, call.heads, lse.shape[-1])
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
         rows = call.empty.reshape(lse4.shape)
@@ -196,7 +211,8 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
         dq = dq.masked_fill(poisoned.unsqueeze(-1), torch.nan)
         dk = dk.masked_fill(poisoned.any(-1)[..., None, None], torch.nan)
         dv = dv.masked_fill(rows.any(-1)[..., None, None], torch.nan)
-    return unfold_gradients((dq, dk, dv), (q, k, v), call.lead, captured)
+    grads = [g[..., :width] for g, width in zip((dq, dk, dv), call.widths, strict=True)]
+    return unfold_gradients(grads, (q, k, v), call.lead, captured)
 
 
 # ---------------------------------------------------------------------------------------- registration

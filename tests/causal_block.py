@@ -33,7 +33,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, w = x.shape
-        packed = self.qkv(self.norm(x)).view(b, s, -1, self.size).transpose(1, 2)
+        packed = self.qkv(self.norm(x)).view(b, s, self.heads + 2 * self.kv_heads, self.size).transpose(1, 2)
         q, k, v = packed.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))

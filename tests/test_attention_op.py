@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vbcompile.device import Target
 from vbcompile.kernels import attention as op_module
+from vbcompile.kernels import attention_sdpa
+from vbcompile.kernels.attention import attention_backward_reference, attention_reference
 from vbcompile.kernels.attention_case import make_case
 from vbcompile.kernels.registry import describe, operator
 from vbcompile.kernels.score_function import Builder, ScoreFunction, additive_bias, causal_offset
@@ -250,3 +252,27 @@ def test_reference_is_the_last_resort():
     case = make_case(q, q, q, [], 1.0, 0.0, with_score(softcap).dumps())
     chosen = operator("attention").choose(target("cpu", "cpu", "cpu"), case)
     assert chosen.implementation.run is op_module.attention_reference
+
+
+# ------------------------------------------------------------------------------------------ PyTorch's kernel on CPU
+@pytest.mark.parametrize("widths", [(8, 8), (8, 5), (5, 8)])
+@pytest.mark.parametrize("lead", [((4,), (1,)), ((2, 3), (2, 1)), ((2, 2, 3), (2, 2, 1)), ((2, 2, 3), (1, 2, 3))])
+def test_cpu_kernel_takes_shared_heads_and_two_widths(lead, widths):
+    q = torch.randn(*lead[0], 6, widths[0])
+    k, v = (torch.randn(*lead[1], 7, width) for width in widths)
+    captured = [torch.randn(*lead[1], 6, 7)]
+    function = ScoreFunction((("score",), ("captured", 0), ("add", 0, 1)), 2).dumps()
+    arguments, needs = (captured, 0.3, 0.0, None, function), [True, True, True, False]
+    out, lse = attention_sdpa._cpu_forward(q, k, v, *arguments)
+    expected = attention_reference(q, k, v, *arguments)
+    torch.testing.assert_close((out, lse), expected)
+    grad = torch.randn_like(out)
+    ours = attention_sdpa._cpu_backward(grad, None, q, k, v, captured, out, lse, *arguments[1:], needs)
+    theirs = attention_backward_reference(grad, None, q, k, v, captured, *expected, *arguments[1:], needs)
+    torch.testing.assert_close(ours[:3], theirs[:3], atol=1e-5, rtol=1e-4)
+
+
+def test_cpu_kernel_reads_grouped_keys_where_they_are():
+    q, k = torch.randn(2, 2, 3, 6, 8), torch.randn(2, 2, 1, 6, 8)
+    call = attention_sdpa._CpuCall(q, k, k, [], ScoreFunction())
+    assert [t.data_ptr() for t in call.tensors] == [q.data_ptr(), k.data_ptr(), k.data_ptr()]
