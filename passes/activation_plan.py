@@ -1,6 +1,7 @@
 """From a joint graph to the planner's terms and back: which saved tensor is kept, recomputed or offloaded, and when."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -159,7 +160,7 @@ class StepPlanner:
     def _activation(self, node: fx.Node, late: set[fx.Node]) -> Activation:
         index, limits = self._timeline[0], self.limits
         first, last = self._needs[node]
-        reads = [index[u] for u in self._readers(node)]
+        reads = [index[u] for u in self._all_readers(node) if u in self.joint.forward]
         again = self.recomputable.get(node) if limits.recompute and node not in self.joint.results else None
         moved = limits.offload and node not in self.joint.results and node not in late
         return Activation(
@@ -173,44 +174,42 @@ class StepPlanner:
             can_offload=moved and node_bytes(node) >= _SMALLEST_MOVED,
         )
 
-    def _readers(self, node: fx.Node) -> list[fx.Node]:
-        """Forward operators that read a node's memory, through views too."""
-        found, stack = [], [node]
-        while stack:
-            for user in stack.pop().users:
-                if user in self.joint.forward:
-                    found.append(user)
-                    if self.joint.is_view(user):
-                        stack.append(user)
-        return found
-
     @cached_property
     def _reserved(self) -> list[int]:
         """What else takes memory during each operator: gradients as they are made, and what passes between them."""
+        change = [0] * (len(self._timeline[1]) + 1)
+        for begin, end, nbytes in self._passing():
+            change[begin] += nbytes
+            change[end + 1] -= nbytes
+        return list(accumulate(change[:-1]))
+
+    def _passing(self) -> Iterator[tuple[int, int, int]]:
+        """First and last operator, and bytes, of everything that is not planned; what is fused takes no memory."""
         index, leaders, _ = self._timeline
-        planned, last = set(self.planned), len(leaders) - 1
-        change = [0] * (len(leaders) + 1)
+        planned, saved, last = set(self.planned), set(self.saved), len(leaders) - 1
         for node in index:
             if node in planned or self.joint.is_view(node) or not node_bytes(node):
                 continue
-            if self._is_light(node) and all(u in index and self._is_light(u) for u in node.users):
-                continue  # fused into what reads it
-            uses = [index[u] for u in self._all_readers(node, index)]
-            end = last if node in self.joint.results else max(uses, default=index[node])
-            change[index[node]] += node_bytes(node)
-            change[end + 1] -= node_bytes(node)
+            inside = node in self.joint.forward
+            readers = self._all_readers(node)
+            again = [index[u] for u in readers if inside and u not in self.joint.forward and not self._is_light(u)]
+            uses = [index[u] for u in readers if (u in self.joint.forward) == inside or node in saved]
+            if again and node not in saved:  # made again there
+                yield min(again), max(again), node_bytes(node)
+            if not self._is_light(node) or not all(u in index and self._is_light(u) for u in node.users):
+                end = last if node in self.joint.results else max(uses, default=index[node])
+                yield index[node], end, node_bytes(node)
         for node in self.joint.backward:
             if node.op == "placeholder" and leaders:  # gradients of the results
-                change[min(self.first_backward, last)] += node_bytes(node)
-                change[max((index[u] for u in self._all_readers(node, index)), default=last) + 1] -= node_bytes(node)
-        return list(accumulate(change[:-1]))
+                ends = [index[u] for u in self._all_readers(node)]
+                yield min(self.first_backward, last), max(ends, default=last), node_bytes(node)
 
-    def _all_readers(self, node: fx.Node, index: dict[fx.Node, int]) -> list[fx.Node]:
+    def _all_readers(self, node: fx.Node) -> list[fx.Node]:
+        """Operators that read a node's memory, through views too."""
         found, stack = [], [node]
-        inside = node in self.joint.forward
         while stack:
             for user in stack.pop().users:
-                if user in index and (user in self.joint.forward) == inside:
+                if user in self._timeline[0]:
                     found.append(user)
                     if self.joint.is_view(user):
                         stack.append(user)
