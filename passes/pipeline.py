@@ -69,20 +69,38 @@ class Pass:
     refuses: Callable[[Target], str | None] = lambda target: None
 
 
+# vendor -> how the names of the implementations begin that could run on its devices
+_OWN_KERNELS = {
+    "nvidia": ("cudnn", "flash", "hopper", "triton"),
+    "amd": ("triton",),
+    "intel": ("xpu", "triton"),
+    "habana": ("hpu",),
+    "huawei": ("npu",),
+    "cpu": ("cpu", "triton"),
+}
+
+
+def _missing_kernels(target: Target, operator: str) -> str | None:
+    """Why no kernel for an operator runs on a target, from the implementations made for it; None where one does."""
+    rows = [(how, reason) for name, how, reason in describe(target) if name == operator and how != "reference"]
+    if any(not reason for _, reason in rows):
+        return None
+    own = _OWN_KERNELS[target.vendor]
+    return "; ".join(dict.fromkeys(f"{how}: {reason}" for how, reason in rows if how.startswith(own))) or "none exists"
+
+
 def _no_attention_kernel(target: Target) -> str | None:
     """The reference alone would be slower than what the vendor's PyTorch does with an unrewritten model."""
-    if any(name == "attention" and how != "reference" and not reason for name, how, reason in describe(target)):
+    if (reasons := _missing_kernels(target, "attention")) is None:
         return None
-    return f"no fused attention kernel for {target.vendor} {target.arch}; the model's own operators run"
+    return f"no fused attention kernel for {target.vendor} {target.arch}, the model's own operators run ({reasons})"
 
 
 def _no_fp4_kernel(target: Target) -> str | None:
     """Decoding whole weights in plain PyTorch at every call would be slower than what the model does."""
-    reasons = [(how, reason) for name, how, reason in describe(target) if name == "fp4_linear" and how != "reference"]
-    if any(not reason for _, reason in reasons):
+    if (reasons := _missing_kernels(target, "fp4_linear")) is None:
         return None
-    listed = "; ".join(f"{how}: {reason}" for how, reason in reasons)
-    return f"no FP4 kernel for {target.vendor} {target.arch}, weights keep their precision ({listed})"
+    return f"no FP4 kernel for {target.vendor} {target.arch}, weights keep their precision ({reasons})"
 
 
 def _wants_mixed_precision(config: Config) -> bool:

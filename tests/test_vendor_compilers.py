@@ -7,11 +7,13 @@ from types import ModuleType
 import pytest
 import torch
 from torch import fx, nn
+from vendors.trial import pretend
 
 from vbcompile import vendor_compilers
 from vbcompile.config import resolve_config
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
+from vbcompile.passes import pipeline
 from vbcompile.vendor_compilers import Compiler, choose_compiler, compile_by_vendor
 
 
@@ -111,3 +113,33 @@ def test_a_failing_compiler_is_replaced(monkeypatch, caplog):
     assert "npu does not compile this graph (NotImplementedError: no converter for aten.relu)" in caplog.text
     with pytest.raises(NotImplementedError):
         compile_by_vendor(Compiler("npu"), graph(), [x], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "version", "expected"),
+    [
+        ("Ascend310P3", "", "npu_fusion: needs an Ascend 910B, 910_93 or 950, this is Ascend310P3"),
+        (
+            "Ascend910B1",
+            "2.0.1",
+            "npu_fusion: npu::npu_fusion_attention needs 2.1 or later of torch-npu (found 2.0.1); plain PyTorch runs",
+        ),
+    ],
+)
+def test_passes_without_a_kernel_say_why(arch, version, expected):
+    target = Target("huawei", "npu", arch)
+    with pretend(target, version):
+        reason = pipeline._no_attention_kernel(target)
+    assert reason.startswith(f"no fused attention kernel for huawei {arch}, the model's own operators run (")
+    assert expected in reason and "NVIDIA" not in reason
+
+
+@pytest.mark.parametrize("arch", ["Ascend910B1", "gaudi2", "pvc", "cpu", "sm_90"])
+def test_passes_with_a_kernel_run(arch):
+    assert pipeline._no_attention_kernel(catalog_target(arch)) is None
+
+
+def test_fp4_on_an_older_ascend():
+    reason = pipeline._no_fp4_kernel(catalog_target("Ascend910B1"))
+    assert reason is not None and "weights keep their precision" in reason
+    assert "npu_mxfp4: needs the FP4 units of an Ascend 950, this is Ascend910B1" in reason
