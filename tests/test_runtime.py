@@ -122,10 +122,12 @@ def test_large_copies_run_beside_a_busy_computation(device, unit):
         check_seen(streamer, data, seen)
 
 
+@pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_order_does_not_matter(device, unit, seed):
+def test_order_does_not_matter(device, unit, seed, disk, tmp_path):
     """Copies are prefetched and waited for at random, some several at once: bytes may be wasted, none are wrong."""
-    streamer, data = streamer_of(device, [unit + 512 * index for index in range(16)], 7 * unit)
+    tiers = (small_host(13 * unit), DISK) if disk else (HOST,)
+    streamer, data = streamer_of(device, [unit + 512 * index for index in range(16)], 7 * unit, tiers, tmp_path)
     rng, held, found = random.Random(seed), [], []
     with streamer:
         copies = streamer.plan.copies

@@ -85,6 +85,7 @@ class ReadRequest:
         """Give up a request that has no destination; returns when its threads have left the staging bytes."""
         self._cancelled = True
         self._read_over.wait()
+        self._done.set()
 
     def settle(self) -> None:
         """Block until all bytes have been handed on, or that has failed."""
