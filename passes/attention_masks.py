@@ -301,7 +301,7 @@ def _key_bound(algebra: Algebra, term: Expression, key: Any) -> tuple[str, Affin
 def _extract_scale(algebra: Algebra, logits: Logits) -> Logits:
     """Move factors that the score is always multiplied with into ``scale``."""
     while True:
-        parents = _parents_of_score(algebra, [logits.value, *logits.mask])
+        parents = parents_of_score(algebra, [logits.value, *logits.mask])
         if len(parents) != 1:
             return logits
         (parent,) = parents
@@ -325,7 +325,8 @@ def _extract_scale(algebra: Algebra, logits: Logits) -> Logits:
         logits.mask = [substitute(algebra, m, replaced) for m in logits.mask]
 
 
-def _parents_of_score(algebra: Algebra, roots: list[Expression]) -> set[Expression]:
+def parents_of_score(algebra: Algebra, roots: list[Expression]) -> set[Expression]:
+    """The operators that read the score; none where it is a root itself."""
     parents: set[Expression] = set()
     seen: set[Expression] = set()
     todo = list(roots)

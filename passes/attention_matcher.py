@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import fx
@@ -13,6 +14,7 @@ from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import Guard, Logits, conjuncts, split_logits
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, read_softmax
+from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
 from vbcompile.passes.graph_effects import Effects
@@ -136,13 +138,16 @@ class Matcher:
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
-        split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
-        split, empty = self._keep(lifter, split, logits, weights, keys)
         dims = first.label_dims(space, lifter.score_dims)
         query, key, rows = bind_roles(space, first, dims, keys)
+        features = tuple(atom for x in first.summed for atom in dims[x])
+        readable = partial(self._readable, begin=begin, end=end)
+        logits, term = split_term(space, algebra, logits, query, key, features, (rows, keys), readable)
+        split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
+        split, empty = self._keep(lifter, split, logits, weights, keys)
         site = Site(
             space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
-            features=tuple(atom for x in first.summed for atom in dims[x]),
+            features=features, terms=[] if term is None else [term],
             values=tuple(a for x in second.out_labels if x not in second.lhs_labels for a in labels[x]),
             logits=split, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
             empty_rows=empty, factors=list(reversed(weights.factors)), score_dtype=tensor_of(first.node).dtype,
@@ -156,6 +161,12 @@ class Matcher:
     def guard(self, score: fx.Node) -> Guard | None:
         """How a low finite fill becomes a mask; None where it stays a number."""
         return Guard(absorbs=not tensor_of(score).requires_grad) if self.skips_tiles else None
+
+    def _readable(self, second: Contraction, begin: int, end: int) -> bool:
+        """Whether the operands of a product hold the same values at the end of the site, under one gradient mode."""
+        begin = min(begin, self.effects.position[second.node])
+        written = any(self.effects.is_written(x, begin, end) for x in (second.lhs, second.rhs))
+        return not written and not self.effects.switches_grad_mode(begin, end)
 
     def check_place(self, *nodes: fx.Node) -> None:
         """Raise Refusal for nodes under a function transform, for which the operator has no rule."""

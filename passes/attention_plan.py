@@ -31,6 +31,7 @@ class Plan:
         dtype: of q, k and v of the fused call.
         captured: ``(node, symbolic number or rows to be found, its dimensions)``.
         factor: constant that was taken out of the operands, part of the scale.
+        terms: as those of the site.
     """
 
     site: Site
@@ -42,6 +43,7 @@ class Plan:
     function: ScoreFunction = field(default_factory=ScoreFunction)
     captured: list[tuple[fx.Node | EmptyRows, Dims]] = field(default_factory=list)
     factor: float = 1.0
+    terms: list[tuple[Operand, Operand, Dim]] = field(default_factory=list)
 
     @property
     def rows(self) -> Dim:
@@ -57,8 +59,12 @@ def plan(site: Site, effects: Effects) -> Plan:
     made = Plan(site)
     made.dtype = _common_dtype(site)
     peeler = _Peeler(site, effects)
-    made.q, made.factor = peeler.peel(site.q, (site.rows, site.features), may_scale=True)
-    made.k, factor = peeler.peel(site.k, (site.keys, site.features), may_scale=True)
+    may_scale = not site.terms  # a factor of one part is none of the other's
+    made.q, made.factor = peeler.peel(site.q, (site.rows, site.features), may_scale)
+    made.k, factor = peeler.peel(site.k, (site.keys, site.features), may_scale)
+    for q, k, features in site.terms:
+        q, k = (peeler.peel(x, (axis, features), False)[0] for x, axis in ((q, site.rows), (k, site.keys)))
+        made.terms.append((q, k, features))
     made.factor *= factor
     made.v, _ = peeler.peel(site.v, (site.keys, site.values), may_scale=False)
     if made.dtype != tensor_of(site.out).dtype or made.dtype != site.score_dtype:
@@ -80,6 +86,8 @@ def _check_arrangement(made: Plan) -> None:
         (made.q.dims, [*made.lead, made.rows, features]),
         (made.k.dims, [*made.lead, made.keys, features]),
         (made.v.dims, [*made.lead, made.keys, values]),
+        *((q.dims, [*made.lead, made.rows, space.resolve(axis)]) for q, _, axis in made.terms),
+        *((k.dims, [*made.lead, made.keys, space.resolve(axis)]) for _, k, axis in made.terms),
     ]
     for dims, target in targets:
         _check_dims(space.resolve_all(dims), target)
@@ -116,8 +124,10 @@ def _use_low_precision(made: Plan, peeler: "_Peeler") -> None:
     if tensor_of(made.v.node).dtype != low:
         return
     q, k = peeler.below_cast(made.q, low), peeler.below_cast(made.k, low)
-    if q is not None and k is not None:
+    terms = [(peeler.below_cast(a, low), peeler.below_cast(b, low), axis) for a, b, axis in made.terms]
+    if q is not None and k is not None and all(a is not None and b is not None for a, b, _ in terms):
         made.q, made.k, made.dtype = q, k, low
+        made.terms = terms  # type: ignore[assignment]
 
 
 # --------------------------------------------------------------------------------------------------------- operands
@@ -232,7 +242,8 @@ def _leading(site: Site, captured: list[Dims]) -> list[Dim]:
     others = {*space.resolve(site.rows), *space.resolve(site.values)}
     atoms = [a for dim in space.resolve_all(site.out_dims) for a in dim if a not in others]
     lead: list[Dim] = [(a,) for a in atoms]
-    holders = [_set(space.resolve_all(o.dims)) for o in (site.q, site.k, site.v)]
+    operands = [site.q, site.k, site.v, *(x for q, k, _ in site.terms for x in (q, k))]
+    holders = [_set(space.resolve_all(o.dims)) for o in operands]
     holders += [_set(space.resolve_all(dims)) for dims in captured]
     while len(lead) > MAX_LEADING:
         for place in range(len(lead) - 1):

@@ -14,10 +14,11 @@ from vbcompile.kernels.score_function import accumulation_dtype
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_plan import Plan
 from vbcompile.passes.attention_rows import EmptyRows, EmptyRowsOfGraph, emit_empty_rows
+from vbcompile.passes.attention_site import Operand
 from vbcompile.passes.graph_axes import Dim, Dims, permutation, product
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_emit import Emitter
-from vbcompile.passes.graph_ops import call_of, is_tensor, reads_metadata_only, tensor_of
+from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, reads_metadata_only, shape_of, tensor_of
 
 _SEED_BOUND = 2**62
 
@@ -73,9 +74,12 @@ def _emit_call(
     features, values = space.resolve(site.features), space.resolve(site.values)
     out_dims = space.resolve_all(site.out_dims)
     plan.function = replace(plan.function, rows_first=_reads_rows_first(site.out, out_dims, plan))
-    q = _operand(emitter, plan, plan.q.node, plan.q.dims, [*lead, plan.rows, features])
-    k = _operand(emitter, plan, plan.k.node, plan.k.dims, [*lead, plan.keys, features])
-    v = _operand(emitter, plan, plan.v.node, plan.v.dims, [*lead, plan.keys, values])
+    q = _operand(emitter, plan, plan.q, [*lead, plan.rows, features])
+    k = _operand(emitter, plan, plan.k, [*lead, plan.keys, features])
+    v = _operand(emitter, plan, plan.v, [*lead, plan.keys, values])
+    for more_q, more_k, axis in plan.terms:
+        q = _joined(emitter, q, _operand(emitter, plan, more_q, [*lead, plan.rows, space.resolve(axis)]))
+        k = _joined(emitter, k, _operand(emitter, plan, more_k, [*lead, plan.keys, space.resolve(axis)]))
     captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in plan.captured]
     seed = None
     if site.dropout:
@@ -114,7 +118,20 @@ def fake_result(q: Tensor, lead: list[Any], features: Any, rows_first: bool) -> 
     return out, q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
 
 
-def _operand(emitter: Emitter, plan: Plan, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
+def _joined(emitter: Emitter, a: fx.Node, b: fx.Node) -> fx.Node:
+    """Features of two tensors side by side; axes that only one of them has are broadcast."""
+    parts = []
+    for one, other in ((a, b), (b, a)):
+        sizes = [(x, y) for x, y in zip(shape_of(one)[:-1], shape_of(other)[:-1], strict=True)]
+        if any(known_equal(x, 1) and not known_equal(y, 1) for x, y in sizes):
+            wanted = [emitter.size(y) if known_equal(x, 1) else -1 for x, y in sizes]
+            one = emitter.method("expand", one, (*wanted, -1))
+        parts.append(one)
+    return emitter.function(torch.cat, parts, -1)
+
+
+def _operand(emitter: Emitter, plan: Plan, operand: Operand, target: list[Dim]) -> fx.Node:
+    node, dims = operand.node, operand.dims
     if tensor_of(node).dtype != plan.dtype:
         node = emitter.method("to", node, plan.dtype)
     return emitter.arrange(node, plan.site.space.resolve_all(dims), target)

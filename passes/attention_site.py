@@ -49,6 +49,7 @@ class Site:
         factors: ``(operator, operand, dims)`` applied to whole rows of the result, first applied first.
         region: nodes that the fused call makes superfluous.
         log_sums: ``logsumexp`` nodes over the same logits that come before the result, with their dimensions, in order.
+        terms: more parts of the features of queries and keys: ``(queries, keys, axis of the features)``.
         spread: whether captured tensors may be copied out over the whole of a merged axis.
         residual: ``(node, dims, factor)`` added to ``alpha`` times the result, as ``baddbmm`` does.
     """
@@ -76,6 +77,7 @@ class Site:
     alpha: Any = 1
     first: int = 0
     spread: bool = False
+    terms: list[tuple[Operand, Operand, Dim]] = field(default_factory=list)
 
     @property
     def insert_before(self) -> fx.Node:

@@ -518,3 +518,36 @@ def test_other_nodes_are_untouched():
 
     run = check(function, *qkv(grad=False))
     assert any(n.target == "add_" for n in run.graphs[0].graph.nodes)
+
+
+# --------------------------------------------------------------------------------------------- sums of two products
+def test_two_products_of_latent_attention_are_one():
+    """The second part's keys are shared by the heads; no tensor of the size of the scores is captured."""
+    q, k, v = qkv()
+    q_rope, k_rope = torch.randn(2, 4, 6, 4, requires_grad=True), torch.randn(2, 1, 7, 4, requires_grad=True)
+    run = check(lambda q, k, v, a, b: torch.softmax((q @ k.mT + a @ b.mT) * 0.3, -1) @ v, q, k, v, q_rope, k_rope)
+    assert run.captured() == []
+    assert [run.calls()[0].args[n].meta["example_value"].shape[-1] for n in range(3)] == [12, 12, 8]
+
+
+def test_second_product_that_is_scaled_or_masked_by_itself_stays_a_bias():
+    q, k, v = qkv()
+    q_rope, k_rope = torch.randn(2, 4, 6, 4), torch.randn(2, 4, 7, 4)
+    for edit in (lambda s: s * 0.5, lambda s: s.tanh(), lambda s: s.tril()):
+
+        def both(q, k, v, a, b, edit=edit):
+            return torch.softmax(q @ k.mT + edit(a @ b.mT), -1) @ v
+
+        assert check(both, q, k, v, q_rope, k_rope).captured() == [[2, 4, 6, 7]]
+
+
+def test_second_product_of_overwritten_queries_stays_a_bias():
+    def both(q, k, v, a, b):
+        a = a * 1.0
+        second = a @ b.mT
+        a.zero_()
+        return torch.softmax(q @ k.mT + second, -1) @ v + a.sum()
+
+    q, k, v = qkv(grad=False)
+    run = check(both, q, k, v, torch.randn(2, 4, 6, 4), torch.randn(2, 4, 7, 4))
+    assert run.captured() == [[2, 4, 6, 7]]
