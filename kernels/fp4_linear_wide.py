@@ -79,6 +79,13 @@ def _locate(item, shape):
 
 
 @gluon.jit
+def _advance(slot, phase, STAGES: gl.constexpr):
+    """The buffer after ``slot``, and the parity of its barrier: a remainder would cost more."""
+    wraps = slot == STAGES - 1
+    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
 def _produce(descriptors, buffers, barriers, shape, items, column_tiles, TILES: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
     x_desc, code_desc, scale_desc = descriptors
@@ -90,32 +97,32 @@ def _produce(descriptors, buffers, barriers, shape, items, column_tiles, TILES: 
     BYTES: gl.constexpr = x_desc.block_type.nbytes + PARTS * (
         code_desc.block_type.nbytes + scale_desc.block_type.nbytes
     )
-    loaded = gl.to_tensor(0)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
     item = gl.program_id(0)
     while item < items:
         tile_n, tile_m, _, first, steps = _locate(item, shape)
         for j in range(steps):
-            slot = loaded % STAGES
             at = full.index(slot)
-            mbarrier.wait(empty.index(slot), (loaded // STAGES & 1) ^ 1)
+            mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(at, BYTES)
             tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, (first + j) * 64], at, x_smem.index(slot))
             for t in gl.static_range(PARTS):
                 row = (tile_n * PARTS + t) * column_tiles + first + j
                 tma.async_copy_global_to_shared(code_desc, [row * 2, 0], at, code_smem.index(slot * PARTS + t))
                 tma.async_copy_global_to_shared(scale_desc, [row, 0], at, scale_smem.index(slot * PARTS + t))
-            loaded += 1
+            slot, phase = _advance(slot, phase, STAGES)
         item += gl.num_programs(0)
 
 
 @gluon.jit
 def _multiply(
-    buffers, barriers, taken, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr
+    buffers, barriers, slot, phase, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr
 ):
     """Sums ``[64, BLOCK_M]`` of consumer ``w``'s tiles over ``steps`` steps; the second is the first for TILES = 1.
 
-    Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. ``taken``
-    counts the steps before.
+    Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. ``slot``
+    and ``phase``: the first step's buffer and the parity of its barrier; those of the step after the last come back.
     """
     x_smem, code_smem, scale_smem = buffers
     full, empty = barriers
@@ -125,20 +132,19 @@ def _multiply(
     OWN: gl.constexpr = w * TILES
     DEPTH: gl.constexpr = 32 if TYPE.primitive_bitwidth == 8 else 16
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, DEPTH])
-    mbarrier.wait(full.index(taken % STAGES), taken // STAGES & 1)
-    part = taken % STAGES * PARTS + OWN
+    mbarrier.wait(full.index(slot), phase)
+    part = slot * PARTS + OWN
     pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
     sum_a = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
     sum_b = sum_a
     for j in range(0, steps, 3 - TILES):
-        slot = (taken + j) % STAGES
         a = _operand(pairs, TYPE, LAYOUT)
         sum_a = warpgroup_mma(a, x_smem.index(slot).permute((1, 0)), sum_a, is_async=True)
-        other_slot, part = slot, slot * PARTS + OWN + 1
+        other_slot, other_phase, part = slot, phase, slot * PARTS + OWN + 1
         if TILES == 1:
-            other_slot = (taken + j + 1) % STAGES
+            other_slot, other_phase = _advance(slot, phase, STAGES)
             part = other_slot * PARTS + OWN
-            mbarrier.wait(full.index(other_slot), (taken + j + 1) // STAGES & 1)
+            mbarrier.wait(full.index(other_slot), other_phase)
         other_pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
         b = _operand(other_pairs, TYPE, LAYOUT)
         x = x_smem.index(other_slot).permute((1, 0))
@@ -149,10 +155,10 @@ def _multiply(
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
             sum_a, sum_b, pairs = warpgroup_mma_wait(1, [sum_a, sum_b, pairs])
-        following = taken + gl.minimum(j + 3 - TILES, steps - 1)  # after the last step, that step again
-        next_slot = following % STAGES
-        mbarrier.wait(full.index(next_slot), following // STAGES & 1)
-        part = next_slot * PARTS + OWN
+        slot, phase = _advance(other_slot, other_phase, STAGES)
+        more = j + 3 - TILES < steps  # after the last step, that step again
+        mbarrier.wait(full.index(gl.where(more, slot, other_slot)), gl.where(more, phase, other_phase))
+        part = gl.where(more, slot, other_slot) * PARTS + OWN
         pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
@@ -160,7 +166,7 @@ def _multiply(
         else:
             sum_a, sum_b, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, sum_b, other_pairs, pairs])
         mbarrier.arrive(empty.index(other_slot))
-    return sum_a, sum_b
+    return sum_a, sum_b, slot, phase
 
 
 @gluon.jit
@@ -170,16 +176,16 @@ def _consume(
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
-    taken = gl.to_tensor(0)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
     item = gl.program_id(0)
     while item < items:
         tile_n, tile_m, split, _, steps = _locate(item, shape)
-        sum_a, sum_b = _multiply(buffers, barriers, taken, steps, w, TILES, TYPE, WORD)
+        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, steps, w, TILES, TYPE, WORD)
         tile = (tile_n * CONSUMERS + w) * TILES
         _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
         if TILES == 2:
             _finish(sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
-        taken += steps
         item += gl.num_programs(0)
     tma.store_wait(0)
 

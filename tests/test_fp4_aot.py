@@ -75,8 +75,8 @@ def test_dequantization_compiles_without_spills(arch):
 
 
 # ------------------------------------------------------------------------------------------------------------- hot loop
-def hot_loop(report: Report) -> list[str]:
-    """Instructions of the main loop: the longest backward branch that encloses matrix instructions."""
+def hot_loop(report: Report, innermost: bool = False) -> list[str]:
+    """Instructions of the main loop: the longest backward branch that encloses matrix instructions, or the shortest."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(report.assembly["cubin"])
@@ -93,7 +93,7 @@ def hot_loop(report: Report) -> list[str]:
             branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", lines[-1])
             if branch and branch.group(1) in labels:
                 loops.append(lines[labels[branch.group(1)] :])
-    return max((loop for loop in loops if any("MMA" in i for i in loop)), key=len)
+    return (min if innermost else max)((loop for loop in loops if any("MMA" in i for i in loop)), key=len)
 
 
 @pytest.mark.parametrize("m", ROWS)

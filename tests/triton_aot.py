@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITCallable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -20,6 +21,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.int32: "i32",
@@ -73,6 +75,8 @@ class _Signature:
             return "*" + TYPES[value.dtype]
         if isinstance(value, TensorDescriptor):
             return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+        if isinstance(value, GluonDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
         if isinstance(value, float):
             return "fp32"
         if value % 16 == 0:

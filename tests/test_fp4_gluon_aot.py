@@ -1,0 +1,81 @@
+"""FP4 kernels in Triton's Gluon dialect, compiled for architectures that are not here: spills, the hot loop."""
+
+import re
+
+import pytest
+import torch
+from test_fp4_aot import K, N, hot_loop, target
+from triton_aot import Launch, compile_launch
+
+from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper
+from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_linear_few import FewConfig
+from vbcompile.kernels.fp4_linear_hopper import WideConfig
+from vbcompile.kernels.triton_target import interpreted
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+
+
+def few_launch(arch, m, config, dtype=BF16, format_name="nvfp4"):
+    from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
+
+    x, words, floats = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.uint8), torch.empty(16)
+    arguments = (x, words, words, floats, x, x, m, N, K // 64, K, K // 64)
+    options = fp4_linear_few.launch_options(target(arch), dtype, m, format_name, config)
+    return Launch(fp4_decode_kernel, arguments, {"BIAS": True, **options})
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(("m", "config"), [(1, FewConfig(1, 8, 4)), (16, FewConfig(2, 4, 2)), (32, FewConfig(4, 4, 1))])
+def test_few_rows_compile_without_spills(arch, m, config):
+    assert compile_launch(few_launch(arch, m, config), arch).spills == 0
+
+
+@pytest.mark.parametrize(("dtype", "format_name"), [(FP16, "nvfp4"), (BF16, "mxfp4")])
+def test_few_rows_of_other_types_compile_without_spills(dtype, format_name):
+    assert compile_launch(few_launch("sm_90", 4, FewConfig(2, 4, 2), dtype, format_name), "sm_90").spills == 0
+
+
+def test_few_rows_go_from_memory_to_registers():
+    config = FewConfig(4, 4, 1)
+    report = compile_launch(few_launch("sm_90", 1, config), "sm_90")
+    loop = hot_loop(report)
+    assert sum(bool(re.match(r"LDG\S*128", i)) for i in loop) == 4 and sum(i.startswith("HMMA") for i in loop) == 16
+    assert not any(i.startswith(("LDS", "STS", "BAR")) for i in loop)
+    assert len(loop) / (16 * config.strips * 64 * config.unroll / 32) <= 3.0  # instructions a weight
+
+
+def wide_launch(config, kind, format_name="nvfp4"):
+    from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
+
+    m, n, k = 256, 512, 1024
+    x, out = torch.empty(m, k, dtype=kind), torch.empty(m, n, dtype=FP16 if kind == FP16 else BF16)
+    codes = torch.empty(n // 64, k // 64, 2048, dtype=torch.uint8)
+    scales = torch.empty(n // 64, k // 64, 4096 // fp4_format(format_name).block_size, dtype=torch.uint8)
+    read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config.block_m)
+    floats, counters = torch.empty(n), torch.empty(16, dtype=torch.int32)
+    arguments = (*read, floats, floats, floats, floats, counters, m, n, k // 64, k // 64, 1, config.splits, 16, 4)
+    options = fp4_linear_hopper.launch_options(kind, config, config.splits > 1)
+    return Launch(fp4_wide_kernel, arguments, {"BIAS": True, **options})
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (WideConfig(64, 1, 7, 1, 2), BF16), (WideConfig(64, 2, 8, 2, 1), BF16), (WideConfig(128, 2, 7, 1, 1), BF16),
+        (WideConfig(256, 1, 4, 1, 1), BF16), (WideConfig(256, 1, 4, 2, 1), FP16), (WideConfig(256, 1, 4, 1, 1), FP8),
+        (WideConfig(64, 1, 7, 4, 2), FP8),
+    ],
+)  # fmt: skip
+def test_hopper_kernel_runs_asynchronously_without_spills(config, kind):
+    report = compile_launch(wide_launch(config, kind, "mxfp4" if kind == FP16 else "nvfp4"), "sm_90")
+    assert report.spills == 0 and report.shared <= 232448
+    loop = hot_loop(report, innermost=True)
+    products = [i for i in loop if re.match("[HQ]GMMA", i)]
+    assert len(products) == (4 if kind == FP8 else 8)
+    assert all(re.search(r"GMMA\S* R\d+, R\d+, gdesc", i) for i in products)
+    # serialised products carry one of these before and after each
+    assert sum(i.startswith("WARPGROUP") for i in loop) == 4
+    weights = 2 * 64 * 64 / 128
+    assert len(loop) / weights <= {BF16: 4.2, FP16: 5.0, FP8: 6.5}[kind], len(loop) / weights
