@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from vbcompile.compat import copy_graph, fake_mode_of_compile, own_tracing_context
 from vbcompile.handles import OffloadedTensor
@@ -80,7 +80,7 @@ class StreamedGraph:
         self.key = store.key
         self.fake_mode = fake_mode_of_compile(*(value_of(node) for node in twins))
         self.fakes = {node: plain_fake(payload, node, self.fake_mode) for node, payload in self.weights.items()}
-        self.arguments = len(twins)
+        self.arguments, self.training = len(twins), context.training
         self.packer = Packer(self.graph, self.weights, self.fakes, self.fake_mode, store, context)
         self.packed = self.packer.run()
         self.parts = self.packer.parts
@@ -108,8 +108,10 @@ class StreamedGraph:
                 payloads = ()
             ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], rates)
             operators.append((_title(segment), ns, payloads))
+        if self.training:
+            operators += [(f"{name} backward", 2 * ns, payloads) for name, ns, payloads in reversed(operators)]
         fixed = {self.weights[node]: reason for node, reason in self.cutting.fixed.items()}
-        beside = reserve(self.graph, self.weights) + self._returned_bytes()
+        beside = reserve(self.graph, self.weights, self.training) + self._returned_bytes()
         return Part(operators, fixed, frozenset(rows), beside, weakref.ref(self))
 
     def _returned_bytes(self) -> int:
@@ -142,8 +144,8 @@ class StreamedGraph:
         index = store_of(self.key).index_of
         written = frozenset(node for node, reason in self.cutting.fixed.items() if reason == WRITTEN)
         places = {node: index(payload) for node, payload in self.weights.items()}
-        last = self.start + len(self.cutting.segments) - 1
-        layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last)
+        last = self.start + len(self.part.operators) - 1
+        layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last, self.training)
         self.outer = emit(self.graph, self.arguments, self.pieces[one], self.cutting.returned, layout)
 
     def _compiled(self, segments: Sequence[Segment]) -> list[Piece]:
@@ -169,7 +171,10 @@ class StreamedGraph:
         return pieces
 
     def _input(self, node: fx.Node) -> Any:
-        return self.fakes.get(node, value_of(node))
+        value = self.fakes.get(node, value_of(node))
+        if isinstance(value, Tensor) and not value.is_leaf:
+            return value.detach().requires_grad_(value.requires_grad)
+        return value
 
     # running
 

@@ -75,11 +75,13 @@ def _count(value: Tensor) -> int:
     return math.prod(size_hint(size) for size in value.shape)
 
 
-def reserve(graph: fx.Graph, weights: Iterable[fx.Node]) -> int:
+def reserve(graph: fx.Graph, weights: Iterable[fx.Node], training: bool = False) -> int:
     """Most bytes beside offloaded weights that are alive at once if every operator keeps its own result.
 
-    Inputs of the graph stay alive throughout.
+    Inputs of the graph stay alive throughout; in training everything does, and one weight's gradient is on its way.
     """
+    weights = list(weights)
+    gradient = max((bytes_of(value_of(node)) for node in weights), default=0) if training else 0
     skipped = {*weights, *(n for n in graph.find_nodes(op="placeholder") if is_offloaded(value_of(n)))}
     for node in graph.nodes:  # views of weights
         if node.op != "output" and node.all_input_nodes and skipped.issuperset(node.all_input_nodes):
@@ -93,7 +95,8 @@ def reserve(graph: fx.Graph, weights: Iterable[fx.Node]) -> int:
             key = _memory(value)
             born.setdefault(key, place)
             size[key] = max(size.get(key, 0), bytes_of(value))
-            last[key] = len(nodes) if node.op == "placeholder" else max(last.get(key, 0), place)
+            stays = training or node.op == "placeholder"
+            last[key] = len(nodes) if stays else max(last.get(key, 0), place)
         for source in node.all_input_nodes:
             for value in _tensors(value_of(source)):
                 key = _memory(value)
@@ -107,7 +110,7 @@ def reserve(graph: fx.Graph, weights: Iterable[fx.Node]) -> int:
     for change in changes:
         alive += change
         peak = max(peak, alive)
-    return peak
+    return peak + 2 * gradient
 
 
 def _tensors(value: Any) -> list[Tensor]:

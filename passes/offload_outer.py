@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from vbcompile.handles_store import store_of
 from vbcompile.passes.offload_segments import Segment, lookup_operands
+from vbcompile.passes.offload_training import Streamed, TrainedSegment
 from vbcompile.vgpu_plan import DEVICE, Plan
 
 
@@ -85,6 +86,7 @@ class Layout(NamedTuple):
         parts: Which tensor of a bundle an input is, where it is one.
         written: Weights that the graph writes to.
         start, last: Indices of the graph's first and last operator in the plan.
+        training: Whether the second half of these is the backward.
     """
 
     key: str
@@ -94,6 +96,7 @@ class Layout(NamedTuple):
     written: frozenset[fx.Node]
     start: int
     last: int
+    training: bool
 
 
 def emit(
@@ -122,6 +125,7 @@ class _Emitter:
         self.arrived: dict[int, fx.Node] = {}  # weight -> node that holds it now
         self.modules: dict[str, nn.Module] = {}
         self.issued = _issued(layout.plan)
+        self.operator = layout.start
 
     def run(self) -> fx.GraphModule:
         for node in self.source.find_nodes(op="placeholder")[: self.arguments]:
@@ -129,7 +133,8 @@ class _Emitter:
         self._call(begin, self.layout.start)
         for number, piece in enumerate(self.pieces):
             self._piece(number, piece)
-        self._call(end, self.layout.last)
+        if not self.layout.training:
+            self._call(end, self.layout.last)
         results = {node: self.known[node] for node in self.known}
         for node in self.returned:
             results[node] = self.outer.node_copy(node, results.__getitem__)
@@ -142,6 +147,7 @@ class _Emitter:
 
     def _piece(self, number: int, piece: Piece) -> None:
         plan, operator = self.layout.plan, self.layout.start + number
+        self.operator = operator
         for copy in plan.waits[operator]:
             self.arrived[plan.copies[copy].weight] = self._call(wait, copy)
         results = self._run(number, piece)
@@ -165,20 +171,39 @@ class _Emitter:
                 found = self._call(rows, weight, self._value(indices))
                 return self.outer.call_function(_tuple, (found,))
         name = f"segment_{number}"
-        self.modules[name] = CompiledSegment(piece.compiled)
         inputs = tuple(self._value(node) for node in (*piece.segment.inputs, *piece.extra))
-        return self.outer.call_module(name, inputs)
+        if not self.layout.training:
+            self.modules[name] = CompiledSegment(piece.compiled)
+            return self.outer.call_module(name, inputs)
+        self.modules[name] = TrainedSegment(piece.compiled, self._streamed(number, piece))
+        return self.outer.call_module(name, (*inputs, *(self.known.get(node) for node in piece.segment.weights)))
+
+    def _streamed(self, number: int, piece: Piece) -> Streamed:
+        operator = self.layout.last - number if len(self.pieces) > 1 else self.layout.last
+        weights = tuple(self.layout.weights[node] for node in piece.segment.weights)
+        return Streamed(self.layout.key, weights, operator, operator == self.layout.last, tuple(self.issued[operator]))
 
     def _value(self, node: fx.Node) -> fx.Node:
         weight = self.layout.weights.get(node)
         if weight is None:
             return self.known[node]
         if weight not in self.arrived:
-            assert self.layout.plan.levels[weight] == DEVICE, f"{node} is read where no copy of it was waited for"
-            self.arrived[weight] = self._call(resident, weight)
+            self.arrived[weight] = self._arrival(weight)
         part = self.layout.parts.get(node)
         held = self.arrived[weight]
         return held if part is None else self.outer.call_function(_item, (held, part))
+
+    def _arrival(self, weight: int) -> fx.Node:
+        """A weight that no copy brings for this operator: it is resident, or held since a graph before this one."""
+        plan = self.layout.plan
+        if plan.levels[weight] == DEVICE:
+            return self._call(resident, weight)
+        held = [
+            index for index, copy in enumerate(plan.copies)
+            if copy.weight == weight and copy.first_use <= self.operator <= copy.last_use
+        ]  # fmt: skip
+        assert held, f"no copy brings {plan.sweep.weights[weight].name}"
+        return self._call(wait, held[0])
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.outer.call_function(function, (self.layout.key, *args))

@@ -289,8 +289,8 @@ def whole(graph: fx.Graph, cutting: Cutting) -> Segment:
         n for n in graph.find_nodes(op="placeholder") if any(u.op != "output" and u not in apart for u in n.users)
     ]
     outputs = [n for n in graph.output_node().all_input_nodes if n.op != "placeholder" and n not in apart]
-    weights = [node for segment in cutting.segments for node in segment.weights]
-    return Segment(nodes, list(dict.fromkeys(weights)), inputs, outputs)
+    weights = list(dict.fromkeys(node for segment in cutting.segments for node in segment.weights))
+    return Segment(nodes, weights, [*weights, *(n for n in inputs if n not in weights)], outputs)
 
 
 def build(root: fx.GraphModule, segment: Segment, extra: Iterable[fx.Node] = ()) -> fx.GraphModule:

@@ -39,6 +39,7 @@ _HOME = {
     ),
     "handles": ("OffloadedTensor",),
     "handles_model": ("materialize", "offload"),
+    "handles_optimizer": ("optimizer",),
     "handles_statistics": ("stats",),
     "global_switch": (
         "disable",

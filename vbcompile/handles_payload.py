@@ -108,6 +108,11 @@ class Payload:
             return self.residence.fetch(self)
         return self.shaped(self.load().to(self.device, copy=True))
 
+    def begin_write(self) -> None:
+        """The master's memory is about to be written to: what reads it must be over."""
+        if self.residence is not None:
+            self.residence.before_write(self)
+
     def write(self, value: Tensor) -> None:
         """Make ``value`` (any device and dtype, same shape) the new content.
 
@@ -120,8 +125,7 @@ class Payload:
                 "raise max_memory['cpu'] so that it fits in host memory, or call vbcompile.materialize(model) first"
             )
         with _write_lock:
-            if self.residence is not None:
-                self.residence.before_write(self)
+            self.begin_write()
             with torch.inference_mode(False), torch.no_grad():
                 self.shaped(self.source.memory).copy_(value.detach())
             self.version += 1

@@ -299,6 +299,35 @@ class WeightStore:
     def release(self, copy: int) -> None:
         self._streamer.release(copy)  # type: ignore[union-attr]
 
+    def waits(self, operator: int) -> tuple[int, ...]:
+        """Copies that an operator waits for."""
+        return self.plan.waits[operator] if self.plan is not None else ()
+
+    def releases(self, operator: int) -> tuple[int, ...]:
+        """Copies that are over with an operator."""
+        return self.plan.releases[operator] if self.plan is not None else ()
+
+    def is_resident(self, weight: int) -> bool:
+        """Whether the plan keeps a weight on the device."""
+        return self.plan is not None and self.plan.levels[weight] == DEVICE
+
+    def weight_bytes(self, weight: int) -> Tensor:
+        """A weight's bytes on the device: resident, in use, or fetched for the caller."""
+        streamer = self._streamer or self.start()
+        try:
+            return streamer.view(weight)
+        except KeyError:
+            return streamer.fetch(weight)
+
+    def save(self, memory: Tensor, target: Tensor) -> Any:
+        """Copy device memory into host memory beside the computation; the event behind it."""
+        return (self._streamer or self.start()).save(memory, target)
+
+    def join(self, event: Any) -> None:
+        """Block until an event of the device is over."""
+        if self._memory_device is not None:
+            self._memory_device.join(event)
+
     def resident(self, weight: int) -> Any:
         """A resident weight, in its own shape; of a bundle, its tensors."""
         if self._whole is not None:

@@ -1,0 +1,163 @@
+"""Training with offloaded weights: gradients and updates are those of the ordinary model."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vbcompile
+from vbcompile.handles import OffloadedTensor
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def blocks(width: int = 32, depth: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width) for _ in range(depth)))
+
+
+def offload(model: nn.Module, budget: str) -> nn.Module:
+    return vbcompile.offload(model, "cpu", {0: budget, "cpu": "64MiB"}, smallest=1024, progress=False)
+
+
+def compiled(model, downstream: str = "aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(
+        model, backend="vblackwell", options={"mode": "memory", "strict": True, "downstream": downstream}
+    )
+
+
+def gradients(model, run, x) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    run(x).square().mean().backward()
+    return {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("downstream", "budget"), [("aot_eager", "130KiB"), ("aot_eager", "4MiB"), ("inductor", "130KiB")]
+)
+def test_gradients(downstream, budget):
+    model, x = blocks(), torch.randn(3, 32)
+    expected = gradients(model, model, x)
+    offload(model, budget)
+    run = compiled(model, downstream)
+    for _ in range(3):
+        found = gradients(model, run, x)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+    assert isinstance(model[0].up.weight.grad, OffloadedTensor)
+    (stats,) = vbcompile.stats(model)
+    assert stats.steps == 3 and stats.runtime["misses"] == 0 and stats.runtime["fetched_bytes"] == 0
+    assert (stats.planned_bytes > 0) == (budget == "130KiB")
+    assert stats.runtime["detour_bytes"] == stats.runtime["wasted_bytes"] == 0
+
+
+def test_gradients_add_up():
+    model, twin = blocks(), blocks()
+    offload(model, "130KiB")
+    run = compiled(model)
+    for _ in range(3):
+        x = torch.randn(3, 32)
+        run(x).sum().backward()
+        twin(x).sum().backward()
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad, msg=name)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_on_the_host(kind):
+    model, twin = blocks(), blocks()
+    offload(model, "130KiB")
+    run = compiled(model)
+    groups = [{"params": list(model.parameters())[:3], "lr": 2e-3}, {"params": list(model.parameters())[3:]}]
+    ours = vbcompile.optimizer(kind, groups, lr=1e-3)
+    others = [{"params": list(twin.parameters())[:3], "lr": 2e-3}, {"params": list(twin.parameters())[3:]}]
+    theirs = kind(others, lr=1e-3)
+    assert isinstance(ours, kind)
+    for _ in range(6):
+        x = torch.randn(3, 32)
+        for each, optimizer in ((run, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            each(x).square().mean().backward()
+            optimizer.step()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+    assert all(p.device.type == "cpu" for group in ours.param_groups for p in group["params"])
+    fresh = vbcompile.optimizer(kind, model.parameters(), lr=1e-3)
+    assert len(fresh.param_groups) == 1
+    with pytest.raises(TypeError, match="AdamW"):
+        vbcompile.optimizer("AdamW", model.parameters())
+
+
+def test_frozen_weights_with_trained_adapters():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = blocks().requires_grad_(False)
+            self.inside = nn.Linear(32, 4, bias=False)
+            self.outside = nn.Linear(4, 32, bias=False)
+
+        def forward(self, x):
+            x = x + self.outside(self.inside(x))
+            return self.body(x)
+
+    model, x = Adapted(), torch.randn(3, 32)
+    twin = copy.deepcopy(model)
+    expected = gradients(twin, twin, x)
+    offload(model, "130KiB")
+    found = gradients(model, compiled(model), x)
+    assert found.keys() == expected.keys() == {"inside.weight", "outside.weight"}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    (stats,) = vbcompile.stats(model)
+    assert stats.planned_bytes > 0 and stats.runtime["fetched_bytes"] == 0
+
+
+def test_a_step_without_a_backward_is_forgotten():
+    model, x = blocks(), torch.randn(3, 32)
+    expected = gradients(model, model, x)
+    offload(model, "130KiB")
+    run = compiled(model)
+    for _ in range(2):
+        run(x)
+    found = gradients(model, run, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), run(x))
+
+
+def test_tied_and_clipped():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(64, 32)
+            self.body = blocks(depth=3)
+            self.head = nn.Linear(32, 64, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.body(self.embed(ids)))
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(5)
+    twin = copy.deepcopy(model)
+    offload(model, "170KiB")
+    run = compiled(model)
+    for each, call in ((model, run), (twin, twin)):
+        call(ids).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(each.parameters(), 0.01)
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad, msg=name)
