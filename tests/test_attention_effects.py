@@ -1,0 +1,269 @@
+"""The attention pass on single graphs: side effects and layouts survive, and what cannot be proved is left alone."""
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_pass_run import CAUSAL, attend, check, compiled, qkv
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+INF = float("inf")
+
+
+# ---------------------------------------------------------------------------------------------------------- effects
+def test_in_place_scores():
+    def function(q, k, v, mask):
+        scores = q @ k.mT
+        scores *= 0.3
+        scores.masked_fill_(mask, -INF)
+        scores[..., 0] += 1.0
+        return F.softmax(scores, -1) @ v
+
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    mask[1, 2:] = True
+    check(function, *qkv(grad=False), mask, sites=0)  # a part of the scores is written: not understood, so left
+
+
+def test_mask_modified_after_the_scores_are_masked():
+    def function(q, k, v, mask):
+        hidden = mask | (torch.arange(7) > 5)
+        scores = (q @ k.mT).masked_fill(hidden, -INF)
+        hidden.fill_(False)
+        return F.softmax(scores, -1) @ v
+
+    check(function, *qkv(grad=False), torch.zeros(6, 7, dtype=torch.bool), sites=0)
+
+
+def test_keys_overwritten_between_the_products():
+    def function(q, k, v):
+        scores = q @ k.mT
+        k.zero_()
+        return F.softmax(scores, -1) @ v + k
+
+    check(function, *qkv(q=7, grad=False), sites=0)
+
+
+def test_cache_written_after_keys_were_repeated():
+    def function(q, cache, new, v):
+        k = cache.repeat_interleave(2, dim=1)
+        cache[:, :, 0] = new
+        return attend(q, k, v), cache.sum()
+
+    q, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8)
+    check(function, q, torch.randn(2, 2, 7, 8), torch.randn(2, 2, 8), v)
+
+
+def test_static_cache_is_read_after_it_was_written():
+    def function(q, cache, new, v, position):
+        cache.index_copy_(2, position, new)
+        return attend(q, cache, v, lambda s: s.masked_fill(torch.arange(7) > position, -INF))
+
+    new, position = torch.randn(2, 4, 1, 8), torch.tensor([3])
+    check(function, torch.randn(2, 4, 1, 8), torch.randn(2, 4, 7, 8), new, torch.randn(2, 4, 7, 8), position)
+
+
+def test_result_modified_in_place():
+    def function(q, k, v):
+        out = attend(q, k, v)
+        out.mul_(2.0)
+        return out + 1
+
+    check(function, *qkv(), capture_autograd=True)
+    check(function, *qkv())
+
+
+def test_gradient_mode_changes_inside():
+    def function(q, k, v):
+        with torch.no_grad():
+            scores = q @ k.mT
+        return F.softmax(scores, -1) @ v
+
+    assert "gradient mode" in check(function, *qkv(), sites=0).reasons[0]
+
+
+def test_function_transforms_around_attention():
+    def function(q, k, v):
+        return torch.func.vmap(attend)(q, k, v)
+
+    run = check(function, *qkv(grad=False), sites=0)
+    assert "function transform" in run.reasons[0]
+
+
+def test_activation_in_place_by_position():
+    def function(q, k, v):
+        scores = q @ k.mT
+        shifted = scores + 0.5
+        F.relu(scores, True)
+        return F.softmax(shifted + scores, -1) @ v
+
+    check(function, *qkv(grad=False), sites=0)
+
+
+def test_detached_operands_get_no_gradient():
+    def function(q, k, v, bias):
+        return attend(q, k.detach(), v, lambda s: s + bias.detach() + torch.arange(7) * bias)
+
+    check(function, *qkv(), torch.randn(4, 6, 7, requires_grad=True))
+
+
+def test_autocast():
+    def function(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return attend(q, k, v)
+
+    ours, run = compiled(function)
+    inputs = qkv(grad=False)
+    out, expected = ours(*inputs), function(*inputs)
+    assert run.sites == 1 and out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert all(n.meta["example_value"].dtype == torch.bfloat16 for n in run.calls()[0].args[:3])
+
+
+def test_upcast_scores_keep_the_operands_precision():
+    def function(q, k, v):
+        weights = F.softmax(q.float() @ k.float().mT, -1)
+        return weights.to(v.dtype) @ v
+
+    ours, run = compiled(function)
+    inputs = [t.to(torch.bfloat16) for t in qkv(grad=False)]
+    torch.testing.assert_close(ours(*inputs), function(*inputs), rtol=2e-2, atol=2e-2)
+    assert run.decisions[0].details["dtype"] == "bfloat16"
+
+
+def test_float64():
+    check(attend, *(t.detach().double().requires_grad_() for t in qkv()))
+
+
+def test_checkpointed_attention_with_a_mask_from_outside():
+    def function(q, k, v):
+        mask = torch.full((7, 7), -INF).triu(1)
+        return checkpoint(lambda q, k, v: attend(q, k, v, lambda s: s + mask), q, k, v, use_reentrant=False)
+
+    run = check(function, *qkv(q=7), capture_autograd=True)
+    assert run.function().program == CAUSAL
+
+
+def test_dropout_has_a_seed_from_the_graph():
+    def function(q, k, v):
+        return F.dropout(F.softmax(q @ k.mT, -1), 0.25) @ v
+
+    ours, run = compiled(function)
+    inputs = qkv()
+    ours(*inputs).sum().backward()
+    (call,) = run.calls()
+    assert call.args[5] == 0.25 and call.args[6].target is torch.randint
+
+
+def test_dropout_must_repeat_eagers_random_numbers():
+    import torch._inductor.config as inductor
+
+    def function(q, k, v):
+        return F.dropout(F.softmax(q @ k.mT, -1), 0.25) @ v
+
+    ours, run = compiled(function)
+    with inductor.patch(fallback_random=True):
+        ours(*qkv())
+    assert run.sites == 0 and "fallback_random" in run.reasons[0]
+
+
+# ------------------------------------------------------------------------------------------------- what is left alone
+def _refusals() -> dict[str, tuple[Any, str]]:
+    def weights_returned(q, k, v):
+        weights = F.softmax(q @ k.mT, -1)
+        return weights @ v, weights
+
+    def other_axis(q, k, v):
+        return F.softmax(q @ k.mT, -2) @ v
+
+    def no_values(q, k, v):
+        return F.softmax(q @ k.mT, -1).sum() + v
+
+    def sorted_scores(q, k, v):
+        return F.softmax((q @ k.mT).sort(-1).values, -1) @ v
+
+    def part_of_the_weights(q, k, v):
+        return F.softmax(q @ k.mT, -1)[..., 1:] @ v[..., 1:, :]
+
+    def masked_weights(q, k, v):
+        weights = F.softmax(q @ k.mT, -1)
+        return weights.masked_fill(torch.arange(7) > 3, 0.0) @ v
+
+    return {
+        "weights_returned": (weights_returned, "weights are returned"),
+        "other_axis": (other_axis, "another axis"),
+        "no_values": (no_values, "no matrix product"),
+        "sorted_scores": (sorted_scores, "between the first matrix product and the softmax"),
+        "part_of_the_weights": (part_of_the_weights, "a part of the attention weights"),
+        "masked_weights": (masked_weights, "masked where the softmax is not"),
+    }
+
+
+@pytest.mark.parametrize("name", _refusals())
+def test_refusals_say_why(name):
+    function, reason = _refusals()[name]
+    run = check(function, *qkv(), sites=0)
+    assert any(reason in r for r in run.reasons), run.reasons
+
+
+def test_classifier_is_no_attention():
+    module = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Softmax(-1), nn.Linear(5, 8, bias=False))
+    assert check(module, torch.randn(2, 6, 8), sites=0).reasons
+
+
+def test_weights_of_multihead_attention_that_are_read():
+    module = nn.MultiheadAttention(16, 2, batch_first=True)
+    run = check(lambda x: module(x, x, x), torch.randn(2, 6, 16), sites=0)
+    assert run.reasons == ["the attention weights are returned"]
+
+
+@pytest.mark.parametrize("extra", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_multihead_attention_with_extra_keys_is_left(extra):
+    module = nn.MultiheadAttention(16, 2, batch_first=True, **extra)
+    check(lambda x: module(x, x, x)[0], torch.randn(2, 6, 16), sites=0)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_multihead_attention(batched):
+    module = nn.MultiheadAttention(16, 2, batch_first=True)
+    mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    x = torch.randn(*([2] if batched else []), 6, 16, requires_grad=True)
+    run = check(lambda x: module(x, x, x, attn_mask=mask)[0], x)
+    assert not any(n.target is F.multi_head_attention_forward for n in run.graphs[0].graph.nodes)
+
+
+def test_log_sum_before_the_values_exist():
+    def function(q, k, w):
+        scores = q @ k.mT
+        v = w * torch.logsumexp(scores, -1).sum()
+        return F.softmax(scores, -1) @ v
+
+    assert "before the values" in check(function, *qkv(), sites=0).reasons[0]
+
+
+def test_report_names_the_module():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Inner()
+
+        def forward(self, q, k, v):
+            return self.attention(q, k, v)
+
+    class Inner(nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v)
+
+    run = check(Block(), *qkv())
+    assert run.decisions[0].site.startswith("attention (attention_pass_run.py:")
+
+
+def test_other_nodes_are_untouched():
+    def function(q, k, v):
+        q.add_(1)
+        return attend(q, k, v) + operator.neg(q)[..., :8]
+
+    run = check(function, *qkv(grad=False))
+    assert any(n.target == "add_" for n in run.graphs[0].graph.nodes)
