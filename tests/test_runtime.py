@@ -28,7 +28,7 @@ from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_neighbours import copy_to_neighbours
 from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
 from vbcompile.runtime_sources import DiskBytes, HostBytes, PeerBytes
-from vbcompile.runtime_statistics import table
+from vbcompile.runtime_statistics import combined, table
 from vbcompile.vgpu import create_vgpu_stack
 from vbcompile.vgpu_plan import Tier
 from vbcompile.vgpu_planner import plan_weights
@@ -408,6 +408,9 @@ def test_the_counters_of_the_stack_and_the_table(device, unit, tmp_path):
     assert top.hits == 4 * len(streamer.plan.copies)
     text = table(found)
     assert "h2d" in text and "disk" in text and "4 steps" in text and "predicted" in text
+    twice = combined([found, found])
+    assert twice["links"]["h2d"] == {"copies": 2 * found["links"]["h2d"]["copies"], "bytes": 2 * host.bytes_out}
+    assert (twice["steps"], twice["step_ns"]) == (8, found["step_ns"]) and combined([]) == {}
 
 
 def test_nothing_is_recorded_unless_asked(device, unit):

@@ -8,6 +8,7 @@ from torch import nn
 
 from vbcompile.handles_model import offloaded_tensors
 from vbcompile.handles_store import WeightStore, all_stores
+from vbcompile.runtime_statistics import table
 from vbcompile.vgpu_plan import DEVICE
 from vbcompile.vgpu_size import MIB
 
@@ -75,6 +76,7 @@ class OffloadStatistics:
                 f"step {self.predicted_ns / 1e6:.2f} ms predicted, {measured}; bottleneck {self.bottleneck}, "
                 f"{self.roofline_share:.1%} of the roofline",
                 f"{self.steps} steps, {_mib(self.streamed_bytes)} moved to the device",
+                *([table(self.runtime)] if self.runtime else []),
             ]
         )
 

@@ -22,6 +22,7 @@ from vbcompile.runtime import Streamer
 from vbcompile.runtime_device import MemoryDevice
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_neighbours import copy_to_neighbours
+from vbcompile.runtime_statistics import combined
 from vbcompile.vgpu_plan import DEVICE, Operator, Plan, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights
 
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _MARGIN = (1, 8)  # of the memory beside weights: the allocator's fragments
 _LIBRARIES = 96 << 20  # bytes: workspaces of vendors' libraries on an accelerator
-_SUMMED = ("steps", "abandoned", "streamed_bytes", "hits", "misses", "wasted_bytes", "detour_bytes", "fetched_bytes")
 _SLOWEST_MEMORY = 600 * 10**9  # bytes per second assumed for operators of graphs that were not compiled yet
 
 
@@ -398,10 +398,7 @@ class WeightStore:
         """What the runtime has counted since the weights were offloaded; step times are those of the current plan."""
         with self._lock:
             runs = [*self._past, *([self._streamer.statistics()] if self._streamer is not None else [])]
-        found: dict[str, Any] = dict(runs[-1]) if runs else {}
-        for name in _SUMMED:
-            found[name] = sum(run.get(name) or 0 for run in runs)
-        return found
+        return combined(runs)
 
     def masters(self) -> dict[str, int]:
         """Bytes of masters by place."""

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -133,6 +133,18 @@ class Statistics:
             step = self._open.pop(0)
             self._times.append((device.elapsed_ns(step.begin, step.end), step.streamed))
         del self._times[:-_KEPT_STEPS]
+
+
+def combined(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counters of several streamers of one model, one after the other; figures of a step are the last one's."""
+    found: dict[str, Any] = dict(runs[-1]) if runs else {}
+    for name in _COUNTERS if runs else ():
+        found[name] = sum(run[name] for run in runs)
+    links: dict[str, Counter[str]] = {}
+    for run in runs:
+        for name, link in run["links"].items():
+            links.setdefault(name, Counter()).update(link)
+    return found | ({"links": {name: dict(link) for name, link in links.items()}} if runs else {})
 
 
 def table(found: Mapping[str, Any]) -> str:
