@@ -105,13 +105,16 @@ class _Rules:
     def _rounded(self, total: Expression) -> Expression:
         """A float16 sum with a mask of -65504 as the source rounds it: to multiples of 32, so that the score vanishes.
 
-        In float32 the score would survive, and rows without a key would not come out as the mean of all values.
+        In float32 the score would survive, and rows without a key would not come out as the mean of all values. Two
+        such masks are beyond float16 together: -inf.
         """
         operands = [self.call.input, self.call.get("other")]
         if self._dtype != torch.float16 or not self._direct or not any(map(_may_be_very_low, operands)):
             return total
         shift = self.const(1.5 * 2.0**23 * 32.0)  # float32 numbers around it are 32 apart
         rounded = self.make("sub", self.make("add", total, shift), shift)
+        lost = self.make("le", total, self.const(-65520.0))  # nearer to -65536 than to float16's lowest
+        rounded = self.make("where", lost, self.const(-math.inf), rounded)
         return self.make("where", self.make("lt", total, self.const(-(2.0**15))), rounded, total)
 
     def div(self) -> Expression:

@@ -6,7 +6,7 @@ The corpus and the property test cover the ways of writing attention; here are t
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_pass_run import CAUSAL, attend, check, qkv
+from attention_pass_run import CAUSAL, attend, check, compiled, qkv
 
 from vbcompile.kernels.score_function import ScoreFunction
 
@@ -215,3 +215,22 @@ def test_second_product_of_overwritten_queries_stays_a_bias():
     q, k, v = qkv(grad=False)
     run = check(both, q, k, v, torch.randn(2, 4, 6, 4), torch.randn(2, 4, 7, 4))
     assert run.captured() == [[2, 4, 6, 7]]
+
+
+def test_two_float16_masks_are_infinite_together():
+    """Each alone leaves a row without a key the mean of all values; their sum is beyond float16."""
+
+    def function(q, k, v, keep, twice):
+        lowest = torch.finfo(q.dtype).min
+        scores = (q @ k.mT).masked_fill(~keep, lowest)
+        scores = scores + torch.zeros_like(scores).masked_fill(~(keep | ~twice), lowest)
+        return torch.softmax(scores, -1) @ v
+
+    heads = [t.half() for t in qkv(grad=False)]
+    keep = torch.ones(6, 7, dtype=torch.bool)
+    keep[2:4] = False
+    twice = torch.arange(6)[:, None] == 3
+    ours, run = compiled(function)
+    result, expected = ours(*heads, keep, twice), function(*heads, keep, twice)
+    assert run.sites == 1 and expected[:, :, 3].isnan().all() and not expected[:, :, 2].isnan().any()
+    torch.testing.assert_close(result, expected, atol=2e-3, rtol=2e-3, equal_nan=True)
