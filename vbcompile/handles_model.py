@@ -92,6 +92,7 @@ def offload(
     for site in small:
         _move(site, found, places.device)
     store = WeightStore(places.device, places.memory_device, places.budget, tiers, places.host, places.rates, beside)
+    store.stack = places.stack
     with _bar(progress, sum(site.nbytes for site in large)) as advance:
         _take_over(large, on_disk, _Origin(found, places), store, advance)
     for module in {id(module): module for site in large for module, _ in site.owners}.values():

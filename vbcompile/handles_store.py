@@ -23,6 +23,7 @@ from vbcompile.runtime_device import MemoryDevice
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_neighbours import copy_to_neighbours
 from vbcompile.runtime_statistics import combined
+from vbcompile.vgpu import VGPUStack
 from vbcompile.vgpu_plan import DEVICE, Operator, Plan, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights
 
@@ -81,6 +82,8 @@ class WeightStore:
     Attributes:
         key: What compiled graphs know it by.
         plan: The current plan; None before the first graph.
+        stack: Levels whose counters are kept up to date, or None.
+        record: Whether streamers keep a timeline; takes effect with the next one.
         file: Keeps the file of weights that host memory has no room for.
         forms: Other forms of payloads (packed ones), by what their makers know them by.
     """
@@ -99,6 +102,8 @@ class WeightStore:
         self.device, self.budget, self.tiers, self.beside = device, budget, tuple(tiers), beside
         self.host, self.rates = host, rates
         self.plan: Plan | None = None
+        self.stack: VGPUStack | None = None
+        self.record = False
         self.payloads: dict[int, Payload] = {}
         self.file: object | None = None
         self._make_device = make_device
@@ -128,7 +133,9 @@ class WeightStore:
 
     def twin(self) -> "WeightStore":
         """An empty store with the same places, for a copy of the model."""
-        return WeightStore(self.device, self._make_device, self.budget, self.tiers, self.host, self.rates, self.beside)
+        twin = WeightStore(self.device, self._make_device, self.budget, self.tiers, self.host, self.rates, self.beside)
+        twin.stack, twin.record = self.stack, self.record
+        return twin
 
     def supersede(self, payload: Payload) -> None:
         """No graph reads this payload any more: others were made from it."""
@@ -370,7 +377,9 @@ class WeightStore:
             if self._memory_device is None:
                 self._memory_device = self._make_device()
             sources = copy_to_neighbours(self.plan, [payload.source for payload in self._order])
-            streamer = Streamer(self.plan, sources, self._memory_device, host=self.host)
+            streamer = Streamer(
+                self.plan, sources, self._memory_device, host=self.host, stack=self.stack, record=self.record
+            )
             streamer.start()
             with torch.inference_mode(False), torch.no_grad():
                 self._resident_views = {
