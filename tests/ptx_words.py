@@ -28,12 +28,25 @@ def add_to_product(kind: str) -> Callable[..., np.ndarray]:
     return run
 
 
+def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
+    """prmt without its sign bit: each nibble of ``select`` names a byte of ``b a``."""
+    both = b.astype(np.uint64) << np.uint64(32) | a
+    picked = np.zeros_like(a)
+    for place in range(4):
+        index = (select >> np.uint32(4 * place)) & np.uint32(7)
+        byte = (both >> (index.astype(np.uint64) * np.uint64(8))) & np.uint64(255)
+        picked |= byte.astype(np.uint32) << np.uint32(8 * place)
+    return picked
+
+
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32": lambda a: a,
     "and.b32": np.bitwise_and,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
     "lop3.b32": or_of_and,
+    "prmt.b32": pick_bytes,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     **{f"mul.rn.{kind}": lambda a, b, kind=kind: multiply_halves(kind, a, b) for kind in TYPES},
     **{f"fma.rn.{kind}": add_to_product(kind) for kind in TYPES},
 }
@@ -65,4 +78,53 @@ def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             state[low], state[high] = value & np.uint32(0xFFFF), value >> np.uint32(16)
         else:
             state[target] = value
+    return state
+
+
+def matrix_product(kind: str, a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray]) -> list[np.ndarray]:
+    """mma.m16n8k16 of one warp, registers ``[32]`` as the PTX ISA assigns them; sums float32 as words, in double."""
+    lane = np.arange(32)
+    row, column = lane // 4, 2 * (lane % 4)
+
+    def halves(word: np.ndarray) -> list[torch.Tensor]:
+        both = torch.from_numpy(word.view(np.int16).reshape(32, 2).copy()).view(TYPES[kind]).double()
+        return [both[:, 0], both[:, 1]]
+
+    left, right, total = torch.zeros(16, 16).double(), torch.zeros(16, 8).double(), torch.zeros(16, 8).double()
+    for register in range(4):
+        for part, value in enumerate(halves(a[register])):
+            left[row + 8 * (register % 2), column + 8 * (register // 2) + part] = value
+        total[row + 8 * (register // 2), column + register % 2] = torch.from_numpy(
+            c[register].view(np.float32)
+        ).double()
+    for register in range(2):
+        for part, value in enumerate(halves(b[register])):
+            right[column + 8 * register + part, row] = value
+    total = (total + left @ right).float()
+    return [total[row + 8 * (r // 2), column + r % 2].numpy().view(np.uint32) for r in range(4)]
+
+
+def run_warp(text: str, inputs: dict[str, np.ndarray], memory: np.ndarray) -> dict[str, np.ndarray]:
+    """Like :func:`run_ptx` for one warp, with loads (addresses are places in ``memory``, bytes) and matrix products."""
+    state = {name: value.astype(np.uint32) for name, value in inputs.items()}
+    predicate = np.ones(32, bool)
+    body = re.sub(r"\.reg[^;]*;", "", text.strip()[1:-1])
+    for instruction in filter(None, (i.strip() for i in body.split(";"))):
+        groups = [g.replace(" ", "").split(",") for g in re.findall(r"\{([^}]*)\}", instruction)]
+        if instruction.startswith("setp.gt.s32"):
+            _, left, right = re.findall(r"[^,\s]+", instruction.split(" ", 1)[1])
+            predicate = state[left].view(np.int32) > int(right)
+        elif instruction.startswith("@p ld.global"):
+            base, offset = re.search(r"\[(\S+) \+ (\d+)\]", instruction).groups()
+            targets = groups[0] if groups else [instruction.split()[2].rstrip(",")]
+            for number, name in enumerate(targets):
+                at = state[base].astype(np.int64) + int(offset) + 4 * number
+                words = memory[np.where(predicate, at, 0)[:, None] + np.arange(4)].copy().view(np.uint32)[:, 0]
+                state[name] = np.where(predicate, words, state[name])
+        elif instruction.startswith("mma.sync.aligned.m16n8k16"):
+            a, b, c = ([state[name] for name in group] for group in groups[1:])
+            kind = "bf16x2" if ".bf16." in instruction else "f16x2"
+            state |= dict(zip(groups[0], matrix_product(kind, a, b, c), strict=True))
+        else:
+            state = run_ptx(f"{{{instruction};}}", state)
     return state

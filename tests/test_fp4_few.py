@@ -1,0 +1,88 @@
+"""The assembly of the FP4 kernel for few rows, run on the CPU: every load and product of one warp against float64."""
+
+import numpy as np
+import pytest
+import torch
+from ptx_words import run_warp
+
+from vbcompile.device import Target
+from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
+from vbcompile.kernels.fp4_linear_decode import load_assembly, load_x_assembly, strip_assembly
+from vbcompile.kernels.fp4_linear_few import refuses_few
+from vbcompile.kernels.fp4_quantize import quantize
+
+KINDS = {"half": torch.float16, "bf16_sm80": torch.bfloat16, "bf16_sm90": torch.bfloat16}
+STRIPS, COLUMNS = 4, 128
+
+
+def words(state, names):
+    return [state[f"${i}"] for i in names]
+
+
+@pytest.mark.parametrize("format_name", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (11, 2)])
+def test_a_warp_multiplies_its_rows(kind, format_name, rows, blocks):
+    """64 rows by 128 columns of a weight, the last step half beyond its end, by rows of x of which some are missing."""
+    torch.manual_seed(0)
+    scale_words = 2 if format_name == "nvfp4" else 1
+    weight = to_layout(quantize(torch.randn(64, COLUMNS) * 0.02, format_name), "fragments2t")
+    x = torch.randn(rows, COLUMNS).to(KINDS[kind])
+    lane = np.arange(32)
+    row, column = lane // 4, lane % 4
+
+    codes, scales = weight.codes.numpy().ravel(), weight.block_scales.numpy().ravel()
+    tensors = [codes, scales, x.view(torch.int16).numpy().view(np.uint8).ravel()]
+    memory = np.concatenate(tensors)
+    scale_base, x_base = codes.size, codes.size + scales.size
+    unroll = 3  # the last of the three tiles is not there
+    left = np.full(32, COLUMNS // 64)
+    text, _ = load_assembly(STRIPS, unroll, scale_words)
+    parts = STRIPS * unroll
+    first = (4 + scale_words) * parts
+    loaded = run_warp(
+        text,
+        {f"${first}": lane * 16, f"${first + 1}": scale_base + row * 4 * scale_words, f"${first + 2}": left},
+        memory,
+    )
+    x_words = []
+    for block in range(blocks):
+        text, _ = load_x_assembly(unroll)
+        at = x_base + ((row + 8 * block) * COLUMNS + column * 2) * 2
+        there = np.where(row + 8 * block < rows, left, 0)
+        inputs = {f"${8 * unroll}": at, f"${8 * unroll + 1}": there}
+        x_words.append(words(run_warp(text, inputs, memory), range(8 * unroll)))
+
+    text, _ = strip_assembly(kind, blocks, scale_words)
+    got = np.zeros((16 * STRIPS, 8 * blocks), np.float32)
+    for strip in range(STRIPS):
+        sums = [np.zeros(32, np.uint32)] * (4 * blocks)
+        for tile in range(unroll):
+            part = tile * STRIPS + strip
+            scale_at = 4 * parts + scale_words * part
+            operands = words(loaded, [*range(4 * part, 4 * part + 4), *range(scale_at, scale_at + scale_words)])
+            operands += [word for own in x_words for word in own[8 * tile : 8 * tile + 8]]
+            inputs = {f"${4 * blocks + i}": value for i, value in enumerate([*operands, *sums])}
+            sums = words(run_warp(text, inputs, memory), range(4 * blocks))
+        for block in range(blocks):
+            for corner in range(4):
+                place = 16 * strip + 8 * (corner // 2) + row, 8 * block + 2 * column + corner % 2
+                got[place] = sums[4 * block + corner].view(np.float32)
+    exact = dequantize_weight(*weight.tensors, COLUMNS, format_name, weight.layout, torch.float64) @ x.double().T
+    ours = torch.from_numpy(got[:, :rows]).double() * 256 * weight.row_scale.double()[:, None]
+    assert float((ours - exact).norm() / exact.norm()) < 1e-6
+    assert not got[:, rows:].any()
+
+
+def test_refusals_name_the_reason():
+    def refusal(arch="sm_90", vendor="nvidia", dtype=torch.bfloat16, m=4, k=4096, layout="fragments2t"):
+        target = Target(vendor, "cuda", arch, features=frozenset({"triton"}))
+        return refuses_few(target, dtype, m, k, layout)
+
+    assert refusal() is None and refusal("sm_120") is None
+    assert "sm_80 or later" in refusal("sm_75")
+    assert "NVIDIA" in refusal("gfx942", "amd")
+    assert "float32" in refusal(dtype=torch.float32)
+    assert "1 to 32 rows" in refusal(m=33)
+    assert "multiples of 64" in refusal(k=100)
+    assert "layout" in refusal(layout="plain")
