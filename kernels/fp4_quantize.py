@@ -39,7 +39,7 @@ from vbcompile.kernels.fp4_formats import (
 _SOURCE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_SCALE = 2.0**-126  # smaller ones are subnormal: imprecise, and flushed to zero by some devices
 _REPEATED = 0.01  # relative error below which a weight has been in FP4 before; bfloat16 rounding makes 0.002
-_PHASES = 8  # tensor scales that MXFP4 tries within an octave
+_PHASES = 4  # tensor scales that MXFP4 tries within an octave
 _SAMPLE = 2**16  # elements that they are tried on
 _HEADROOM_MAX = 256.0  # largest nearest-rule scale when a block may take one up to 1.75 times larger, which is 448
 
@@ -121,7 +121,7 @@ def refuse_weight(weight: Tensor, fmt: Fp4Format) -> str | None:
 def relative_error(weight: Tensor, packed: PackedWeight) -> float:
     """``|weight - dequantize(packed)| / |weight|`` (Frobenius norms), 0 for zeros; waits for the device once."""
     parts = [
-        torch.stack(_norms(rows - decode_rows(packed, start, stop), rows)) for start, stop, rows in _row_chunks(weight)
+        torch.hstack(_norms(rows - decode_rows(packed, start, stop), rows)) for start, stop, rows in _row_chunks(weight)
     ]
     error = total = 0.0
     for peak, error_norm, norm in torch.stack(parts).tolist():  # products of these may not fit float32
@@ -129,11 +129,12 @@ def relative_error(weight: Tensor, packed: PackedWeight) -> float:
     return error / total if total else 0.0
 
 
-def _norms(error: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest magnitude of ``x``, and the Euclidean norms of ``error`` and ``x`` in units of it."""
+def _norms(error: Tensor, x: Tensor, per: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest magnitude of ``x``; in units of it, the Euclidean norms of ``error`` and ``x``, of ``per`` parts each."""
     peak = x.abs().amax()
     unit = torch.where(peak == 0, 1.0, peak)
-    return peak, (error / unit).norm(), (x / unit).norm()
+    error_norm, norm = ((t / unit).reshape(per, -1).norm(dim=1) for t in (error, x))
+    return peak, error_norm, norm
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
@@ -207,9 +208,10 @@ def _phase(weight: Tensor, fmt: Fp4Format, method: str) -> Tensor:
     """The tensor scale from 1 to 2 with the least error on a sample of the rows; 1 where others are no better."""
     x = _in_blocks(_sample_rows(weight), fmt)
     units = torch.tensor([2.0 ** (step / _PHASES) for step in range(_PHASES)], device=weight.device)
-    rule = scale_rule(fmt, method)
-    errors = [_norms(_rounded(x, unit.expand(x.shape[0], 1), fmt, rule) - x, x)[1] for unit in units]
-    return units[torch.stack(errors).argmin()]
+    unit = units.repeat_interleave(x.shape[0]).unsqueeze(1)
+    x = x.repeat(_PHASES, 1, 1)  # one search for all
+    _, error, _ = _norms(_rounded(x, unit, fmt, scale_rule(fmt, method)) - x, x, per=_PHASES)
+    return units[error.argmin()]
 
 
 def _sample_rows(weight: Tensor) -> Tensor:

@@ -35,9 +35,10 @@ def fp4_fake_quantize(weight: Tensor, format_name: str, transposed: bool) -> Ten
     oriented = weight.transpose(-2, -1) if transposed else weight
     if reason := refuse_weight(oriented, fmt):
         raise ValueError(f"fp4_fake_quantize: {reason}")
-    largest = row_maxima(oriented)
-    values = dequantize(pack_finite(oriented, largest, fmt, "mse"), weight.dtype)
-    values *= torch.where(torch.isfinite(largest).all(), 1.0, torch.nan).to(weight.dtype)
+    finite = torch.isfinite(row_maxima(oriented)).all()
+    safe = torch.where(finite, oriented, 0)
+    values = dequantize(pack_finite(safe, row_maxima(safe), fmt, "mse"), weight.dtype)
+    values.masked_fill_(~finite, torch.nan)
     return (values.transpose(-2, -1) if transposed else values).contiguous()
 
 

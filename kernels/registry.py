@@ -38,7 +38,7 @@ MODULES = {
     "attention_backward": _ATTENTION,
     "fp4_linear": _FP4_LINEAR,
     "fp4_linear_backward": _FP4_LINEAR,
-    "fp4_grouped_linear": ("vbcompile.kernels.fp4_grouped",),
+    "fp4_grouped_linear": ("vbcompile.kernels.fp4_grouped", "vbcompile.kernels.fp4_grouped_cpu"),
 }
 
 

@@ -16,25 +16,28 @@ from torch import Tensor, fx, nn
 from vbcompile.compat import copy_graph, mark_as_static_input, static_fake
 from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_linear import Fp4LinearCase, choose, make_case
+from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
+from vbcompile.kernels.fp4_linear import Fp4LinearCase, make_case
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_quantize import refuse_weight
+from vbcompile.kernels.registry import Choice, operator
+from vbcompile.passes.fp4_experts import ExpertSite, expert_sites, rewrite_experts
 from vbcompile.passes.fp4_feed import FedWeight, WeightFeed
 from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
 from vbcompile.passes.fp4_progress import progress
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     autocast_dtypes,
-    is_transpose,
+    erase_if_unread,
     is_vocabulary_projection,
     is_written,
     linear_sites,
     rematch,
     weight_inputs,
 )
-from vbcompile.passes.fp4_training import train_for_fp4
+from vbcompile.passes.fp4_training import TrainedWeights
 from vbcompile.passes.fp4_weights import Packed, PackKey, adopted_format, canonical_form, is_hollow, pack, state_of
-from vbcompile.passes.graph_ops import call_of, describe_site, module_graphs, value_of
+from vbcompile.passes.graph_ops import describe_site, module_graphs, value_of
 from vbcompile.report import Decision
 
 PASS_NAME = "fp4"
@@ -80,18 +83,23 @@ class _Fp4Pass:
         self.decisions: dict[fx.Node, Decision] = {}
 
     def run(self) -> list[Decision]:
-        sites = list(linear_sites(self.graph, self.weights))
+        experts = list(expert_sites(self.graph, self.weights))
+        taken = {site.node for site in experts}
+        sites: list[Any] = [s for s in linear_sites(self.graph, self.weights) if s.node not in taken] + experts
         found = {site.node: self._candidate(site) for site in sites}
         candidates = [c for c in found.values() if isinstance(c, Candidate)]
         for node, reason in found.items():
             if isinstance(reason, str):
                 self._leave(node, reason)
-        groups = with_shared_inputs(candidates, self.graph) if self.config.fp4_fuse else [[c] for c in candidates]
+        groups = self._groups(candidates)
         with progress(groups, "packing FP4 weights", self._reads_weights(candidates)) as packing:
             plans = [plan for group in packing for plan in self._packed(group)]
         trained = self._train([site for site in sites if found[site.node] is None])
         for group, packed in plans:
-            self._rewrite(group, packed)
+            if isinstance(group[0].site, ExpertSite):
+                self._rewrite_experts(group[0], packed)
+            else:
+                self._rewrite(group, packed)
         if plans or trained:
             self._remove_transposes()
             self.graph.lint()
@@ -102,11 +110,17 @@ class _Fp4Pass:
         self._refuse_to_read_hollow_weights()
         return [self.decisions[site.node] for site in sites]
 
+    def _groups(self, candidates: list[Candidate]) -> list[list[Candidate]]:
+        """The candidates, those together that will be one product."""
+        linear = [c for c in candidates if isinstance(c.site, LinearSite)]
+        groups = with_shared_inputs(linear, self.graph) if self.config.fp4_fuse else [[c] for c in linear]
+        return groups + [[c] for c in candidates if isinstance(c.site, ExpertSite)]
+
     def _leave(self, node: fx.Node, reason: str) -> None:
         self.decisions[node] = Decision(PASS_NAME, describe_site(node), "left", reason)
 
     # -------------------------------------------------------------------------------------------------- what to rewrite
-    def _candidate(self, site: LinearSite) -> "Candidate | str | None":
+    def _candidate(self, site: LinearSite | ExpertSite) -> "Candidate | str | None":
         """What to do with a site: run it on a packed weight, leave it for a reason, or (None) train it for FP4."""
         weight = self.weights[site.weight][1]
         trained = self.context.training and weight.requires_grad
@@ -117,13 +131,13 @@ class _Fp4Pass:
         if trained:
             return None
         dtype, rows = self._dtype(site), _rows(site.x)
-        n, k = reversed(weight.shape) if site.transposed else weight.shape
+        n, k = reversed(weight.shape[-2:]) if site.transposed else weight.shape[-2:]
         format_name = adopted_format(weight) or self.config.fp4_format
         key = PackKey(format_name, preferred_layout(self.context.target), site.transposed)
         candidate = Candidate(site, key, dtype, rows, int(n), int(k))
         return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
 
-    def _refuses(self, site: LinearSite) -> str | None:
+    def _refuses(self, site: LinearSite | ExpertSite) -> str | None:
         """Why a site stays as it is, as far as that shows without reading the weight's data."""
         weight = self.weights[site.weight][1]
         if weight.is_inference():
@@ -134,34 +148,42 @@ class _Fp4Pass:
             return f"{weight.dtype} weights are left alone"
         if is_written(site.weight):
             return "the graph writes to the weight"
-        if is_vocabulary_projection(site) and not self.config.fp4_lm_head:
+        if isinstance(site, LinearSite) and is_vocabulary_projection(site) and not self.config.fp4_lm_head:
             return "projection onto the vocabulary; fp4_lm_head=True includes it"
         if weight.numel() < SMALLEST:
             return f"{weight.numel()} elements: too small to gain"
         if not isinstance(value_of(site.x), Tensor):
             return "nothing is known about the activation"
-        oriented = weight.detach().t() if site.transposed else weight.detach()
+        oriented = weight.detach().transpose(-2, -1) if site.transposed else weight.detach()
         return refuse_weight(oriented, fp4_format(self.config.fp4_format))
 
-    def _case(self, candidate: Candidate, n: int, layout: str) -> Fp4LinearCase:
+    def _case(self, candidate: Candidate, n: int, layout: str) -> Fp4LinearCase | Fp4GroupedCase:
         rows = 1 if candidate.rows is None else candidate.rows
+        if isinstance(candidate.site, ExpertSite):
+            return self._grouped_case(candidate, rows, layout)
         name, activations = candidate.key.format_name, self.config.fp4_activations
         return make_case(candidate.dtype, rows, n, candidate.k, name, layout, activations)
 
+    def _grouped_case(self, candidate: Candidate, rows: int, layout: str) -> Fp4GroupedCase:
+        experts = int(self.weights[candidate.site.weight][1].shape[0])
+        rows = 1 << (rows - 1).bit_length() if rows else 0
+        name = candidate.key.format_name
+        return Fp4GroupedCase(candidate.dtype, rows, experts, candidate.n, candidate.k, name, layout)
+
     def _too_slow(self, candidate: Candidate) -> str | None:
         case, rows = self._case(candidate, candidate.n, candidate.key.layout), candidate.rows
-        choice = choose(self.context.target, case)
+        choice = _choose(self.context.target, case)
         if choice.implementation.name == "reference":
             return f"no kernel for this case: {choice.explain()}"
         cost = choice.implementation.cost(self.context.target, case)
-        if rows and cost > SLOWEST:
+        if rows and cost > SLOWEST and isinstance(candidate.site, LinearSite):
             return f"with {rows} rows FP4 would take an estimated {cost:.1f} times as long"
         return None
 
-    def _dtype(self, site: LinearSite) -> torch.dtype:
+    def _dtype(self, site: LinearSite | ExpertSite) -> torch.dtype:
         """The dtype that the product computes in."""
         own = value_of(site.x).dtype
-        cast = self.autocast.get(site.node)
+        cast = None if getattr(site, "form", "") == "grouped" else self.autocast.get(site.node)
         return own if cast is None or own == torch.float64 else cast
 
     def _reads_weights(self, candidates: list[Candidate]) -> bool:
@@ -258,11 +280,20 @@ class _Fp4Pass:
         new.meta["example_value"] = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
         split_result(self.graph, new, sites, [c.n for c in group])
 
+    def _rewrite_experts(self, candidate: Candidate, packing: _Packing) -> None:
+        site = candidate.site
+        assert isinstance(site, ExpertSite)
+        error = packing.fed.packed.errors[0]
+        self.decisions[site.node] = self._rewritten(candidate, error, [candidate], packing)
+        cast = None if value_of(site.x).dtype == candidate.dtype else candidate.dtype
+        rewrite_experts(site, packing.fed.packed, packing.nodes, cast)
+
     def _rewritten(self, candidate: Candidate, error: float, group: list[Candidate], packing: _Packing) -> Decision:
         linear, weight = packing.fed.packed.linear, self.weights[candidate.site.weight][1]
         others = [c.name for c in group if c is not candidate]
         n, k, total = candidate.n, candidate.k, sum(c.n for c in group)
-        reason = f"{linear.format_name} weight [{n}, {k}], relative error {error:.4f}"
+        shape = [*weight.shape[:-2], n, k]
+        reason = f"{linear.format_name} weight {shape}, relative error {error:.4f}"
         return Decision(
             PASS_NAME,
             candidate.site.name,
@@ -270,7 +301,7 @@ class _Fp4Pass:
             reason + (f", one product with {', '.join(others)}" if others else ""),
             _explain(self.context.target, self._case(candidate, total, linear.layout), candidate.rows),
             {
-                "shape": [n, k],
+                "shape": [int(size) for size in shape],
                 "error": error,
                 "bytes": weight.numel() * weight.element_size(),
                 "packed_bytes": linear.nbytes * n // total,
@@ -282,22 +313,19 @@ class _Fp4Pass:
             },
         )
 
-    def _train(self, sites: list[LinearSite]) -> int:
+    def _train(self, sites: list[LinearSite | ExpertSite]) -> int:
         """Round the trained weights of ``sites`` in the forward; returns how many sites were rewritten."""
-        count = 0
+        trained = TrainedWeights(self.graph, self.config.fp4_format, self.config.fp4_max_error)
         for site in sites:
-            name, weight = site.name, self.weights[site.weight][1]
-            decision = train_for_fp4(self.graph, site, weight, self.config.fp4_format, self.config.fp4_max_error)
-            self.decisions[site.node] = Decision(PASS_NAME, name, *decision)
-            count += decision[0] == "rewritten"
-        return count
+            name = site.name
+            self.decisions[site.node] = Decision(PASS_NAME, name, *trained.read_by(site, self.weights[site.weight][1]))
+        return sum(self.decisions[site.node].action == "rewritten" for site in sites)
 
     def _remove_transposes(self) -> None:
         """Erase the transposes of weights that nothing reads any more."""
         for weight in self.weights:
             for user in list(weight.users):
-                if not user.users and _is_transpose(user):
-                    self.graph.erase_node(user)
+                erase_if_unread(user)
 
     def _feed(self, unpacked: fx.GraphModule) -> None:
         """Add the wrapper that supplies the packed tensors. Weights that the graph still reads keep their memory."""
@@ -329,9 +357,9 @@ class _Fp4Pass:
         self.context.wrappers.append(wrap)
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    call = call_of(node)
-    return call is not None and not call.in_place and is_transpose(call)
+def _choose(target: Target, case: Fp4LinearCase | Fp4GroupedCase) -> Choice:
+    name = "fp4_linear" if isinstance(case, Fp4LinearCase) else "fp4_grouped_linear"
+    return operator(name).choose(target, case)
 
 
 def _rows(x: fx.Node) -> int | None:
@@ -340,11 +368,13 @@ def _rows(x: fx.Node) -> int | None:
     return math.prod(sizes) if all(isinstance(s, int) for s in sizes) else None
 
 
-def _explain(target: Target, case: Fp4LinearCase, rows: int | None) -> str:
+def _explain(target: Target, case: Fp4LinearCase | Fp4GroupedCase, rows: int | None) -> str:
     """The implementation, how it compares with the unpacked product, and what else was considered."""
     if rows is None:
         return "chosen at each call by the number of rows"
-    choice = choose(target, case)
+    choice = _choose(target, case)
+    if isinstance(case, Fp4GroupedCase):
+        return choice.explain()
     cost = choice.implementation.cost(target, case)
     return f"{choice.explain()}; estimated {cost:.2f} of the unpacked product's time"
 

@@ -29,12 +29,13 @@ class Candidate:
     """A product that will run on a packed weight.
 
     Attributes:
+        site: a ``LinearSite`` or an ``ExpertSite``.
         dtype: that it computes in.
         rows: of its input; None where symbolic.
         n, k: rows and columns of the weight as a linear layer has them.
     """
 
-    site: LinearSite
+    site: Any
     key: PackKey
     dtype: torch.dtype
     rows: int | None

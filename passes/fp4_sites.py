@@ -101,6 +101,22 @@ def _source(node: Any) -> tuple[fx.Node | None, bool]:
     return (node, flipped) if isinstance(node, fx.Node) else (None, False)
 
 
+def erase_if_unread(node: fx.Node) -> None:
+    """Erase a view of a weight, and views of it, that nothing reads any more."""
+    call = call_of(node)
+    if call is None or call.in_place or call.name not in _VIEWS:
+        return
+    for user in list(node.users):
+        erase_if_unread(user)
+    if not node.users:
+        node.graph.erase_node(node)
+
+
+def is_view(call: Call) -> bool:
+    """Whether a call gives another view of its input's memory, or may."""
+    return call.name in _VIEWS
+
+
 def is_transpose(call: Call) -> bool:
     """Whether a call does nothing but transpose a matrix."""
     name, arguments = call.name, call.arguments

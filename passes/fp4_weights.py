@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from vbcompile.kernels.fp4 import PackedWeight, concat_rows, row_ranges
+from vbcompile.kernels.fp4 import PackedWeight, concat_rows, row_ranges, row_scales
+from vbcompile.kernels.fp4_grouped import to_grouped_layout
 from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
 
@@ -207,8 +208,19 @@ def _pack(
             if keep:
                 state.canonical[key.format_name, key.transposed] = (part.to("cpu"), error)
         packed = concat_rows(parts) if len(parts) > 1 else parts[0]
-        layout = "plain" if refuses_layout(packed, key.layout) else key.layout
-        return Packed(list(zip(states, seen, strict=True)), to_layout(packed, layout), errors)
+        return Packed(list(zip(states, seen, strict=True)), _in_layout(packed, key.layout), errors)
+
+
+def _in_layout(packed: PackedWeight, wanted: str) -> LinearWeight:
+    """A matrix, or a stack of them, in the wanted layout or, where that cannot hold it, the plain one."""
+    if len(packed.shape) == 2:
+        return to_layout(packed, "plain" if refuses_layout(packed, wanted) else wanted)
+    rows = (packed.shape[0] * packed.shape[1], packed.shape[2])
+    flat = PackedWeight(
+        packed.codes.flatten(0, 1), packed.block_scales.flatten(0, 1), row_scales(packed).flatten(), packed.format_name,
+        rows,
+    )  # fmt: skip
+    return to_grouped_layout(packed, "plain" if refuses_layout(flat, wanted) else wanted)
 
 
 def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) -> tuple[PackedWeight, float]:

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-_TOOLS = {"__init__", "__main__", "autoload", "demo", "doctor", "estimator", "explainer", "global_switch", "tune"}
+_TOOLS = {
+    "__init__",
+    "__main__",
+    "autoload",
+    "demo",
+    "doctor",
+    "estimator",
+    "explainer",
+    "fp4_calibration",
+    "global_switch",
+    "tune",
+}
 
 
 def layer(module: str) -> int:

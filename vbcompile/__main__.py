@@ -1,4 +1,4 @@
-"""Command line: ``vbcompile demo | run | explain | plan | doctor | bench | tune``.
+"""Command line: ``vbcompile demo | run | explain | plan | calibrate | doctor | bench | tune``.
 
 Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 """
@@ -79,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--rows", type=int, nargs="+", help="rows of x (default: powers of two up to 4096)")
     tune.add_argument("--format", default="nvfp4", choices=["nvfp4", "mxfp4"])
     tune.set_defaults(command=_tune)
+
+    calibrate = commands.add_parser("calibrate", help="pack a model to FP4 for the inputs it sees (GPTQ), and save it")
+    calibrate.add_argument("target", help="folder of a Transformers language model; or FILE.py:NAME as for explain")
+    calibrate.add_argument("--out", required=True, help="file to write, .safetensors")
+    calibrate.add_argument("--text", help="UTF-8 text to calibrate on (default: Python's own documentation)")
+    calibrate.add_argument("--tokens", type=int, default=8192, help="how many tokens of it")
+    calibrate.add_argument("--length", type=int, default=512, help="tokens a sequence")
+    calibrate.add_argument("--format", default="nvfp4", choices=("nvfp4", "mxfp4"), help="format of the weights")
+    calibrate.add_argument("--lm-head", action="store_true", help="also the projection onto the vocabulary")
+    calibrate.set_defaults(command=_calibrate)
 
     doctor = commands.add_parser(
         "doctor", help="devices, drivers, versions, kernels that can run here, and what to fix"
@@ -251,6 +261,34 @@ def _shape(text: str) -> tuple[int, int]:
     if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
         raise UsageError(f"--shape wants rows x columns of the weight, as 4096x14336, not {text!r}")
     return int(n), int(k)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from vbcompile.fp4_calibration import calibrate_folder, calibrate_to_file
+
+    path, _, name = arguments.target.rpartition(":")
+    try:
+        if path and not Path(arguments.target).is_dir():
+            model, inputs, keywords = _make(path, name)
+            if inputs and keywords:
+                raise UsageError("calibrate takes inputs by position or by keyword, not both")
+            return calibrate_to_file(model, keywords or inputs, arguments.out, arguments.format, arguments.lm_head)
+        if not Path(arguments.target).is_dir():
+            raise UsageError(f"no such folder: {arguments.target}")
+        return calibrate_folder(
+            arguments.target,
+            arguments.out,
+            arguments.format,
+            arguments.lm_head,
+            text=arguments.text,
+            tokens=arguments.tokens,
+            length=arguments.length,
+        )
+    except (ValueError, OSError) as error:
+        if isinstance(error, UsageError):
+            raise
+        print(f"vbcompile: {error}", file=sys.stderr)
+        return 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,201 @@
+"""Products with stacks of experts' weights, ``[E, N, K]`` or ``[E, K, N]``, as ``vblackwell::fp4_grouped_linear``.
+
+Three forms, as models write mixtures of experts:
+
+- ``grouped_mm(x, weight, offs)``, rows of x sorted by expert;
+- ``bmm(x, weight)`` and ``matmul``, as many rows for every expert;
+- ``linear(x, weight[e])`` and ``x @ weight[e]``, one expert at a time, ``e`` a number or a tensor.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vbcompile.passes.fp4_weights import Packed
+from vbcompile.passes.graph_emit import Emitter
+from vbcompile.passes.graph_ops import Call, call_of, describe_site, known_equal, positive_dim, value_of
+
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """A product with a stack of experts.
+
+    Attributes:
+        node: the call.
+        x: its other operand: ``[T, K]`` (grouped), ``[E, T, K]`` (batched) or ``[..., K]`` (one expert).
+        weight: placeholder of the stack.
+        transposed: the stack is ``[E, K, N]``.
+        form: ``grouped``, ``batched`` or ``one``.
+        which: ends of the groups (grouped), None (batched), or the expert: a number or a node (one).
+        bias: node or None; of ``linear`` alone.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    transposed: bool
+    form: str
+    which: Any
+    bias: Any = None
+
+    @property
+    def name(self) -> str:
+        return describe_site(self.node)
+
+
+def expert_sites(graph: fx.Graph, weights: dict[fx.Node, tuple[int, Tensor]]) -> Iterator[ExpertSite]:
+    """The products of the graph with stacks that are ``weights``, in order."""
+    for node in graph.nodes:
+        site = match_experts(node)
+        if site is not None and site.weight in weights:
+            yield site
+
+
+def match_experts(node: fx.Node) -> ExpertSite | None:
+    """The product with a stack of experts that ``node`` is, as its operands are now."""
+    if node.op == "call_function" and _name(node.target) in _GROUPED:
+        return _grouped(node)
+    call = call_of(node)
+    if call is None or call.in_place:
+        return None
+    if call.name == "linear":
+        return _product(node, call, call.get("weight"), call.get("bias"), swapped=False)
+    if call.name in ("matmul", "mm", "bmm"):
+        return _product(node, call, call.get("other"), None, swapped=True)
+    return None
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name.split("::")[-1])
+    return str(getattr(target, "__name__", ""))
+
+
+def _grouped(node: fx.Node) -> ExpertSite | None:
+    extra = {k: v for k, v in node.kwargs.items() if k not in ("offs", "input", "weight")}
+    if any(v is not None for v in extra.values()) or len(node.args) not in (2, 3):
+        return None
+    ends = node.args[2] if len(node.args) == 3 else node.kwargs.get("offs")
+    x, (weight, flipped, index) = node.args[0], _stack(node.args[1])
+    if not isinstance(x, fx.Node) or not isinstance(ends, fx.Node) or weight is None or index is not None:
+        return None
+    if getattr(value_of(x), "ndim", 0) != 2:
+        return None
+    return ExpertSite(node, x, weight, not flipped, "grouped", ends)
+
+
+def _product(node: fx.Node, call: Call, factor: Any, bias: Any, swapped: bool) -> ExpertSite | None:
+    x, (weight, flipped, index) = call.input, _stack(factor)
+    if not isinstance(x, fx.Node) or weight is None or not isinstance(value_of(x), Tensor):
+        return None
+    transposed = flipped != swapped
+    if index is not None:
+        return ExpertSite(node, x, weight, transposed, "one", index, bias)
+    seen = value_of(x)
+    if seen.ndim != 3 or not known_equal(seen.shape[0], value_of(weight).shape[0]) or call.name == "linear":
+        return None
+    return ExpertSite(node, x, weight, transposed, "batched", None)
+
+
+def _stack(node: Any) -> tuple[fx.Node | None, bool, Any]:
+    """The placeholder of a stack behind transposes and the choice of one expert; whether the number of transposes of
+    the last two dimensions is odd; the expert."""
+    flipped, index = False, None
+    while isinstance(node, fx.Node) and node.op != "placeholder":
+        call = call_of(node)
+        rank = getattr(value_of(call.input), "ndim", 0) if call is not None else 0
+        if call is None or call.in_place or rank not in (2, 3):
+            return None, False, None
+        if _is_transpose(call, rank):
+            flipped = not flipped
+        elif rank == 3 and index is None and (expert := _expert(call)) is not None:
+            index = expert
+        else:
+            return None, False, None
+        node = call.input
+    if not isinstance(node, fx.Node) or getattr(value_of(node), "ndim", 0) != 3:
+        return None, False, None
+    return node, flipped, index
+
+
+def _is_transpose(call: Call, rank: int) -> bool:
+    """Whether a call swaps the last two dimensions and does nothing else."""
+    arguments, last = call.arguments, {rank - 2, rank - 1}
+    if call.name == "transpose":
+        dims = [arguments.get(d) for d in ("dim0", "dim1")]
+        return {positive_dim(d, rank) for d in dims if isinstance(d, int)} == last
+    if call.name == "permute":
+        return [positive_dim(d, rank) for d in arguments.get("dims", ())] == [*range(rank - 2), rank - 1, rank - 2]
+    return call.name == "mT" or (rank == 2 and call.name in ("t", "T"))
+
+
+def _expert(call: Call) -> Any:
+    """The expert that a call picks out of a stack: a number, a node that holds one, or None."""
+    if call.name == "select" and call.get("dim") == 0:
+        index = call.get("index")
+    elif call.name == "getitem":
+        index = call.get("index")
+        if isinstance(index, tuple):
+            index = index[0] if len(index) == 1 else None
+    else:
+        return None
+    if isinstance(index, int) and not isinstance(index, bool):
+        return index
+    value = value_of(index) if isinstance(index, fx.Node) else None
+    is_number = isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (torch.int32, torch.int64)
+    return index if is_number else None
+
+
+def rewrite_experts(
+    site: ExpertSite, packed: Packed, placeholders: tuple[fx.Node, ...], dtype: torch.dtype | None
+) -> None:
+    """Replace a site by the operator on packed tensors; x is cast to ``dtype`` first where that is given."""
+    fresh = match_experts(site.node)  # its operands may have been rewritten
+    assert fresh is not None
+    emit, linear = Emitter(fresh.node, {fresh.node: 0}), packed.linear
+    x = fresh.x if dtype is None else emit.method("to", fresh.x, dtype)
+    k, experts = linear.k, linear.row_scale.shape[0]
+    flat = x if fresh.form == "grouped" else emit.method("reshape", x, -1, k)
+    ends = _ends(emit, fresh, flat, experts)
+    n = linear.row_scale.shape[1]
+    out = emit.operator(
+        torch.ops.vblackwell.fp4_grouped_linear.default,
+        flat, *placeholders, ends, k, linear.format_name, linear.layout,
+        value=lambda: value_of(flat).new_empty([value_of(flat).shape[0], n]),
+    )  # fmt: skip
+    if fresh.bias is not None:
+        out = emit.function(operator.add, out, fresh.bias)
+    if fresh.form == "batched":
+        out = emit.method("reshape", out, experts, -1, n)
+    elif fresh.form == "one" and value_of(x).ndim != 2:
+        sizes = [emit.method("size", x, dim) for dim in range(value_of(x).ndim - 1)]
+        out = emit.method("reshape", out, *sizes, n)
+    fresh.node.replace_all_uses_with(out)
+    fresh.node.graph.erase_node(fresh.node)
+
+
+def _ends(emit: Emitter, site: ExpertSite, flat: fx.Node, experts: int) -> fx.Node:
+    """Where each expert's rows of ``flat`` end, int32 ``[E]``."""
+    if site.form == "grouped":
+        if value_of(site.which).dtype == torch.int32:
+            return site.which
+        return emit.method("to", site.which, torch.int32)
+    rows = emit.method("size", flat, 0)
+    numbers = emit.function(torch.arange, experts, device=value_of(flat).device)
+    if site.form == "batched":
+        each = emit.function(operator.floordiv, rows, experts)
+        ends = emit.function(operator.mul, emit.function(operator.add, numbers, 1), each)
+    else:  # all rows are one expert's: those before it end at 0
+        index = site.which
+        if isinstance(index, int):
+            index = index % experts
+        else:
+            index = emit.function(torch.remainder, index, experts)
+        ends = emit.function(operator.mul, emit.function(operator.ge, numbers, index), rows)
+    return emit.method("to", ends, torch.int32)
