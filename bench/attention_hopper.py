@@ -48,12 +48,13 @@ def variants(name: str) -> list[tuple[str, int, list]]:
         pick = lambda table, d: sorted({table[d, c] for c in (False, True)}, key=repr)
         return [(way, d, pick(table, d)) for way, table in tables.items() for d in (128, 64)]
     narrow = [hopper.FORWARD_CONFIGS[64, False], hopper.FORWARD_CONFIGS[64, True]]
-    full, causal = narrow
-    narrow += [replace(full, poly=1), *(replace(causal, poly=n) for n in (1, 2))]
-    narrow += [replace(causal, poly=1, pack=True), replace(causal, poly=1, dynamic=False)]
+    causal = narrow[1]
+    narrow += [replace(causal, group=64), replace(causal, ping_pong=False), replace(causal, group=64, q_stages=3)]
     wide = list(dict.fromkeys(hopper.FORWARD_CONFIGS[128, c] for c in (False, True)))
     back = hopper.BackwardConfig()
     half = replace(back, block_k=64)
+    if name == "narrow":
+        return [("forward", 64, narrow)]
     return [
         ("forward", 64, narrow),
         ("backward", 64, [replace(half, group=g, stages=n) for g in (1, 16) for n in (2, 3)]),
@@ -209,7 +210,7 @@ def run_child(jobs: list[dict], limit: float) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--set", choices=("shipped", "explore"), default="shipped")
+    parser.add_argument("--set", choices=("shipped", "explore", "narrow"), default="shipped")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--worker", action="store_true")
     arguments = parser.parse_args()

@@ -8,11 +8,13 @@ of the tiles (128 x 128) that the mask needs, and 2.5 times that backward; ``ele
 """
 
 import argparse
+import fcntl
 import functools
 import multiprocessing
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -28,8 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 import record  # noqa: E402
 
 WIDE, NARROW, LONG = (4, 16, 4096, 128), (8, 16, 2048, 64), (1, 16, 16384, 128)  # B, H, S, D
-CASES = [(shape, case) for shape in (WIDE, NARROW) for case in ("plain", "bias", "softcap", "alibi_causal")]
-CASES += [(LONG, case) for case in ("plain", "window_1024", "documents_8")]
+CASES = [(shape, case) for shape in (WIDE, NARROW) for case in ("plain", "causal", "bias", "softcap", "alibi_causal")]
+CASES += [(LONG, case) for case in ("plain", "causal", "window_1024", "documents_8")]
 WANTED = {("bias", 128): 500, ("bias", 64): 380}  # others: 0.9 of the plain row
 FEW = (
     "causal_empty_rows",
@@ -136,6 +138,8 @@ def problem(shape: tuple, case: str):
         documents = torch.arange(s, device="cuda").div(s // 8, rounding_mode="floor").to(torch.int32)
         captured = [documents.view(1, 1, s, 1), documents.view(1, 1, 1, s)]
         return forms.make_function(mask=both), captured, 0.5 / 8, 0.5 / 8 * (tiles / 8 + 1) / (tiles / 8)
+    if case == "causal":
+        return forms.make_function(mask=forms.causal()), [], 0.5, 0.5 * (tiles + 1) / tiles
     return forms.make_function(), [], 1.0, 1.0
 
 
@@ -148,18 +152,22 @@ def configs(shape: tuple, case: str, explore: bool) -> list[Any]:
     """Configurations of the Hopper kernel to try; None is the shipped one."""
     from vbcompile.kernels.attention_hopper import SCORED_CONFIGS
 
-    if not explore or case == "plain":
+    if not explore or case in ("plain", "causal"):
         return [None]
     base = SCORED_CONFIGS[shape[3], case == "bias"]
-    tries = [replace(base, ping_pong=True, pack=False)]
-    if case in ("softcap", "alibi_causal"):
-        tries += [replace(base, poly=n) for n in ((1, 2, 3) if case == "softcap" else (1,))]
-    if shape[3] == 64 and case in ("bias", "softcap"):
-        tries += [replace(base, consumers=3, q_stages=1, stages=2, t_stages=1, poly=2 * (case == "softcap"))]
-    if case == "bias":
-        tries += [replace(base, dynamic=False)]
-    if case == "window_1024":
-        tries += [replace(base, group=1), replace(base, dynamic=False)]
+    narrow = shape[3] == 64
+    calm = replace(base, ping_pong=False, pack=True)
+    if case == "softcap":
+        tries = [replace(base, poly=n) for n in ((2, 4) if narrow else (1, 2, 3, 4))]
+        three = replace(calm, consumers=3, stages=2)
+        tries += [replace(three, poly=n) for n in (3, 4)] if narrow else [replace(base, pack=False, poly=2)]
+    elif case == "alibi_causal":
+        tries = [calm, replace(base, group=64 if narrow else 16), replace(base, poly=1)]
+    elif case == "bias":
+        two = replace(base, consumers=2, ping_pong=True, pack=False, q_stages=2)
+        tries = [two, replace(base, poly=1), replace(base, t_stages=1)] if narrow else [calm, replace(base, pack=False)]
+    else:
+        tries = [replace(base, group=1), replace(base, group=16), replace(base, pack=False)]
     return [None, *tries]
 
 
@@ -170,8 +178,8 @@ def hopper_run(shape: tuple, case: str, config: Any) -> Callable[[], Any]:
     q, k, v, _ = inputs(shape)
     function, captured, *_ = problem(shape, case)
     scale = shape[3] ** -0.5
-    if case == "plain":
-        return lambda: attention_hopper.forward(q, k, v, scale, None, False)
+    if case in ("plain", "causal"):
+        return lambda: attention_hopper.forward(q, k, v, scale, 0 if case == "causal" else None, False)
 
     def run() -> Any:
         call = describe_call(q, k, captured, shape[:2], scale, function)
@@ -209,6 +217,8 @@ def flex_function(shape: tuple, case: str) -> tuple[Any, Any]:
     if case == "alibi_causal":
         slopes = captured[0].view(-1)
         return lambda score, b, h, i, j: score + (j - i) * slopes[h], block(lambda b, h, i, j: i >= j)
+    if case == "causal":
+        return None, block(lambda b, h, i, j: i >= j)
     if case == "window_1024":
         return None, block(lambda b, h, i, j: (i >= j) & (i - j < 1024))
     if case == "documents_8":
@@ -230,29 +240,37 @@ def flex_run(shape: tuple, case: str, backward: bool) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(compiled(*leaves, score_mod=score, block_mask=mask), leaves, grad)
 
 
-RUNS = {
-    "hopper": hopper_run,
-    "general": lambda shape, case, _: general_run(shape, case, False),
-    "general_backward": lambda shape, case, _: general_run(shape, case, True),
-    "flex": lambda shape, case, _: flex_run(shape, case, False),
-    "flex_both": lambda shape, case, _: flex_run(shape, case, True),
+PEERS: dict[str, Callable[..., Callable[[], Any]]] = {
+    "flex_both": functools.partial(flex_run, backward=True),  # those that compile longest go first
+    "flex": functools.partial(flex_run, backward=False),
+    "general": functools.partial(general_run, backward=False),
+    "general_backward": functools.partial(general_run, backward=True),
 }
 
 
-def jobs_of(explore: bool) -> list[tuple]:
-    """(kind, shape, case, configuration); the exploration leaves the peers out."""
-    found = []
-    for shape, case in CASES:
-        found += [("hopper", shape, case, c) for c in configs(shape, case, explore)]
-        found += [(kind, shape, case, None) for kind in RUNS if kind != "hopper" and not explore]
-    return sorted(found, key=lambda job: "flex" not in job[0])  # those that compile longest go first
+def call(job: tuple[Callable[..., Any], Any]) -> Any:
+    function, argument = job
+    return function(argument)
+
+
+def peer_ms(job: tuple[str, tuple, str]) -> float | str:
+    """Median milliseconds of one of ``PEERS``, measured while no other is; the reason where it fails."""
+    kind, shape, case = job
+    try:
+        run = PEERS[kind](shape, case)
+        run()
+        torch.cuda.synchronize()
+        with open(Path(tempfile.gettempdir()) / "attention_scores.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return statistics.median(rounds([run])[0])
+    except Exception as failure:  # noqa: BLE001 - a peer that does not run is a result
+        return f"{type(failure).__name__}: {str(failure)[-300:]}"
 
 
 def warm(job: tuple) -> str:
-    """Compile one candidate into the disk caches; the reason if it fails."""
-    kind, shape, case, config = job
+    """Compile one configuration into the disk cache; the reason if it fails."""
     try:
-        RUNS[kind](shape, case, config)()
+        hopper_run(*job)()
         torch.cuda.synchronize()
     except Exception as failure:  # noqa: BLE001 - a candidate that does not run is a result
         return f"{type(failure).__name__}: {str(failure)[-300:]}"
@@ -292,34 +310,43 @@ def rounds(runs: list[Callable[[], Any]]) -> list[list[float]]:
 
 
 def measure(explore: bool, jobs: int) -> None:
-    todo = jobs_of(explore)
     begin = time.time()
-    failures = dict(zip(map(repr, todo), in_parallel(warm, todo, jobs, WARM_SECONDS), strict=True))
-    print(f"compiled: {time.time() - begin:.0f} s", flush=True)
+    peers = [(kind, shape, case) for kind in PEERS for shape, case in CASES]
+    tries = [(shape, case, c) for shape, case in CASES for c in configs(shape, case, explore)]
+    found = in_parallel(call, [*((peer_ms, p) for p in peers), *((warm, t) for t in tries)], jobs, WARM_SECONDS)
+    peer_times = dict(zip(peers, found, strict=False))
+    good = []
+    for job, failure in zip(tries, found[len(peers) :], strict=True):
+        if failure == "":
+            good.append(job)
+        else:
+            print("FAILED", job, failure)
+    print(f"compiled, peers measured: {time.time() - begin:.0f} s", flush=True)
     rows = []
     for shape, case in CASES:
-        mine = [j for j in todo if j[1:3] == (shape, case)]
-        for job in mine:
-            if failures[repr(job)] != "":
-                print("FAILED", job, failures[repr(job)])
-        mine = [j for j in mine if failures[repr(j)] == ""]
-        times = [statistics.median(t) for t in rounds([RUNS[kind](*rest) for kind, *rest in mine])]
-        rows += [row_of(job, ms) for job, ms in zip(mine, times, strict=True)]
-        by_kind = {row["kind"]: row["ms"] for row in rows if (row["shape"], row["case"]) == (shape, case)}
-        if "flex_both" in by_kind:
-            rows.append(row_of(("flex_backward", shape, case, None), by_kind["flex_both"] - by_kind["flex"]))
-        for row in rows[-len(mine) - 1 :]:
+        mine = [job for job in good if job[:2] == (shape, case)]
+        times = rounds([hopper_run(*job) for job in mine])
+        ours = [row_of("hopper", *job, statistics.median(t)) for job, t in zip(mine, times, strict=True)]
+        theirs = {kind: peer_times[kind, shape, case] for kind in PEERS}
+        both, alone = theirs.pop("flex_both"), theirs["flex"]
+        theirs["flex_backward"] = both - alone if isinstance(both, float) and isinstance(alone, float) else both
+        for kind, ms in theirs.items():
+            if isinstance(ms, float):
+                ours.append(row_of(kind, shape, case, None, ms))
+            else:
+                print("FAILED", kind, shape, case, ms)
+        for row in ours:
             show(row)
+        rows += ours
         torch.cuda.empty_cache()
     record.write("attention_scores", rows)
     print(f"all: {time.time() - begin:.0f} s")
 
 
-def row_of(job: tuple, ms: float) -> dict[str, Any]:
-    kind, shape, case, config = job
+def row_of(kind: str, shape: tuple, case: str, config: Any, ms: float) -> dict[str, Any]:
     b, h, s, d = shape
     _, _, elements, tiles = problem(shape, case)
-    count = 4 * b * h * s * s * d * (2.5 if "backward" in kind else 3.5 if "both" in kind else 1.0) / ms / 1e9
+    count = 4 * b * h * s * s * d * (2.5 if "backward" in kind else 1.0) / ms / 1e9
     return {"shape": shape, "case": case, "kind": kind, "config": asdict(config) if config else None, "ms": ms,
             "tflops": count * tiles, "elements": count * elements}  # fmt: skip
 

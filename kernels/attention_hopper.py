@@ -71,6 +71,8 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     if call.tile is None:
         return SCORED_CONFIGS[dim, False]
     config = SCORED_CONFIGS[dim, True]
+    if call.planned:  # along a plan of 128 queries a tile
+        config = replace(config, consumers=2)
     if call.tile.element_size() < 4:
         return config
     return replace(config, block_k=64) if dim == 128 else replace(config, t_stages=1)  # what shared memory holds
@@ -78,10 +80,10 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
 
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
 SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(stages=3, q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
-    (64, True): ForwardConfig(stages=2, q_stages=2, t_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
-    (128, False): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
-    (128, True): ForwardConfig(ping_pong=False, pack=True, group=8, dynamic=True),
+    (64, False): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
+    (64, True): ForwardConfig(consumers=3, t_stages=2, ping_pong=False, pack=True, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, pack=True, dynamic=True),
+    (128, True): ForwardConfig(pack=True, dynamic=True),
 }
 
 
@@ -281,7 +283,6 @@ def forward(
             describe(v, config.block_k),
             describe(out, 64),
             lse_pointer=lse,
-            counter=torch.zeros(1, dtype=torch.int32, device=q.device) if config.dynamic else None,
             queries=queries,
             keys=keys,
             q_heads=heads,
@@ -308,13 +309,24 @@ def forward(
     return out, lse
 
 
+def work_counter(q: Tensor, config: ForwardConfig, plan: Tensor | None) -> Tensor | None:
+    """The counter of work items, zero: a place that the plan left for it, or a tensor of its own."""
+    if not config.dynamic:
+        return None
+    return torch.zeros(1, dtype=torch.int32, device=q.device) if plan is None else plan.view(-1)[7:]
+
+
+_FUNCTIONS = ("LOGITS", "MASK", "ROWS", "OFFSET", "BOUNDS", "SINK")
+
+
 def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, call: ScoreCall | None) -> dict[str, Any]:
     """The kernel's arguments that a score function decides; ``call`` None for scaled products alone."""
     if call is None:
-        nothing: dict[str, Any] = dict.fromkeys(("t_desc", "plan", "LOGITS", "MASK", "ROWS", "SINK"))
+        nothing: dict[str, Any] = dict.fromkeys(("t_desc", "plan", *_FUNCTIONS))
         tuples = {"captured": (), "captured_strides": (), "lead_sizes": (1, 1, 1, 1), "plan_strides": (0,) * 4}
-        flags = {"SHARED": False, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
-        return {**nothing, **tuples, **flags, "inner": 1.0, "outer": float(scale), "tile_steps": (0,) * 8}
+        flags = {"SHARED": False, "TILED": 0, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
+        values = {"inner": 1.0, "outer": float(scale), "tile_steps": (0,) * 8, "counter": work_counter(q, config, None)}
+        return {**nothing, **tuples, **flags, **values}
     program = call.program
     plan, plan_strides = call.plan(q, k, 64 * config.consumers, config.block_k)
     t_desc, tile_steps = tile_operand(call.tile, config.block_k)
@@ -322,6 +334,7 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         "t_desc": t_desc,
         "captured": call.captured,
         "plan": plan,
+        "counter": work_counter(q, config, plan),
         "inner": float(scale) * program.inner if program.logits else 1.0,
         "outer": program.outer if program.logits else float(scale) * program.outer,
         "lead_sizes": pad_lead(call.lead),
@@ -329,10 +342,8 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         "plan_strides": plan_strides,
         "tile_steps": tile_steps,
         "SHARED": call.shared,
-        "LOGITS": program.logits,
-        "MASK": program.mask,
-        "ROWS": program.rows,
-        "SINK": program.sink,
+        "TILED": program.tiled,
+        **{name: getattr(program, name.lower()) for name in _FUNCTIONS},
         "UNBOUNDED": program.unbounded,
         "EMPTY_IS_ZERO": call.empty_is_zero,
     }

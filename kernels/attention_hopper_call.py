@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_hopper_program import MAX_LENGTH, HopperProgram, compile_hopper, refuses
+from vbcompile.kernels.attention_hopper_program import HopperProgram, compile_hopper, refuses
+from vbcompile.kernels.attention_hopper_source import MAX_LENGTH
 from vbcompile.kernels.attention_layout import broadcast_strides, row_view
 from vbcompile.kernels.attention_tuning import TileConfig
 from vbcompile.kernels.score_function import ScoreFunction, causal_offset

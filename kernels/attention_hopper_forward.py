@@ -25,23 +25,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vbcompile.kernels.attention_hopper_producer import place_item, produce, take_over
+from vbcompile.kernels.attention_hopper_producer import place_item, produce, produce_tiles, take_over
 from vbcompile.kernels.attention_hopper_scores import (
+    describe_rows,
     key_tiles,
-    load_rows,
     mask_scores,
+    per_row,
+    place_tile,
     score_tile,
-    split_lead,
-    take_tile,
 )
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
     carry_weights,
-    exp2_mixed,
     finish_first,
     larger,
     pass_turn,
-    row_maximum,
+    softmax_step,
     sum_within_lane,
     use_weights,
     wait_turn,
@@ -49,23 +48,6 @@ from vbcompile.kernels.attention_hopper_tiles import (
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def softmax_step(s, m, factor, POLY: gl.constexpr, UNBOUNDED: gl.constexpr):
-    """(new row maximum, factor of the sums so far, exponentials of the tile ``s``).
-
-    The maximum is carried times ``factor``, rounded once, so that tiles agree; UNBOUNDED: that product may overflow,
-    and differences are taken first.
-    """
-    if UNBOUNDED:
-        new_m = larger(m, row_maximum(s))
-        base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
-        return new_m, gl.exp2((m - base) * factor), exp2_mixed((s - base[:, None]) * factor, POLY)
-    else:
-        new_m = larger(m, row_maximum(s) * factor)
-        base = gl.where(new_m == float("-inf"), 0.0, new_m)
-        return new_m, gl.exp2(m - base), exp2_mixed(s * factor - base[:, None], POLY)
 
 
 @gluon.jit
@@ -81,18 +63,18 @@ def to_logits(
     CONSUMERS: gl.constexpr,
     BOUNDED: gl.constexpr,
     TILED: gl.constexpr,
+    PLANNED: gl.constexpr,
+    BOUNDS: gl.constexpr,
     LOGITS: gl.constexpr,
     MASK: gl.constexpr,
 ):
     """Products of queries and keys -> logits. ``number`` counts key tiles; ``place`` as in ``score_tile``. BOUNDED: the
     causal bound and the end of the keys are checked where the place says so."""
-    if LOGITS is not None or MASK is not None:
-        tile = 0
-        if TILED:
-            layout: gl.constexpr = s.type.layout
-            tile = take_tile(tiles, number, w, CONSUMERS, layout)
-        s = score_tile(s, tile, place, context, program, sizes, LOGITS, MASK)
-    if BOUNDED and MASK is None:  # noqa: SIM102 - known at compile time, the place is not
+    if LOGITS is not None or PLANNED:
+        s = score_tile(
+            s, number, tiles, place, context, program, sizes, w, CONSUMERS, TILED, BOUNDS, LOGITS, MASK
+        )  # fmt: skip
+    if BOUNDED and not PLANNED:  # noqa: SIM102 - known at compile time, the place is not
         if place[2]:
             s = mask_scores(s, place[0], place[1], sizes)
     return s
@@ -119,13 +101,15 @@ def advance(
     OVERLAP: gl.constexpr,
     POLY: gl.constexpr,
     TILED: gl.constexpr,
+    PLANNED: gl.constexpr,
+    BOUNDS: gl.constexpr,
     LOGITS: gl.constexpr,
     MASK: gl.constexpr,
     UNBOUNDED: gl.constexpr,
 ):
     """One key tile: S of the next tile, P V of the current one, softmax of the next one under P V.
 
-    ``place`` = (first query row, first key of the next tile, whether that tile needs the mask).
+    ``place`` = (first query row, first key of the next tile, ...) of ``place_tile``.
     """
     m, total, o, p = state
     _, _, k_full, k_empty, v_full, v_empty = barriers
@@ -151,8 +135,10 @@ def advance(
         pass_turn(TURN + 1 - w)
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_empty.index(next_slot))
-    s = to_logits(s, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, LOGITS, MASK)
-    new_m, alpha, p = softmax_step(s, m, factor, POLY, UNBOUNDED)
+    s = to_logits(
+        s, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS, MASK
+    )
+    new_m, alpha, p = softmax_step(s, m, context[3], factor, POLY, UNBOUNDED)
     part = sum_within_lane(p)
     if OVERLAP:
         part = finish_first(part)
@@ -169,24 +155,19 @@ def advance(
 
 
 @gluon.jit
-def finish_row(m, total, context, program, SINK: gl.constexpr, UNBOUNDED: gl.constexpr, EMPTY_IS_ZERO: gl.constexpr):
+def finish_row(m, total, sink, outer, SINK: gl.constexpr, UNBOUNDED: gl.constexpr, EMPTY_IS_ZERO: gl.constexpr):
     """(factor of the row's sum of values, logarithm of its sum of weights), both ``[64]``.
 
-    ``m``: as ``softmax_step`` carries it; ``total``: the sum of weights relative to it.
+    ``m``: as ``softmax_step`` carries it; ``total``: the sum of weights relative to it; ``sink``: one more logit.
     """
-    top = m * program[7] if UNBOUNDED else m * LN2
+    top = m * outer if UNBOUNDED else m * LN2
+    shrink = 1.0
     if SINK is not None:
-        rows, lead, queries = context
-        sink = SINK(0, 0, 0, 0, 0, rows, 0, lead, queries, 0, 0, 0)
-        if sink.type.is_block():
-            sink = gl.convert_layout(sink.reshape(64), m.type.layout)
         highest = larger(top, sink)
         base = gl.where(highest == float("-inf"), 0.0, highest)
         shrink = gl.exp2((top - base) * LOG2E)
         total = total * shrink + gl.exp2((sink - base) * LOG2E)
         top = highest
-    else:
-        shrink = 1.0
     share = shrink / total
     if EMPTY_IS_ZERO:
         share = gl.where(total == 0.0, 0.0, share)
@@ -213,6 +194,8 @@ def consume(
     LOGITS: gl.constexpr,
     MASK: gl.constexpr,
     ROWS: gl.constexpr,
+    OFFSET: gl.constexpr,
+    BOUNDS: gl.constexpr,
     SINK: gl.constexpr,
     UNBOUNDED: gl.constexpr,
     EMPTY_IS_ZERO: gl.constexpr,
@@ -222,7 +205,7 @@ def consume(
     q_smem, o_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     o_desc, lse_pointer = results
-    _, q_heads, _, _, query_tiles, heads, _ = sizes
+    keys, q_heads, _, _, query_tiles, heads, _ = sizes
     STAGES: gl.constexpr = k_smem.shape[0]
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
@@ -239,10 +222,9 @@ def consume(
     item = gl.program_id(0)
     while item < query_tiles * heads:
         query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
-        first, end, clear, clear_end = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+        first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         first_row = query_tile * BLOCK_Q + w * 64
-        lead = split_lead(head, program[4])
-        context = (load_rows(s_layout, BLOCK_K, first_row, lead, queries, program, ROWS), lead, queries)
+        context = describe_rows(s_layout, BLOCK_K, first_row, head, queries, keys, program, ROWS, OFFSET)
 
         q_slot = w + done % Q_STAGES * CONSUMERS
         q_tile = q_smem.index(q_slot).reshape([64, D])
@@ -258,10 +240,12 @@ def consume(
             pass_turn(TURN + 1 - w)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(slot))
-        place = (first_row, (end - 1) * BLOCK_K, (end > clear_end) | (end <= clear))
-        s = to_logits(s, taken, tiles, place, context, program, sizes, w, CONSUMERS, True, TILED, LOGITS, MASK)
+        place = place_tile(first_row, end - 1, clear, sure, BLOCK_K, PLANNED)
+        s = to_logits(
+            s, taken, tiles, place, context, program, sizes, w, CONSUMERS, True, TILED, PLANNED, BOUNDS, LOGITS, MASK
+        )
         nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
-        m, _decay, p = softmax_step(s, nothing, factor, POLY, UNBOUNDED)
+        m, _decay, p = softmax_step(s, nothing, context[3], factor, POLY, UNBOUNDED)
         state = (
             m,
             sum_within_lane(p),
@@ -269,11 +253,7 @@ def consume(
             carry_weights(p, q_tile.dtype, PACK),
         )
         for j in range(1, end - first):
-            tile = end - 1 - j
-            masked = tile >= clear_end
-            if PLANNED:
-                masked = masked | (tile < clear)
-            place = (first_row, tile * BLOCK_K, masked)
+            place = place_tile(first_row, end - 1 - j, clear, sure, BLOCK_K, PLANNED)
             state = advance(
                 state,
                 taken,
@@ -294,6 +274,8 @@ def consume(
                 OVERLAP,
                 POLY,
                 TILED,
+                PLANNED,
+                BOUNDS,
                 LOGITS,
                 MASK,
                 UNBOUNDED,
@@ -307,7 +289,8 @@ def consume(
         o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
         row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
         rows = first_row + gl.arange(0, 64, s_rows)
-        share, lse = finish_row(m, row_total, context, program, SINK, UNBOUNDED, EMPTY_IS_ZERO)
+        sink = per_row(SINK, s_layout, BLOCK_K, first_row, context[0], context[1], queries, keys, program)
+        share, lse = finish_row(m, row_total, sink, program[7], SINK, UNBOUNDED, EMPTY_IS_ZERO)
         gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
         share = gl.convert_layout(share, o_rows)
         o = warpgroup_mma_wait(0, [o])
@@ -321,7 +304,7 @@ def consume(
         batch = head // q_heads
         tma.async_copy_shared_to_global(o_desc, [batch, head - batch * q_heads, first_row, 0], o_tile)
         if DYNAMIC:
-            item = take_over(work, done)
+            item = take_over(work, done, 4)
         else:
             item += gl.num_programs(0)
         done += 1
@@ -367,9 +350,12 @@ def attention_forward(
     POLY: gl.constexpr,
     DYNAMIC: gl.constexpr,
     SHARED: gl.constexpr,
+    TILED: gl.constexpr,
     LOGITS: gl.constexpr,
     MASK: gl.constexpr,
     ROWS: gl.constexpr,
+    OFFSET: gl.constexpr,
+    BOUNDS: gl.constexpr,
     SINK: gl.constexpr,
     UNBOUNDED: gl.constexpr,
     EMPTY_IS_ZERO: gl.constexpr,
@@ -399,7 +385,7 @@ def attention_forward(
     item_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     item_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(item_full.index(0), count=1)
-    mbarrier.init(item_empty.index(0), count=CONSUMERS)
+    mbarrier.init(item_empty.index(0), count=CONSUMERS if TILED == 0 else CONSUMERS + 1)
     for w in gl.static_range(Q_STAGES * CONSUMERS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
@@ -408,9 +394,8 @@ def attention_forward(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    TILED: gl.constexpr = t_desc is not None
     tiles = (q_smem, q_full, q_empty)  # stands for nothing
-    if TILED:
+    if TILED > 0:
         t_smem = gl.allocate_shared_memory(t_desc.dtype, [T_STAGES * CONSUMERS, 64, BLOCK_K], t_desc.layout)
         t_full = gl.allocate_shared_memory(gl.int64, [T_STAGES * CONSUMERS, 1], mbarrier.MBarrierLayout())
         t_empty = gl.allocate_shared_memory(gl.int64, [T_STAGES * CONSUMERS, 1], mbarrier.MBarrierLayout())
@@ -426,31 +411,33 @@ def attention_forward(
     sizes = (keys, q_heads, heads_per_key_head, offset, gl.cdiv(queries, 64 * CONSUMERS), heads, counter)
     program = (inner, outer * LOG2E, captured, captured_strides, lead_sizes, plan, plan_strides, outer)
     work = (item, item_full, item_empty)
-    descriptors = (q_desc, k_desc, v_desc, t_desc)
+    descriptors = (q_desc, k_desc, v_desc)
     shared = (buffers, barriers, tiles, work, results, sizes, program, queries)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
                 (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (produce, (shared, descriptors, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
+                (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
             ],
-            [4, 1],
-            [240, 24],
+            [4, 1, 1],
+            [240, 24, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
                 (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
                 (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (produce, (shared, descriptors, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
+                (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
             ],
-            [4, 4, 1],
-            [160, 160, 24],
+            [4, 4, 1, 1],
+            [160, 160, 24, 24],
         )  # fmt: skip

@@ -10,26 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from vbcompile.kernels.attention_tiles import linear_form
+from vbcompile.kernels.attention_hopper_source import SourceWriter, split_mask
 from vbcompile.kernels.score_function import LEAVES, Instruction, ScoreFunction
-from vbcompile.kernels.score_triton import (
-    LEAD_AXES,
-    CapturedPattern,
-    Emitter,
-    compile_source,
-    define,
-    has_unbounded_terms,
-)
+from vbcompile.kernels.score_triton import CapturedPattern, has_unbounded_terms
 
-MAX_LENGTH = 1 << 21  # positions, their sums and differences are exact in float32
 _WEIGHTS: Final = {  # instructions of the machine, roughly
     **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "tanh", "to_int"), 2),
     **dict.fromkeys(("sigmoid", "div", "floordiv", "mod"), 4),
     **dict.fromkeys(("log1p", "sin", "cos", "pow"), 12),
 }
 _MOST_WEIGHT: Final = 24
-_CONTEXT: Final = "score, i, j, fi, fj, rows, tile, lead, q_length, k_length, captured, strides"
-_LOADED: Final = "i, i_ok, lead, captured, strides"
 
 
 @dataclass(frozen=True)
@@ -38,20 +28,26 @@ class HopperProgram:
 
     Attributes:
         inner, outer: factors of the score, of the logits.
-        logits: ``(score, *context) -> logits / outer``; None where those are the scores.
-        mask: ``(score, *context) -> keep``; None without a mask.
-        rows: loads what belongs to rows or heads; None where nothing does. sink: ``(rows, lead) -> logit``, or None.
-        tile: number of the captured tensor with rows and columns, or None.
+        logits: ``(score, *context) -> logits / outer``, less ``offset``; None where those are the scores.
+        offset: ``(*row context) -> what is the same for a whole row``; None for nothing.
+        bounds: ``(*row context) -> first and end of the keys that a row sees``; None for all.
+        mask: ``(score, *context) -> keep``, the part of the mask that ``bounds`` does not cover; None for all.
+        rows: loads what belongs to rows or heads; None where nothing does. sink: ``(*row context) -> logit``, or None.
+        tile: number of the captured tensor with rows and columns, or None; tiled: 1 where the logits read it, 2 where
+            the mask alone does, else 0.
         unbounded: whether products of logits with ``log2(e)`` may overflow.
     """
 
     inner: float
     outer: float
     logits: Callable[..., Any] | None
+    offset: Callable[..., Any] | None
+    bounds: Callable[..., Any] | None
     mask: Callable[..., Any] | None
     rows: Callable[..., Any] | None
     sink: Callable[..., Any] | None
     tile: int | None
+    tiled: int
     unbounded: bool
     source: str
 
@@ -146,67 +142,6 @@ def _only_user(function: ScoreFunction) -> int | None:
     return users[0] if found and found[0] == scores[0] else None
 
 
-# ----------------------------------------------------------------------------------------------------- functions
-class _HopperEmitter(Emitter):
-    """Instructions for Gluon: constants without layouts, positions as floats by addition, rows loaded before."""
-
-    def __init__(
-        self, function: ScoreFunction, patterns: tuple[CapturedPattern, ...], fast: bool, loaded: list[int]
-    ) -> None:
-        super().__init__(function.program, patterns, precise=False)
-        self._function = function
-        self._fast = fast
-        self._loaded = loaded
-
-    def as_float(self, position: int) -> str:
-        if self._kinds[position] == "int":
-            form = linear_form(self._function, self._patterns, position)
-            if form is not None and (form[0] or form[1]) and self._is_exact(form):
-                row, column, constant, terms = form
-                parts = [
-                    (column, "fj"),
-                    (row, "fi"),
-                    *((c, f"tl.cast({self.value(p)}, tl.float32)") for p, c in terms.items()),
-                ]
-                values = [text if c == 1 else f"{text} * {c}.0" for c, text in parts if c]
-                return f"({' + '.join([*values, *[f'{constant}.0'] * bool(constant)])})"
-        return super().as_float(position)
-
-    def _is_exact(self, form: tuple[int, int, int, dict[int, int]]) -> bool:
-        """Whether sums of the parts are exact in float32: positions and lengths only, with small factors."""
-        row, column, constant, terms = form
-        known = all(self._program[p][0] in ("q_length", "k_length") for p in terms)
-        return known and max(abs(row), abs(column), len(terms)) <= 2 and abs(constant) < MAX_LENGTH
-
-    def _expression(self, position: int) -> str:
-        name, *arguments = self._program[position]
-        if name == "const":
-            return _constant(arguments[0])
-        if name == "captured":
-            pattern = self._patterns[arguments[0]]
-            if arguments[0] in self._loaded:
-                return f"rows[{self._loaded.index(arguments[0])}]"
-            if pattern.row and pattern.column:
-                return {"bool": "(tile != 0)", "float": "tl.cast(tile, tl.float32)", "int": "tile"}[pattern.kind]
-            return self._load(arguments[0]).replace("mask=j_ok", "mask=j < k_length, other=0")
-        return super()._expression(position)
-
-    def _arithmetic(self, name: str, arguments: list[int], values: list[str], common: str) -> str:
-        if name == "tanh" and self._fast:
-            return f"math.tanh_nvidia({values[0]})"
-        if name == "relu":
-            return f"tl.where({values[0]} < 0, 0.0, {values[0]})"
-        return super()._arithmetic(name, arguments, values, common)
-
-
-def _constant(value: bool | int | float) -> str:
-    if isinstance(value, bool):
-        return f"tl.cast({int(value)}, tl.int1)"
-    if isinstance(value, int):
-        return f"tl.cast({value}, tl.int{32 if -(2**31) <= value < 2**31 else 64})"
-    return f'tl.cast(float("{value!r}"), tl.float32)'
-
-
 def _unbounded(program: tuple[Instruction, ...], patterns: tuple[CapturedPattern, ...], position: int) -> bool:
     """As ``has_unbounded_terms``, but a factor that belongs to a head, such as a slope, is no mask."""
     name, *arguments = program[position]
@@ -239,41 +174,27 @@ def compile_hopper(
     """
     function = function if masked else replace(function, mask=None)
     function, inner, outer = peel(function)
-    used = function.captured(function.score, function.mask, function.sink)
-    loaded = [n for n in used if not patterns[n].column]
+    exact, opaque = split_mask(function, patterns)
+    score_mask = any(function.depends_on(p, "score") for p in opaque)
     plain = function.program[function.score] == ("score",)
-    scaled = scaled or function.depends_on(function.mask, "score") or not plain
-    source = ""
-
-    def write(name: str, position: int, result: Callable[[Emitter], str]) -> None:
-        nonlocal source
-        emitter = _HopperEmitter(function, patterns, fast, loaded)
-        value = result(emitter)
-        source += define(name, _CONTEXT, emitter.lines, value)
-
+    scaled = scaled or score_mask or not plain
+    writer = SourceWriter(function, patterns, fast)
     if scaled:
-        write("logits", function.score, lambda e: e.as_float(function.score))
-    if function.mask is not None:
-        write("mask", function.mask, lambda e: e.value(function.mask or 0))
+        writer.logits(lambda position: not _unbounded(function.program, patterns, position))
+    if exact:
+        writer.bounds(exact)
+    if opaque:
+        writer.conjunction("mask", opaque)
     if function.sink is not None:
-        write("sink", function.sink, lambda e: e.as_float(function.sink or 0))
-    if loaded:
-        emitter = Emitter(function.program, patterns, precise=False)
-        values = "".join(f"{emitter._load(n)}, ".replace("mask=i_ok", "mask=i_ok, other=0") for n in loaded)
-        source += define("rows", _LOADED, [], f"({values})")
-    names = compile_source(source) if source else {}
+        writer.sink(function.sink)
+    names = writer.compiled()
     tiles = _tiles(function, patterns)
     return HopperProgram(
         inner=inner if scaled else 1.0,
         outer=outer if scaled else outer * inner,
-        logits=names.get("logits"),
-        mask=names.get("mask"),
-        rows=names.get("rows"),
-        sink=names.get("sink"),
+        **{name: names.get(name) for name in ("logits", "offset", "bounds", "mask", "rows", "sink")},
         tile=tiles[0] if tiles else None,
+        tiled=0 if not tiles else 1 if tiles[0] in function.captured(function.score) else 2,
         unbounded=_unbounded(function.program, patterns, function.score),
-        source=source,
+        source=writer.source,
     )
-
-
-assert LEAD_AXES == 4  # as the device functions have it

@@ -33,19 +33,33 @@ def offset_of(lead, strides):
 
 @gluon.jit
 def key_tiles(query_tile, head, sizes, program, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PLANNED: gl.constexpr):
-    """Key tiles of a query tile: ``(first, end, first and end of those that need no mask)``.
+    """Key tiles of a query tile: ``(first, end, first and end of those that need no mask, first and end of those that
+    need no more than their bounds)``.
 
-    From the plan, int32 ``[*lead, query tiles, 4]``, or from the causal offset and the number of keys.
+    From the plan, int32 ``[*lead, query tiles, 8]``, or from the causal offset and the number of keys.
     """
     if PLANNED:
         _, _, _, _, lead_sizes, plan, plan_strides, _ = program
-        entry = plan + offset_of(split_lead(head, lead_sizes), plan_strides) + query_tile * 4
-        return gl.load(entry), gl.load(entry + 3), gl.load(entry + 1), gl.load(entry + 2)
+        entry = plan + offset_of(split_lead(head, lead_sizes), plan_strides) + query_tile * 8
+        clear = (gl.load(entry + 1), gl.load(entry + 2))
+        return gl.load(entry), gl.load(entry + 3), clear, (gl.load(entry + 4), gl.load(entry + 5))
     else:
         first = query_tile * BLOCK_Q + sizes[3]
         last = gl.minimum(sizes[0], first + BLOCK_Q)
-        clear = gl.minimum(sizes[0], first + 1)
-        return gl.to_tensor(0), gl.cdiv(last, BLOCK_K), gl.to_tensor(0), clear // BLOCK_K
+        nothing = gl.to_tensor(0)
+        clear = (nothing, gl.minimum(sizes[0], first + 1) // BLOCK_K)
+        return nothing, gl.cdiv(last, BLOCK_K), clear, (nothing, nothing)
+
+
+@gluon.jit
+def place_tile(first_row, tile, clear, sure, BLOCK_K: gl.constexpr, PLANNED: gl.constexpr):
+    """(first row, first key, whether the tile needs a mask, whether it needs more than its bounds)."""
+    masked = tile >= clear[1]
+    unsure = masked
+    if PLANNED:
+        masked = masked | (tile < clear[0])
+        unsure = (tile >= sure[1]) | (tile < sure[0])
+    return first_row, tile * BLOCK_K, masked, unsure
 
 
 @gluon.jit
@@ -74,14 +88,48 @@ def steps_of(N: gl.constexpr, split: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(s_layout: gl.constexpr, N: gl.constexpr, first_row, lead, queries, program, ROWS: gl.constexpr):
-    """What the score function reads once per row or head; 0 where it reads nothing of that kind."""
-    if ROWS is None:
-        return 0
+def split_layout(s_layout: gl.constexpr, N: gl.constexpr):
+    """A tile's ``[64, N / 8, 4, 2]`` form of zeros, for its layout."""
+    return gl.full([64, N], 0.0, gl.float32, s_layout).reshape(64, N // 8, 4, 2)
+
+
+@gluon.jit
+def per_row(
+    FUNCTION: gl.constexpr, s_layout: gl.constexpr, N: gl.constexpr, first_row, rows, lead, queries, keys, program
+):
+    """A function of rows as ``[64]``; zeros without one."""
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    if FUNCTION is None:
+        return gl.full([64], 0.0, gl.float32, s_rows)
     else:
-        split: gl.constexpr = gl.full([64, N], 0.0, gl.float32, s_layout).reshape(64, N // 8, 4, 2).type.layout
+        split: gl.constexpr = split_layout(s_layout, N).type.layout
         i = rows_of(first_row, split)
-        return ROWS(i, i < queries, lead, program[2], program[3])
+        first = first_row.to(gl.float32)
+        values = FUNCTION(i, i.to(gl.float32), first, rows, lead, queries, keys, program[2], program[3])
+        return gl.convert_layout(values.reshape(64), s_rows)
+
+
+@gluon.jit
+def describe_rows(
+    s_layout: gl.constexpr,
+    N: gl.constexpr,
+    first_row,
+    head,
+    queries,
+    keys,
+    program,
+    ROWS: gl.constexpr,
+    OFFSET: gl.constexpr,
+):
+    """What a score function says about the rows of a tile: (loaded values, leading indices, number of queries, what is
+    added to all logits ``[64]``)."""
+    lead = split_lead(head, program[4])
+    rows = (0,)
+    if ROWS is not None:
+        split: gl.constexpr = split_layout(s_layout, N).type.layout
+        i = rows_of(first_row, split)
+        rows = ROWS(i, i < queries, lead, program[2], program[3])
+    return rows, lead, queries, per_row(OFFSET, s_layout, N, first_row, rows, lead, queries, keys, program)
 
 
 @gluon.jit
@@ -99,55 +147,84 @@ def mask_scores(s, first_row, first_key, sizes):
 
 
 @gluon.jit
-def take_tile(tiles, number, w: gl.constexpr, CONSUMERS: gl.constexpr, layout: gl.constexpr):
-    """The part of the captured tensor under tile ``number`` of scores, ``[64, N / 8, 4, 2]``, as stored."""
-    t_smem, t_full, t_empty = tiles
+def wait_for_tile(tiles, number, w: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Where the part of the captured tensor under tile ``number`` of scores lies, once it has come."""
+    t_smem, t_full, _ = tiles
     STAGES: gl.constexpr = t_smem.shape[0] // CONSUMERS
     slot = w + number % STAGES * CONSUMERS
     mbarrier.wait(t_full.index(slot), number // STAGES & 1)
-    values = t_smem.index(slot).load(layout)
-    mbarrier.arrive(t_empty.index(slot))
+    return slot
+
+
+@gluon.jit
+def load_tile(tiles, slot, layout: gl.constexpr):
+    """That part as stored, ``[64, N / 8, 4, 2]``."""
+    values = tiles[0].index(slot).load(layout)
     return values.reshape(64, values.shape[1] // 8, 4, 2)
 
 
 @gluon.jit
 def score_tile(
     s,
-    tile,
+    number,
+    tiles,
     place,
     context,
     program,
     sizes,
+    w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    TILED: gl.constexpr,
+    BOUNDS: gl.constexpr,
     LOGITS: gl.constexpr,
     MASK: gl.constexpr,
 ):
-    """Logits of a tile of products of queries and keys ``s [64, N]``.
+    """Logits of a tile of products of queries and keys ``s [64, N]``, less what is added to whole rows.
 
-    ``place`` = (first row, first key, whether the tile needs the mask); ``context`` = (values per row, leading indices,
-    number of queries). Without LOGITS they stay unscaled.
+    ``number`` counts key tiles; ``place``: see ``place_tile``; ``context``: see ``describe_rows``. Without LOGITS they
+    stay unscaled. TILED: 1 where LOGITS reads a captured tensor's tile, 2 where MASK alone does, 0 where neither does.
     """
     N: gl.constexpr = s.shape[1]
-    first_row, first_key, masked = place
-    rows, lead, queries = context
+    first_row, first_key, masked, unsure = place
+    rows, lead, queries, _ = context
     inner, _, captured, strides, _, _, _, _ = program
+    keys = sizes[0]
     parts = s.reshape(64, N // 8, 4, 2)
     split: gl.constexpr = parts.type.layout
     i = rows_of(first_row, split)
     lanes = lanes_of(split) + first_key
     steps = steps_of(N, split)
+    fi = i.to(gl.float32)
+    fj = lanes.to(gl.float32) + steps.to(gl.float32)
+    step = steps.to(gl.float32)
+    distance = (lanes - first_row).to(gl.float32)
+    score = parts
+    layout: gl.constexpr = s.type.layout
+    tile = 0
+    if TILED > 0:
+        slot = wait_for_tile(tiles, number, w, CONSUMERS)
+    if TILED == 1:
+        tile = load_tile(tiles, slot, layout)
+        mbarrier.arrive(tiles[2].index(slot))
     if LOGITS is not None:
         score = parts * inner
-        fj = lanes.to(gl.float32) + steps.to(gl.float32)
         parts = LOGITS(
-            score, i, lanes + steps, i.to(gl.float32), fj, rows, tile, lead, queries, sizes[0], captured, strides
+            score, i, lanes + steps, fi, fj, step, distance, rows, tile, lead, queries, keys, captured, strides
         )
-    else:
-        score = parts
-    if MASK is not None:  # noqa: SIM102 - known at compile time, the place is not
+    if BOUNDS is not None:  # noqa: SIM102 - known at compile time, the place is not
         if masked:
-            j = lanes + steps
+            first, end = BOUNDS(i, fi, first_row, rows, lead, queries, keys, captured, strides)
+            end = gl.minimum(end, keys)
+            parts = gl.where((steps >= first - lanes) & (steps < end - lanes), parts, float("-inf"))
+    if MASK is not None:  # noqa: SIM102
+        if unsure:
+            seen = tile
+            if TILED == 2:
+                seen = load_tile(tiles, slot, layout)
             keep = MASK(
-                score, i, j, i.to(gl.float32), j.to(gl.float32), rows, tile, lead, queries, sizes[0], captured, strides
+                score, i, lanes + steps, fi, fj, step, distance, rows, seen, lead, queries, keys, captured, strides
             )
-            parts = gl.where((steps < sizes[0] - lanes) & keep, parts, float("-inf"))
-    return gl.convert_layout(parts.reshape(64, N), s.type.layout, assert_trivial=True)
+            parts = gl.where((steps < keys - lanes) & keep, parts, float("-inf"))
+    if TILED == 2:
+        mbarrier.arrive(tiles[2].index(slot))
+    return gl.convert_layout(parts.reshape(64, N), layout, assert_trivial=True)

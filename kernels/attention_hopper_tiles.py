@@ -78,6 +78,14 @@ def larger(a, b):
 
 
 @gluon.jit
+def rounded_product(a, b):
+    """a * b, rounded: it is never made part of another instruction."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def row_maximum(s):
     """Largest element of each row; NaN wins."""
     return gl.reduce(s, 1, larger)
@@ -151,3 +159,26 @@ def finish_first(x):
         mov.b32 $1, $3;
     }"""
     return gl.inline_asm_elementwise(asm, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
+
+
+@gluon.jit
+def softmax_step(s, m, offset, factor, POLY: gl.constexpr, UNBOUNDED: gl.constexpr):
+    """(new row maximum, factor of the sums so far, exponentials) of a tile ``s`` of logits less ``offset``.
+
+    The maximum is carried times ``factor``, rounded once, so that tiles agree. UNBOUNDED: that product may overflow;
+    the maximum is carried alone, and rows that hold nothing but numbers near the least finite one (which masks add) get
+    a factor that cannot overflow: their exponentials are ones, as those of equal logits are.
+    """
+    if UNBOUNDED:
+        new_m = larger(m, row_maximum(s) + offset)
+        base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
+        own = gl.where(gl.abs(base) < 1e38, factor, 7.9e-31)
+        before = gl.where((gl.abs(m) < 1e38) | (m == float("-inf")), factor, 7.9e-31)
+        scaled = rounded_product(base, own)
+        alpha = gl.exp2(rounded_product(m, before) - scaled)
+        return new_m, alpha, exp2_mixed(s * own[:, None] - (scaled - rounded_product(offset, own))[:, None], POLY)
+    else:
+        offset = offset * factor
+        new_m = larger(m, row_maximum(s) * factor + offset)
+        base = gl.where(new_m == float("-inf"), 0.0, new_m)
+        return new_m, gl.exp2(m - base), exp2_mixed(s * factor - (base - offset)[:, None], POLY)

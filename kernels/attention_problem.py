@@ -166,13 +166,13 @@ class Problem:
         ]
 
     def tile_plan(self, like: Tensor, tiles: TileConfig) -> tuple[Tensor, tuple[int, ...]]:
-        """Which tiles of keys each tile of rows visits, int32 ``[*lead of the mask, tiles of rows, 4]`` (see
+        """Which tiles of keys each tile of rows visits, int32 ``[*lead of the mask, tiles of rows, 8]`` (see
         ``tile_plan_kernel``), and its four leading strides, zero where the mask is broadcast."""
         from vbcompile.kernels.attention_summary import tile_plan_kernel
 
         program, sizes, rows = self.program, self.mask_sizes, -(-self.q_length // tiles.block_q)
         summary, summary_strides = self.mask_summary(None if program.tile_bounds else program.opaque, tiles)
-        plan = like.new_empty([*sizes, rows, 4], dtype=torch.int32)
+        plan = like.new_empty([*sizes, rows, 8], dtype=torch.int32)
         launch(
             tile_plan_kernel, (rows, math.prod(sizes)),
             plan, summary, self.captured, tuple(sizes), self.captured_strides, summary_strides,

@@ -40,14 +40,16 @@ def _within_bounds(
     begin, full_begin, full_end, end, first_row, lead, captured, captured_strides, q_length, k_length,
     BOUNDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A range of tiles of keys narrowed to those where the bounded terms may hold; full: their first run of tiles
-    where all elements take part."""
+    """A range of tiles of keys narrowed to those where the bounded terms may hold, the first run of tiles in
+    ``[full_begin, full_end)`` where they hold for all elements, and the first such run anywhere."""
     last_row = tl.minimum(first_row + BLOCK_Q, q_length) - 1
     i = tl.minimum(first_row + tl.arange(0, BLOCK_Q), last_row)
     first = end
     last = begin
     full_first = end
     full_last = end
+    sure_first = end
+    sure_last = end
     for start in range(begin, end, TILES):
         tiles = start + tl.arange(0, TILES)
         column_first = tl.minimum(tiles * BLOCK_K, k_length - 1)
@@ -58,12 +60,18 @@ def _within_bounds(
             lead, q_length, k_length, captured, captured_strides,
         )  # fmt: skip
         some = (tiles < end) & some
-        every = (tiles >= full_begin) & (tiles < full_end) & every
+        every = (tiles < end) & every
+        full = (tiles >= full_begin) & (tiles < full_end) & every
         first = tl.minimum(first, tl.min(tl.where(some, tiles, end)))
         last = tl.maximum(last, tl.max(tl.where(some, tiles + 1, begin)))
-        full_first = tl.minimum(full_first, tl.min(tl.where(every, tiles, end)))
-        full_last = tl.minimum(full_last, tl.min(tl.where((every == 0) & (tiles > full_first), tiles, end)))
-    return tl.minimum(first, last), full_first, tl.maximum(full_last, full_first), last
+        full_first = tl.minimum(full_first, tl.min(tl.where(full, tiles, end)))
+        full_last = tl.minimum(full_last, tl.min(tl.where((full == 0) & (tiles > full_first), tiles, end)))
+        sure_first = tl.minimum(sure_first, tl.min(tl.where(every, tiles, end)))
+        sure_last = tl.minimum(sure_last, tl.min(tl.where((every == 0) & (tiles > sure_first), tiles, end)))
+    return (
+        tl.minimum(first, last), full_first, tl.maximum(full_last, full_first), last,
+        sure_first, tl.maximum(sure_last, sure_first),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -72,8 +80,9 @@ def tile_plan_kernel(
     KEY_RANGE: tl.constexpr, BOUNDS: tl.constexpr, SUMMARY: tl.constexpr, OPAQUE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write one entry of ``plan``, int32 ``[*lead of the mask, tiles of rows, 4]``: first tile of keys to visit, first
-    and end of those where all elements take part, end. Never none to visit: rows without keys get one masked tile.
+    """Write one entry of ``plan``, int32 ``[*lead of the mask, tiles of rows, 8]``: first tile of keys to visit; first
+    and end of those where all elements take part; end; first and end of those where the terms that ``KEY_RANGE`` does
+    not cover hold; nothing; 0, for kernels that count. Never none to visit: rows without keys get one masked tile.
 
     The grid is ``[tiles of rows, heads of the mask]``. OPAQUE: the mask has terms that ``KEY_RANGE`` does not cover and
     nobody summed up, so that no tile may go without it. BOUNDS: ``tile_bounds`` of the program, TILES at a time.
@@ -92,8 +101,10 @@ def tile_plan_kernel(
     end = tl.cdiv(end, BLOCK_K)
     full_begin //= BLOCK_K
     full_end //= BLOCK_K
+    sure_first = full_begin
+    sure_last = full_end
     if BOUNDS is not None:
-        begin, full_begin, full_end, end = _within_bounds(
+        begin, full_begin, full_end, end, sure_first, sure_last = _within_bounds(
             begin, full_begin, full_end, end, first_row, lead, captured, captured_strides, q_length, k_length,
             BOUNDS, BLOCK_Q, BLOCK_K, TILES,
         )  # fmt: skip
@@ -101,8 +112,13 @@ def tile_plan_kernel(
     if OPAQUE:
         full_begin = 0
         full_end = 0
-    place = plan + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 4
+        sure_first = 0
+        sure_last = 0
+    place = plan + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 8
     tl.store(place, begin)
     tl.store(place + 1, full_begin)
     tl.store(place + 2, full_end)
     tl.store(place + 3, end)
+    tl.store(place + 4, sure_first)
+    tl.store(place + 5, sure_last)
+    tl.store(place + 7, 0)

@@ -87,9 +87,9 @@ def test_plan_of_tiles(name, summary_tiles, monkeypatch):
         device=q.device, dtype=torch.float32,
     )  # fmt: skip
     keep = keep.expand(2, 2, 150, 210)
-    plan = plan.as_strided((2, 2, 3, 4), (*strides[2:], 4, 1)).tolist()
+    plan = plan.as_strided((2, 2, 3, 8), (*strides[2:], 8, 1)).tolist()
     for b, h, tile in itertools.product(range(2), range(2), range(3)):
-        first, clear, clear_end, end = plan[b][h][tile]
+        first, clear, clear_end, end, *_ = plan[b][h][tile]
         rows = keep[b, h, tile * 64 : tile * 64 + 64]
         assert 0 <= first < end <= 7
         assert not rows[:, : first * 32].any() and not rows[:, end * 32 :].any()
