@@ -1,9 +1,11 @@
 """The offload runtime, on the simulated device and on a card: every byte, whatever the order, and after errors."""
 
+import ast
 import gc
 import os
 import random
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from runtime_cases import (
     sweep_of,
 )
 
-from vbcompile import compat
+from vbcompile import compat, runtime
+from vbcompile.device import DeviceError
 from vbcompile.runtime import Streamer
 from vbcompile.runtime_device import AcceleratorDevice
 from vbcompile.runtime_disk import StorageError
@@ -518,3 +521,17 @@ def test_a_refused_registration_leaves_no_error_behind():
         pytest.skip("registration is CUDA's and ROCm's")
     assert compat.register_host_memory(device, 4096, 4096)  # nobody's page
     torch.ones(8, device=device).sum().item()
+
+
+def test_the_cpu_is_no_card():
+    with pytest.raises(DeviceError, match="SimulatedDevice"):
+        AcceleratorDevice("cpu")
+
+
+def test_the_runtime_names_no_vendor_and_waits_for_no_whole_device():
+    for path in Path(runtime.__file__).parent.glob("runtime*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"cuda", "xpu", "npu", "hpu", "record_stream"}, path.name
+        if "activation" not in path.name:
+            text = path.read_text()
+            assert "accelerator.synchronize" not in text and "backend.synchronize" not in text, path.name
