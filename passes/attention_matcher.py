@@ -138,6 +138,8 @@ class Matcher:
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
+        if any(is_tensor(factor) and lifter.depends(factor) for _, factor, _ in weights.factors):
+            raise Refusal("the weights are multiplied with something that depends on the scores")
         dims = first.label_dims(space, lifter.score_dims)
         query, key, rows = bind_roles(space, first, dims, keys)
         features = tuple(atom for x in first.summed for atom in dims[x])

@@ -75,6 +75,12 @@ def masked_after_softmax_and_normalised_again(q, k, v, keep):
     return p / p.sum(-1, keepdim=True) @ v
 
 
+@refuses()
+def weights_times_a_gate_of_the_scores(q, k, v):
+    s = _scores(q, k)
+    return (s.softmax(-1) * s.amax(-1, keepdim=True).sigmoid()) @ v
+
+
 @refuses(plus(qkv, lambda d: d.flags(d.S, d.S)))
 def masked_powers_over_the_sum_of_all(q, k, v, keep):
     p = torch.exp(_scores(q, k))
