@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from vendors.npu_device import NAME, Npu, host, is_npu
+from vendors.python_device import PythonDevice, host
 
 # allocation, shapes and reads of one element are the vendor's own
 _KEPT = (
@@ -20,7 +20,7 @@ _KEPT = (
 _NO_SHAPES = {"npu_fusion_attention_grad_v2"}
 
 
-class SoftNpu(Npu):
+class SoftNpu(PythonDevice):
     """torch-npu's device with our kernels.
 
     Attributes:
@@ -28,11 +28,11 @@ class SoftNpu(Npu):
     """
 
     def __init__(self) -> None:
-        super().__init__(torch.npu.device_count())
+        super().__init__("huawei", "PrivateUse1", torch.npu.device_count())
         self.checked: dict[str, int] = {}
 
     def new(self, size: Any, strides: Any, dtype: torch.dtype, index: int) -> Tensor:
-        return torch.empty_strided(size, strides, dtype=dtype, device=f"{NAME}:{index}")
+        return torch.empty_strided(size, strides, dtype=dtype, device=f"npu:{index}")
 
     def index(self, device: torch.device | None) -> int:
         return torch.npu.current_device() if device is None or device.index is None else device.index
@@ -62,7 +62,7 @@ class SoftNpu(Npu):
             aten.impl("scaled_dot_product_attention", _attention_by_parts, key, allow_override=True)
 
     def _copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        (host(target) if is_npu(target) else target).copy_(host(source) if is_npu(source) else source)
+        (host(target) if _is_npu(target) else target).copy_(host(source) if _is_npu(source) else source)
         return target
 
     def override(self, kernels: Mapping[str, Callable[..., Any]]) -> list[str]:
@@ -92,6 +92,10 @@ class SoftNpu(Npu):
         self.checked[name] = self.checked.get(name, 0) + 1
 
 
+def _is_npu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "npu"
+
+
 def _flat(value: Any) -> list[Any]:
     return [v for item in value for v in _flat(item)] if isinstance(value, (tuple, list)) else [value]
 
@@ -102,9 +106,9 @@ def _is_view(op: Any) -> bool:
 
 def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
     place = x.device if device is None else torch.device(device)
-    source = host(x) if is_npu(x) else x
+    source = host(x) if _is_npu(x) else x
     copy = torch.ops.aten._to_copy.default(source, dtype=dtype, memory_format=memory_format)
-    if place.type != NAME:
+    if place.type != "npu":
         return copy
     target = torch.empty_strided(copy.size(), copy.stride(), dtype=copy.dtype, device=place)
     host(target).copy_(copy)
