@@ -27,7 +27,7 @@ from vbcompile.vgpu_plan import DEVICE, Plan
 log = logging.getLogger(__name__)
 
 PASS_NAME = "offload"
-Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Compile = Callable[..., Callable[..., Any]]
 
 
 def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
@@ -162,7 +162,8 @@ class StreamedGraph:
             same = shape_of_graph(module, describe)
             if same is None or same not in known:
                 with own_tracing_context(self.fake_mode):
-                    compiled = self.compile(module, inputs)
+                    # a CUDA graph would copy every streamed weight into memory of its own
+                    compiled = self.compile(module, inputs, cudagraphs=False)
                 known[same if same is not None else object()] = compiled
             else:
                 compiled = known[same]

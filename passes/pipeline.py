@@ -21,7 +21,8 @@ from vbcompile.vgpu_plan import PlanError
 
 log = logging.getLogger(__name__)
 
-Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Compile = Callable[..., Callable[..., Any]]
+"""``compile(graph module, example inputs, cudagraphs=True)`` gives what runs."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,11 @@ def _compile(
 
 
 def _downstream(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], context: pipeline.PassContext, report: GraphReport
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    context: pipeline.PassContext,
+    report: GraphReport,
+    cudagraphs: bool = True,
 ) -> Callable[..., Any]:
     config = context.config
     compiler = choose_compiler(config, context.target, gm)
@@ -129,6 +133,8 @@ def _downstream(
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
     if partitioner is not None:
         options = {**compat.partitioner_options(partitioner, key), **options}
+    if not cudagraphs:
+        options["triton.cudagraphs"] = False
     return compat.compile_with_inductor(gm, example_inputs, options, key)
 
 
