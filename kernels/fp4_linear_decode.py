@@ -1,13 +1,15 @@
 """Device code of the FP4 product for few rows of x, in Triton's Gluon dialect (NVIDIA, sm_80 and later).
 
-Every thread loads the codes that it multiplies, 16 bytes at a time, straight into registers: in the layout
-``fragments2t`` they are what the thread holds of the left operand of ``mma.sync.m16n8k16`` (PTX ISA, "Matrix Fragments
-for mma.m16n8k16"). No shared memory and no barrier before the last sum, so many loads are in flight. Tensors are one
+Every thread loads the codes that it multiplies, 16 bytes at a time, straight into registers: in the layouts
+``fragments2t`` and ``fragments8t`` they are what the thread holds of the left operand of ``mma.sync.m16n8k16`` (PTX ISA,
+"Matrix Fragments for mma.m16n8k16"). No shared memory and no barrier before the last sum, so many loads are in flight. Tensors are one
 element a thread, ``[32 * WARPS]``; thread ``32 w + 4 r + c``.
 
 The warps of a block share 16 * STRIPS rows of the weight and take turns at its columns; their sums are added at the end
 in a fixed order.
 """
+
+import re
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -46,35 +48,53 @@ def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]
     return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "l", "r"])
 
 
-def load_x_assembly(unroll: int) -> tuple[str, str]:
+def load_x_assembly(unroll: int, wide: bool) -> tuple[str, str]:
     """PTX, and its constraints, that loads a thread's part of ``64 * unroll`` columns of one row of x.
 
-    Operands: 8 words a tile; the address; columns left, counted in tiles.
+    Operands: 8 words a tile; the address; columns left, counted in tiles. ``wide``: for the layout ``fragments8t``, in
+    which a thread's columns lie side by side.
     """
     inputs = 8 * unroll
     text = ["{ .reg .pred p;"] + [f"mov.b32 ${i}, 0;" for i in range(inputs)]
     for tile in range(unroll):
         text.append(f"setp.gt.s32 p, ${inputs + 1}, {tile};")
-        text += [f"@p ld.global.nc.b32 ${8 * tile + i}, [${inputs} + {128 * tile + 16 * i}];" for i in range(8)]
+        for i in range(2 if wide else 8):
+            words = ", ".join(f"${8 * tile + 4 * i + j}" for j in range(4)) if wide else f"${8 * tile + i}"
+            at = 128 * tile + (64 if wide else 16) * i
+            kind, words = (".v4", f"{{{words}}}") if wide else ("", words)
+            text.append(f"@p ld.global.nc{kind}.b32 {words}, [${inputs} + {at}];")
     return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "r"])
 
 
+def _decode(kind: str, codes: str, scales: list[tuple[str, str]], name: str = "p") -> str:
+    """PTX that makes four pairs of 16-bit floats, ``{name}0`` to ``{name}3``, of a word of codes.
+
+    ``scales``: (word, selector of ``prmt`` for its byte) for all four, or for the first two and the others.
+    """
+    factor = 128 if kind == "half" else 16  # a scale byte, shifted and added to k, is the scale's bits
+    text = [_UNPACK_BODY.replace("$8", codes) + (TO_HALF if kind == "half" else "")]
+    for number, (word, select) in enumerate(scales):
+        text.append(f"prmt.b32 t, {word}, 0, {select}; mad.lo.u32 s{number}, t, {factor}, k;")
+    text += [_MULTIPLY[kind].format(f"p{i}", f"s{i * len(scales) // 4}") for i in range(4)]
+    return re.sub(r"\bp([0-3])\b", rf"{name}\1", "\n".join(text))
+
+
+def _opening(kind: str) -> str:
+    bias = 0x30003000 if kind == "half" else 0x76007600
+    return f"{{ .reg .b32 t, u, n, k, e, s<2>, p<4>, q<4>; mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"
+
+
 def word_assembly(kind: str) -> tuple[str, str, int]:
-    """PTX that decodes one word of codes, its constraints, and how many results it has.
+    """PTX that decodes one word of codes of the layout ``fragments2t``, its constraints, and how many results it has.
 
     Operands: four pairs of 16-bit floats, or with kind ``fp8`` two words of four E4M3 (the halves of 16 columns of one
     row together); the word; the scale bytes of the thread's two rows in its low half.
     """
     results, halves = (2, "half") if kind == "fp8" else (4, kind)
-    shift, bias = _scale_bits(halves)
-    text = ["{ .reg .b32 t, u, n, k, s<2>, p0, p1, p2, p3; .reg .b16 h<4>;"]
-    text.append(f"mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};")
-    text.append(_UNPACK_BODY.replace("$8", f"${results}") + (TO_HALF if halves == "half" else ""))
-    for half in range(2):
-        text.append(f"prmt.b32 t, ${results + 1}, 0, 0x4{half}4{half}; mad.lo.u32 s{half}, t, {shift}, k;")
-        text += [_MULTIPLY[halves].format(f"p{i}", f"s{half}") for i in (2 * half, 2 * half + 1)]
+    scale = f"${results + 1}"
+    text = [_opening(halves), _decode(halves, f"${results}", [(scale, "0x4040"), (scale, "0x4141")])]
     if kind == "fp8":
-        text.append("mov.b32 k, 0x50005000;")  # 32: code * scale * 2**-8 is at most 10.5, E4M3 goes up to 448
+        text += [".reg .b16 h<4>;", "mov.b32 k, 0x50005000;"]  # 32: what comes is at most 10.5, E4M3 goes up to 448
         for i in range(4):
             text.append(_MULTIPLY["half"].format(f"p{i}", "k") + f"cvt.rn.satfinite.e4m3x2.f16x2 h{i}, p{i};")
         text += [f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};" for i in range(2)]
@@ -83,45 +103,49 @@ def word_assembly(kind: str) -> tuple[str, str, int]:
     return "\n".join(text) + "\n}", ",".join(["=r"] * results + ["r", "r"]), results
 
 
-def _scale_bits(kind: str) -> tuple[int, int]:
-    """What turns a scale byte into the bits of a 16-bit float: factor, and the summand in both halves of a word."""
-    return (128, 0x30003000) if kind == "half" else (16, 0x76007600)
-
-
-def strip_assembly(kind: str, blocks: int, scale_words: int) -> tuple[str, str]:
+def strip_assembly(kind: str, blocks: int, scale_words: int, wide: bool) -> tuple[str, str]:
     """PTX, and its constraints, of 16 rows by 64 columns of the weight times ``8 * blocks`` rows of x.
 
-    A thread has: results (4 float32 a block of x rows), 4 words of codes, ``scale_words`` words of scale bytes, 8
-    words of x a block, sums so far (as the results).
+    A thread has: results (4 float32 a block of x rows), 4 words of codes, ``scale_words`` words of scale bytes, 8 words
+    of x a block, which byte is the scale of its columns (a selector of ``prmt``; for ``wide``), sums so far (as the
+    results).
 
     Args:
         kind: ``half``, ``bf16_sm80`` or ``bf16_sm90``: type of x, and the instructions there are.
         scale_words: 2 for scales of 16 columns, 1 for scales of 32.
+        wide: the layout is ``fragments8t``, else ``fragments2t``.
     """
-    results = [f"${i}" for i in range(4 * blocks)]
-    first = 4 * blocks
-    codes, scales = first, first + 4
-    x, sums = scales + scale_words, scales + scale_words + 8 * blocks
-    shift, bias = _scale_bits(kind)
-    text = [f"{{ .reg .b32 t, u, n, k, s<2>, p0, p1, p2, p3;\nmov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"]
+    codes = 4 * blocks
+    scales, x = codes + 4, codes + 4 + scale_words
+    selector = x + 8 * blocks
+    text = [_opening(kind)] + ([f"add.u32 e, ${selector}, 0x0101;"] if wide else [])
     for step in range(4):
-        text.append(_UNPACK_BODY.replace("$8", f"${codes + step}") + (TO_HALF if kind == "half" else ""))
-        word = f"${scales + step // 2}" if scale_words == 2 else f"${scales}"
-        place = 2 * (step % 2 if scale_words == 2 else step // 2)
-        for half in range(2):
-            text.append(f"prmt.b32 t, {word}, 0, 0x4{place + half}4{place + half}; mad.lo.u32 s{half}, t, {shift}, k;")
-            text += [_MULTIPLY[kind].format(f"p{i}", f"s{half}") for i in (2 * half, 2 * half + 1)]
-        kind_name = "f16" if kind == "half" else "bf16"
-        for block in range(blocks):
-            own = results[4 * block : 4 * block + 4]
-            before = own if step else [f"${sums + 4 * block + i}" for i in range(4)]
-            at = x + 8 * block + 2 * step
-            text.append(
-                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind_name}.{kind_name}.f32 {{{', '.join(own)}}}, "
-                f"{{p0, p2, p1, p3}}, {{${at}, ${at + 1}}}, {{{', '.join(before)}}};"
-            )
-    constraints = ["=&f"] * 4 * blocks + ["r"] * (4 + scale_words + 8 * blocks) + ["f"] * 4 * blocks
+        if wide:  # a word is one row's 8 columns; two words make two products
+            one = (f"${scales + step // 2}", f"${selector}" if step % 2 == 0 else "e")
+            by_row = [one if scale_words == 2 else (f"${scales}", f"0x4{step}4{step}")]
+            products = [(f"p{i}, q{i}, p{i + 1}, q{i + 1}", 4 * (step // 2) + i) for i in (0, 2)]
+        else:  # a word is two rows' 4 columns
+            word, place = (scales + step // 2, 2 * (step % 2)) if scale_words == 2 else (scales, 2 * (step // 2))
+            by_row = [(f"${word}", f"0x4{place + half}4{place + half}") for half in range(2)]
+            products = [("p0, p2, p1, p3", 2 * step)]
+        text.append(_decode(kind, f"${codes + step}", by_row, "q" if wide and step % 2 else "p"))
+        if not wide or step % 2:
+            text += [
+                _product(kind, left, at, block, x, selector + 1) for left, at in products for block in range(blocks)
+            ]
+    constraints = ["=&f"] * 4 * blocks + ["r"] * (4 + scale_words + 8 * blocks + 1) + ["f"] * 4 * blocks
     return "\n".join(text) + "\n}", ",".join(constraints)
+
+
+def _product(kind: str, left: str, at: int, block: int, x: int, sums: int) -> str:
+    """PTX of one matrix product with words ``at`` and ``at + 1`` of a block of x; the first adds to the sums so far."""
+    own = [f"${4 * block + i}" for i in range(4)]
+    before = own if at else [f"${sums + 4 * block + i}" for i in range(4)]
+    right, name = x + 8 * block + at, "f16" if kind == "half" else "bf16"
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{{', '.join(own)}}}, {{{left}}}, "
+        f"{{${right}, ${right + 1}}}, {{{', '.join(before)}}};"
+    )
 
 
 @gluon.jit
@@ -137,14 +161,14 @@ def _halve(tensors, COUNT: gl.constexpr):
 def fp4_decode_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, k_tiles, x_stride, column_tiles,
     STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, BLOCKS: gl.constexpr, WORDS: gl.constexpr,
-    LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
+    WIDE: gl.constexpr, LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias`` for up to 8 * BLOCKS rows of x and 16 * STRIPS rows of the weight.
 
     x ``[m, 64 * k_tiles]``, 16-bit floats, rows ``x_stride`` elements apart; codes ``[n tiles, column_tiles, 2048]``
-    bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``, WORDS words of scales
-    of a pair of rows for 64 columns; row_scale, bias ``[n]``; out ``[m, n]``. LOAD, LOAD_X, MULTIPLY: assembly and its
-    constraints.
+    bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t`` or (WIDE)
+    ``fragments8t``, WORDS words of scales of a pair of rows for 64 columns; row_scale, bias ``[n]``; out ``[m, n]``.
+    LOAD, LOAD_X, MULTIPLY: assembly and its constraints.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
@@ -155,8 +179,9 @@ def fp4_decode_kernel(
     at = ((strip // 4).to(gl.int64) * column_tiles + tile) * 4 + strip % 4
     code_at = codes_ptr.to(gl.int64) + at * 512 + lane * 16
     scale_at = scales_ptr.to(gl.int64) + (at * 8 + row) * (4 * WORDS)
-    x_at = x_ptr.to(gl.int64) + (row.to(gl.int64) * x_stride + tile * 64 + lane % 4 * 2) * 2
+    x_at = x_ptr.to(gl.int64) + (row.to(gl.int64) * x_stride + tile * 64 + lane % 4 * (8 if WIDE else 2)) * 2
     left = k_tiles - tile
+    selector = 0x4040 + lane % 4 // 2 * 0x0202  # the byte of a thread's scale, of two for 32 columns
     zero = gl.zeros([32 * WARPS], gl.float32, LAYOUT)
     sums = ()
     for _ in gl.static_range(STRIPS * BLOCKS * 4):
@@ -171,7 +196,8 @@ def fp4_decode_kernel(
             after = ()
             for i in gl.static_range(STRIPS):
                 operands = _strip_operands(codes, x, u * STRIPS + i, u, STRIPS, UNROLL, BLOCKS, WORDS)
-                operands = operands + sums[4 * BLOCKS * i : 4 * BLOCKS * (i + 1)]
+                operands += (selector,)
+                operands += sums[4 * BLOCKS * i : 4 * BLOCKS * (i + 1)]
                 after = after + _call(MULTIPLY, operands, 4 * BLOCKS, False)
             sums = after
         code_at += WARPS * UNROLL * 2048

@@ -40,8 +40,8 @@ def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str)
         return reason
     if target.vendor != "nvidia" or target.compute_capability is None:
         return "written for NVIDIA's mma instruction"
-    if layout != "fragments2t":
-        return f"reads layout fragments2t, not {layout}"
+    if layout not in ("fragments2t", "fragments8t"):
+        return f"reads layouts fragments2t and fragments8t, not {layout}"
     if dtype not in _DTYPES:
         return f"takes float16 and bfloat16, not {dtype}"
     if not 1 <= m <= MOST_ROWS:
@@ -59,26 +59,31 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _assembly(kind: str, blocks: int, scale_words: int, strips: int, unroll: int) -> dict[str, tuple[str, str]]:
+def _assembly(
+    kind: str, blocks: int, scale_words: int, wide: bool, strips: int, unroll: int
+) -> dict[str, tuple[str, str]]:
     from vbcompile.kernels import fp4_linear_decode as device
 
     return {
         "LOAD": device.load_assembly(strips, unroll, scale_words),
-        "LOAD_X": device.load_x_assembly(unroll),
-        "MULTIPLY": device.strip_assembly(kind, blocks, scale_words),
+        "LOAD_X": device.load_x_assembly(unroll, wide),
+        "MULTIPLY": device.strip_assembly(kind, blocks, scale_words, wide),
     }
 
 
-def launch_options(target: Target, dtype: torch.dtype, m: int, format_name: str, config: FewConfig) -> dict[str, Any]:
+def launch_options(
+    target: Target, dtype: torch.dtype, m: int, format_name: str, layout: str, config: FewConfig
+) -> dict[str, Any]:
     """Constants and compiler options of a launch."""
     blocks = max(1, (1 << (m - 1).bit_length()) // 8)
     scale_words = 32 // fp4_format(format_name).block_size
     multiplies = (target.compute_capability or (8, 0)) >= (9, 0)
     kind = "half" if dtype == torch.float16 else "bf16_sm90" if multiplies else "bf16_sm80"
+    wide = layout == "fragments8t"
     registers = {"maxnreg": config.registers} if config.registers else {}
     return {
-        "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "BLOCKS": blocks, "WORDS": scale_words,
-        "num_warps": config.warps, **registers, **_assembly(kind, blocks, scale_words, config.strips, config.unroll),
+        "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "BLOCKS": blocks, "WORDS": scale_words, "WIDE": wide,
+        "num_warps": config.warps, **registers, **_assembly(kind, blocks, scale_words, wide, config.strips, config.unroll),
     }  # fmt: skip
 
 
@@ -86,11 +91,11 @@ def product_few(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
     layout: str, config: FewConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t``."""
+    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t`` or ``fragments8t``."""
     from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
 
     rows = x.reshape(-1, k)
-    if rows.stride(1) != 1 or rows.stride(0) % 2 or rows.data_ptr() % 4:
+    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
         rows = rows.contiguous()
     m, n = rows.shape[0], row_scale.shape[0]
     target = get_target(x.device)
@@ -98,6 +103,6 @@ def product_few(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     fp4_decode_kernel[(-(-n // (16 * config.strips)),)](
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, k // TILE, rows.stride(0),
-        codes.shape[1], BIAS=bias is not None, **launch_options(target, x.dtype, m, format_name, config),
+        codes.shape[1], BIAS=bias is not None, **launch_options(target, x.dtype, m, format_name, layout, config),
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)

@@ -47,6 +47,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "lop3.b32": or_of_and,
     "prmt.b32": pick_bytes,
     "mad.lo.u32": lambda a, b, c: a * b + c,
+    "add.u32": np.add,
     **{f"mul.rn.{kind}": lambda a, b, kind=kind: multiply_halves(kind, a, b) for kind in TYPES},
     **{f"fma.rn.{kind}": add_to_product(kind) for kind in TYPES},
 }

@@ -21,12 +21,14 @@ def words(state, names):
 
 @pytest.mark.parametrize("format_name", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["fragments2t", "fragments8t"])
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (11, 2)])
-def test_a_warp_multiplies_its_rows(kind, format_name, rows, blocks):
+def test_a_warp_multiplies_its_rows(kind, format_name, layout, rows, blocks):
     """64 rows by 128 columns of a weight, the last step half beyond its end, by rows of x of which some are missing."""
     torch.manual_seed(0)
+    wide = layout == "fragments8t"
     scale_words = 2 if format_name == "nvfp4" else 1
-    weight = to_layout(quantize(torch.randn(64, COLUMNS) * 0.02, format_name), "fragments2t")
+    weight = to_layout(quantize(torch.randn(64, COLUMNS) * 0.02, format_name), layout)
     x = torch.randn(rows, COLUMNS).to(KINDS[kind])
     lane = np.arange(32)
     row, column = lane // 4, lane % 4
@@ -47,13 +49,13 @@ def test_a_warp_multiplies_its_rows(kind, format_name, rows, blocks):
     )
     x_words = []
     for block in range(blocks):
-        text, _ = load_x_assembly(unroll)
-        at = x_base + ((row + 8 * block) * COLUMNS + column * 2) * 2
+        text, _ = load_x_assembly(unroll, wide)
+        at = x_base + ((row + 8 * block) * COLUMNS + column * (8 if wide else 2)) * 2
         there = np.where(row + 8 * block < rows, left, 0)
         inputs = {f"${8 * unroll}": at, f"${8 * unroll + 1}": there}
         x_words.append(words(run_warp(text, inputs, memory), range(8 * unroll)))
 
-    text, _ = strip_assembly(kind, blocks, scale_words)
+    text, _ = strip_assembly(kind, blocks, scale_words, wide)
     got = np.zeros((16 * STRIPS, 8 * blocks), np.float32)
     for strip in range(STRIPS):
         sums = [np.zeros(32, np.uint32)] * (4 * blocks)
@@ -62,7 +64,9 @@ def test_a_warp_multiplies_its_rows(kind, format_name, rows, blocks):
             scale_at = 4 * parts + scale_words * part
             operands = words(loaded, [*range(4 * part, 4 * part + 4), *range(scale_at, scale_at + scale_words)])
             operands += [word for own in x_words for word in own[8 * tile : 8 * tile + 8]]
-            inputs = {f"${4 * blocks + i}": value for i, value in enumerate([*operands, *sums])}
+            inputs = {
+                f"${4 * blocks + i}": value for i, value in enumerate([*operands, 0x4040 + column // 2 * 0x0202, *sums])
+            }
             sums = words(run_warp(text, inputs, memory), range(4 * blocks))
         for block in range(blocks):
             for corner in range(4):

@@ -7,7 +7,7 @@ import torch
 from test_fp4_aot import K, N, hot_loop, target
 from triton_aot import Launch, compile_launch
 
-from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper
+from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear_few import FewConfig
 from vbcompile.kernels.fp4_linear_hopper import WideConfig
@@ -22,7 +22,8 @@ def few_launch(arch, m, config, dtype=BF16, format_name="nvfp4"):
 
     x, words, floats = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.uint8), torch.empty(16)
     arguments = (x, words, words, floats, x, x, m, N, K // 64, K, K // 64)
-    options = fp4_linear_few.launch_options(target(arch), dtype, m, format_name, config)
+    layout = fp4_linear_triton.preferred_layout(target(arch))
+    options = fp4_linear_few.launch_options(target(arch), dtype, m, format_name, layout, config)
     return Launch(fp4_decode_kernel, arguments, {"BIAS": True, **options})
 
 
