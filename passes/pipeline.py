@@ -1,7 +1,7 @@
 """The passes, in their order, and how they run: one at a time, each undone if it fails."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
