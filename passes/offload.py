@@ -15,6 +15,7 @@ from vbcompile.compat import copy_graph, fake_mode_of_compile, own_tracing_conte
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_payload import Payload
 from vbcompile.handles_store import Part, WeightStore, store_of
+from vbcompile.passes.fp4_sites import weight_inputs
 from vbcompile.passes.graph_ops import describe_site, value_of
 from vbcompile.passes.offload_costs import Rates, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
@@ -42,7 +43,7 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     """
     weights = offloaded_inputs(gm.graph, context.example_inputs)
     if not weights:
-        return []
+        return _ordinary(gm.graph, context)
     stores = {id(payload.residence): payload.residence for payload in weights.values()}
     if len(stores) > 1:
         reason = "weights of several models that were offloaded one by one: offload them together, in one nn.ModuleList"
@@ -55,6 +56,22 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     streamed = StreamedGraph(gm, weights, store, context)
     context.around.append(streamed.around)
     return streamed.decisions()
+
+
+def _ordinary(graph: fx.Graph, context: Any) -> list[Decision]:
+    """What to say of a graph all of whose weights are on the device."""
+    budget = context.config.budget
+    if budget is None or context.training:  # in training the budget is that of the whole step, and planned with it
+        return []
+    held = sum(value.nbytes for _, value in weight_inputs(graph, context.example_inputs).values())
+    if held <= budget:
+        return [Decision(PASS_NAME, "graph", "left", f"fits: {held} bytes of weights, {budget} of the device allowed")]
+    reason = (
+        f"{held} bytes of weights are on the device already, and {budget} are allowed: call vbcompile.offload(model, "
+        f"max_memory={{0: {budget}}}) before torch.compile, so that they leave it"
+    )
+    log.warning("%s", reason)
+    return [Decision(PASS_NAME, "graph", "left", reason)]
 
 
 def offloaded_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, Payload]:

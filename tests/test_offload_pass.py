@@ -1,6 +1,7 @@
 """Graphs with offloaded weights: cut, planned and streamed, on a device that proves every access."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -272,6 +273,16 @@ def test_plain_models_are_left_alone(reports):
     model, x = blocks(), torch.randn(3, 32)
     assert torch.equal(compiled(model)(x), model(x))
     assert not [d for d in reports[0].decisions if d.action == "rewritten"]
+
+
+def test_a_budget_for_weights_that_are_on_the_device_already(reports):
+    model, x = blocks(), torch.randn(3, 32)
+    for budget, words in (("1KiB", r"call vbcompile\.offload"), ("1GiB", "fits")):
+        options = {"downstream": "eager", "budget": budget}
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(model, backend="vblackwell", options=options)(x), model(x))
+        (decision,) = [d for d in reports[-1].decisions if d.pass_name == "offload"]
+        assert re.search(words, decision.reason) and decision.action == "left"
 
 
 def test_weights_of_two_models_in_one_graph(reports):
