@@ -1,9 +1,9 @@
 """Device code of the FP4 product for few rows of x, in Triton's Gluon dialect (NVIDIA, sm_80 and later).
 
 Every thread loads the codes that it multiplies, 16 bytes at a time, straight into registers: in the layouts
-``fragments2t`` and ``fragments8t`` they are what the thread holds of the left operand of ``mma.sync.m16n8k16`` (PTX ISA,
-"Matrix Fragments for mma.m16n8k16"). No shared memory and no barrier before the last sum, so many loads are in flight. Tensors are one
-element a thread, ``[32 * WARPS]``; thread ``32 w + 4 r + c``.
+``fragments2t`` and ``fragments8t`` they are what the thread holds of the left operand of ``mma.sync.m16n8k16`` (PTX
+ISA, "Matrix Fragments for mma.m16n8k16"). No shared memory and no barrier before the last sum, so many loads are in
+flight. Tensors are one element a thread, ``[32 * WARPS]``; thread ``32 w + 4 r + c``.
 
 The warps of a block share 16 * STRIPS rows of the weight and take turns at its columns; their sums are added at the end
 in a fixed order.

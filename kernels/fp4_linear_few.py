@@ -82,16 +82,16 @@ def launch_options(
     wide = layout == "fragments8t"
     registers = {"maxnreg": config.registers} if config.registers else {}
     return {
-        "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "BLOCKS": blocks, "WORDS": scale_words, "WIDE": wide,
-        "num_warps": config.warps, **registers, **_assembly(kind, blocks, scale_words, wide, config.strips, config.unroll),
-    }  # fmt: skip
+        "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "BLOCKS": blocks, "WORDS": scale_words,
+        "WIDE": wide, "num_warps": config.warps,
+    } | registers | _assembly(kind, blocks, scale_words, wide, config.strips, config.unroll)  # fmt: skip
 
 
 def product_few(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
     layout: str, config: FewConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t`` or ``fragments8t``."""
+    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in a fragment layout of NVIDIA's."""
     from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
 
     rows = x.reshape(-1, k)
