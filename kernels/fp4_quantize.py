@@ -183,7 +183,7 @@ def _tensor_scale(weight: Tensor, largest: Tensor, fmt: Fp4Format, method: str, 
     """Float32 ``[..., 1]``, or ``[..., N]`` with ``per_row``; ``largest`` are the :func:`row_maxima`."""
     if not fmt.has_tensor_scale:
         scale = torch.ones((), device=weight.device) if method == "nearest" else _phase(weight, fmt, method)
-        return scale.expand(*weight.shape[:-2], 1).contiguous()
+        return scale.repeat(*weight.shape[:-2], 1)
     if not per_row:
         largest = largest.amax(dim=-1, keepdim=True)
     scale = torch.where(largest == 0, 1.0, (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(_SMALLEST_SCALE))

@@ -242,15 +242,18 @@ def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) 
     return packed, relative_error(source, packed)
 
 
-def adopt(weight: Tensor, packed: PackedWeight, transposed: bool = False) -> None:
+def adopt(weight: Tensor, packed: PackedWeight, transposed: bool = False, hollow: bool = False) -> None:
     """Have ``packed`` stand for the values of ``weight`` until it is written to: nothing is rounded a second time.
 
-    ``transposed`` where the parameter is ``[..., K, N]``.
+    ``transposed`` where the parameter is ``[..., K, N]``; with ``hollow`` it keeps no values of its own.
     """
     with _lock:
         state = state_of(weight)
+        if hollow:
+            make_hollow(weight)
         state.changed(weight)
         state.canonical[packed.format_name, transposed] = (packed, 0.0)
+        state.dropped = hollow
 
 
 def adopted_format(weight: Tensor) -> str | None:

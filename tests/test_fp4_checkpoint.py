@@ -259,6 +259,52 @@ def replaced(name: str, tensor: torch.Tensor):
     return lambda tensors: tensors.update({name: tensor})
 
 
+# --- FP8 beside FP4 ---------------------------------------------------------------------------------------------------
+
+
+def mixed(scale: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A ModelOpt checkpoint of mixed precision: ``up`` in NVFP4, ``down`` in FP8 with ``scale``."""
+    values = (torch.randn(6, 32) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    fp8 = {"weight": values, "weight_scale": scale, "input_scale": torch.tensor(0.5)}
+    return under("up", modelopt_nvfp4()[0]) | under("down", fp8), values.float() * scale.float().reshape(-1, 1)
+
+
+MIXED = {
+    "quantization_config": {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {"up": {"quant_algo": "NVFP4", "group_size": 16}, "down": {"quant_algo": "FP8"}},
+    }
+}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (6, 1)], ids=str)
+def test_fp8_layers_beside_fp4_ones_become_bfloat16(shape, tmp_path):
+    tensors, value = mixed(torch.rand(shape) * 0.01 + 0.001)
+    loaded = load_checkpoint(write(tmp_path, tensors, config=MIXED))
+    assert loaded.keys() == {"up.weight", "down.weight"} and isinstance(loaded["up.weight"], PackedWeight)
+    assert loaded["down.weight"].dtype == torch.bfloat16
+    assert torch.equal(loaded["down.weight"], value.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("down.weight_scale", torch.ones(3), "is not one scale, or one a row, of 'down.weight'"),
+        ("down.weight_scale", torch.tensor(-1.0), "not finite and positive"),
+        ("down.weight_scale", torch.tensor(float("nan")), "not finite and positive"),
+        ("down.weight", torch.full((6, 32), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn), "holds NaN"),
+        ("down.pre_quant_scale", torch.ones(32), "in a way that is not supported"),
+        ("down.weight_scale_inv", torch.ones(1, 1), "in a way that is not supported"),
+    ],
+)
+def test_fp8_layers_that_cannot_be_read(name, tensor, reason, tmp_path):
+    tensors, _ = mixed(torch.tensor(0.01))
+    tensors[name] = tensor
+    with pytest.raises(CheckpointError, match=reason):
+        load_checkpoint(write(tmp_path, tensors, config=MIXED))
+
+
 def removed(name: str):
     return lambda tensors: tensors.pop(name)
 

@@ -54,6 +54,8 @@ _HOME = {
     "doctor": ("diagnose",),
     "estimator": ("PlanError", "estimate"),
     "explainer": ("explain",),
+    "fp4_calibration": ("calibrate",),
+    "fp4_loading": ("load_packed",),
     "passes.fp4_weights": ("requantize", "restore_weights"),
     "troubleshooting": ("check_model_device", "out_of_memory_advice"),
     "vgpu": ("VGPUStack", "create_vgpu_stack"),

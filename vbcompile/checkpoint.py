@@ -1,7 +1,7 @@
 """FP4 checkpoints in and out, safetensors only.
 
 Reads compressed-tensors ``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``, NVIDIA ModelOpt NVFP4, gpt-oss MXFP4 and
-our own files, without decoding: codes and scales arrive bit for bit.
+our own files, without decoding: codes and scales arrive bit for bit. FP8 layers beside FP4 ones become bfloat16.
 """
 
 import logging
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vbcompile.checkpoint_config import check_declarations
 from vbcompile.checkpoint_files import CheckpointError, Shards
-from vbcompile.checkpoint_layouts import find_packed, read_packed
+from vbcompile.checkpoint_layouts import find_packed, read_fp8, read_packed
 from vbcompile.checkpoint_state import is_state, read_state, save_state
 from vbcompile.kernels.fp4 import PackedWeight
 
@@ -28,8 +28,9 @@ def read_checkpoint(
     """``(parameter name, value)`` of a checkpoint, shard by shard, one in memory at a time.
 
     Packed weights come under the name of the parameter they replace: ``layers.0.q_proj.weight``; gpt-oss experts under
-    ``experts.gate_up_proj``, as ``[E, N, K]`` with N outputs, while Transformers' own parameter is ``[E, K, N]``. Other
-    tensors come as they are. Scales of activations and key-value caches beside packed weights are left out.
+    ``experts.gate_up_proj``, as ``[E, N, K]`` with N outputs, while Transformers' own parameter is ``[E, K, N]``. FP8
+    weights beside them come as bfloat16, other tensors as they are. Scales of activations and key-value caches beside
+    quantized weights are left out.
 
     Args:
         path: folder with a ``*.safetensors.index.json`` or one safetensors file, an index, or a file.
@@ -49,10 +50,13 @@ def read_checkpoint(
             count, first = len(contents.activation_scales), contents.activation_scales[0]
             _log.info("%s: %d activation scales left out, %s the first", path, count, first)
         packed = {parts.codes: parts for parts in contents.packed}
-        wanted = packed.keys() | set(contents.plain)
+        fp8 = {parts.name: parts for parts in contents.fp8}
+        wanted = packed.keys() | fp8.keys() | set(contents.plain)
         for name in (name for name in shards.tensors if name in wanted):
             if name in packed:
                 yield packed[name].name, read_packed(shards, packed[name], device)
+            elif name in fp8:
+                yield name, read_fp8(shards, fp8[name], device)
             else:
                 yield name, shards.read(name).to(device)
 

@@ -9,6 +9,8 @@ NVIDIA ModelOpt      ``m.weight`` U8 ``[N, K/2]``, ``m.weight_scale`` F8_E4M3 ``
                      that **multiplies**
 gpt-oss              ``m_blocks`` U8 ``[E, N, K/32, 16]``, ``m_scales`` U8 ``[E, N, K/32]``; in the original release
                      ``m.blocks``, ``m.scales``
+both of the first    layers in FP8 beside those in FP4: ``m.weight`` F8_E4M3 ``[N, K]``, ``m.weight_scale`` a number or
+                     one a row, that multiplies; read as bfloat16
 ===================  ============================================================================================
 """
 
@@ -43,12 +45,31 @@ class PackedTensors:
     scale_divides: bool
     shape: tuple[int, ...]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for part in (self.codes, self.block_scales, self.tensor_scale) if part)
+
+
+@dataclass(frozen=True)
+class Fp8Tensors:
+    """A weight in FP8: its own tensor and that of its scale, one number or one for each of the ``rows``."""
+
+    name: str
+    scale: str
+    rows: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.name, self.scale
+
 
 @dataclass(frozen=True)
 class Contents:
-    """The packed weights of a checkpoint, its other tensors, and activation scales that weights do not need."""
+    """The packed weights of a checkpoint, those in FP8 beside them, its other tensors, and activation scales that
+    weights do not need."""
 
     packed: list[PackedTensors]
+    fp8: list[Fp8Tensors]
     plain: list[str]
     activation_scales: list[str]
 
@@ -64,11 +85,13 @@ def find_packed(shards: Shards) -> Contents:
         if "_quantization_metadata" in metadata:
             raise CheckpointError(f"{file}: has ComfyUI's quantization metadata, whose scale order is not supported")
     packed = [found for name in shards.tensors if (found := _recognise(name, shards.tensors)) is not None]
-    used = {part for p in packed for part in (p.codes, p.block_scales, p.tensor_scale) if part}
+    fp8 = [layer for name in shards.tensors if packed and (layer := _recognise_fp8(name, shards.tensors)) is not None]
+    quantized: list[PackedTensors | Fp8Tensors] = [*packed, *fp8]
+    used = {part for p in quantized for part in p.parts}
     children = defaultdict(list)
     for name in shards.tensors:
         children[name.rpartition(".")[0]].append(name)
-    activation_scales = [name for p in packed for name in _activation_scales(p, children, shards.tensors)]
+    activation_scales = [name for p in quantized for name in _activation_scales(p, children, shards.tensors)]
     known = used.union(activation_scales)
     plain = [name for name in shards.tensors if name not in known]
     for name in plain:
@@ -76,7 +99,7 @@ def find_packed(shards: Shards) -> Contents:
     for parts in packed:
         if parts.name in shards.tensors and parts.name != parts.codes:
             raise _error(shards.tensors[parts.name].file, parts.name, f"also present packed, as {parts.codes!r}")
-    return Contents(packed, plain, activation_scales)
+    return Contents(packed, fp8, plain, activation_scales)
 
 
 def _recognise(name: str, tensors: dict[str, TensorInfo]) -> PackedTensors | None:
@@ -93,6 +116,20 @@ def _recognise(name: str, tensors: dict[str, TensorInfo]) -> PackedTensors | Non
             rows = (*info.shape[:-2], info.shape[-2] * info.shape[-1])
             return _described(tensors, weight, name, weight + scales, None, False, rows)
     return None
+
+
+def _recognise_fp8(name: str, tensors: dict[str, TensorInfo]) -> Fp8Tensors | None:
+    """The FP8 weight ``name`` of a checkpoint of mixed precision, or None."""
+    info, scale = tensors[name], f"{name}_scale"
+    is_weight = name.rpartition(".")[2] == "weight" and info.dtype == "F8_E4M3" and len(info.shape) == 2
+    if not is_weight or scale not in tensors:
+        return None
+    found, rows = tensors[scale], info.shape[0]
+    if found.dtype not in _FLOATS or found.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+        raise _error(
+            found.file, scale, f"{found.dtype} {list(found.shape)} is not one scale, or one a row, of {name!r}"
+        )
+    return Fp8Tensors(name, scale, rows)
 
 
 def _two_level(
@@ -148,18 +185,17 @@ def _check_tensor_scale(info: TensorInfo, name: str, packed_shape: tuple[int, ..
 
 
 def _activation_scales(
-    packed: PackedTensors, children: Mapping[str, list[str]], tensors: dict[str, TensorInfo]
+    packed: PackedTensors | Fp8Tensors, children: Mapping[str, list[str]], tensors: dict[str, TensorInfo]
 ) -> Iterator[str]:
     """Activation scales of a packed weight's module; whatever else would change the weight is refused."""
     module, _, last = packed.name.rpartition(".")
     if last != "weight":
         return
-    own = (packed.codes, packed.block_scales, packed.tensor_scale)
     for name in children[module]:
         child = name.rpartition(".")[2]
         if child in _ACTIVATION_SCALES:
             yield name
-        elif name not in own and child != "bias":
+        elif name not in packed.parts and child != "bias":
             reason = f"changes the packed weight {packed.name!r} in a way that is not supported"
             raise _error(tensors[name].file, name, reason)
 
@@ -204,6 +240,21 @@ def read_packed(shards: Shards, parts: PackedTensors, device: torch.device | str
     except ValueError as error:
         raise CheckpointError(f"{shards.tensors[parts.block_scales].file}: {error}") from error
     return packed.to(device)
+
+
+def read_fp8(shards: Shards, parts: Fp8Tensors, device: torch.device | str) -> Tensor:
+    """Read a weight in FP8 to ``device`` as bfloat16: value times scale, rounded once from float32.
+
+    Raises:
+        CheckpointError: a value or the scale is NaN, or the scale is infinite or not positive.
+    """
+    values, scale = shards.read(parts.name).float(), shards.read(parts.scale).float().reshape(-1, 1)
+    info = shards.tensors
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise _error(info[parts.scale].file, parts.scale, "a scale that is not finite and positive")
+    if not bool(torch.isfinite(values).all()):
+        raise _error(info[parts.name].file, parts.name, "holds NaN")
+    return (values * scale).to(torch.bfloat16).to(device)
 
 
 def _tensor_scale(scale: Tensor, lead: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,109 @@
+"""Load a checkpoint with FP4 weights into a model, so that a compile with the option ``fp4`` runs exactly its codes."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vbcompile.checkpoint import CheckpointError, load_checkpoint
+from vbcompile.kernels.fp4 import PackedWeight, dequantize
+from vbcompile.passes.fp4_weights import adopt
+
+
+def load_packed(
+    model: nn.Module, path: str | Path, *, device: torch.device | str | None = None, keep: bool = True
+) -> list[str]:
+    """Give a model the weights of an FP4 checkpoint: all of them or, where an error is raised, none.
+
+    Args:
+        model: may be on the ``meta`` device; its parameter names are the checkpoint's.
+        path: what :func:`vbcompile.checkpoint.read_checkpoint` takes.
+        device: for parameters on ``meta``; the default is the CPU. Others stay where they are.
+        keep: also decode the weights into the parameters, in their dtype. Without, they read as NaN and take no memory:
+            the model then runs only compiled with the option ``fp4``.
+
+    Returns:
+        Names of the parameters that are packed.
+
+    Raises:
+        CheckpointError: the files are at fault, or names or shapes do not fit the model; the message names the tensor.
+    """
+    place = torch.device(device or "cpu")
+    entries = load_checkpoint(path)
+    known = _tensors(model)
+    _check(known, entries, path)
+    made: dict[int, Tensor] = {}
+    packed = []
+    with torch.no_grad():
+        for name, entry in entries.items():
+            old = known[name]
+            if id(old) in made:
+                continue  # tied to one that is loaded
+            if isinstance(entry, PackedWeight):
+                packed.append(name)
+            made[id(old)] = _filled(old, entry, place, keep)
+    _put(model, made)
+    return packed
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and stored buffers by every name that they have."""
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _check(known: dict[str, Tensor], entries: dict[str, PackedWeight | Tensor], path: str | Path) -> None:
+    for name, entry in entries.items():
+        if name not in known:
+            raise CheckpointError(f"{path}: {name!r} is not in the model")
+        if _orientation(known[name], entry) is None:
+            shapes = f"{list(entry.shape)}, in the model {list(known[name].shape)}"
+            raise CheckpointError(f"{path}: {name!r} has shape {shapes}")
+        if isinstance(entry, PackedWeight) and not known[name].is_floating_point():
+            raise CheckpointError(f"{path}: {name!r} is packed, in the model it is {known[name].dtype}")
+    loaded = {id(known[name]) for name in entries}
+    for name, tensor in known.items():
+        if id(tensor) not in loaded:
+            raise CheckpointError(f"{path}: has no {name!r}, which the model needs")
+
+
+def _orientation(tensor: Tensor, entry: PackedWeight | Tensor) -> bool | None:
+    """Whether the parameter is the entry transposed; None where it is neither. Square stacks are taken as they are."""
+    shape = tuple(entry.shape)
+    if tuple(tensor.shape) == shape:
+        return False
+    is_stack = isinstance(entry, PackedWeight) and len(shape) == 3
+    return True if is_stack and tuple(tensor.mT.shape) == shape else None
+
+
+def _filled(old: Tensor, entry: PackedWeight | Tensor, place: torch.device, keep: bool) -> Tensor:
+    """The parameter with the entry's values: itself, or a new one where it was on ``meta``."""
+    device = place if old.is_meta else old.device
+    if isinstance(entry, Tensor):
+        return _with_values(old, entry.to(device, old.dtype))
+    transposed = bool(_orientation(old, entry))
+    if not keep:
+        hollow = torch.empty((), dtype=old.dtype, device=device).expand(old.shape)
+        new = _with_values(old, hollow, copy=False)
+        adopt(new, entry, transposed, hollow=True)
+        return new
+    values = dequantize(entry.to(device), old.dtype)
+    new = _with_values(old, values.mT.contiguous() if transposed else values)
+    adopt(new, entry, transposed)
+    return new
+
+
+def _with_values(old: Tensor, values: Tensor, copy: bool = True) -> Tensor:
+    if old.is_meta:
+        return nn.Parameter(values, requires_grad=False) if isinstance(old, nn.Parameter) else values
+    if copy:
+        old.copy_(values)
+    return old
+
+
+def _put(model: nn.Module, made: dict[int, Tensor]) -> None:
+    """Put new tensors in the places of those on ``meta``, tied ones in all their places."""
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, old in table.items():
+                if old is not None and made.get(id(old), old) is not old:
+                    table[name] = made[id(old)]  # type: ignore[assignment]
