@@ -85,6 +85,31 @@ def test_stacks_that_the_model_has_transposed(keep, tmp_path):
     torch.testing.assert_close(compiled(model)(x), want, rtol=1e-4, atol=1e-4)
 
 
+class Square(nn.Module):
+    """Square stacks: their shape does not say how they lie."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(2, 64, 64), requires_grad=False)
+        vars(self).update(attributes)
+
+
+def test_square_stacks_lie_as_their_module_says(tmp_path):
+    down, up = quantize(torch.randn(2, 64, 64), "mxfp4"), quantize(torch.randn(2, 192, 64), "mxfp4")
+    save_checkpoint(tmp_path / "model.safetensors", {"down_proj": down})
+    for is_transposed, want in ((True, dequantize(down).mT), (False, dequantize(down))):
+        model = Square(is_transposed=is_transposed)
+        vbcompile.load_packed(model, tmp_path)
+        assert model.down_proj.equal(want)
+    with pytest.raises(CheckpointError, match="nothing says whether the model holds them transposed"):
+        vbcompile.load_packed(Square(), tmp_path)
+    save_checkpoint(tmp_path / "model.safetensors", {"down_proj": down, "gate_up_proj": up})
+    model = Square()
+    model.gate_up_proj = nn.Parameter(torch.randn(2, 64, 192), requires_grad=False)
+    vbcompile.load_packed(model, tmp_path)
+    assert model.down_proj.equal(dequantize(down).mT) and model.gate_up_proj.equal(dequantize(up).mT)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

@@ -9,6 +9,8 @@ from vbcompile.checkpoint import CheckpointError, load_checkpoint
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.passes.fp4_weights import adopt
 
+Entries = dict[str, PackedWeight | Tensor]
+
 
 def load_packed(
     model: nn.Module, path: str | Path, *, device: torch.device | str | None = None, keep: bool = True
@@ -31,7 +33,7 @@ def load_packed(
     place = torch.device(device or "cpu")
     entries = load_checkpoint(path)
     known = _tensors(model)
-    _check(known, entries, path)
+    transposed = _check(model, known, entries, path)
     made: dict[int, Tensor] = {}
     packed = []
     with torch.no_grad():
@@ -41,7 +43,7 @@ def load_packed(
                 continue  # tied to one that is loaded
             if isinstance(entry, PackedWeight):
                 packed.append(name)
-            made[id(old)] = _filled(old, entry, place, keep)
+            made[id(old)] = _filled(old, entry, transposed[name], place, keep)
     _put(model, made)
     return packed
 
@@ -51,36 +53,63 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict(keep_vars=True))
 
 
-def _check(known: dict[str, Tensor], entries: dict[str, PackedWeight | Tensor], path: str | Path) -> None:
+def _check(model: nn.Module, known: dict[str, Tensor], entries: Entries, path: str | Path) -> dict[str, bool]:
+    """For each entry whether the parameter is its transpose, or an error."""
+    transposed = {}
     for name, entry in entries.items():
         if name not in known:
             raise CheckpointError(f"{path}: {name!r} is not in the model")
-        if _orientation(known[name], entry) is None:
+        try:
+            orientation = _orientation(model, name, known, entries)
+        except _Ambiguous:
+            reason = "a stack of square matrices, and nothing says whether the model holds them transposed"
+            raise CheckpointError(f"{path}: {name!r} is {reason}: set is_transposed on its module") from None
+        if orientation is None:
             shapes = f"{list(entry.shape)}, in the model {list(known[name].shape)}"
             raise CheckpointError(f"{path}: {name!r} has shape {shapes}")
+        transposed[name] = orientation
         if isinstance(entry, PackedWeight) and not known[name].is_floating_point():
             raise CheckpointError(f"{path}: {name!r} is packed, in the model it is {known[name].dtype}")
     loaded = {id(known[name]) for name in entries}
     for name, tensor in known.items():
         if id(tensor) not in loaded:
             raise CheckpointError(f"{path}: has no {name!r}, which the model needs")
+    return transposed
 
 
-def _orientation(tensor: Tensor, entry: PackedWeight | Tensor) -> bool | None:
-    """Whether the parameter is the entry transposed; None where it is neither. Square stacks are taken as they are."""
-    shape = tuple(entry.shape)
-    if tuple(tensor.shape) == shape:
-        return False
-    is_stack = isinstance(entry, PackedWeight) and len(shape) == 3
-    return True if is_stack and tuple(tensor.mT.shape) == shape else None
+class _Ambiguous(Exception):
+    """A stack of square matrices that may be transposed or not."""
 
 
-def _filled(old: Tensor, entry: PackedWeight | Tensor, place: torch.device, keep: bool) -> Tensor:
+def _orientation(model: nn.Module, name: str, known: dict[str, Tensor], entries: Entries) -> bool | None:
+    """Whether the parameter is the entry transposed, as stacks of experts can be; None where their shapes differ.
+
+    Square stacks are as their module says (``is_transposed`` of Transformers) or as the other stacks of their module.
+
+    Raises:
+        _Ambiguous: neither says.
+    """
+    tensor, entry = known[name], entries[name]
+    shape, is_stack = tuple(entry.shape), isinstance(entry, PackedWeight) and len(entry.shape) == 3
+    same, swapped = tuple(tensor.shape) == shape, is_stack and tuple(tensor.mT.shape) == shape
+    if not (same and swapped):
+        return False if same else True if swapped else None
+    owner = name.rpartition(".")[0]
+    said = getattr(model.get_submodule(owner), "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    for other, packed in entries.items():
+        stack = isinstance(packed, PackedWeight) and len(packed.shape) == 3 and other.rpartition(".")[0] == owner
+        if stack and other in known and packed.shape[1] != packed.shape[2]:
+            return tuple(known[other].shape) != tuple(packed.shape)
+    raise _Ambiguous
+
+
+def _filled(old: Tensor, entry: PackedWeight | Tensor, transposed: bool, place: torch.device, keep: bool) -> Tensor:
     """The parameter with the entry's values: itself, or a new one where it was on ``meta``."""
     device = place if old.is_meta else old.device
     if isinstance(entry, Tensor):
         return _with_values(old, entry.to(device, old.dtype))
-    transposed = bool(_orientation(old, entry))
     if not keep:
         hollow = torch.empty((), dtype=old.dtype, device=device).expand(old.shape)
         new = _with_values(old, hollow, copy=False)
