@@ -26,13 +26,13 @@ from vbcompile import tune  # noqa: E402
 from vbcompile.kernels import fp4_linear_triton  # noqa: E402
 from vbcompile.kernels.registry import operator  # noqa: E402
 
-LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096), (1024, 4096)]
+LLAMA_8B = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (14336, 4096), (1024, 4096)]
 
 
-def _compile(job: tuple[int, int, int]) -> None:
-    """Launch one share of the candidates for a count of rows on a small weight."""
-    m, share, shares = job
-    target, (n, k) = tune.check_device(), (512, 2048)
+def _compile(job: tuple[tuple[int, int], int, int, int]) -> None:
+    """Launch one share of the candidates for a weight and a count of rows of x."""
+    (n, k), m, share, shares = job
+    target = tune.check_device()
     (weight,) = tune.copies(n, k, "nvfp4", 1)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     for name, run, config in list(tune.candidates(target, m, n, k))[share::shares]:
@@ -43,10 +43,10 @@ def _compile(job: tuple[int, int, int]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_ahead(rows: list[int], shares: int = 4) -> None:
+def compile_ahead(shapes: list[tuple[int, int]], rows: list[int], shares: int = 3) -> None:
     # all up to 8 rows run the same kernels, and so do all from 512 on
-    distinct = sorted({min(max(m, 8), 512) for m in rows})
-    jobs = [(m, share, shares) for m in distinct for share in range(shares)]
+    distinct = sorted({min(max(m, 8), 512) for m in rows}, reverse=True)
+    jobs = [(shape, m, share, shares) for m in distinct for share in range(shares) for shape in shapes[:2]]
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs))
 
@@ -59,14 +59,14 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.time()
     target = tune.check_device()
-    compile_ahead(arguments.rows)
+    shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in arguments.shape)]
+    compile_ahead(shapes, arguments.rows)
     print(f"compiled: {time.time() - started:.0f} s", flush=True)
     fp4_linear_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
     operator("fp4_linear").load()
     rows: list[list[Any]] = []
     path = arguments.into or record.folder() / "fp4_linear_tuned.json"
-    for shape in arguments.shape:
-        n, k = map(int, shape.split("x"))
+    for n, k in shapes:
         for row in tune.measure(target, "nvfp4", n, k, arguments.rows):
             rows.append(row)
             print(*row[:5], {name: tuple(found) for name, found in row[5].items()}, flush=True)

@@ -4,7 +4,6 @@ Times are medians of CUDA-graph replays that go round copies of the weight, so t
 """
 
 import functools
-import itertools
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -96,11 +95,15 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
     yield "triton_fp8", fp4_linear_fp8.product_fp8, None
 
 
+_FEW = (  # strips, warps, unroll
+    (1, 4, 2), (1, 4, 4), (1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 16, 2), (2, 4, 1), (2, 4, 2), (2, 8, 1), (2, 8, 2),
+    (4, 4, 1), (4, 8, 1),
+)  # fmt: skip
+
+
 def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
     if m <= fp4_linear_few.MOST_ROWS:
-        for strips, warps, unroll in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
-            if strips * unroll <= 4 or m == 1:
-                yield fp4_linear_few.FewConfig(strips, warps, unroll)
+        yield from (fp4_linear_few.FewConfig(*shape) for shape in _FEW)
 
 
 def _wide_candidates(m: int) -> Iterator[fp4_linear_hopper.WideConfig]:
