@@ -14,6 +14,7 @@ from vbcompile.kernels import fp4_linear_cpu, fp4_linear_triton
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_layout import LAYOUTS, dequantize_weight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_linear import choose, fp4_linear, fp4_linear_backward, fp4_linear_reference, make_case
+from vbcompile.kernels.fp4_linear_few import product_few
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.kernels.registry import operator
 
@@ -314,6 +315,18 @@ def test_every_code_and_scale_is_exact_on_a_gpu(dtype, format_name):
             parts = eye.split(rows) if rows > 8 or name == "triton_few" else eye[: 4 * rows].split(rows)
             got = torch.cat([run(e, *w.tensors, None, 512, format_name, layout) for e in parts])
             assert torch.equal(got, want[: len(got)]), (name, rows, int((got != want[: len(got)]).sum()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["fragments2t", "fragments8t"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rows_in_both_layouts_on_a_gpu(dtype, layout):
+    if get_target("cuda").vendor != "nvidia":
+        pytest.skip("NVIDIA's layouts")
+    for (n, k), m, format_name in itertools.product(((1000, 2880), (70, 192)), (1, 9, 32), FORMATS):
+        w = to_layout(quantize(torch.randn(n, k, device="cuda") * 0.02, format_name), layout)
+        x, bias = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
+        check_error(product_few(x, *w.tensors, bias, k, format_name, layout), x, w, bias)
 
 
 @pytest.mark.gpu
