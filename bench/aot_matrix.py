@@ -69,7 +69,7 @@ def main() -> int:
     jobs = [("attention", arch, size, kind) for arch in options.arch for size, kind in ATTENTION]
     jobs += [("fp4_linear", arch, m, kind) for arch in options.arch for m in FP4_ROWS for kind in ("nvfp4", "mxfp4")]
     start, rows = time.perf_counter(), []
-    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(options.jobs) as pool:
         for found in pool.map(compile_one, jobs):
             rows += found
             for row in found:

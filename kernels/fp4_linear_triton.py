@@ -85,7 +85,9 @@ def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
     column_tiles = -(-k // (2 * TILE)) * 2
     hopper = _is_hopper_or_datacenter(target)
     wide_steps = column_tiles % 4 == 0 and hopper
-    if m <= 16:
+    if target.vendor == "amd" and not target.arch.startswith("gfx9"):  # RDNA: waves of 32 lanes, 256 registers each
+        config = TileConfig(16, 1, 2, 1, 4, 1) if m <= 16 else TileConfig(64 if m <= 64 else 128, 1, 1, 1, 8, 1)
+    elif m <= 16:
         config = TileConfig(16, 2, 4 if wide_steps else 2, 1, 4, 4 if hopper else 3)
     elif m <= 32:
         config = TileConfig(32, 2, 2, 1, 4, 4 if hopper else 3)

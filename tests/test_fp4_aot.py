@@ -57,7 +57,7 @@ def test_products_compile_without_spills(arch, m):
     assert report.shared <= SHARED_BYTES[arch]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "gfx1100"])
 @pytest.mark.parametrize(("dtype", "format_name"), [(torch.float16, "nvfp4"), (torch.bfloat16, "mxfp4")])
 def test_other_types_and_formats_compile_without_spills(arch, dtype, format_name):
     assert compile_launch(product_launch(arch, 16, dtype, format_name), arch).spills == 0
