@@ -129,7 +129,7 @@ def test_large_copies_run_beside_a_busy_computation(device, unit):
 @pytest.mark.parametrize("seed", range(4))
 def test_order_does_not_matter(device, unit, seed, disk, tmp_path):
     """Copies are prefetched and waited for at random, some several at once: bytes may be wasted, none are wrong."""
-    tiers = (small_host(13 * unit), DISK) if disk else (HOST,)
+    tiers = (small_host(10 * unit), DISK) if disk else (HOST,)
     streamer, data = streamer_of(device, [unit + 512 * index for index in range(16)], 7 * unit, tiers, tmp_path)
     rng, held, found = random.Random(seed), [], []
     with streamer:

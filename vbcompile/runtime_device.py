@@ -5,7 +5,6 @@ host memory, for tests and for machines without an accelerator. Neither is waite
 tensor is handed to the caching allocator's stream bookkeeping: whoever reuses memory waits for an event.
 """
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -125,8 +124,12 @@ class AcceleratorDevice:
         return CopyQueue(name, torch.Stream(self.device), None if peer is None else torch.Stream(peer))
 
     def copy(self, queue: CopyQueue, target: Tensor, source: Tensor) -> None:
+        if queue.remote is None:
+            with queue.stream:
+                target.copy_(source, non_blocking=True)
+            return
         # a copy between cards is queued on both ends' current streams, each of which then waits for the other
-        with queue.remote or contextlib.nullcontext(), queue.stream:
+        with queue.remote, queue.stream:
             target.copy_(source, non_blocking=True)
 
     def record(self, queue: CopyQueue | None = None, *, timing: bool = False) -> torch.Event:

@@ -1,6 +1,5 @@
 """The ring on the device: which copy of a plan is in it, which bytes may be overwritten, and after what."""
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -164,8 +163,10 @@ class Ring:
         queue = self._slots[index].queue
         for event in after:
             self._device.wait(queue, event)
-        recorder = self._recorder
-        with contextlib.nullcontext() if recorder is None else recorder.copy(index, queue, target.nbytes):
+        if self._recorder is None:
+            self._device.copy(queue, target, source)
+            return
+        with self._recorder.copy(index, queue, target.nbytes):
             self._device.copy(queue, target, source)
 
     def _take_from_disk(self, index: int, after: Sequence[Any]) -> None:
