@@ -26,17 +26,14 @@ MARKS = ("wgmma", "cp.async.bulk.tensor", "tcgen05", "mma.sync", "v_mfma_scale",
 
 def compile_one(job: tuple[str, str, int, Any]) -> list[dict[str, Any]]:
     """Rows of one job, ``(family, arch, size, dtype or format)``; a kernel that does not compile has ``error``."""
-    import torch
     from triton_aot import compile_launch
 
     family, arch, size, kind = job
-    try:
-        launches = _attention(arch, size, getattr(torch, kind)) if family == "attention" else _fp4(arch, size, kind)
-    except ValueError as error:  # no tiles in the table: the registry refuses the case
-        return [{"family": family, "arch": arch, "size": size, "kind": kind, "kernel": "all", "refused": str(error)}]
-    rows = []
+    launches, refused = _attention(arch, size, kind) if family == "attention" else _fp4(arch, size, kind)
+    same = {"family": family, "arch": arch, "size": size, "kind": kind}
+    rows = [{**same, "kernel": name, "refused": reason} for name, reason in refused.items()]
     for launch in launches:
-        row = {"family": family, "arch": arch, "size": size, "kind": kind, "kernel": launch.kernel.__name__}
+        row: dict[str, Any] = {**same, "kernel": launch.kernel.__name__}
         try:
             report = compile_launch(launch, arch)
             text = report.assembly.get("ptx") or report.assembly["amdgcn"]
@@ -48,17 +45,30 @@ def compile_one(job: tuple[str, str, int, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _attention(arch: str, head_size: int, dtype: Any) -> list[Any]:
+def _attention(arch: str, head_size: int, kind: str) -> tuple[list[Any], dict[str, str]]:
+    """Launches, and for the kernels of a direction that the registry refuses, why."""
+    import torch
     from attention_aot import record_launches
 
-    return record_launches(arch, head_size, dtype)
+    from vbcompile.kernels.attention_triton import BACKWARD_KERNELS, FORWARD_KERNELS
+    from vbcompile.kernels.attention_tuning import refuses_tiles
+
+    dtype = getattr(torch, kind)
+    reasons = [refuses_tiles(arch, names, dtype.itemsize, head_size) for names in (FORWARD_KERNELS, BACKWARD_KERNELS)]
+    refused = {
+        f"attention_{name}_kernel": reason
+        for names, reason in zip((FORWARD_KERNELS, BACKWARD_KERNELS), reasons, strict=True)
+        for name in names
+        if reason
+    }
+    return [] if reasons[0] else record_launches(arch, head_size, dtype, backward=not reasons[1]), refused
 
 
-def _fp4(arch: str, rows: int, format_name: str) -> list[Any]:
+def _fp4(arch: str, rows: int, format_name: str) -> tuple[list[Any], dict[str, str]]:
     import torch
     from test_fp4_aot import product_launch
 
-    return [product_launch(arch, rows, torch.bfloat16, format_name)]
+    return [product_launch(arch, rows, torch.bfloat16, format_name)], {}
 
 
 def main() -> int:

@@ -16,15 +16,16 @@ MARKS = ("wgmma", "cp.async.bulk.tensor", "tcgen05", "mma.sync", "v_mfma")
 FUNCTION = make_function(mask=causal())
 
 
-def record_launches(arch: str, head_size: int, dtype: torch.dtype) -> list[Launch]:
-    """What one forward, its backward and one decoding step launch on ``arch``."""
+def record_launches(arch: str, head_size: int, dtype: torch.dtype, backward: bool = True) -> list[Launch]:
+    """What one forward, its backward if wanted, and one decoding step launch on ``arch``."""
     launches: list[Launch] = []
     attention_problem.launch = lambda kernel, grid, *a, **options: launches.append(Launch(kernel, a, options))
     attention_problem.arch_of = lambda t: arch
     q, k, v = (torch.empty(1, 2, 512, head_size, dtype=dtype) for _ in range(3))
     arguments = (0.1, 0.0, None, FUNCTION)
     out, lse = attention_triton.forward(q, k, v, [], *arguments)
-    attention_triton.backward(out, None, q, k, v, [], out, lse, *arguments, [True] * 3)
+    if backward:
+        attention_triton.backward(out, None, q, k, v, [], out, lse, *arguments, [True] * 3)
     attention_triton.forward(q[:, :, :1], k, v, [], *arguments)
     return launches
 
