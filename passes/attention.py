@@ -66,7 +66,6 @@ class _GraphPass:
         self.graph = module.graph
         self.outer = outer
         self.skips_tiles = skips_tiles
-        self.empty_rows: EmptyRowsOfGraph = {}
         self.decisions: list[tuple[int, Decision]] = []
         self.settled: set[fx.Node] = set()
 
@@ -79,7 +78,10 @@ class _GraphPass:
             calls = self._calls()
         carriers = Carriers()
         carriers.sweep(self.graph, calls)
-        matcher = Matcher(Effects(self.graph), carriers, self.outer, self.skips_tiles)
+        around = next((Effects(node.graph) for node in self.outer.values()), None)
+        effects = Effects(self.graph)
+        self.empty_rows = EmptyRowsOfGraph(effects)
+        matcher = Matcher(effects, carriers, self.outer, around, self.skips_tiles)
         self._fused_calls(matcher, calls)
         for node in calls:
             if not any(i in carriers.carrying for i in node.all_input_nodes) or node._erased:

@@ -143,7 +143,7 @@ class Lifter:
 
     def _recall(self, argument: fx.Node, coordinates: Coordinates) -> Expression | None:
         key = self._key(argument, coordinates)
-        if key is None or key[0] not in self._recalled:
+        if key is None or key[0] not in self._recalled or not self._stable(argument, False):
             return None
         found, atoms = self._recalled[key[0]]
         renamed = dict(zip(atoms, key[1], strict=True))
@@ -263,6 +263,8 @@ class Lifter:
         return result
 
     def _find(self, node: fx.Node, coordinates: Coordinates) -> Expression:
+        if not self._stable(node, False):
+            raise Opaque  # no longer what it was computed as
         plain = all(isinstance(c, tuple) for c in coordinates)
         try:
             found = self._apply(node, coordinates)

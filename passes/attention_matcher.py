@@ -31,14 +31,21 @@ class Matcher:
         effects: side effects of the graph.
         carriers: nodes that carry softmax weights.
         outer: for the placeholders of an inner graph, the nodes outside that they stand for.
+        outer_effects: side effects of the graph around an inner one.
         skips_tiles: whether a mask saves work, so that low finite fills are worth being made one.
     """
 
     def __init__(
-        self, effects: Effects, carriers: Carriers, outer: Mapping[fx.Node, fx.Node], skips_tiles: bool = False
+        self,
+        effects: Effects,
+        carriers: Carriers,
+        outer: Mapping[fx.Node, fx.Node],
+        outer_effects: Effects | None,
+        skips_tiles: bool,
     ) -> None:
         self.effects = effects
         self.skips_tiles = skips_tiles
+        self.outer_effects = outer_effects
         self.carriers = carriers
         self.outer = outer
         self._recalled: dict[Any, Any] = {}
@@ -181,6 +188,8 @@ class Matcher:
         position, is_written = self.effects.position, self.effects.is_written
 
         def stable(node: fx.Node, direct: bool) -> bool:
+            if node not in position and self.outer_effects is not None:
+                return not self.outer_effects.is_written_at_all(node)
             return not is_written(node, begin if direct else position.get(node, -1), end)
 
         return Lifter(
@@ -250,6 +259,9 @@ class Matcher:
                 raise Refusal("queries or keys are modified in place before the values are weighted")
         if self.effects.switches_grad_mode(begin, end):
             raise Refusal("the gradient mode changes inside the attention")
+        read_late = [site.v.node, *(factor for _, factor, _ in site.factors), *(site.residual or ())[:1]]
+        if any(is_tensor(node) and self.effects.is_written(node, begin, end) for node in read_late):
+            raise Refusal("a tensor that the result depends on is modified in place inside the attention")
         self._find_log_sums(site, softmax, keys)
         check_operands(site)
 

@@ -169,6 +169,8 @@ class _Peeler:
         call = call_of(here.node)
         if call is None or call.in_place or not is_tensor(call.input) or not self._readable(call.input):
             return None
+        if self._is_written_since(here.node):
+            return None
         if may_scale and call.name in ("mul", "div"):
             return self._scaling(call, here)
         try:
@@ -202,6 +204,10 @@ class _Peeler:
             begin, self.end
         )
 
+    def _is_written_since(self, node: fx.Node) -> bool:
+        """Whether something else was written into the tensor since it was computed."""
+        return self.effects.is_written(node, self.effects.position.get(node, -1), self.end)
+
     def _is_ordered(self, operand: Operand) -> bool:
         """Whether the dimensions stand in canonical order already."""
         space, site = self.site.space, self.site
@@ -222,7 +228,8 @@ class _Peeler:
         while tensor_of(here.node).dtype != dtype:
             call = call_of(here.node)
             step: Operand | None = None
-            if call is not None and not call.in_place and is_tensor(call.input) and self._readable(call.input):
+            is_copy = call is not None and not call.in_place and is_tensor(call.input)
+            if call is not None and is_copy and self._readable(call.input) and not self._is_written_since(here.node):
                 if call.name in ("to", "float", "type", "type_as", "double"):
                     step = Operand(call.input, here.dims)
                 else:

@@ -157,12 +157,13 @@ def _find_empty_rows(
     """The rows without a key, computed at the first of the sites that share a mask."""
     resolve = plan.site.space.resolve_all
     key = wanted.key([(node, resolve(dims)) for node, dims in wanted.captured], target)
-    place = emitter.position[emitter.before]
-    if key not in empty_rows or empty_rows[key]._erased or emitter.position[empty_rows[key]] > place:
+    found = empty_rows.find(key, [node for node, _ in wanted.captured], emitter.before)
+    if found is None:
         captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in wanted.captured]
         sizes = [emitter.size(product(dim)) for dim in target]
-        empty_rows[key] = emit_empty_rows(emitter, wanted.mask, captured, sizes, tensor_of(plan.q.node))
-    return empty_rows[key]
+        found = emit_empty_rows(emitter, wanted.mask, captured, sizes, tensor_of(plan.q.node))
+        empty_rows.made[key] = found
+    return found
 
 
 def _scale(emitter: Emitter, plan: Plan) -> Any:

@@ -5,7 +5,7 @@ equal numbers is the mean over all keys. With such rows known, the fill is a mas
 keys need no work).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from vbcompile.kernels.score_function import POINTWISE, ScoreFunction, accumulation_dtype
 from vbcompile.passes.graph_axes import Dim, Dims
+from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import tensor_of
 
@@ -37,7 +38,23 @@ class EmptyRows:
         return self.mask.dumps(), read, tuple(tuple(str(a.size) for a in group) for group in target)
 
 
-EmptyRowsOfGraph = dict[Any, fx.Node]
+class EmptyRowsOfGraph:
+    """What was computed so far in one graph.
+
+    Args:
+        effects: of the graph.
+    """
+
+    def __init__(self, effects: Effects) -> None:
+        self.made: dict[Any, fx.Node] = {}
+        self._effects = effects
+
+    def find(self, key: Any, inputs: Sequence[fx.Node], here: fx.Node) -> fx.Node | None:
+        """The node made for ``key``, if it comes before ``here`` and its inputs hold the same values still."""
+        made, place = self.made.get(key), self._effects.position
+        if made is None or made._erased or place[made] > place[here]:
+            return None
+        return None if any(self._effects.is_written(x, place[made], place[here]) for x in inputs) else made
 
 
 def emit_empty_rows(
