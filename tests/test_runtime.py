@@ -22,7 +22,7 @@ from runtime_cases import (
     sweep_of,
 )
 
-from vbcompile import compat, runtime
+from vbcompile import compat, runtime, runtime_links, runtime_read, runtime_shards
 from vbcompile.device import DeviceError
 from vbcompile.runtime import Streamer
 from vbcompile.runtime_device import AcceleratorDevice
@@ -422,6 +422,8 @@ def test_nothing_is_recorded_unless_asked(device, unit):
         run_step(streamer, data)
         with pytest.raises(ValueError, match="record=True"):
             streamer.timeline()
+        with pytest.raises(ValueError, match="record=True"):
+            streamer.memory_timeline()
         assert "gbps" not in streamer.statistics()
 
 
@@ -535,3 +537,42 @@ def test_the_runtime_names_no_vendor_and_waits_for_no_whole_device():
         if "activation" not in path.name:
             text = path.read_text()
             assert "accelerator.synchronize" not in text and "backend.synchronize" not in text, path.name
+
+
+def test_resident_weights_come_through_small_buffers_and_are_verified(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime_shards, "CHECKSUM_BYTES", 4096)
+    monkeypatch.setattr(runtime_read, "_BOUNCE", 9000)
+    sizes = [50_001, 4096, 1]
+    data = random_bytes(sizes)
+    shard = runtime_shards.Shard(tmp_path, {str(i): n for i, n in enumerate(sizes)}, lambda name: data[int(name)])
+    sources = [shard.sources[str(index)] for index in range(3)]
+    plan = plan_weights(sweep_of(sizes), 10**9, (HOST,))
+    with Streamer(plan, sources, device) as streamer:
+        run_step(streamer, data)
+    file, status = sources[0].file, sources[0].file.stat()
+    content = bytearray(file.read_bytes())
+    content[sources[0].offset + 5 * 4096 + 7] ^= 4
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(StorageError, match="checksum") as caught:
+        Streamer(plan, sources, device).start()
+    assert caught.value.offset == sources[0].offset + 5 * 4096
+
+
+def test_copies_that_leave_slowly_keep_little_memory_alive(monkeypatch):
+    monkeypatch.setattr(runtime_links, "_MOST_LEAVING", 250_000)
+    device = SimulatedDevice(None, {"d2h": LinkRate(20e6)})
+    plan = plan_weights(sweep_of([100]), 10**9, (HOST,))
+    targets = [torch.empty(100_000, dtype=torch.uint8) for _ in range(10)]
+    with Streamer(plan, [HostBytes(random_bytes([100])[0])], device) as streamer:
+        for number, target in enumerate(targets):
+            value = device.allocate(100_000)
+            value.fill_(number)
+            streamer.save(value, target)
+            del value
+            assert device.allocated_bytes() < 500_000
+        streamer.finish_stores()
+        assert all(bool((target == number).all()) for number, target in enumerate(targets))
+        with pytest.raises(ValueError, match="the target has 3 bytes"):
+            streamer.save(device.allocate(4), torch.empty(3, dtype=torch.uint8))
+    device.close()
