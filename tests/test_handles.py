@@ -23,7 +23,7 @@ def make(width: int = 32, depth: int = 3) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def offloaded(model: nn.Module, budget: str = "1MiB", **keywords) -> nn.Module:
+def offloaded(model: nn.Module, budget: str = "60KiB", **keywords) -> nn.Module:
     return vbcompile.offload(
         model,
         "cpu",
@@ -190,7 +190,7 @@ def test_refusals_say_what_to_do():
     with pytest.raises(ConfigError, match=r"max_memory=\{0"):
         vbcompile.offload(make(), "cpu")
     with pytest.raises(ConfigError, match="room"):
-        vbcompile.offload(make(), "cpu", {0: "1MiB", "cpu": "4KiB"}, smallest=SMALLEST, progress=False)
+        vbcompile.offload(make(), "cpu", {0: "60KiB", "cpu": "4KiB"}, smallest=SMALLEST, progress=False)
     with pytest.raises(ValueError, match="offload"):
         vbcompile.stats(make())
 
@@ -246,3 +246,12 @@ def test_a_disk_that_cannot_be_used(tmp_path):
     blocked.write_text("")
     with pytest.raises((StorageError, ConfigError), match="file"):
         offloaded(make(), places={"cpu": "20KiB", "disk": str(blocked / "below")})
+
+
+def test_a_model_that_fits_just_moves():
+    model = make()
+    assert offloaded(model, "1MiB") is model and not offloaded_tensors(model)
+    (found,) = vbcompile.stats(model)
+    assert "fits" in found.declined and str(found) == found.declined and found.masters == {}
+    offloaded(make().train(), "80KiB")  # gradients and moments do not fit
+    assert vbcompile.stats(offloaded(make().train(), "80KiB"))[0].masters["cpu"] > 0

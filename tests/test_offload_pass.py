@@ -98,7 +98,7 @@ def test_identical_segments_are_compiled_once(monkeypatch):
 def test_a_model_that_fits_is_not_cut(reports):
     model, x = blocks(), torch.randn(3, 32)
     expected = model(x)
-    offload(model, "1MiB")
+    offload(model, "170KiB")
     run = compiled(model)
     assert torch.equal(run(x), expected) and torch.equal(run(x), expected)
     (found,) = vbcompile.stats(model)
@@ -324,14 +324,14 @@ def test_generate_with_tied_weights():
 def test_another_budget_needs_no_capture(reports):
     model, x = blocks(), torch.randn(3, 32)
     expected = model(x)
-    offload(model, "1MiB")
+    offload(model, "170KiB")
     run = compiled(model, "aot_eager")
     assert torch.equal(run(x), expected)
     store = model[0].up.weight.payload.residence
-    for budget in (60 << 10, 100 << 10, 1 << 20, 72 << 10):
+    for budget in (60 << 10, 100 << 10, 170 << 10, 72 << 10):
         plan = store.replan(budget)
         assert torch.equal(run(x), expected) and plan.peak_bytes <= budget
-        assert plan.declined == (budget == 1 << 20)
+        assert plan.declined == (budget == 170 << 10)
     with pytest.raises(PlanError):
         store.replan(10 << 10)
     assert torch.equal(run(x), expected) and len(reports) == 1

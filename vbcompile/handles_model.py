@@ -26,6 +26,9 @@ from vbcompile.vgpu_size import parse_size
 log = logging.getLogger(__name__)
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_COMFORTABLE = (3, 4)  # share of the budget that weights may take before any has to leave
+_TRAINING_PARTS = 3  # gradient, first and second moment
+_declined: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 _hooks: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
 
 
@@ -54,8 +57,9 @@ def offload(
 ) -> nn.Module:
     """Keep a model's weights beyond the device's memory; ``torch.compile(model, backend="vblackwell")`` streams them.
 
-    Large parameters and buffers become :class:`vbcompile.OffloadedTensor`: of the device in name, with their bytes in
-    pinned host memory or on disk. Small ones move to the device. Make optimizers afterwards.
+    A model that fits comfortably just moves to the device, and :func:`vbcompile.stats` says so. Otherwise large
+    parameters and buffers become :class:`vbcompile.OffloadedTensor`: of the device in name, with their bytes in pinned
+    host memory or on disk, and small ones move to the device. Make optimizers afterwards.
 
     Args:
         model: On the CPU, on the device, or on the meta device with ``checkpoint``; changed in place.
@@ -87,6 +91,13 @@ def offload(
     chosen = {id(site) for site in large}
     small = [site for site in sites if id(site) not in chosen]
     beside = sum(site.nbytes for site in small)
+    reason = _fits(model, sites, places)
+    if reason:
+        for site in sites:
+            _move(site, found, places.device)
+        _declined[model] = reason
+        log.info("offload: %s", reason)
+        return model
     on_disk = places.choose_disk([site.nbytes for site in large], beside)
     tiers = places.tiers(bool(on_disk))
     for site in small:
@@ -177,6 +188,27 @@ def _sites(model: nn.Module) -> list[_Site]:
                     full = f"{prefix}.{name}" if prefix else name
                     found.setdefault(id(value), _Site(full, value, [])).owners.append((module, name))
     return list(found.values())
+
+
+def _fits(model: nn.Module, sites: list[_Site], places: Places) -> str:
+    """Why nothing has to leave the device; empty where the weights, or what training adds to them, are too large.
+
+    Between this and what really fits, the compiled graph's own plan decides.
+    """
+    weights = sum(site.nbytes for site in sites)
+    trained = sum(site.nbytes for site in sites if model.training and site.value.requires_grad)
+    needed = weights + _TRAINING_PARTS * trained
+    if needed * _COMFORTABLE[1] > places.budget * _COMFORTABLE[0]:
+        return ""
+    return (
+        f"declined, the model fits: {weights} bytes of weights ({needed} with what training adds), and {places.budget} "
+        f"of {places.device} are allowed"
+    )
+
+
+def why_declined(model: nn.Module) -> str | None:
+    """Why :func:`offload` left a model on the device; None where it did not."""
+    return _declined.get(model)
 
 
 def _is_plain(value: Tensor) -> bool:
