@@ -19,7 +19,7 @@ def answers():
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "vendors.npu_session"]
+    command = [sys.executable, "-m", "vendors.session"]
     done = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"log": done.stderr}

@@ -1,8 +1,9 @@
 """PyTorch's flash attention of its XPU build, on CPU tensors: other builds have the operator but no kernel."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,20 +43,30 @@ def _backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is
 
 
 @contextmanager
-def flash_kernels() -> Iterator[list[str]]:
-    """The operators run on CPU tensors until the block ends; gives the list of their calls."""
+def flash_kernels(
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] = dict, keys: Sequence[str] = ("CPU", "XPU")
+) -> Iterator[list[str]]:
+    """The operators have kernels until the block ends; gives the list of their calls.
+
+    Args:
+        adapt: makes kernels for CPU tensors into ones for the device's.
+        keys: dispatch keys of the tensors that they run on; XPU so that the operator counts as present there.
+    """
     library, calls = torch.library.Library("aten", "IMPL"), []
+    kernels = adapt(
+        {
+            "_scaled_dot_product_flash_attention": _forward,
+            "_scaled_dot_product_flash_attention_backward": _backward,
+        }
+    )
+    for name, kernel in kernels.items():
 
-    def counted(name, kernel):
-        def run(*args, **kwargs):
-            calls.append(name)
-            return kernel(*args, **kwargs)
+        def run(*args: Any, _name: str = name, _kernel: Callable[..., Any] = kernel, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _kernel(*args, **kwargs)
 
-        library.impl(name, run, "CPU")
-        library.impl(name, run, "XPU")  # so that the operator has a kernel there, too
-
-    counted("_scaled_dot_product_flash_attention", _forward)
-    counted("_scaled_dot_product_flash_attention_backward", _backward)
+        for key in keys:
+            library.impl(name, run, key)
     try:
         yield calls
     finally:

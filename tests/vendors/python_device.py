@@ -55,7 +55,7 @@ class PythonDevice:
         self.cards = FakeCards(vendor, count)
         self.arch = arch
         self.calls: dict[str, int] = {}
-        self._libraries: list[torch.library.Library] = []
+        self.libraries: list[torch.library.Library] = []
 
     def is_own(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.device.type == self.name
@@ -166,7 +166,7 @@ class PythonDevice:
         everything = torch.library.Library("_", "IMPL")
         everything.fallback(self.run, self.key)
         aten = torch.library.Library("aten", "IMPL")
-        self._libraries += [everything, aten]
+        self.libraries += [everything, aten]
         for name, kernel in self._kernels().items():
             aten.impl(name, kernel, self.key)
         for name in _SHAPE_OPERATORS:
@@ -174,11 +174,12 @@ class PythonDevice:
             operator = getattr(getattr(torch.ops.aten, base), overload or "default")
             aten.impl(name, lambda *args, _op=operator, **kwargs: _op._op_dk(_CPU, *args, **kwargs), self.key)
 
-        self._install_autocast()
+        self.install_autocast()
 
-    def _install_autocast(self) -> None:
+    def install_autocast(self) -> None:
+        """What a vendor's package registers: products in the lower precision, everything else as it is."""
         everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-        self._libraries += [everything, aten]
+        self.libraries += [everything, aten]
         everything.fallback(torch.library.fallthrough_kernel, f"Autocast{self.key}")
         autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{self.key}"))
 
@@ -236,6 +237,7 @@ class PythonDevice:
             **functions,
             set_device=set_device,
             device=device,
+            _lazy_init=lambda: None,
             is_initialized=lambda: True,
             _is_in_bad_fork=lambda: False,
             manual_seed=lambda seed: None,
@@ -274,3 +276,9 @@ def host(t: Tensor) -> Tensor:
     raw = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(t.untyped_storage().data_ptr()), dtype=torch.uint8)
     view = torch.empty(0, dtype=t.dtype)
     return view.set_(raw.untyped_storage(), t.storage_offset(), t.size(), t.stride())
+
+
+def attention_by_parts(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    """For devices whose own attention goes from autograd straight to the hardware; unrewritten models need it."""
+    by_parts = torch.ops.aten._scaled_dot_product_attention_math
+    return by_parts(q, k, v, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa)[0]

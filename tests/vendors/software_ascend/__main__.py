@@ -40,14 +40,14 @@ def inside() -> list[str]:
     import torch_npu
 
     from vendors import ascend
-    from vendors.npu_session import four_bits_possible, problems, session
+    from vendors.session import problems, session
     from vendors.software_ascend.device import SoftNpu
 
     npu = SoftNpu()
     npu.install()
     calls = npu.override(ascend.kernels(torch_npu.__version__))
-    answers = session(calls, with_four_bits=four_bits_possible())
-    found = problems(answers) + forms()
+    answers = session("npu", calls)
+    found = problems("npu", answers) + forms()
     package = f"torch-npu {torch_npu.__version__} as {torch.npu.get_device_name(0)}"
     accepted = ", ".join(f"{name} {count}" for name, count in sorted(npu.checked.items()))
     print(json.dumps(answers, default=str) if found else f"{package}: all right; calls that it accepted: {accepted}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from vendors.python_device import PythonDevice, host
+from vendors.python_device import PythonDevice, attention_by_parts, host
 
 # allocation, shapes and reads of one element are the vendor's own
 _KEPT = (
@@ -43,7 +43,7 @@ class SoftNpu(PythonDevice):
     def install(self) -> None:
         """Override the vendor's kernels; its Python layer, allocator, streams and autograd stay."""
         aten = torch.library.Library("aten", "IMPL")
-        self._libraries.append(aten)
+        self.libraries.append(aten)
         own = {
             "copy_": self._copy,
             "_copy_from": lambda s, t, non_blocking=False: self._copy(t, s),
@@ -59,7 +59,7 @@ class SoftNpu(PythonDevice):
                 continue
             aten.impl(name, own.get(name, partial(self.run, op)), "PrivateUse1", allow_override=True)
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
-            aten.impl("scaled_dot_product_attention", _attention_by_parts, key, allow_override=True)
+            aten.impl("scaled_dot_product_attention", attention_by_parts, key, allow_override=True)
 
     def _copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         (host(target) if _is_npu(target) else target).copy_(host(source) if _is_npu(source) else source)
@@ -69,7 +69,7 @@ class SoftNpu(PythonDevice):
         """Give the vendor's operators kernels that compute; returns the list that their calls are noted in."""
         calls: list[str] = []
         library = torch.library.Library("npu", "IMPL")
-        self._libraries.append(library)
+        self.libraries.append(library)
         for name, kernel in self.kernels(dict(kernels)).items():
             library.impl(name, partial(self._call, name, kernel, calls), "PrivateUse1", allow_override=True)
         return calls
@@ -113,9 +113,3 @@ def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_bl
     target = torch.empty_strided(copy.size(), copy.stride(), dtype=copy.dtype, device=place)
     host(target).copy_(copy)
     return target
-
-
-def _attention_by_parts(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    """torch-npu's own goes from autograd straight to the device; the model that is not rewritten needs it."""
-    by_parts = torch.ops.aten._scaled_dot_product_attention_math
-    return by_parts(q, k, v, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa)[0]
