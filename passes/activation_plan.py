@@ -19,6 +19,7 @@ _SMALLEST_SHARE = 1000
 _SMALLEST_MOVED = 2**20
 _TRIES = 8
 _FINE = 50
+_HEADROOM = 32  # one part in so many of a budget is left to workspaces of libraries and to small tensors
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,18 @@ class StepPlanner:
             uses = [index[u] for u in readers if (u in self.joint.forward) == inside or node in saved]
             if again and node not in saved:  # made again there
                 yield min(again), max(again), node_bytes(node)
-            if not self._is_light(node) or not all(u in index and self._is_light(u) for u in node.users):
+            if not self._is_fused(node, readers):
                 end = last if node in self.joint.results else max(uses, default=index[node])
                 yield index[node], end, node_bytes(node)
         for node in self.joint.backward:
             if node.op == "placeholder" and leaders:  # gradients of the results
                 ends = [index[u] for u in self._all_readers(node)]
                 yield min(self.first_backward, last), max(ends, default=last), node_bytes(node)
+
+    def _is_fused(self, node: fx.Node, readers: list[fx.Node]) -> bool:
+        """Whether a pointwise operator's result goes straight into those that read it."""
+        real = [u for u in readers if not self.joint.is_view(u)]
+        return self._is_light(node) and bool(real) and all(map(self._is_light, real)) and node not in self.joint.results
 
     def _all_readers(self, node: fx.Node) -> list[fx.Node]:
         """Operators that read a node's memory, through views too."""
@@ -249,7 +255,7 @@ class StepPlanner:
             return plan_activations(operators, activations, budget, tier, reserved=reserved)
 
         if limits.budget is not None:
-            return solve(limits.budget)
+            return solve(max(limits.budget - limits.budget // _HEADROOM, 0))
         try:
             least = solve(0).peak_bytes
         except PlanError as error:

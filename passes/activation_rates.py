@@ -9,15 +9,16 @@ log = logging.getLogger(__name__)
 
 _PLAIN = Rates(matmul=10**11, memory=10**10, away=5 * 10**9, back=5 * 10**9, host_bytes=2**40)
 _REACHED = 0.8
+_LINK_REACHED = 0.85  # a plan that fills the link to the last byte waits wherever an estimate is off
 
 
 @functools.cache
 def measured_rates(device_type: str) -> Rates:
     """Speeds of the current device of this type.
 
-    A model's matrix products reach less than the best one of a calibration. Each direction of the link is taken as it
-    is while the other is idle: the way out is used in the forward, the way back in the backward. Host memory is what
-    is free now, less a fifth.
+    A model's matrix products and copies reach less than the best of a calibration. Each direction of the link is taken
+    as it is while the other is idle: the way out is used in the forward, the way back in the backward. Host memory is
+    what is free now, less a fifth.
     """
     if device_type == "cpu":
         return _PLAIN
@@ -31,7 +32,7 @@ def measured_rates(device_type: str) -> Rates:
     return Rates(
         matmul=int(_REACHED * (found.matmul or _PLAIN.matmul)),
         memory=found.memory or _PLAIN.memory,
-        away=found.d2h or _PLAIN.away,
-        back=found.h2d or _PLAIN.back,
+        away=int(_LINK_REACHED * (found.d2h or _PLAIN.away)),
+        back=int(_LINK_REACHED * (found.h2d or _PLAIN.back)),
         host_bytes=free * 4 // 5,
     )
