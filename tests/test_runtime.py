@@ -465,12 +465,23 @@ def test_a_file_that_is_missing_at_the_start(device, unit, tmp_path):
     streamer.close()
 
 
-def test_a_streamer_that_is_dropped_finishes_what_is_under_way(device, unit):
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_streamer_that_is_dropped_finishes_what_is_under_way(device, unit, in_a_thread):
     streamer, data = streamer_of(device, [unit] * 8, 5 * unit)
     streamer.start()
     run_step(streamer, data)
     before = device.allocated_bytes()
-    del streamer
+    if not in_a_thread:
+        del streamer
+    else:
+        kept = [streamer]
+        del streamer
+        other = threading.Thread(target=kept.clear)
+        other.start()
+        other.join()
+        for thread in threading.enumerate():
+            if thread.name == "vbcompile close":
+                thread.join(10)
     gc.collect()
     assert device.allocated_bytes() < before
 

@@ -111,8 +111,13 @@ class Streamer:
             self._current.clear()
 
     def __del__(self) -> None:
-        if getattr(self, "_started", False) and not self._closed and not sys.is_finalizing():
-            self.close()  # copies that are under way write to memory that is about to be given back
+        """Copies that are under way write to memory that is about to be given back: they have to end first."""
+        if not getattr(self, "_started", False) or self._closed or sys.is_finalizing():
+            return
+        if threading.current_thread() is threading.main_thread():
+            self.close()
+        else:  # the garbage collector may run in a thread that close() waits for
+            threading.Thread(target=self.close, name="vbcompile close").start()
 
     def __enter__(self) -> "Streamer":
         self.start()
