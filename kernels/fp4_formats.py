@@ -86,8 +86,8 @@ def round_e2m1(x: Tensor) -> Tensor:
     """
     out = x.clamp(-E2M1_MAX, E2M1_MAX)
     spacings = (out.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**floor(log2(|x|))
-    spacings.clamp_min_(1.0).mul_(1.5 * 2.0**22)
-    return out.add_(spacings).sub_(spacings)
+    spacings.clamp_min_(1.0)
+    return out.add_(spacings, alpha=1.5 * 2.0**22).sub_(spacings, alpha=1.5 * 2.0**22)
 
 
 def decode_e2m1(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

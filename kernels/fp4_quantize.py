@@ -313,5 +313,5 @@ def _round_e2m1(x: Tensor, out: Tensor, scratch: Tensor) -> None:
     """
     torch.clamp_max(x, E2M1_MAX, out=out)
     torch.bitwise_and(out.view(torch.int32), 0x7F800000, out=scratch.view(torch.int32))  # 2**floor(log2(x))
-    scratch.clamp_min_(1.0).mul_(1.5 * 2.0**22)
-    out.add_(scratch).sub_(scratch)
+    scratch.clamp_min_(1.0)
+    out.add_(scratch, alpha=1.5 * 2.0**22).sub_(scratch, alpha=1.5 * 2.0**22)

@@ -301,6 +301,8 @@ def make_hollow(weight: Tensor) -> None:
 def restore_weights(module: nn.Module) -> int:
     """Give weights that ``fp4_master="host"`` moved to host memory their own memory back; returns how many.
 
+    For saving the model or training on: a call of a graph that was compiled with that option moves them again.
+
     Raises:
         ValueError: weights were dropped, not moved: their values are gone. None is restored then.
     """
