@@ -54,8 +54,17 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "triton_few", n, k, m)) is not None:
         return FewConfig(*tuned)
-    blocks = -(-n // 64)
-    return FewConfig(4 if m > 16 or blocks >= 4 * (target.multiprocessors or 128) else 1, 4, 2)
+    multiprocessors, strips = target.multiprocessors or 128, -(-n // 16)
+    if m > 16:
+        return FewConfig(4 if strips >= 8 * multiprocessors else 2, 4, 1)
+    # about 16 warps a multiprocessor, each with several loads in flight
+    together = 2 if strips > 8 * multiprocessors else 1
+    wanted = 16 * multiprocessors * together / strips
+    warps = 4 if wanted <= 4 else 8 if wanted <= 8 else 16
+    unroll = 4 // together
+    while unroll > 1 and k // TILE < unroll * warps:
+        unroll //= 2
+    return FewConfig(together, warps, unroll)
 
 
 @functools.lru_cache(maxsize=64)

@@ -103,18 +103,22 @@ def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, BLOCK: tl.constexpr,
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, k, BLOCK):
+    source = columns
+    if PAIRED:
+        source = columns // 16 * 16 + columns // 2 % 2 * 8 + columns // 4 % 4 * 2 + columns % 2
+    inside = columns < k
+    first = tl.load(x_ptr + row * x_stride + source, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.abs(first)
+    for start in range(BLOCK, k, BLOCK):
         x = tl.load(x_ptr + row * x_stride + start + columns, mask=columns < k - start, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     top = tl.max(largest, 0)
     scale = tl.where(top == 0, 1.0, top / 448.0)
     scale = tl.where(tl.sum((largest != largest).to(tl.int32), 0) > 0, float("nan"), scale)
     tl.store(scale_ptr + row, scale)
-    source = columns
-    if PAIRED:
-        source = columns // 16 * 16 + columns // 2 % 2 * 8 + columns // 4 % 4 * 2 + columns % 2
-    for start in range(0, k, BLOCK):
+    first = tl.clamp(first / scale, -448.0, 448.0)
+    tl.store(out_ptr + row * k + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
+    for start in range(BLOCK, k, BLOCK):
         inside = columns < k - start
         x = tl.load(x_ptr + row * x_stride + start + source, mask=inside, other=0.0).to(tl.float32)
         x = tl.clamp(x / scale, -448.0, 448.0)

@@ -134,6 +134,7 @@ def test_interpreted_triton_kernels():
 import torch
 from vbcompile.kernels import fp4_linear_triton as T
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
+from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
 from vbcompile.kernels.fp4_quantize import quantize
 torch.manual_seed(0)
 for name in ("nvfp4", "mxfp4"):
@@ -151,6 +152,16 @@ for name in ("nvfp4", "mxfp4"):
                     got = T.product(x, *w.tensors, bias, k, name, layout, config)
                     ours, theirs = (got.double() - exact).norm(), (plain.double() - exact).norm()
                     assert ours <= 2 * theirs + 1e-7 * exact.norm(), (name, layout, m, n, k, dtype, config)
+for k, paired in ((1000, False), (17408, False), (17408, True)):
+    x = torch.randn(3, k)
+    x[1] = 0
+    rounded, scale = quantize_rows(x, paired)
+    assert torch.equal(scale[:, 0] * 448, torch.where(x.abs().amax(1) > 0, x.abs().amax(1), 448.0))
+    if paired:
+        x = x.view(3, k // 16, 2, 4, 2).transpose(2, 3).reshape(3, k)
+    # the interpreter loses the carry into the exponent
+    torch.testing.assert_close(rounded.float() * scale, x, rtol=0.51, atol=2e-4)
+    assert float((rounded.float() * scale - x).norm() / x.norm()) < 0.1
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
