@@ -41,6 +41,7 @@ _HOME = {
     "handles_model": ("materialize", "offload"),
     "handles_optimizer": ("optimizer",),
     "handles_statistics": ("stats",),
+    "handles_timeline": ("write_timeline",),
     "global_switch": (
         "disable",
         "enable",
