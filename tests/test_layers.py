@@ -10,6 +10,7 @@ _TOOLS = {
     "__init__",
     "__main__",
     "autoload",
+    "bench",
     "demo",
     "doctor",
     "estimator",
