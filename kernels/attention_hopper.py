@@ -60,7 +60,7 @@ class ForwardConfig:
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, pack=True, group=1),
-    (64, True): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
     (128, False): ForwardConfig(group=1),
     (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
 }
@@ -68,12 +68,12 @@ FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
 
 def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     """The configuration for a score function."""
-    if call.tile is None:
-        return SCORED_CONFIGS[dim, False]
-    config = SCORED_CONFIGS[dim, True]
+    config = SCORED_CONFIGS[dim, call.tile is not None]
+    if dim == 128:  # registers for masks: weights rounded early
+        config = replace(config, pack=causal or call.planned)
     if call.planned:  # along a plan of 128 queries a tile
         config = replace(config, consumers=2)
-    if call.tile.element_size() < 4:
+    if call.tile is None or call.tile.element_size() < 4:
         return config
     return replace(config, block_k=64) if dim == 128 else replace(config, t_stages=1)  # what shared memory holds
 
@@ -81,9 +81,9 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
 SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
-    (64, True): ForwardConfig(consumers=3, t_stages=2, ping_pong=False, pack=True, dynamic=True),
-    (128, False): ForwardConfig(q_stages=2, pack=True, dynamic=True),
-    (128, True): ForwardConfig(pack=True, dynamic=True),
+    (64, True): ForwardConfig(consumers=3, ping_pong=False, pack=True, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
+    (128, True): ForwardConfig(dynamic=True),
 }
 
 
@@ -113,8 +113,8 @@ class BackwardConfig:
 
 
 BACKWARD_CONFIGS: dict[tuple[int, bool], BackwardConfig] = {
-    (64, False): BackwardConfig(block_k=64, group=16),
-    (64, True): BackwardConfig(block_k=64, stages=3),
+    (64, False): BackwardConfig(block_k=64, stages=3, group=16),
+    (64, True): BackwardConfig(block_k=64, stages=3, group=16),
     (128, False): BackwardConfig(late=True),
     (128, True): BackwardConfig(late=True, group=8),
 }

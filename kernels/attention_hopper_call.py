@@ -56,7 +56,7 @@ class ScoreCall:
             return None, (0,) * LEAD_AXES
         q, k = q.reshape(*self.lead, *q.shape[-2:]), k[:1, :1].reshape(*(1 for _ in self.lead), *k.shape[-2:])
         problem = problems.describe(q, k, k, self.originals, 1.0, 0.0, self.function)
-        return problem.tile_plan(q, TileConfig(block_q, block_k, 4, 1))
+        return problem.tile_plan(q, TileConfig(block_q, block_k, 4, 1), self.program.exact)
 
 
 def describe_call(

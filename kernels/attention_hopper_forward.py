@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vbcompile.kernels.attention_hopper_producer import place_item, produce, produce_tiles, take_over
+from vbcompile.kernels.attention_hopper_producer import next_item, place_item, produce, produce_tiles
 from vbcompile.kernels.attention_hopper_scores import (
     describe_rows,
     key_tiles,
@@ -220,9 +220,12 @@ def consume(
     if PING_PONG and w == 1:
         pass_turn(TURN)
     item = gl.program_id(0)
+    query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
+    first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
     while item < query_tiles * heads:
-        query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
-        first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+        if not PLANNED:
+            query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
+            first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         first_row = query_tile * BLOCK_Q + w * 64
         context = describe_rows(s_layout, BLOCK_K, first_row, head, queries, keys, program, ROWS, OFFSET)
 
@@ -283,6 +286,10 @@ def consume(
             taken += 1
         m, total, o, p = state
         mbarrier.arrive(q_empty.index(q_slot))
+        if PLANNED:  # the plan's entry is on its way while this item ends
+            upcoming = next_item(item, work, done, DYNAMIC)
+            following = place_item(gl.minimum(upcoming, query_tiles * heads - 1), sizes, program, GROUP, SHARED)
+            first, end, clear, sure = key_tiles(following[0], following[1], sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         slot = taken % STAGES
         mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
         weights = use_weights(p, q_tile.dtype, o_layout)
@@ -303,10 +310,12 @@ def consume(
         gl.thread_barrier()
         batch = head // q_heads
         tma.async_copy_shared_to_global(o_desc, [batch, head - batch * q_heads, first_row, 0], o_tile)
-        if DYNAMIC:
-            item = take_over(work, done, 4)
+        if PLANNED:
+            item = upcoming
+            query_tile = following[0]
+            head = following[1]
         else:
-            item += gl.num_programs(0)
+            item = next_item(item, work, done, DYNAMIC)
         done += 1
     if PING_PONG and w == 0:
         wait_turn(TURN)

@@ -31,6 +31,15 @@ def take_over(work, number, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def next_item(item, work, number, DYNAMIC: gl.constexpr):
+    """Consumer: the work item after ``item``, the ``number``-th."""
+    if DYNAMIC:
+        return take_over(work, number, 4)
+    else:
+        return item + gl.num_programs(0)
+
+
+@gluon.jit
 def place_item(item, sizes, program, GROUP: gl.constexpr, SHARED: gl.constexpr):
     """Work item -> (query tile, flat head). SHARED: heads that differ in their batch alone are neighbours, since they
     read the same part of a captured tensor."""

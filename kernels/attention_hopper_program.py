@@ -35,6 +35,7 @@ class HopperProgram:
         rows: loads what belongs to rows or heads; None where nothing does. sink: ``(*row context) -> logit``, or None.
         tile: number of the captured tensor with rows and columns, or None; tiled: 1 where the logits read it, 2 where
             the mask alone does, else 0.
+        exact: whether ``bounds`` covers all of the mask but terms without any bounds of columns.
         unbounded: whether products of logits with ``log2(e)`` may overflow.
     """
 
@@ -48,6 +49,7 @@ class HopperProgram:
     sink: Callable[..., Any] | None
     tile: int | None
     tiled: int
+    exact: bool
     unbounded: bool
     source: str
 
@@ -174,7 +176,7 @@ def compile_hopper(
     """
     function = function if masked else replace(function, mask=None)
     function, inner, outer = peel(function)
-    exact, opaque = split_mask(function, patterns)
+    exact, opaque, is_exact = split_mask(function, patterns)
     score_mask = any(function.depends_on(p, "score") for p in opaque)
     plain = function.program[function.score] == ("score",)
     scaled = scaled or score_mask or not plain
@@ -195,6 +197,7 @@ def compile_hopper(
         **{name: names.get(name) for name in ("logits", "offset", "bounds", "mask", "rows", "sink")},
         tile=tiles[0] if tiles else None,
         tiled=0 if not tiles else 1 if tiles[0] in function.captured(function.score) else 2,
+        exact=is_exact,
         unbounded=_unbounded(function.program, patterns, function.score),
         source=writer.source,
     )

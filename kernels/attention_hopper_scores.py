@@ -186,6 +186,8 @@ def score_tile(
     """
     N: gl.constexpr = s.shape[1]
     first_row, first_key, masked, unsure = place
+    if BOUNDS is None:  # then MASK checks the end of the keys, too
+        unsure = masked
     rows, lead, queries, _ = context
     inner, _, captured, strides, _, _, _, _ = program
     keys = sizes[0]

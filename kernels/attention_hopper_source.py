@@ -21,12 +21,14 @@ _LOADED: Final = "i, i_ok, lead, captured, strides"
 
 def split_mask(
     function: ScoreFunction, patterns: tuple[CapturedPattern, ...]
-) -> tuple[list[Constraint], tuple[int, ...]]:
-    """(constraints that together are a range of columns per row, positions of the mask's other terms)."""
+) -> tuple[list[Constraint], tuple[int, ...], bool]:
+    """(constraints that together are a range of columns per row, positions of the mask's other terms, whether none of
+    those is a constraint)."""
     analysis = analyse_mask(function, patterns)
     pairs = list(zip(analysis.constraints, analysis.positions, strict=True))
     exact = [c for c, _ in pairs if _is_range(c)]
-    return exact, (*analysis.opaque, *(p for c, p in pairs if not _is_range(c)))
+    others = [p for c, p in pairs if not _is_range(c)]
+    return exact, (*analysis.opaque, *others), not others
 
 
 def _is_range(constraint: Constraint) -> bool:

@@ -165,9 +165,10 @@ class Problem:
             for axis in range(LEAD_AXES)
         ]
 
-    def tile_plan(self, like: Tensor, tiles: TileConfig) -> tuple[Tensor, tuple[int, ...]]:
+    def tile_plan(self, like: Tensor, tiles: TileConfig, exact: bool) -> tuple[Tensor, tuple[int, ...]]:
         """Which tiles of keys each tile of rows visits, int32 ``[*lead of the mask, tiles of rows, 8]`` (see
-        ``tile_plan_kernel``), and its four leading strides, zero where the mask is broadcast."""
+        ``tile_plan_kernel``, where ``exact`` is explained), and its four leading strides, zero where the mask is
+        broadcast."""
         from vbcompile.kernels.attention_summary import tile_plan_kernel
 
         program, sizes, rows = self.program, self.mask_sizes, -(-self.q_length // tiles.block_q)
@@ -180,6 +181,7 @@ class Problem:
             SUMMARY=power_of_two(summary.shape[-1]) if summary is not None else None,
             OPAQUE=summary is None and program.tile_bounds is None and program.opaque is not None,
             BOUNDS=program.tile_bounds,
+            EXACT=exact,
             TILES=min(_PLAN_TILES, power_of_two(-(-self.k_length // tiles.block_k))),
             BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=8 if program.tile_bounds else 1,
         )  # fmt: skip

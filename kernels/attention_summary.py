@@ -77,7 +77,7 @@ def _within_bounds(
 @triton.jit
 def tile_plan_kernel(
     plan, summary, captured, lead_sizes, captured_strides, summary_strides, q_length, k_length,
-    KEY_RANGE: tl.constexpr, BOUNDS: tl.constexpr, SUMMARY: tl.constexpr, OPAQUE: tl.constexpr,
+    KEY_RANGE: tl.constexpr, BOUNDS: tl.constexpr, SUMMARY: tl.constexpr, OPAQUE: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Write one entry of ``plan``, int32 ``[*lead of the mask, tiles of rows, 8]``: first tile of keys to visit; first
@@ -86,6 +86,7 @@ def tile_plan_kernel(
 
     The grid is ``[tiles of rows, heads of the mask]``. OPAQUE: the mask has terms that ``KEY_RANGE`` does not cover and
     nobody summed up, so that no tile may go without it. BOUNDS: ``tile_bounds`` of the program, TILES at a time.
+    EXACT: whether the caller checks all else that ``KEY_RANGE`` covers row by row.
     """
     lead = split_index(tl.program_id(1), lead_sizes)
     first_row = tl.program_id(0) * BLOCK_Q
@@ -109,6 +110,9 @@ def tile_plan_kernel(
             BOUNDS, BLOCK_Q, BLOCK_K, TILES,
         )  # fmt: skip
     end = tl.maximum(end, begin + 1)
+    if not EXACT:
+        sure_first = full_begin
+        sure_last = full_end
     if OPAQUE:
         full_begin = 0
         full_end = 0

@@ -199,6 +199,10 @@ def make_forms(nq: int, nk: int, d: int, dv: int) -> dict[str, Form]:
             make_function(mask=lambda b: b.emit("and", causal()(b), same_document(b))),
             (documents(2, 1, nq, 1), documents(2, 1, 1, nk)),
         ),
+        "document_prefix": form(
+            make_function(mask=lambda b: b.emit("and", prefix(nk // 3)(b), same_document(b))),
+            (documents(2, 1, nq, 1), documents(2, 1, 1, nk)),
+        ),
         "bool_mask": form(make_function(mask=captured_mask), (bools(2, 1, nq, nk),)),
         "key_padding": form(make_function(mask=captured_mask, empty_rows="zero"), (bools(2, 1, 1, nk),)),
         "static_cache": form(

@@ -11,9 +11,11 @@ from attention_compare import DEVICE, compare
 from attention_forms import Form, make_forms
 
 from vbcompile.kernels import attention_problem
+from vbcompile.kernels.attention_tiles import analyse_mask
 from vbcompile.kernels.attention_triton import forward
 from vbcompile.kernels.attention_tuning import TileConfig
 from vbcompile.kernels.score_function import evaluate
+from vbcompile.kernels.score_triton import CapturedPattern
 from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -81,17 +83,27 @@ def test_plan_of_tiles(name, summary_tiles, monkeypatch):
     form = make_forms(150, 210, 16, 16)[name]
     (q, k, v), captured = ([t.to(DEVICE) for t in ts] for ts in form.inputs(torch.float32))
     problem = attention_problem.describe(q, k, v, captured, 1.0, 0.0, form.function)
-    plan, strides = problem.tile_plan(q, TileConfig(64, 32, 4, 1))
+    plan, strides = problem.tile_plan(q, TileConfig(64, 32, 4, 1), exact=True)
     (keep,) = evaluate(
         form.function, [form.function.mask], score=None, captured=captured, lead=(2, 2), q_length=150, k_length=210,
         device=q.device, dtype=torch.float32,
     )  # fmt: skip
     keep = keep.expand(2, 2, 150, 210)
+    patterns = tuple(map(CapturedPattern.of, captured))
+    others = torch.ones_like(keep)
+    for term in analyse_mask(form.function, patterns).opaque:
+        (value,) = evaluate(
+            form.function, [term], score=None, captured=captured, lead=(2, 2), q_length=150, k_length=210,
+            device=q.device, dtype=torch.float32,
+        )  # fmt: skip
+        others = others & value
     plan = plan.as_strided((2, 2, 3, 8), (*strides[2:], 8, 1)).tolist()
     for b, h, tile in itertools.product(range(2), range(2), range(3)):
-        first, clear, clear_end, end, *_ = plan[b][h][tile]
+        first, clear, clear_end, end, sure, sure_end, *_ = plan[b][h][tile]
         rows = keep[b, h, tile * 64 : tile * 64 + 64]
         assert 0 <= first < end <= 7
         assert not rows[:, : first * 32].any() and not rows[:, end * 32 :].any()
         for column in range(max(first, clear), min(end, clear_end)):
             assert (column + 1) * 32 <= 210 and rows[:, column * 32 : column * 32 + 32].all()
+        for column in range(max(first, sure), min(end, sure_end)):
+            assert others[b, h, tile * 64 : tile * 64 + 64, column * 32 : column * 32 + 32].all()
