@@ -62,7 +62,6 @@ class FoldedCall:
         heads, kv_heads: N and M.
         dtype: that the kernel computes in: of the inputs, or float32 where theirs would spoil the bias.
         band: the mask, where it is a band in which every row sees a key.
-        scores: bias and mask as tensors, without what ``band`` says; None where there are none.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:

@@ -27,10 +27,23 @@ FORWARD = VendorOperator("hpu::sdpa_recomp_fwd", "hpu", "1.15")
 BACKWARD = VendorOperator("hpu::sdpa_recomp_bwd", "hpu", "1.15")
 
 
+_OFF = {  # arguments that some releases have, with the values that mean nothing
+    "valid_seq_len": None,
+    "seq_padding_type": "left",
+    "window_size": (-1, -1),
+    "sink": None,
+}
+_COMMON = {"q", "k", "v", "attention_mask", "p", "scale", "is_causal", "softmax_mode"}
+_FORWARD = {*_COMMON, "requires_backward", *_OFF}
+_BACKWARD = {*_COMMON, "grad", "m", "linv", "seed", "fwd_out"}
+
+
 def _refuses(target: Target, case: AttentionCase | None) -> str | None:
     if target.vendor != "habana":
         return "runs on Intel Gaudi"
     if reason := FORWARD.refuses() or BACKWARD.refuses():
+        return reason
+    if reason := FORWARD.refuses_unknown(_FORWARD) or BACKWARD.refuses_unknown(_BACKWARD):
         return reason
     if case is None:
         return None
@@ -80,13 +93,8 @@ def _forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     out, largest, inverse_sum, *_ = FORWARD.call_in_order(
         _common(gaudi, scale)
         | dict(zip("qkv", gaudi.tensors, strict=True))
-        | {
-            "requires_backward": True,  # without it there are no row statistics
-            "valid_seq_len": None,
-            "seq_padding_type": "left",
-            "window_size": (-1, -1),
-            "sink": None,
-        }
+        | {"requires_backward": True}  # without it there are no row statistics
+        | _OFF
     )
     lse = gaudi.flat(largest).float()[..., 0] - gaudi.flat(inverse_sum).float()[..., 0].log()
     return gaudi.call.finish(gaudi.flat(out), lse, gaudi.scores)

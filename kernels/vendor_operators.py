@@ -1,6 +1,7 @@
 """Operators that vendors' packages add to PyTorch: whether this installation has them, and with which arguments."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,16 @@ class VendorOperator:
         needed = since or self.since
         return f"{wanted} needs {needed} or later of {package_found(self.device_type)}; {FALLBACK}"
 
+    def refuses_unknown(self, known: Collection[str]) -> str | None:
+        """Why a release cannot be called in order: it wants an argument that is not ``known`` and has no default."""
+        overload = self.overload() if is_present(self.device_type) else None
+        if overload is None:
+            return None
+        new = [a.name for a in overload._schema.arguments if a.name not in known and not a.has_default_value()]
+        if not new:
+            return None
+        return f"{self.name} of {package_found(self.device_type)} wants {new[0]!r}, which is not known here; {FALLBACK}"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         overload = self.overload()
         if overload is None:
@@ -60,8 +71,11 @@ class VendorOperator:
         return overload(*args, **kwargs)
 
     def call_in_order(self, values: Mapping[str, Any]) -> Any:
-        """Call with arguments by name where the schema has neither names that last nor defaults: every argument of this
-        release is passed in its place; those without a value must have a default."""
+        """Call an operator whose arguments differ from release to release: each that this release has, in its place.
+
+        Args:
+            values: by argument name; see :meth:`refuses_unknown`.
+        """
         overload = self.overload()
         positional = []
         for argument in overload._schema.arguments:
@@ -84,6 +98,4 @@ def package_found(device_type: str) -> str:
 
 
 def _module_version(module: str) -> str | None:
-    import sys
-
     return getattr(sys.modules.get(module), "__version__", None)

@@ -6,7 +6,7 @@ from attention_cases.case import INFERENCE, TRAINING
 from attention_corpus import CASES
 from attention_forms import make_forms
 from vendors.coverage import run
-from vendors.packages import HPU_RELEASES, NPU_RELEASES
+from vendors.packages import HPU_RELEASES, NPU_RELEASES, SCHEMAS
 from vendors.trial import intel_gpu, pretend, results, vendor
 
 from vbcompile.config import ConfigError
@@ -151,6 +151,18 @@ def test_a_missing_argument_names_it():
         "npu::npu_fusion_attention with 'seed' needs 2.7.1 or later of torch-npu (found 2.5.1.post1)"
         in choice.explain()
     )
+
+
+def test_an_unknown_argument_is_refused_not_guessed(monkeypatch):
+    """A later release may want more than its operator's name and our arguments."""
+    schemas = SCHEMAS["habana-torch-plugin"]["releases"]
+    wanting = [s.replace("str seq_padding_type)", "str seq_padding_type, int new)") for s in schemas["1.19.0"]]
+    monkeypatch.setitem(schemas, "9.0.0", wanting)
+    with vendor("hpu", "9.0.0"):
+        choice = operator("attention").choose(catalog_target("gaudi2"), case_of("causal"))
+    assert choice.implementation.name == "reference"
+    reason = "hpu::sdpa_recomp_fwd of habana-torch-plugin (found 9.0.0) wants 'new', which is not known here"
+    assert f"{reason}; plain PyTorch runs instead" in choice.explain()
 
 
 def test_dropout_is_not_split_between_implementations():

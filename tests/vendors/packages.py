@@ -48,8 +48,10 @@ class Release:
         return run
 
     def close(self) -> None:
+        """Forget the operators."""
         for library in self._libraries.values():
             library._destroy()
+        self._libraries.clear()
         for namespace, name in self._names:
             packets = getattr(torch.ops, namespace)
             if name in packets.__dict__:
