@@ -19,7 +19,7 @@ _SMALLEST_SHARE = 1000
 _SMALLEST_MOVED = 2**20
 _TRIES = 8
 _FINE = 50
-_HEADROOM = 32  # one part in so many of a budget is left to workspaces of libraries and to small tensors
+_HEADROOM = 50  # one part in so many of all that is kept by default is left to workspaces and small tensors
 
 
 @dataclass(frozen=True)
@@ -249,13 +249,14 @@ class StepPlanner:
     def _search(self, activations: list[Activation]) -> ActivationPlan:
         operators = [Operator(n.name, t) for n, t in zip(self._timeline[1], self._timeline[2], strict=True)]
         tier, limits, resident = self.rates.tier, self.limits, self.resident_bytes
+        resident += (resident + sum(map(node_bytes, self.saved))) // _HEADROOM
         reserved = [resident + size for size in self._reserved]
 
         def solve(budget: int) -> ActivationPlan:
             return plan_activations(operators, activations, budget, tier, reserved=reserved)
 
         if limits.budget is not None:
-            return solve(max(limits.budget - limits.budget // _HEADROOM, 0))
+            return solve(limits.budget)
         try:
             least = solve(0).peak_bytes
         except PlanError as error:
