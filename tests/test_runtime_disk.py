@@ -107,6 +107,18 @@ def test_a_file_system_that_refuses_unbuffered_reads(file, monkeypatch, caplog):
     reader.close()
 
 
+def test_systems_without_reads_and_writes_at_a_place(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.delattr(os, "pwrite")
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.delattr(os, "O_DIRECT")
+    shard, data = shard_of(tmp_path, (3 * BLOCK + 5, 0, 2 * PIECE + 9, 8))
+    reader = DiskReader(SimulatedDevice(), threads=4)
+    assert torch.equal(read(reader, shard.sources["c"]), data["c"])
+    assert torch.equal(read_bytes(shard.sources["a"]), data["a"])
+    reader.close()
+
+
 def test_short_reads_are_continued(file, monkeypatch, reader):
     path, data = file
     real = os.preadv

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.runtime_sources import DiskBytes
-from vbcompile.vgpu_files import open_unbuffered
+from vbcompile.vgpu_files import open_unbuffered, read_at
 from vbcompile.vgpu_size import MIB
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _fill(descriptor: int, memory: Tensor, begin: int, wanted: int, file: Path) 
     room = memory.numpy().data
     got = 0
     while got < wanted:
-        count = os.preadv(descriptor, [room[got:]], begin + got)
+        count = read_at(descriptor, room[got:], begin + got)
         if count == 0:
             raise StorageError(file, begin, wanted, got, "the file ends too early")
         got += count

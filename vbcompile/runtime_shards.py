@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vbcompile.runtime_disk import BLOCK, StorageError, file_identity
 from vbcompile.runtime_sources import DiskBytes
+from vbcompile.vgpu_files import create_file, write_at
 from vbcompile.vgpu_plan import padded
 from vbcompile.vgpu_size import MIB
 
@@ -79,7 +80,7 @@ def _write(file: Path, sizes: Mapping[str, int], load: Callable[[str], Tensor]) 
     """(first byte of the data, checksums of each tensor)."""
     checksums = {name: [0] * -(-nbytes // CHECKSUM_BYTES) for name, nbytes in sizes.items()}
     begin = len(_header(sizes, checksums))
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = create_file(file)
     try:
         _reserve(descriptor, file, begin + sum(sizes.values()))
         offset = begin
@@ -129,12 +130,14 @@ def _write_pieces(descriptor: int, data: Tensor, offset: int) -> list[int]:
 def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     rest = memoryview(data)
     while len(rest):
-        count = os.pwrite(descriptor, rest, offset)
+        count = write_at(descriptor, rest, offset)
         rest, offset = rest[count:], offset + count
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last."""
+    """Make the new name last; Windows does so by itself."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -154,8 +157,12 @@ def _storage_errors(file: Path) -> Iterator[None]:
 
 
 def _remove(file: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not in a forked child, whose parent still reads it
+    if os.getpid() != owner:  # a forked child: its parent still reads the file
+        return
+    try:
         file.unlink(missing_ok=True)
+    except OSError as error:  # Windows, while it is open; the next run removes it
+        log.warning("%s was not removed: %s", file, error.strerror or error)
 
 
 def _remove_orphans(folder: Path) -> None:
