@@ -184,7 +184,7 @@ def everything(call: Callable[[], Any], store: WeightStore, row: dict[str, Any],
 
 
 def fits(options: argparse.Namespace) -> dict[str, Any]:
-    """A budget in which the model fits: nothing is rewritten. The attention pass is off, so that what is left is Inductor."""
+    """A budget in which the model fits: nothing is rewritten, with the attention pass off."""
     model = llama(options.shape, options.layers)
     vbcompile.offload(model, "cuda", {0: "60GiB", "cpu": "200GiB"}, progress=False)
     for parameter in model.parameters():

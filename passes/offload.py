@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 from vbcompile.compat import copy_graph, fake_mode_of_compile, own_tracing_context
 from vbcompile.handles import OffloadedTensor
@@ -17,7 +17,7 @@ from vbcompile.handles_payload import Payload
 from vbcompile.handles_store import Part, WeightStore, store_of
 from vbcompile.passes.fp4_sites import weight_inputs
 from vbcompile.passes.graph_ops import describe_site, value_of
-from vbcompile.passes.offload_costs import Rates, nanoseconds, reserve
+from vbcompile.passes.offload_costs import Rates, bytes_of, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
 from vbcompile.passes.offload_inputs import describe, missing_sizes, plain_fake
 from vbcompile.passes.offload_outer import Layout, Piece, emit
@@ -28,6 +28,8 @@ from vbcompile.vgpu_plan import DEVICE, Plan
 log = logging.getLogger(__name__)
 
 PASS_NAME = "offload"
+_HEADROOM = 1.25  # times the inputs' size that a graph with symbolic sizes is planned for
+_NAMED = 4  # weights per tier that a report names in its text
 Compile = Callable[..., Callable[..., Any]]
 
 
@@ -51,8 +53,8 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     (store,) = stores.values()
     if not isinstance(store, WeightStore):
         return [Decision(PASS_NAME, "graph", "left", "weights that belong to no offloaded model: each use copies them")]
-    if context.config.budget is not None:
-        store.budget = context.config.budget
+    if context.config.budget is not None and context.config.sources.get("budget") == "options":
+        store.budget = context.config.budget  # said for this compile; the environment's was known to offload()
     streamed = StreamedGraph(gm, weights, store, context)
     context.around.append(streamed.around)
     return streamed.decisions()
@@ -109,6 +111,9 @@ class StreamedGraph:
         self.outer: Callable[..., Any] | None = None
         self.plan: Plan | None = None
         self.start = 0
+        inputs = [value_of(node) for node in self.graph.find_nodes(op="placeholder")[: self.arguments]]
+        self.dynamic = any(isinstance(value, SymInt) for value in inputs)
+        self.planned_inputs = _HEADROOM * max(sum(map(bytes_of, filter(_is_plain, inputs))), 1)
         self.part = self._part(store)
         store.add_part(self.part)
 
@@ -129,6 +134,8 @@ class StreamedGraph:
             operators += [(f"{name} backward", 2 * ns, payloads) for name, ns, payloads in reversed(operators)]
         fixed = {self.weights[node]: reason for node, reason in self.cutting.fixed.items()}
         beside = reserve(self.graph, self.weights, self.training) + self._returned_bytes()
+        if self.dynamic:
+            beside = int(_HEADROOM * beside)
         return Part(operators, fixed, frozenset(rows), beside, weakref.ref(self))
 
     def _returned_bytes(self) -> int:
@@ -199,6 +206,8 @@ class StreamedGraph:
     def run(self, *args: Any) -> Any:
         """Called with the inputs of the graph; offloaded ones are only names."""
         self.packer.refresh()
+        if self.dynamic:
+            self._follow_sizes(args)
         if self.outer is None:
             self._prepare()
         try:
@@ -206,6 +215,16 @@ class StreamedGraph:
         except BaseException:
             store_of(self.key).abandon()
             raise
+
+    def _follow_sizes(self, args: Sequence[Any]) -> None:
+        """Plan for more memory beside the weights where the inputs have outgrown those that were planned for."""
+        held = sum(a.nbytes for a in args if isinstance(a, Tensor) and not isinstance(a, OffloadedTensor))
+        if held > self.planned_inputs:
+            grown = _HEADROOM * held
+            self.part.reserve = int(self.part.reserve * grown / self.planned_inputs)
+            self.planned_inputs = grown
+            store = store_of(self.key)
+            store.replan(store.budget)
 
     # reporting
 
@@ -218,7 +237,8 @@ class StreamedGraph:
             for payload, reason in self.part.fixed.items()
         ]
         action = "left" if plan.declined else "rewritten"
-        whole_graph = Decision(PASS_NAME, "graph", action, plan.summary(), details=self._details(plan))
+        details = self._details(plan)
+        whole_graph = Decision(PASS_NAME, "graph", action, plan.summary(), _tiers_text(details["tiers"]), details)
         return [*self.packed, whole_graph, *found]
 
     def _details(self, plan: Plan) -> dict[str, Any]:
@@ -258,6 +278,19 @@ def largest_segment(sizes: Sequence[int]) -> int:
         if 2 * passed >= sum(sizes):
             return size
     return 0
+
+
+def _tiers_text(tiers: Mapping[str, Any]) -> str:
+    """The weights of each tier in a line: how many, how large, the first by name."""
+    parts = []
+    for place, held in tiers.items():
+        named = ", ".join(held["weights"][:_NAMED]) + (", ..." if len(held["weights"]) > _NAMED else "")
+        parts.append(f"{place}: {len(held['weights'])} weights, {held['bytes']} bytes ({named})")
+    return "; ".join(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, OffloadedTensor)
 
 
 def _title(segment: Segment) -> str:

@@ -134,6 +134,29 @@ def test_dynamic_shapes_share_one_plan():
     assert len(set(store._starts)) == 1 and vbcompile.stats(model)[0].runtime["misses"] == 0
 
 
+def test_larger_inputs_are_planned_for():
+    model = blocks()
+    twin = copy.deepcopy(model)
+    offload(model, "120KiB")
+    run = compiled(model)
+    run(torch.randn(3, 32)), run(torch.randn(4, 32))
+    before = vbcompile.stats(model)[0].resident_bytes
+    x = torch.randn(40, 32)
+    assert torch.equal(run(x), twin(x))
+    assert vbcompile.stats(model)[0].resident_bytes < before
+
+
+def test_inference_mode():
+    model, x = blocks(), torch.randn(3, 32)
+    expected = model(x)
+    offload(model)
+    run = compiled(model, "aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(run(x), expected)
+    with torch.no_grad():
+        assert torch.equal(run(x), expected)
+
+
 def test_graph_breaks_share_one_ring():
     class Broken(nn.Module):
         def __init__(self):
