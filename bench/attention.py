@@ -2,12 +2,12 @@
 
     python bench/attention.py check [--jobs N]      every form of score function, error against eager PyTorch's
     python bench/attention.py sweep [--jobs N]      tile shapes of each kernel
-    python bench/attention.py scores                biases, caps, windows, documents
+    python bench/attention.py scores                biases, caps, windows, documents: see attention_scores.py
     python bench/attention.py decode                one query over many keys
     python bench/attention.py table [--flex]        forward and backward beside cuDNN, flash SDPA and FlexAttention
 
 Times are medians of CUDA-graph replays. TFLOP/s count 4 * B * H * Q * K * D operations forward and 2.5 times that
-backward, half of it where causal; windows and documents count the elements that are not masked.
+backward, half of it where causal.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
+import attention_scores  # noqa: E402
 import record  # noqa: E402
 
 SHAPES = [  # B, H, S, D, causal
@@ -245,38 +246,6 @@ def table(with_flex: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def score_functions() -> list[dict[str, Any]]:
-    """Biases, caps and masks: TFLOP/s of the elements that count."""
-    import attention_forms as forms
-
-    rows = []
-    for b, h, s, d in ((4, 16, 4096, 128), (8, 16, 2048, 64)):
-        q, k, v, grad = tensors(b, h, s, d)
-        bias = torch.randn(1, h, s, s, device="cuda", dtype=torch.bfloat16)
-        slopes = torch.rand(1, h, 1, 1, device="cuda")
-        cases = {
-            "bias": (forms.make_function(forms.plus(0)), [bias], 1.0, None),
-            "bias_with_gradient": (forms.make_function(forms.plus(0)), [bias], 1.0, [True] * 4),
-            "softcap": (forms.make_function(forms.softcap(30.0)), [], 1.0, None),
-            "alibi_causal": (forms.make_function(forms.alibi, mask=forms.causal()), [slopes], 0.5, None),
-        }
-        rows += _score_rows((b, h, s, d), cases, q, k, v, grad)
-    b, h, s, d = 1, 16, 16384, 128
-    q, k, v, grad = tensors(b, h, s, d)
-    documents = torch.arange(s, device="cuda").div(2048, rounding_mode="floor").to(torch.int32)
-    both = lambda f: lambda builder: builder.emit("and", forms.causal()(builder), f(builder))
-    cases = {
-        "window_1024": (forms.make_function(mask=forms.window(1024)), [], 1024 / s, None),
-        "documents_8": (
-            forms.make_function(mask=both(forms.same_document)),
-            [documents.view(1, 1, s, 1), documents.view(1, 1, 1, s)],
-            0.5 / 8,
-            None,
-        ),
-    }
-    return rows + _score_rows((b, h, s, d), cases, q, k, v, grad)
-
-
 def decode() -> list[dict[str, Any]]:
     """One query over 32768 keys, 32 query and 8 key heads of size 128: share of the device's copy bandwidth."""
     from vbcompile.kernels.attention_triton import forward
@@ -298,18 +267,6 @@ def decode() -> list[dict[str, Any]]:
     return rows
 
 
-def _score_rows(shape, cases, q, k, v, grad) -> list[dict[str, Any]]:
-    rows = []
-    for name, (function, captured, share, needs) in cases.items():
-        forward_ms, backward_ms = ours_times(function, captured, q, k, v, grad, shape[3] ** -0.5, needs)
-        count = operations(*shape, False) * share
-        row = {"shape": shape, "case": name, "forward": count / forward_ms / 1e9,
-               "backward": 2.5 * count / backward_ms / 1e9}  # fmt: skip
-        rows.append(row)
-        print(shape, name, f"{row['forward']:.0f} / {row['backward']:.0f}", flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=("check", "sweep", "table", "scores", "decode"))
@@ -320,12 +277,13 @@ def main() -> None:
         "check": lambda: check(options.jobs),
         "sweep": lambda: sweep(options.jobs),
         "table": lambda: table(options.flex),
-        "scores": score_functions,
+        "scores": lambda: attention_scores.measure(False, options.jobs),
         "decode": decode,
     }
     for what in options.what:
         begin = time.time()
-        record.write(f"attention_{what}", actions[what]())
+        if (rows := actions[what]()) is not None:
+            record.write(f"attention_{what}", rows)
         print(f"{what}: {time.time() - begin:.0f} s", flush=True)
 
 

@@ -1,9 +1,9 @@
 """Hopper attention: checks each configuration against float64, then times it beside cuDNN's. Needs an H100 or H200.
 
-    python bench/attention_hopper.py [--out DIR] [--set NAME] [--seconds N]
+    python bench/attention_hopper.py [--set NAME] [--seconds N]
 
 Every configuration is checked in a process of its own with a time limit, so that a kernel that hangs costs one
-process; only those that pass are timed. Results go to DIR/attention_hopper.json; a table comes last.
+process; only those that pass are timed. Results go to attention_hopper.json; a table comes last.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import record  # noqa: E402
 
 SHAPES = [  # B, H, S, D, causal, wanted forward TFLOP/s, wanted backward
     (4, 16, 4096, 128, False, 640, 480),
@@ -209,7 +211,6 @@ def run_child(jobs: list[dict], limit: float) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--set", choices=("shipped", "explore", "narrow"), default="shipped")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--worker", action="store_true")
@@ -237,8 +238,38 @@ def main() -> None:
         for result in run_child(jobs, min(max(deadline - time.monotonic(), 5), 60)):
             results.append(result)
             show(result)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "attention_hopper.json").write_text(json.dumps(results, indent=1))
+    record.write("attention_hopper", summary(results) if arguments.set == "shipped" else results)
+
+
+def summary(results: list[dict]) -> list[dict]:
+    """Shipped configurations beside cuDNN, TFLOP/s of medians over the rounds."""
+    from vbcompile.kernels import attention_hopper as hopper
+
+    tables = {"forward": hopper.FORWARD_CONFIGS, "backward": hopper.BACKWARD_CONFIGS}
+    rows = []
+    for result in results:
+        if not result.get("times"):
+            continue
+        batch, heads, length, dim, causal, *_ = result["shape"]
+        shipped = asdict(tables[result["way"]][dim, causal])
+        ours, peer = (
+            statistics.median(t)
+            for wanted in (shipped, None)
+            for t, c in zip(result["times"], result["configs"], strict=True)
+            if c == wanted
+        )
+        flops = (4 if result["way"] == "forward" else 10) * batch * heads * length**2 * dim * (0.5 if causal else 1)
+        rows.append(
+            {
+                "shape": f"{batch},{heads},{length},{dim}",
+                "causal": causal,
+                "direction": result["way"],
+                "ours_tflops": round(flops / ours / 1e9, 1),
+                "cudnn_tflops": round(flops / peer / 1e9, 1),
+                "ratio": round(peer / ours, 3),
+            }
+        )
+    return rows
 
 
 def show(result: dict) -> None:

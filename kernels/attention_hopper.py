@@ -75,7 +75,7 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
         config = replace(config, consumers=2)
     if call.tile is None or call.tile.element_size() < 4:
         return config
-    return replace(config, block_k=64) if dim == 128 else replace(config, t_stages=1)  # what shared memory holds
+    return replace(config, block_k=64) if dim == 128 else replace(config, consumers=2)  # what a block can hold
 
 
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
