@@ -9,8 +9,10 @@ device memory at the peak. ``everything`` streams every weight in every step, as
 
 import argparse
 import copy
+import cProfile
 import gc
 import json
+import pstats
 import sys
 import time
 from collections.abc import Callable
@@ -167,8 +169,22 @@ def figures(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         row["finite"] = bool(logits.isfinite().all())
         torch.cuda.empty_cache()
         add(rows, row)
+        if options.profile:
+            profile(partial(compiled, tokens))
         if options.everything and mode == "memory":
             add(rows, everything(partial(compiled, tokens), store, row, link))
+
+
+def profile(call: Callable[[], Any]) -> None:
+    """What the host does in a few steps."""
+    found = cProfile.Profile()
+    with torch.no_grad():
+        found.enable()
+        for _ in range(3):
+            call()
+        found.disable()
+    torch.cuda.synchronize()
+    pstats.Stats(found).sort_stats("tottime").print_stats(30)
 
 
 def everything(call: Callable[[], Any], store: WeightStore, row: dict[str, Any], link: float) -> dict[str, Any]:
@@ -222,6 +238,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["memory", "full"])
     parser.add_argument("--everything", action="store_true", help="also with the smallest budget that works")
     parser.add_argument("--fits", action="store_true", help="only a budget in which the model fits, against Inductor")
+    parser.add_argument("--profile", action="store_true", help="print what the host does in a step")
     parser.add_argument("--append", action="store_true", help="add to the rows of the file that is there")
     options = parser.parse_args()
     torch.manual_seed(0)

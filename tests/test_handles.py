@@ -1,7 +1,9 @@
 """Offloaded models: everything that can be done with a model works, on a device made of host memory."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -246,6 +248,20 @@ def test_a_disk_that_cannot_be_used(tmp_path):
     blocked.write_text("")
     with pytest.raises((StorageError, ConfigError), match="file"):
         offloaded(make(), places={"cpu": "20KiB", "disk": str(blocked / "below")})
+
+
+def test_memory_goes_with_the_model():
+    model = offloaded(make(), "40KiB")
+    payload = weakref.ref(model[0].weight.payload)
+    run = torch.compile(model, backend="vblackwell", options={"mode": "memory", "downstream": "eager"})
+    with torch.no_grad():
+        run(torch.randn(2, 32))
+    streamer = weakref.ref(model[0].weight.payload.residence._streamer)
+    assert streamer() is not None
+    del model, run
+    torch._dynamo.reset()
+    gc.collect()
+    assert payload() is None and streamer() is None
 
 
 def test_a_model_that_fits_just_moves():

@@ -115,6 +115,7 @@ class WeightStore:
         self._index: dict[int, int] = {}
         self._order: list[Payload] = []
         self._streamer: Streamer | None = None
+        self._closer: weakref.finalize | None = None
         self._views: dict[int, tuple[Tensor, Any]] = {}
         self._resident_views: dict[int, Any] = {}
         self._position: int | None = None  # first operator of the graph that runs, within a step
@@ -388,6 +389,8 @@ class WeightStore:
                     if level == DEVICE
                 }
             self._streamer = streamer
+            # the model may go, or the process end, while copies out of its memory are under way
+            self._closer = weakref.finalize(self, streamer.close)
             return streamer
 
     def stop(self) -> None:
@@ -396,6 +399,8 @@ class WeightStore:
             if self._streamer is None:
                 return
             streamer, self._streamer = self._streamer, None
+            if self._closer is not None:
+                self._closer.detach()
             self._position = None
             streamer.finish_stores()
             self._past.append(streamer.statistics())
