@@ -104,15 +104,21 @@ class ActivationPartitioner:
             details = {"tensor": node.name, "bytes": sizes[node.name], "choice": choice}
             reason = _reason(planner, node, choice)
             self._report.decisions.append(Decision(name, describe_site(node), action, reason, details=details))
-        log.info(
-            "activations: %d bytes saved by default, at most %d alive at once instead of %d; "
-            "estimated step %.2f ms instead of %.2f ms",
-            sum(sizes.values()),
-            plan.peak_bytes,
-            plan.kept_peak_bytes,
-            plan.step_ns / 1e6,
-            plan.kept_step_ns / 1e6,
+        facts = {
+            "saved_bytes": sum(sizes.values()),
+            "peak_bytes": plan.peak_bytes,
+            "peak_bytes_if_kept": plan.kept_peak_bytes,
+            "step_ns": plan.step_ns,
+            "step_ns_if_kept": plan.kept_step_ns,
+        }
+        reason = (
+            f"estimated peak {plan.peak_bytes / 1e9:.2f} GB in {plan.step_ns / 1e6:.1f} ms, instead of "
+            f"{plan.kept_peak_bytes / 1e9:.2f} GB in {plan.kept_step_ns / 1e6:.1f} ms if all "
+            f"{sum(sizes.values()) / 1e9:.2f} GB that the backward needs were kept"
         )
+        action = "left" if plan.declined else "rewritten"
+        self._report.decisions.append(Decision("activations", "the step", action, reason, details=facts))
+        log.info("activations: %s", reason)
 
 
 def partitioner_for(context: "PassContext", report: GraphReport) -> ActivationPartitioner | None:

@@ -243,6 +243,10 @@ def test_gradients_and_report(reports):
     kept = [d for d in report.decisions if d.pass_name == "recompute" and d.action == "left"]
     assert made and kept and not report.failures and "recompute" not in dict(report.unavailable)
     assert all("made again in the backward" in d.reason for d in made)
+    (whole,) = [d for d in report.decisions if d.pass_name == "activations"]
+    assert whole.action == "rewritten" and whole.details["peak_bytes"] < whole.details["peak_bytes_if_kept"]
+    listed = sum(d.details["bytes"] for d in made + kept)
+    assert 0.99 * whole.details["saved_bytes"] < listed <= whole.details["saved_bytes"] and "instead of" in whole.reason
     assert any("gate" in d.site for d in made + kept), "sites are named as in the model"
 
 
