@@ -162,6 +162,24 @@ def test_a_wait_twice_and_a_release_twice(device, unit):
         run_steps(streamer, data)
 
 
+def test_two_copies_of_one_weight_in_use_at_once(device, unit):
+    sweep = sweep_of([unit] * 8, [(index,) for index in (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)])
+    plan = planned(sweep, 4 * unit)
+    data = random_bytes([unit] * 8)
+    weight = next(c.weight for c in plan.copies if [d.weight for d in plan.copies].count(c.weight) == 2)
+    first, second = (index for index, copy in enumerate(plan.copies) if copy.weight == weight)
+    with Streamer(plan, sources_of(plan, data, device.device), device) as streamer:
+        for release in ((first, second), (second, first)):
+            streamer.wait(first)
+            streamer.wait(second)
+            streamer.release(release[0])
+            assert torch.equal(streamer.view(weight).cpu(), data[weight])
+            streamer.release(release[1])
+            with pytest.raises(KeyError):
+                streamer.view(weight)
+        run_steps(streamer, data)
+
+
 def test_fetch_brings_any_weight_at_any_time(device, unit):
     streamer, data = streamer_of(device, [unit] * 8, 5 * unit)
     with streamer:

@@ -67,7 +67,6 @@ class Streamer:
         self._report = StackReport(stack) if stack is not None else None
         self._ring: Ring | None = None
         self._resident: dict[int, Tensor] = {}
-        self._current: dict[int, Tensor] = {}  # weight -> its bytes on the device while in use
         self._started = self._closed = self._in_step = False
 
     # life
@@ -108,7 +107,6 @@ class Streamer:
             self._links.close()
             self._ring = None
             self._resident.clear()
-            self._current.clear()
 
     def __del__(self) -> None:
         """Copies that are under way write to memory that is about to be given back: they have to end first."""
@@ -194,9 +192,7 @@ class Streamer:
                 no memory beside the ring.
         """
         with self._lock:
-            memory = self._running_ring().wait(copy)
-            self._current[self.plan.copies[copy].weight] = memory
-            return memory
+            return self._running_ring().wait(copy)
 
     def view(self, weight: int) -> Tensor:
         """A weight's bytes: uint8, one dimension, on the device.
@@ -208,16 +204,16 @@ class Streamer:
             self._require_running()
             if weight in self._resident:
                 return self._resident[weight]
-            if weight not in self._current:
+            memory = self._ring.view(weight) if self._ring is not None else None
+            if memory is None:
                 name = self.plan.sweep.weights[weight].name
                 raise KeyError(f"weight {name!r} is not on the device: wait for its copy, or fetch it")
-            return self._current[weight]
+            return memory
 
     def release(self, copy: int) -> None:
         """The computation queued so far was the last to read this copy. Nothing happens where it is not in use."""
         with self._lock:
-            if self._running_ring().release(copy):
-                self._current.pop(self.plan.copies[copy].weight, None)
+            self._running_ring().release(copy)
 
     def fetch(self, weight: int) -> Tensor:
         """A weight's bytes at any time, plan or no plan: a resident weight's own ones, else a copy for the caller.

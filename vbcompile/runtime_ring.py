@@ -35,6 +35,10 @@ class _Slot:
     request: ReadRequest | None = None
     detour: Tensor | None = None  # memory of its own, where its place was in use
 
+    @property
+    def bytes(self) -> Tensor:
+        return self.memory if self.detour is None else self.detour
+
 
 class Ring:
     """The copies of a plan on the device. Not safe for use by several threads at once.
@@ -89,20 +93,24 @@ class Ring:
                 self._statistics.detour_bytes += slot.detour.nbytes
                 self._statistics.streamed_bytes += slot.detour.nbytes
             slot.in_use = True
-        return slot.memory if slot.detour is None else slot.detour
+        return slot.bytes
 
-    def release(self, copy: int) -> bool:
-        """The computation queued so far was the last to read this copy; False where it was not in use."""
+    def view(self, weight: int) -> Tensor | None:
+        """The bytes of a weight that is in use; None where it is not."""
+        slots = (self._slots[index] for index in self._copies_of.get(weight, ()))
+        return next((slot.bytes for slot in slots if slot.in_use), None)
+
+    def release(self, copy: int) -> None:
+        """The computation queued so far was the last to read this copy. Nothing happens where it is not in use."""
         slot = self._slots[copy]
         if not slot.in_use:
-            return False
+            return
         slot.in_use = False
         if slot.detour is not None:
             slot.detour = None  # its allocator reuses it in the computation's order
         else:
             self._device.end_use(slot.memory)
             slot.free = self._device.record()
-        return True
 
     def in_use(self) -> list[int]:
         """Copies that have been waited for and not released."""
