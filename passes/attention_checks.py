@@ -1,5 +1,6 @@
 """Which operand plays which role, and what speaks against fusing a site."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vbcompile.passes.attention_contraction import Contraction
+from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_site import Operand, Site
 from vbcompile.passes.graph_axes import Dim, Dims, Space
@@ -31,6 +32,29 @@ def check_axes(site: Site) -> None:
         raise Refusal("the scores are mixed along an axis that is neither of queries nor of values")
     if set(site.space.resolve(site.rows)) & v:
         raise Refusal("the values differ from row to row")
+    if any(is_masked(operand.node) for operand in (site.q, site.k)):
+        raise Refusal("queries or keys are masked scores themselves")
+
+
+def is_masked(node: fx.Node, limit: int = 40) -> bool:
+    """Whether a tensor was filled with -inf since the last matrix product: kernels take operands to be finite."""
+    todo: list[Any] = [node]
+    seen: set[fx.Node] = set()
+    while todo and len(seen) < limit:
+        n = todo.pop()
+        if isinstance(n, (tuple, list)):
+            todo.extend(n)
+        elif isinstance(n, float) and n == -math.inf:
+            return True
+        elif isinstance(n, fx.Node) and n not in seen:
+            seen.add(n)
+            call = call_of(n)
+            is_pointwise = call is not None and call.name not in _ENDS and contraction_of(call, n) is None
+            todo += [*n.args, *n.kwargs.values()] if is_pointwise else []
+    return False
+
+
+_ENDS = {"linear", "softmax", "safe_softmax", "log_softmax", "sdpa", "arange"}  # finite, whatever goes in
 
 
 def check_operands(site: Site) -> None:
