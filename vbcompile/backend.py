@@ -86,7 +86,7 @@ def _compile(
     """Hand the rewritten graph on; if the compiler refuses it, the original graph."""
     config = context.config
     try:
-        compile_graph = functools.partial(_downstream, context=context, report=report)
+        compile_graph: Callable[..., Any] = functools.partial(_downstream, context=context, report=report)
         for around in context.around:
             compile_graph = around(compile_graph)
         compiled = compile_graph(gm, context.example_inputs)
