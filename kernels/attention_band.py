@@ -1,5 +1,6 @@
 """Masks that are a band: row ``i`` sees the keys ``i + low <= j <= i + high``, as causal masks and windows do."""
 
+import functools
 from dataclasses import dataclass
 
 from vbcompile.kernels.score_function import ScoreFunction, affine
@@ -30,6 +31,7 @@ class Band:
         return self.low <= self.high and self.high >= 0 and self.low <= k_length - q_length
 
 
+@functools.lru_cache(maxsize=1024)
 def mask_band(function: ScoreFunction, q_length: int, k_length: int) -> Band | None:
     """The band that the mask of ``function`` is; None for no mask, and for masks that are anything else."""
     if function.mask is None:

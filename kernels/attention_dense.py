@@ -1,7 +1,7 @@
 """Bias and mask of a call of attention as tensors, for kernels that read them, and the rows that they leave empty."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class DenseScores:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        split = additive_bias(function)
+        split = _split(function)
         if split is None:
             raise ValueError("the score function is no additive bias with a mask")
         self._function, self._position = split
@@ -124,13 +124,17 @@ class DenseScores:
         return t.expand(*self._lead, t.shape[-1])
 
 
-def bias_fits(function: ScoreFunction, captured: Sequence[torch.dtype], dtype: torch.dtype) -> bool:
+_split = lru_cache(maxsize=1024)(additive_bias)
+
+
+@lru_cache(maxsize=1024)
+def bias_fits(function: ScoreFunction, captured: tuple[torch.dtype, ...], dtype: torch.dtype) -> bool:
     """Whether a kernel that reads the bias in ``dtype`` loses nothing that a model computing in ``dtype`` has.
 
     True where the bias is chosen from, or a sum of, captured tensors of that type and constants that it holds. A bias
     that is computed from indices or captured in a wider type has digits, or finite minima, that ``dtype`` has not.
     """
-    extended, bias = additive_bias(function) or (function, None)
+    extended, bias = _split(function) or (function, None)
     if bias is None:
         return True
 

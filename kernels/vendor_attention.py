@@ -71,7 +71,7 @@ class FoldedCall:
         self.heads, self.kv_heads = fold_heads(self.lead), fold_heads(self.kv_lead)
         self.q_length, self.k_length = q.shape[-2], k.shape[-2]
         self.width = max(q.shape[-1], v.shape[-1])
-        fits = bias_fits(function, [c.dtype for c in captured], q.dtype)
+        fits = bias_fits(function, tuple(c.dtype for c in captured), q.dtype)
         self.dtype = q.dtype if fits else accumulation_dtype(q.dtype)
         self.q = self._prepared(q, self.lead, self.heads)
         self.k, self.v = (self._prepared(t, self.kv_lead, self.kv_heads) for t in (k, v))

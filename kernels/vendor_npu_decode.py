@@ -61,7 +61,7 @@ def _refuses_form(case: AttentionCase) -> str | None:
     function = case.score_function
     if case.dropout:
         return "has no dropout"
-    if not bias_fits(function, [dtype for _, dtype in case.captured], case.dtype):
+    if not bias_fits(function, tuple(dtype for _, dtype in case.captured), case.dtype):
         return "adds the bias in the type of the queries, which cannot hold it"
     per_head = [n for n in function.captured(function.score, function.mask) if set(case.captured[n][0][1:-2]) != {1}]
     if (
