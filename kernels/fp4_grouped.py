@@ -22,7 +22,7 @@ from vbcompile.kernels.fp4 import PackedWeight, row_scales
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE, LinearWeight, check_operands, dequantize_weight, to_layout
 from vbcompile.kernels.registry import Implementation, operator
-from vbcompile.kernels.triton_target import refuses_triton
+from vbcompile.kernels.triton_target import on_device, refuses_triton
 
 _MOST_EXPERTS = 1024
 
@@ -76,7 +76,8 @@ def fp4_grouped_linear(
     """
     _check(x, codes, block_scales, row_scale, ends, k, format_name, layout)
     choice = operator("fp4_grouped_linear").choose(get_target(x.device), _case(x, row_scale, k, format_name, layout))
-    return choice.implementation.run(x, codes, block_scales, row_scale, ends, k, format_name, layout).contiguous()
+    with on_device(x.device):
+        return choice.implementation.run(x, codes, block_scales, row_scale, ends, k, format_name, layout).contiguous()
 
 
 @fp4_grouped_linear.register_fake

@@ -21,6 +21,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
 from vbcompile.kernels.registry import Choice, Implementation, operator
+from vbcompile.kernels.triton_target import on_device
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def fp4_linear(
     n = row_scale.shape[0]
     case = make_case(x.dtype, math.prod(x.shape[:-1]), n, k, format_name, layout, activations)
     run = choose(get_target(x.device), case).implementation.run
-    return run(x, codes, block_scales, row_scale, bias, k, format_name, layout).contiguous()
+    with on_device(x.device):
+        return run(x, codes, block_scales, row_scale, bias, k, format_name, layout).contiguous()
 
 
 @fp4_linear.register_fake
@@ -123,7 +125,8 @@ def fp4_linear_backward(
     n = row_scale.shape[0]
     case = make_case(grad.dtype, math.prod(grad.shape[:-1]), n, k, format_name, layout)
     choice = operator("fp4_linear_backward").choose(get_target(grad.device), case)
-    return choice.implementation.run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
+    with on_device(grad.device):
+        return choice.implementation.run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
 
 
 @fp4_linear_backward.register_fake

@@ -2,6 +2,9 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 
 from vbcompile.device import Target
 
@@ -31,3 +34,10 @@ def refuses_triton(target: Target) -> str | None:
     if capability is not None and capability < _OLDEST_NVIDIA:
         return f"needs sm_80 or later, this is {target.arch}"
     return None
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one, on which Triton launches kernels, where it is not."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
