@@ -93,11 +93,11 @@ def bandwidth() -> float:
     return 2 * source.nbytes / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
 
 
-def table() -> list[dict[str, Any]]:
+def table(formats: list[str]) -> list[dict[str, Any]]:
     target, speed = get_target("cuda"), bandwidth()
     fp4_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
     rows: list[dict[str, Any]] = []
-    for (n, k), name in itertools.product(SHAPES, ("nvfp4", "mxfp4")):
+    for (n, k), name in itertools.product(SHAPES, formats):
         weights = copies(n, k, name)
         dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         floor = weights[0].nbytes / speed * 1e6
@@ -114,7 +114,7 @@ def table() -> list[dict[str, Any]]:
             row |= {"of_floor": floor / row["fp4"], "speedup": row["bf16"] / row["fp4"]}
             rows.append(row)
             print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-    record.write("fp4_linear", rows)
+        record.write("fp4_linear", rows)
     return rows
 
 
@@ -161,6 +161,7 @@ def cpu_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["check", "table", "cpu"])
+    parser.add_argument("--formats", nargs="+", default=["nvfp4", "mxfp4"], choices=["nvfp4", "mxfp4"])
     arguments = parser.parse_args()
     for what in arguments.what:
         started = time.time()
@@ -170,7 +171,7 @@ def main() -> None:
         elif what == "cpu":
             cpu_table()
         else:
-            table()
+            table(arguments.formats)
         print(f"{what}: {time.time() - started:.0f} s", flush=True)
 
 
