@@ -117,16 +117,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--what", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time Inductor too")
     parser.add_argument("--activations", nargs="+", default=["same", "fp8"], choices=["same", "fp8"])
     arguments = parser.parse_args()
     model = build(arguments.layers, "cuda")
     rows = []
     for what in arguments.what:
-        rows.append(measure(model, what, "inductor bfloat16", None, arguments.tokens))
+        if arguments.peers:
+            rows.append(measure(model, what, "inductor bfloat16", None, arguments.tokens))
         for activations in arguments.activations if what == "prefill" else ["same"]:
             options = {"mode": "speed", "strict": True, "fp4_activations": activations}
             rows.append(measure(model, what, f"vblackwell nvfp4, activations {activations}", options, arguments.tokens))
-        record.write("fp4_model", rows)
+        record.write(f"fp4_model_{'_'.join(arguments.what)}", rows)
 
 
 if __name__ == "__main__":
