@@ -69,8 +69,9 @@ FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
 def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     """The configuration for a score function."""
     config = SCORED_CONFIGS[dim, call.tile is not None]
-    if dim == 128:  # registers for masks: weights rounded early
-        config = replace(config, pack=causal or call.planned)
+    if dim == 128:  # weights are rounded early where anything else takes registers
+        others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
+        config = replace(config, pack=causal or call.planned or others)
     if call.planned:  # along a plan of 128 queries a tile
         config = replace(config, consumers=2)
     if call.tile is None or call.tile.element_size() < 4:
