@@ -9,7 +9,7 @@ from torch import fx
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Kept, Weights
 from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of
+from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
 
@@ -196,9 +196,16 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         sink, masks = found
         factors = weights.factors[:place] + weights.factors[place + 1 :]
         late = min(weights.late_factors, len(factors)) if place >= weights.late_factors else weights.late_factors - 1
+        if weights.zero_empty and tensor_of(weights.node).requires_grad and any(_multiplies(k) for k in masks):
+            raise Refusal("rows without a key that get no gradient but NaN from their division")
         kept = tuple(k for k in weights.kept if k not in masks)
         return _OwnSum(replace(weights, factors=factors, late_factors=late, kept=kept), sink, masks)
     return None
+
+
+def _multiplies(mask: Kept) -> bool:
+    call = call_of(mask.node)
+    return call is not None and call.name == "mul"
 
 
 def _denominator(
@@ -303,8 +310,6 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
 
 
 def _is_float_cast(call: Any, node: fx.Node) -> bool:
-    from vbcompile.passes.graph_ops import tensor_of
-
     return is_tensor(call.input) and tensor_of(call.input).is_floating_point() and tensor_of(node).is_floating_point()
 
 
