@@ -29,8 +29,7 @@ class VendorOperator:
     def overload(self) -> Any:
         """The operator as PyTorch knows it, or None where nothing registered it."""
         namespace, _, name = self.name.partition("::")
-        packet = getattr(getattr(torch.ops, namespace), name, None)
-        return None if packet is None else packet.default
+        return getattr(getattr(getattr(torch.ops, namespace), name, None), "default", None)
 
     def argument_names(self) -> tuple[str, ...]:
         """Names of its arguments in order; empty where it is missing."""
