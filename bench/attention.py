@@ -66,7 +66,7 @@ HEAVY_TILES = {  # the same where a bias or a function enters the scores
     ("grad_kv", 128): [(64, 64, 4, 2, 1), (64, 128, 8, 2, 1), (32, 128, 8, 2, 1)],
     ("grad_kv", 64): [(64, 64, 4, 3, 1), (64, 128, 8, 2, 1), (32, 128, 8, 3, 1)],
 }  # fmt: skip
-DECODE_TILES = [(16, 64, 2, 3), (16, 64, 2, 4), (16, 64, 4, 3), (16, 32, 2, 6), (16, 128, 4, 2)]
+DECODE_TILES = [(16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2)]
 
 
 # ---------------------------------------------------------------------------------------------------- check
@@ -248,22 +248,33 @@ def table(with_flex: bool) -> list[dict[str, Any]]:
 
 def decode() -> list[dict[str, Any]]:
     """One query over 32768 keys, 32 query and 8 key heads of size 128: share of the device's copy bandwidth."""
-    from vbcompile.kernels.attention_triton import forward
+    from vbcompile.kernels import attention_triton
     from vbcompile.kernels.attention_tuning import TileConfig, forced_tiles
 
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     peak = 8 * source.numel() / milliseconds(lambda: torch.neg(source, out=target)) / 1e6  # GB/s, read and written
     rows = []
+    shipped = attention_triton._DECODE_PROGRAMS
     for batch in (1, 32):
         q = torch.randn(batch, 8, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(batch, 8, 1, 32768, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        for tiles in (None, *DECODE_TILES):
+        run = functools.partial(attention_triton.forward, q, k, v, [], 128**-0.5, 0.0, None, function_of(False))
+        for tiles, programs in [(None, shipped), *((t, p) for t in DECODE_TILES for p in (2, 3, 4))]:
+            attention_triton._DECODE_PROGRAMS = programs
             with forced_tiles(**({"decode": TileConfig(*tiles)} if tiles else {})):
-                ms = milliseconds(lambda q=q, k=k, v=v: forward(q, k, v, [], 128**-0.5, 0.0, None, function_of(False)))
+                ms = milliseconds(run)
             rate = 2 * k.numel() * k.element_size() / ms / 1e6
-            rows.append({"batch": batch, "tiles": tiles, "ms": ms, "GB/s": rate, "share": rate / peak})
-            print("decode", batch, tiles or "table", f"{ms * 1e3:.1f} us {rate:.0f} of {peak:.0f} GB/s", flush=True)
+            row = {"batch": batch, "tiles": tiles, "programs": programs, "ms": ms, "GB/s": rate, "share": rate / peak}
+            rows.append(row)
+            print(
+                "decode",
+                batch,
+                tiles or "table",
+                programs,
+                f"{ms * 1e3:.1f} us {rate:.0f} of {peak:.0f} GB/s",
+                flush=True,
+            )
     return rows
 
 

@@ -1,8 +1,9 @@
-"""Attention for Hopper (sm_90a): plain scaled dot products, causal or not, grouped queries, forward and backward.
+"""Attention for Hopper (sm_90a): forward with any score function, backward of scaled products, causal or not.
 
     out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h // (H / Hk), j]) v[b, h // (H / Hk), j]
     lse[b, h, i] = log sum_j exp(scale * q[b, h, i] . k[..., j])      natural logarithm
     causal: key j is visible to row i if j <= i + causal_offset
+    with a score function (``attention_hopper_call``), logits and mask are what it says
 
 The kernels are warp-specialised (FlashAttention-3, arXiv 2407.08608) and written in Triton's Gluon dialect, whose
 interface is experimental: they are used with the Triton releases that they were verified with, and refused elsewhere.
