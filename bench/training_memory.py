@@ -182,12 +182,13 @@ def run(names: list[str], small: bool, repeats: int, seconds: float, folder: Pat
         for process in others:
             process.send_signal(signal.SIGSTOP)
         _file(folder, chosen[name], "turn").touch()
-        while workers[name].poll() is None and not _file(folder, chosen[name], "json").exists():
+        done = _file(folder, chosen[name], "json")
+        while workers[name].poll() is None and not done.exists() and time.monotonic() < end:
             time.sleep(0.02)
         for process in others:
             process.send_signal(signal.SIGCONT)
-        if _file(folder, chosen[name], "json").exists():
-            rows[name] = json.loads(_file(folder, chosen[name], "json").read_text())
+        if done.exists():
+            rows[name] = json.loads(done.read_text())
             print(rows[name], flush=True)
     for process in [*workers.values(), reference]:
         process.kill()
