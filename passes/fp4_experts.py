@@ -1,10 +1,11 @@
 """Products with stacks of experts' weights, ``[E, N, K]`` or ``[E, K, N]``, as ``vblackwell::fp4_grouped_linear``.
 
-Three forms, as models write mixtures of experts:
+Four forms, as models write mixtures of experts:
 
 - ``grouped_mm(x, weight, offs)``, rows of x sorted by expert;
 - ``bmm(x, weight)`` and ``matmul``, as many rows for every expert;
-- ``linear(x, weight[e])`` and ``x @ weight[e]``, one expert at a time, ``e`` a number or a tensor.
+- ``linear(x, weight[e])`` and ``x @ weight[e]``, one expert at a time, ``e`` a number or a tensor;
+- ``bmm(x, weight[ids])`` and ``bmm(weight[ids], x)``, an expert for every row of x.
 """
 
 import operator
@@ -28,11 +29,13 @@ class ExpertSite:
 
     Attributes:
         node: the call.
-        x: its other operand: ``[T, K]`` (grouped), ``[E, T, K]`` (batched) or ``[..., K]`` (one expert).
+        x: its other operand: ``[T, K]`` (grouped), ``[E, T, K]`` (batched), ``[..., K]`` (one expert), ``[T, 1, K]`` or
+            ``[T, K, 1]`` (gathered).
         weight: placeholder of the stack.
         transposed: the stack is ``[E, K, N]``.
-        form: ``grouped``, ``batched`` or ``one``.
-        which: ends of the groups (grouped), None (batched), or the expert: a number or a node (one).
+        form: ``grouped``, ``batched``, ``one`` or ``gathered``.
+        which: ends of the groups (grouped), None (batched), the expert, a number or a node (one), or that of each row,
+            a node ``[T]`` (gathered).
         bias: node or None; of ``linear`` alone.
     """
 
@@ -66,6 +69,8 @@ def match_experts(node: fx.Node) -> ExpertSite | None:
         return None
     if call.name == "linear":
         return _product(node, call, call.get("weight"), call.get("bias"), swapped=False)
+    if call.name == "bmm" and (site := _gathered(node, call)) is not None:
+        return site
     if call.name in ("matmul", "mm", "bmm"):
         return _product(node, call, call.get("other"), None, swapped=True)
     return None
@@ -96,11 +101,23 @@ def _product(node: fx.Node, call: Call, factor: Any, bias: Any, swapped: bool) -
         return None
     transposed = flipped != swapped
     if index is not None:
-        return ExpertSite(node, x, weight, transposed, "one", index, bias)
+        one = getattr(value_of(index), "ndim", 0) == 0
+        return ExpertSite(node, x, weight, transposed, "one", index, bias) if one else None
     seen = value_of(x)
     if seen.ndim != 3 or not known_equal(seen.shape[0], value_of(weight).shape[0]) or call.name == "linear":
         return None
     return ExpertSite(node, x, weight, transposed, "batched", None)
+
+
+def _gathered(node: fx.Node, call: Call) -> ExpertSite | None:
+    """A product of ``[T, 1, K]`` with gathered matrices ``[T, K, N]``, or of ``[T, N, K]`` with ``[T, K, 1]``."""
+    for factor, x, dim in ((call.get("other"), call.input, 1), (call.input, call.get("other"), 2)):
+        weight, flipped, index = _stack(factor)
+        if weight is None or getattr(value_of(index), "ndim", 0) != 1 or not isinstance(x, fx.Node):
+            continue
+        if known_equal(value_of(x).shape[dim], 1):
+            return ExpertSite(node, x, weight, flipped != (dim == 1), "gathered", index)
+    return None
 
 
 def _stack(node: Any) -> tuple[fx.Node | None, bool, Any]:
@@ -136,7 +153,7 @@ def _is_transpose(call: Call, rank: int) -> bool:
 
 
 def _expert(call: Call) -> Any:
-    """The expert that a call picks out of a stack: a number, a node that holds one, or None."""
+    """The expert that a call picks out of a stack: a number, a node that holds one or many, or None."""
     if call.name == "select" and call.get("dim") == 0:
         index = call.get("index")
     elif call.name == "getitem":
@@ -148,8 +165,8 @@ def _expert(call: Call) -> Any:
     if isinstance(index, int) and not isinstance(index, bool):
         return index
     value = value_of(index) if isinstance(index, fx.Node) else None
-    is_number = isinstance(value, Tensor) and value.ndim == 0 and value.dtype in (torch.int32, torch.int64)
-    return index if is_number else None
+    numbers = isinstance(value, Tensor) and value.ndim <= 1 and value.dtype in (torch.int32, torch.int64)
+    return index if numbers else None
 
 
 def rewrite_experts(
@@ -161,7 +178,10 @@ def rewrite_experts(
     emit, linear = Emitter(fresh.node, {fresh.node: 0}), packed.linear
     x = fresh.x if dtype is None else emit.method("to", fresh.x, dtype)
     k, experts = linear.k, linear.row_scale.shape[0]
-    flat = x if fresh.form == "grouped" else emit.method("reshape", x, -1, k)
+    flat, order = x if fresh.form == "grouped" else emit.method("reshape", x, -1, k), None
+    if fresh.form == "gathered":
+        order = emit.function(torch.argsort, _from_zero(emit, fresh.which, experts))
+        flat = emit.function(operator.getitem, flat, order)
     ends = _ends(emit, fresh, flat, experts)
     n = linear.row_scale.shape[1]
     out = emit.operator(
@@ -169,6 +189,10 @@ def rewrite_experts(
         flat, *placeholders, ends, k, linear.format_name, linear.layout,
         value=lambda: value_of(flat).new_empty([value_of(flat).shape[0], n]),
     )  # fmt: skip
+    if order is not None:
+        out = emit.function(operator.getitem, out, emit.function(torch.argsort, order))
+        on_the_right = known_equal(value_of(fresh.x).shape[2], 1)
+        out = emit.method("unsqueeze", out, 2 if on_the_right else 1)
     if fresh.bias is not None:
         out = emit.function(operator.add, out, fresh.bias)
     if fresh.form == "batched":
@@ -188,6 +212,10 @@ def _ends(emit: Emitter, site: ExpertSite, flat: fx.Node, experts: int) -> fx.No
         return emit.method("to", site.which, torch.int32)
     rows = emit.method("size", flat, 0)
     numbers = emit.function(torch.arange, experts, device=value_of(flat).device)
+    if site.form == "gathered":  # how many rows are of an expert up to this one
+        expert = emit.method("unsqueeze", _from_zero(emit, site.which, experts), 0)
+        upto = emit.function(operator.le, expert, emit.method("unsqueeze", numbers, 1))
+        return emit.method("sum", upto, 1, dtype=torch.int32)
     if site.form == "batched":
         each = emit.function(operator.floordiv, rows, experts)
         ends = emit.function(operator.mul, emit.function(operator.add, numbers, 1), each)
@@ -196,6 +224,11 @@ def _ends(emit: Emitter, site: ExpertSite, flat: fx.Node, experts: int) -> fx.No
         if isinstance(index, int):
             index = index % experts
         else:
-            index = emit.function(torch.remainder, index, experts)
+            index = _from_zero(emit, index, experts)
         ends = emit.function(operator.mul, emit.function(operator.ge, numbers, index), rows)
     return emit.method("to", ends, torch.int32)
+
+
+def _from_zero(emit: Emitter, index: fx.Node, experts: int) -> fx.Node:
+    """Indices that may count from the end, as ones that count from the start."""
+    return emit.function(torch.remainder, index, experts)

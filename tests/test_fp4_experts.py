@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fp4_compiling import compiled, reasons, rounded
+from fp4_compiling import interpreted, reasons, rounded
 from torch import nn
 
 from vbcompile.backend import add_listener, remove_listener
@@ -78,14 +78,14 @@ def test_forms(form, reports):
     model, x = Stack(run, transposed), torch.randn(shape)
     twin = copy.deepcopy(model)
     twin.weight.copy_(decoded(model.weight, transposed))
-    torch.testing.assert_close(compiled(model)(x), twin(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(interpreted(model)(x), twin(x), rtol=1e-4, atol=1e-4)
     assert reports[0].count("rewritten", "fp4") == (E if form == "loop" else 1) and not reports[0].failures
     assert reports[0].decisions[-1].details["shape"] == [E, N, K]
 
 
 def test_an_expert_chosen_by_a_tensor(reports):
     model, x = Stack(lambda m, x, e: F.linear(x, m.weight[e])), torch.randn(3, K)
-    run = compiled(model)
+    run = interpreted(model)
     for expert in (0, 3, -1):
         want = F.linear(x, decoded(model.weight)[expert])
         torch.testing.assert_close(run(x, torch.tensor(expert)), want, rtol=1e-4, atol=1e-4)
@@ -98,11 +98,29 @@ def test_grouped_products(transposed, reports):
     orient = (lambda w: w) if transposed else (lambda w: w.transpose(-2, -1))
     model = Stack(lambda m, x, ends: F.grouped_mm(x, orient(m.weight), offs=ends), transposed).bfloat16()
     x, ends = torch.randn(7, K).bfloat16(), torch.tensor([2, 2, 6, 7], dtype=torch.int32)
-    got = compiled(model)(x, ends)
+    got = interpreted(model)(x, ends)
     values = decoded(model.weight, transposed)
     want = product_by_groups(x, values.mT if transposed else values, ends)
     torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=0.3)
     assert reports[0].count("rewritten", "fp4") == 1 and got.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_for_every_row(left, transposed, reports):
+    """Weights gathered for each row, on either side of the product."""
+
+    def run(m, x, ids):
+        chosen = m.weight[ids].mT if transposed else m.weight[ids]  # [T, N, K]
+        if left:
+            return torch.bmm(chosen, x.unsqueeze(-1)).squeeze(-1)
+        return torch.bmm(x.unsqueeze(1), chosen.transpose(1, 2)).squeeze(1)
+
+    model, x, ids = Stack(run, transposed), torch.randn(6, K), torch.tensor([3, 0, 0, -1, 2, 0])
+    values = decoded(model.weight, transposed)
+    want = torch.stack([(values[i].T if transposed else values[i]) @ row for i, row in zip(ids, x, strict=True)])
+    torch.testing.assert_close(interpreted(model)(x, ids), want, rtol=1e-4, atol=1e-4)
+    assert reports[0].count("rewritten", "fp4") == 1 and not reports[0].failures
 
 
 def moe(kind):
@@ -118,9 +136,10 @@ def moe(kind):
     return Qwen3MoeForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_models_of_transformers(kind, reports):
+@pytest.mark.parametrize(("kind", "how"), [("mixtral", "grouped_mm"), ("qwen3_moe", "batched_mm")])
+def test_models_of_transformers(kind, how, reports):
     model, tokens = moe(kind), torch.arange(6)[None]
+    model.config._experts_implementation = how
     twin, stacks = copy.deepcopy(model), 0
     with torch.no_grad():
         for name, weight in twin.named_parameters():
@@ -128,7 +147,7 @@ def test_models_of_transformers(kind, reports):
                 if weight.numel() >= 2**15:
                     weight.copy_(rounded(weight))
                 stacks += weight.ndim == 3
-        got, want = compiled(model)(tokens, use_cache=False).logits, twin(tokens, use_cache=False).logits
+        got, want = interpreted(model)(tokens, use_cache=False).logits, twin(tokens, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     packed = [d for r in reports for d in r.decisions if d.pass_name == "fp4" and d.action == "rewritten"]
     experts = [d for d in packed if len(d.details["shape"]) == 3]
@@ -138,7 +157,7 @@ def test_models_of_transformers(kind, reports):
 def test_gradients_pass_through_frozen_experts():
     model = Stack(lambda m, x: torch.bmm(x, m.weight.mT))
     x = torch.randn(E, 3, K, requires_grad=True)
-    compiled(model, mixed_precision=False)(x).square().sum().backward()
+    interpreted(model, mixed_precision=False)(x).square().sum().backward()
     values = decoded(model.weight).double()
     want = 2 * (x.detach().double() @ values.mT) @ values
     torch.testing.assert_close(x.grad.double(), want, rtol=1e-4, atol=1e-3)
@@ -146,13 +165,13 @@ def test_gradients_pass_through_frozen_experts():
 
 def test_updated_and_dropped_experts():
     model, x = Stack(lambda m, x: torch.bmm(x, m.weight.mT)), torch.randn(E, 3, K)
-    run = compiled(model)
+    run = interpreted(model)
     run(x)
     model.weight.mul_(-2)
     want = torch.bmm(x, decoded(model.weight).mT)
     torch.testing.assert_close(run(x), want, rtol=1e-4, atol=1e-3)
     torch._dynamo.reset()
-    run = compiled(model, fp4_master="drop")
+    run = interpreted(model, fp4_master="drop")
     for _ in range(2):
         torch.testing.assert_close(run(x), want, rtol=1e-4, atol=1e-3)
     assert model.weight.untyped_storage().nbytes() == 4
@@ -173,7 +192,7 @@ class OtherUses(nn.Module):
 
 def test_other_products_stay(reports):
     model, x = OtherUses(), torch.randn(3, K)
-    for got, want in zip(compiled(model)(x), model(x), strict=True):
+    for got, want in zip(interpreted(model)(x), model(x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not reports[0].count("rewritten", "fp4") and not reasons(reports[0])
 
@@ -208,5 +227,5 @@ def test_forms_on_a_gpu(form, reports):
     model, x = Stack(run, transposed).cuda().bfloat16(), torch.randn(shape, device="cuda").bfloat16()
     twin = copy.deepcopy(model)
     twin.weight.copy_(decoded(model.weight, transposed))
-    torch.testing.assert_close(compiled(model)(x), twin(x), rtol=2e-2, atol=0.5)
+    torch.testing.assert_close(interpreted(model)(x), twin(x), rtol=2e-2, atol=0.5)
     assert reports[0].count("rewritten", "fp4") == (E if form == "loop" else 1)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fp4_compiling import FEED, Feed, compiled
+from fp4_compiling import FEED, Feed, interpreted
 from torch import nn
 
 import vbcompile
@@ -40,7 +40,7 @@ def test_exactly_the_codes_run(keep, on_meta, tmp_path):
     with torch.device("meta" if on_meta else "cpu"):
         model = Feed().requires_grad_(False)
     assert vbcompile.load_packed(model, tmp_path, keep=keep) == list(FEED)
-    run = compiled(model)
+    run = interpreted(model)
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(run(x), twin(x), rtol=1e-5, atol=1e-5)
@@ -62,7 +62,7 @@ def test_the_format_of_the_checkpoint_runs(tmp_path):
     save_checkpoint(tmp_path / "model.safetensors", {"weight": packed})
     vbcompile.load_packed(layer, tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(layer)(x), F.linear(x, dequantize(packed)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(interpreted(layer)(x), F.linear(x, dequantize(packed)), rtol=1e-5, atol=1e-5)
 
 
 class Experts(nn.Module):
@@ -82,7 +82,7 @@ def test_stacks_that_the_model_has_transposed(keep, tmp_path):
     save_checkpoint(tmp_path / "model.safetensors", {"gate_up_proj": packed})
     assert vbcompile.load_packed(model, tmp_path, keep=keep) == ["gate_up_proj"]
     want = torch.bmm(x, dequantize(packed).mT)
-    torch.testing.assert_close(compiled(model)(x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(interpreted(model)(x), want, rtol=1e-4, atol=1e-4)
 
 
 class Square(nn.Module):

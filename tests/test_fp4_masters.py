@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp4_compiling import FEED, Feed, compiled, decoded_twin
+from fp4_compiling import FEED, Feed, decoded_twin, interpreted
 from torch import nn
 
 import vbcompile
@@ -71,7 +71,7 @@ def test_contents_are_watched_by_option():
 
 def test_contents_are_watched_in_a_compiled_model():
     model, x = Feed(), torch.randn(2, 128)
-    run = compiled(model, fp4_watch="contents")
+    run = interpreted(model, fp4_watch="contents")
     with torch.no_grad():
         run(x)
         model.up.weight.data[7, 9] += 3.0
@@ -110,7 +110,7 @@ def test_torch_optimizers_are_noticed(optimizer, foreach):
 
 def test_evaluation_after_training_uses_the_new_weights():
     model, x = Feed(), torch.randn(2, 128)
-    run, optimizer = compiled(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    run, optimizer = interpreted(model), torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         with torch.no_grad():
             torch.testing.assert_close(run(x), decoded_twin(model, *FEED)(x), rtol=1e-5, atol=1e-5)
@@ -164,7 +164,7 @@ def test_dropped_masters_cannot_come_back():
 def test_on_a_cpu_the_host_is_where_masters_are():
     model, x = Feed(), torch.randn(2, 128)
     with torch.no_grad():
-        compiled(model, fp4_master="host")(x)
+        interpreted(model, fp4_master="host")(x)
     assert not model.gate.weight.isnan().any()
 
 
@@ -172,7 +172,7 @@ def test_on_a_cpu_the_host_is_where_masters_are():
 def test_masters_move_to_the_host_and_back():
     model, x = Feed().cuda(), torch.randn(2, 128, device="cuda")
     twin = decoded_twin(model, *FEED)
-    run = compiled(model, fp4_master="host")
+    run = interpreted(model, fp4_master="host")
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(run(x), twin(x), rtol=2e-2, atol=2e-2)
@@ -185,7 +185,7 @@ def test_masters_move_to_the_host_and_back():
 def test_a_graph_that_needs_a_dropped_weight_fails():
     """bfloat16 with a few dozen rows runs unpacked on CPUs, unless only the packed weight is left."""
     model = nn.Linear(192, 192).bfloat16().requires_grad_(False)
-    run = compiled(model, fp4_master="drop")
+    run = interpreted(model, fp4_master="drop")
     few, many = torch.randn(1, 192).bfloat16(), torch.randn(32, 192).bfloat16()
     with torch.no_grad():
         want = dequantize(quantize(model.weight), torch.bfloat16)
@@ -193,7 +193,7 @@ def test_a_graph_that_needs_a_dropped_weight_fails():
         torch.testing.assert_close(run(many), nn.functional.linear(many, want, model.bias), rtol=2e-2, atol=2e-2)
         torch._dynamo.reset()
         with pytest.raises(RuntimeError, match="1 weights were given up by fp4_master but this graph reads them"):
-            compiled(lambda x: x + model.weight.sum(), fp4_master="drop")(many)
+            interpreted(lambda x: x + model.weight.sum(), fp4_master="drop")(many)
 
 
 def test_loading_into_a_dropped_weight_is_an_error():
