@@ -14,6 +14,7 @@ from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS = 32
+_REGISTERS = 128  # left to itself the assembler takes fewer, and loads one after the other
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -56,7 +57,7 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
         return FewConfig(*tuned)
     multiprocessors, strips = target.multiprocessors or 128, -(-n // 16)
     if m > 16:
-        return FewConfig(4 if strips >= 8 * multiprocessors else 2, 4, 1)
+        return FewConfig(4 if strips >= 8 * multiprocessors else 2, 4, 1, _REGISTERS)
     # about 16 warps a multiprocessor, each with several loads in flight
     together = 2 if strips > 8 * multiprocessors else 1
     wanted = 16 * multiprocessors * together / strips
@@ -64,7 +65,7 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     unroll = 4 // together
     while unroll > 1 and k // TILE < unroll * warps:
         unroll //= 2
-    return FewConfig(together, warps, unroll)
+    return FewConfig(together, warps, unroll, _REGISTERS)
 
 
 @functools.lru_cache(maxsize=64)

@@ -95,9 +95,9 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
     yield "triton_fp8", fp4_linear_fp8.product_fp8, None
 
 
-_FEW = (  # strips, warps, unroll
-    (1, 4, 2), (1, 4, 4), (1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 16, 2), (2, 4, 1), (2, 4, 2), (2, 8, 1), (2, 8, 2),
-    (4, 4, 1), (4, 8, 1),
+_FEW = (  # strips, warps, unroll, registers
+    (1, 4, 4, 128), (1, 8, 4, 128), (1, 8, 2, 128), (2, 4, 2, 128), (2, 8, 2, 128), (2, 4, 4, 128), (4, 4, 1, 128),
+    (4, 4, 2, 168), (1, 8, 4, 64), (1, 16, 4, 64), (1, 16, 2, 128), (1, 4, 2, None), (1, 8, 4, None), (2, 4, 2, None),
 )  # fmt: skip
 
 
