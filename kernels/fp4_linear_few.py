@@ -57,7 +57,7 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
         return FewConfig(*tuned)
     multiprocessors, strips = target.multiprocessors or 128, -(-n // 16)
     if m > 16:
-        return FewConfig(4 if strips >= 8 * multiprocessors else 2, 4, 1, _REGISTERS)
+        return FewConfig(2, 4, 2, _REGISTERS)
     # about 16 warps a multiprocessor, each with several loads in flight
     together = 2 if strips > 8 * multiprocessors else 1
     wanted = 16 * multiprocessors * together / strips

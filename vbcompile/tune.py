@@ -97,13 +97,18 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
 
 _FEW = (  # strips, warps, unroll, registers
     (1, 4, 4, 128), (1, 8, 4, 128), (1, 8, 2, 128), (2, 4, 2, 128), (2, 8, 2, 128), (2, 4, 4, 128), (4, 4, 1, 128),
-    (4, 4, 2, 168), (1, 8, 4, 64), (1, 16, 4, 64), (1, 16, 2, 128), (1, 4, 2, None), (1, 8, 4, None), (2, 4, 2, None),
+    (4, 4, 2, 168), (1, 8, 4, 80), (1, 16, 4, 80), (1, 16, 2, 128), (1, 4, 2, None), (1, 8, 4, None), (2, 4, 2, None),
+)  # fmt: skip
+
+
+_FEW_MORE = (  # for more than 16 rows: others run out of registers
+    (1, 8, 2, 128), (1, 16, 2, 128), (2, 4, 2, 128), (2, 8, 2, 128), (4, 4, 1, 168), (4, 4, 2, 168),
 )  # fmt: skip
 
 
 def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
     if m <= fp4_linear_few.MOST_ROWS:
-        yield from (fp4_linear_few.FewConfig(*shape) for shape in _FEW)
+        yield from (fp4_linear_few.FewConfig(*shape) for shape in (_FEW if m <= 16 else _FEW_MORE))
 
 
 def _wide_candidates(m: int) -> Iterator[fp4_linear_hopper.WideConfig]:
