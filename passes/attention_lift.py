@@ -292,7 +292,7 @@ class Lifter:
         """Whether to load the node's own elements instead of computing them from what it was computed from."""
         if found.name in ("const", "tensor") or node not in self._position:
             return False
-        if _is_flag(found) or (is_constant_choice(found) and _is_flag(found.arguments[0])):
+        if _is_flag(found) or self._is_choice_by_flag(found):
             return False  # the mask itself is there anyway, is smaller, and says what hides a key
         if "tensor" not in found.leaves and "scalar" not in found.leaves:
             size = count_instructions(found)
@@ -304,6 +304,16 @@ class Lifter:
         if len(axes) >= 2:
             return count_instructions(found) > _PROGRAM_LIMIT
         return any(atoms >= found.atoms for _, atoms in tensors)
+
+    def _is_choice_by_flag(self, e: Expression) -> bool:
+        """Whether a boolean tensor chooses between two constants; -inf only where no gradient goes to the score.
+
+        Added, -inf gives NaN for the gradient of a row without a key, and a mask gives zero.
+        """
+        if not is_constant_choice(e) or not _is_flag(e.arguments[0]):
+            return False
+        without_gradient = self.score is not None and not tensor_of(self.score).requires_grad
+        return without_gradient or all(abs(a.value) != float("inf") for a in e.arguments[1:])
 
     # ------------------------------------------------------------------------------------------------ operators
     def _apply(self, node: fx.Node, coordinates: Coordinates) -> Expression:

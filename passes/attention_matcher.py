@@ -221,7 +221,13 @@ class Matcher:
             condition = lifter.algebra.make("to_bool", lifter.lift(kept.condition, kept.dims))
             after |= set(conjuncts(condition if kept.keep else lifter.algebra.make("not", condition)))
         after -= {lifter.algebra.true}
-        if not after <= set(split.mask):
+        is_fill_infinite = after <= set(split.mask)
+        if is_fill_infinite and not split.every_row and not weights.zero_empty:
+            if all(kept.multiplies for kept in weights.kept):
+                return split, "nan"
+            if any(kept.multiplies for kept in weights.kept):
+                raise Refusal("weights that are filled and multiplied in rows that may have no key")
+        if not is_fill_infinite:
             split = split_logits(lifter.algebra, logits, keys, low_fills=True)
             if after != set(split.mask):
                 raise Refusal("the weights are masked where the softmax is not")

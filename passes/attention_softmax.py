@@ -196,16 +196,11 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         sink, masks = found
         factors = weights.factors[:place] + weights.factors[place + 1 :]
         late = min(weights.late_factors, len(factors)) if place >= weights.late_factors else weights.late_factors - 1
-        if weights.zero_empty and tensor_of(weights.node).requires_grad and any(_multiplies(k) for k in masks):
+        if weights.zero_empty and tensor_of(weights.node).requires_grad and any(k.multiplies for k in masks):
             raise Refusal("rows without a key that get no gradient but NaN from their division")
         kept = tuple(k for k in weights.kept if k not in masks)
         return _OwnSum(replace(weights, factors=factors, late_factors=late, kept=kept), sink, masks)
     return None
-
-
-def _multiplies(mask: Kept) -> bool:
-    call = call_of(mask.node)
-    return call is not None and call.name == "mul"
 
 
 def _denominator(

@@ -29,6 +29,12 @@ class Kept:
     node: fx.Node
     weights: fx.Node
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether the mask is a factor, which leaves NaN as it is."""
+        call = call_of(self.node)
+        return call is not None and call.name == "mul"
+
 
 @dataclass(frozen=True)
 class Weights:

@@ -112,6 +112,12 @@ def empty_rows_multiplied_by_the_mask(q, k, v, keep):
     return (p * keep.to(p.dtype)) @ v
 
 
+@fuses("mask", plus(qkv, _some_rows_empty))
+def empty_rows_multiplied_stay_nan(q, k, v, keep):
+    p = _scores(q, k).masked_fill(~keep, -INF).softmax(-1)
+    return (p * keep) @ v
+
+
 @fuses("mask")
 def causal_bool_filled_with_inf_and_added(q, k, v):
     """The fill makes every element of a boolean tensor True: all scores move by one."""
