@@ -350,9 +350,11 @@ def measure(explore: bool, jobs: int) -> None:
     for shape, case in CASES:
         mine = [job for job in good if job[:2] == (shape, case)]
         times = worker.run(our_times, mine, CASE_SECONDS)
-        if times is None:
-            print("DID NOT END", shape, case)
-            continue
+        if times is None:  # one by one: those that do not end cost nothing but themselves
+            alone = [(job, worker.run(our_times, [job], CASE_SECONDS)) for job in mine]
+            print("DID NOT END", [job for job, found in alone if found is None], flush=True)
+            mine = [job for job, found in alone if found is not None]
+            times = [found[0] for _, found in alone if found is not None]
         ours = [row_of("hopper", *job, statistics.median(t)) for job, t in zip(mine, times, strict=True)]
         theirs = {p[0]: ms for p, ms in peer_times.items() if p[1:] == (shape, case)}
         for kind, ms in theirs.items():
