@@ -54,7 +54,7 @@ CHECKS = [  # Q, K, D, dtype, only these forms
 ]
 NOT_IN_HALF = ("additive_min",)  # eager PyTorch rounds float32's minimum to -inf there
 ROUNDS, ROUND_MS, TILE = 3, 12.0, 128
-CHECK_SECONDS, WARM_SECONDS, CASE_SECONDS = 55.0, 60.0, 20.0  # the last includes a process's start
+CHECK_SECONDS, WARM_SECONDS, CASE_SECONDS = 50.0, 60.0, 15.0  # the last includes a process's start
 
 
 def in_parallel(work: Callable[[tuple], Any], todo: list[tuple], jobs: int, limit: float) -> list[Any]:
@@ -365,7 +365,7 @@ def measure(explore: bool, jobs: int) -> None:
         for row in ours:
             show(row)
         rows += ours
-    record.write("attention_scores", rows)
+        record.write("attention_scores", rows)
     print(f"all: {time.time() - begin:.0f} s")
 
 
