@@ -48,16 +48,22 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
         return _ordinary(gm.graph, context)
     stores = {id(payload.residence): payload.residence for payload in weights.values()}
     if len(stores) > 1:
-        reason = "weights of several models that were offloaded one by one: offload them together, in one nn.ModuleList"
-        return [Decision(PASS_NAME, "graph", "left", reason)]
+        return _refused(
+            "weights of several models that were offloaded one by one: offload them together, in one nn.ModuleList"
+        )
     (store,) = stores.values()
     if not isinstance(store, WeightStore):
-        return [Decision(PASS_NAME, "graph", "left", "weights that belong to no offloaded model: each use copies them")]
+        return _refused("weights that belong to no offloaded model")
     if context.config.budget is not None and context.config.sources.get("budget") == "options":
         store.budget = context.config.budget  # said for this compile; the environment's was known to offload()
     streamed = StreamedGraph(gm, weights, store, context)
     context.around.append(streamed.around)
     return streamed.decisions()
+
+
+def _refused(reason: str) -> list[Decision]:
+    log.warning("offload: each use fetches its weight, and nothing runs ahead: %s", reason)
+    return [Decision(PASS_NAME, "graph", "left", reason)]
 
 
 def _ordinary(graph: fx.Graph, context: Any) -> list[Decision]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_gradients import gradients_of
-from vbcompile.handles_store import WeightStore, store_of
+from vbcompile.handles_store import store_of
 
 
 @dataclass
@@ -170,6 +170,3 @@ def _packer(places: Sequence[tuple[int, Tensor]], backward: Backward) -> Callabl
 def _unpack(saved: Any) -> Tensor:
     found: Tensor = saved.fetch() if isinstance(saved, SavedWeight) else saved
     return found
-
-
-__all__ = ["Backward", "SavedWeight", "Streamed", "TrainedSegment", "WeightStore"]

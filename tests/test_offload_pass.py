@@ -312,7 +312,10 @@ def test_weights_of_two_models_in_one_graph(reports):
     one, two, x = blocks(), blocks(), torch.randn(3, 32)
     expected = one(x) + two(x)
     offload(one), offload(two)
-    assert torch.equal(compiled(lambda x: one(x) + two(x))(x), expected)  # each weight fetched on demand
+    for downstream in ("eager", "aot_eager"):  # each weight fetched on demand
+        torch.testing.assert_close(compiled(lambda x: one(x) + two(x), downstream)(x), expected)
+    with pytest.raises(Exception, match="not streamed"):
+        compiled(lambda x: one(x) + two[0].up.weight.add_(1).sum(), "aot_eager")(x)
     assert "offload them together" in reports[0].decisions[0].reason
 
 

@@ -220,18 +220,14 @@ def _move(site: _Site, checkpoint: Checkpoint | None, device: torch.device) -> N
     if site.value.is_meta:
         assert checkpoint is not None
         value = checkpoint.read(site.name, site.value).to(device)
+        if isinstance(site.value, nn.Parameter):
+            value = nn.Parameter(value, site.value.requires_grad)
         for module, name in site.owners:
-            _register(module, name, value, site.value)
+            table = module._parameters if name in module._parameters else module._buffers
+            table[name] = value  # type: ignore[assignment]
     elif site.value.device != device:
         with torch.no_grad():
             site.value.data = site.value.data.to(device)
-
-
-def _register(module: nn.Module, name: str, value: Tensor, old: Tensor) -> None:
-    if name in module._parameters:
-        module._parameters[name] = nn.Parameter(value, old.requires_grad)
-    else:
-        module._buffers[name] = value
 
 
 @dataclass(frozen=True)
