@@ -16,6 +16,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.passes import activation_partition, pipeline
 from vbcompile.report import GraphReport
 from vbcompile.vendor_compilers import choose_compiler, compile_by_vendor, say_once
+from vbcompile.vendor_config import for_target
 from vbcompile.vgpu_plan import PlanError
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def vblackwell(
     """
     config = resolve_config(mode, options)
     target = target or get_target(_device_of(example_inputs))
+    config = for_target(config, target)
     number = next(_numbers)
     training = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     report = GraphReport(
