@@ -7,6 +7,7 @@ from torch import nn
 from vendors.packages import HPU_RELEASES, NPU_RELEASES
 from vendors.trial import vendor
 
+from vbcompile.config import resolve_config
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_formats import pack_nibbles
@@ -14,6 +15,7 @@ from vbcompile.kernels.fp4_layout import to_layout
 from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.kernels.vendor_hpu_fp4 import fold_into_fp8
+from vbcompile.vendor_config import for_target
 
 ARCH = {"npu": "Ascend950PR_9589", "hpu": "gaudi3"}
 
@@ -180,7 +182,7 @@ def test_a_model_in_speed_mode():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).bfloat16().eval()
     x = torch.randn(4, 256).bfloat16()
-    options = {"fp4_format": "mxfp4", "downstream": "aot_eager", "fp4": True, "strict": True}
+    options = {"downstream": "aot_eager", "fp4": True, "strict": True}  # MXFP4 is the default there
     torch._dynamo.reset()
     with vendor("hpu", arch=ARCH["hpu"]) as package, torch.no_grad():
         compiled = torch.compile(model, backend="vblackwell", options=options)
@@ -189,3 +191,20 @@ def test_a_model_in_speed_mode():
     assert package.calls == ["cast_from_fp8"] * 4
     torch.testing.assert_close(out, again)
     assert float((out - expected).norm() / expected.norm()) < 0.25  # two layers of MXFP4
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "expected"),
+    [
+        ("gaudi2", {}, "mxfp4"),
+        ("Ascend950PR_9589", {}, "mxfp4"),
+        ("gaudi2", {"fp4_format": "nvfp4"}, "nvfp4"),
+        ("sm_90", {}, "nvfp4"),
+        ("cpu", {}, "nvfp4"),
+    ],
+)
+def test_default_format(arch, options, expected):
+    config = for_target(resolve_config(options=options), catalog_target(arch))
+    assert config.fp4_format == expected
+    if expected == "mxfp4":
+        assert config.to_dict()["fp4_format"]["source"] == f"default on {arch}"
