@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from vbcompile.kernels import attention_gpu, attention_problem
 from vbcompile.kernels import attention_hopper as hopper
 from vbcompile.kernels.attention_case import make_case
 from vbcompile.kernels.attention_hopper_call import describe_call, refuses_call
-from vbcompile.kernels.attention_hopper_program import peel
+from vbcompile.kernels.attention_hopper_program import compile_hopper, peel
 from vbcompile.kernels.attention_problem import with_padded_lead
 from vbcompile.kernels.score_function import ScoreFunction
+from vbcompile.kernels.score_triton import CapturedPattern
 
 pytest.importorskip("triton")
 
@@ -296,6 +298,33 @@ def test_score_functions_are_refused_with_a_reason(name, dtype, reason):
     shapes = [(tuple(c.shape), dtype) for c in form.inputs(torch.float32)[1]]
     answer = refuses_call(shapes, 64, 128, with_padded_lead(form.function, 2))
     assert answer is None if reason is None else reason in answer
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "reason"),
+    [
+        ("bias", (), None),
+        ("softcap", (), None),
+        ("document_causal", (), None),
+        ("dropout", (), "dropout"),
+        ("softcap", (True, True, True), "backward"),
+        ("causal", (True, True, True), None),
+    ],
+)
+def test_routing(name, needs, reason):
+    form = make_forms(128, 128, 64, 64)[name]
+    (q, k, v), captured = form.inputs(torch.bfloat16)
+    arguments = (q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
+    hopper_card = SimpleNamespace(vendor="nvidia", arch="sm_90")
+    answer = attention_gpu._refuses_hopper(hopper_card, make_case(*arguments))
+    assert answer is None if reason is None else reason in answer
+
+
+def test_alibi_adds_one_number_per_column_and_one_per_row():
+    form = make_forms(128, 128, 64, 64)["alibi"]
+    patterns = tuple(map(CapturedPattern.of, form.inputs(torch.bfloat16)[1]))
+    program = compile_hopper(with_padded_lead(form.function, 2), patterns, True, False, False)
+    assert program.offset is not None and "tl.fma(step" in program.source and not program.unbounded
 
 
 def test_rows_the_copy_engine_cannot_address_are_refused():
