@@ -1,5 +1,8 @@
 """High-precision weights beside packed ones: noticing writes, giving them up, moving them to the host and back."""
 
+import io
+import sys
+
 import pytest
 import torch
 from fp4_compiling import FEED, Feed, decoded_twin, interpreted
@@ -9,6 +12,7 @@ import vbcompile
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.passes import fp4_weights
+from vbcompile.passes.fp4_progress import progress
 from vbcompile.passes.fp4_weights import PackKey, give_up, is_hollow, pack
 
 KEY = PackKey("nvfp4", "plain", False)
@@ -201,3 +205,32 @@ def test_loading_into_a_dropped_weight_is_an_error():
     give_up(weight, KEY, "weight", to_host=False)
     with pytest.raises(RuntimeError, match="single memory location"):
         weight.copy_(torch.randn(64, 64))
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_packing_shows_how_far_it_is(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with progress(["a", "b"], "packing FP4 weights", True) as items:
+        assert list(items) == ["a", "b"]
+    assert "packing FP4 weights" in sys.stderr.getvalue() and "0/2" in sys.stderr.getvalue()
+    for wanted, stream in ((False, Terminal()), (True, io.StringIO())):  # little to do, or nobody to see it
+        monkeypatch.setattr("sys.stderr", stream)
+        with progress(["a"], "packing", wanted) as items:
+            assert list(items) == ["a"]
+        assert not stream.getvalue()
+
+
+def test_compiled_optimizers_stay_compiled():
+    """What watches optimizer steps does not keep ``torch.compile`` from compiling one."""
+    weight = nn.Parameter(torch.randn(64, 64))
+    before = current(weight)
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    step = torch.compile(optimizer.step, backend="eager")
+    weight.grad = torch.randn_like(weight)
+    step()
+    assert not current(weight).equal(before) and current(weight).equal(packed_now(weight))

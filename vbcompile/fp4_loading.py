@@ -132,7 +132,8 @@ def _with_values(old: Tensor, values: Tensor, copy: bool = True) -> Tensor:
 def _put(model: nn.Module, made: dict[int, Tensor]) -> None:
     """Put new tensors in the places of those on ``meta``, tied ones in all their places."""
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, old in table.items():
-                if old is not None and made.get(id(old), old) is not old:
-                    table[name] = made[id(old)]  # type: ignore[assignment]
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, old in own:
+            new = made.get(id(old), old)
+            if new is not old:
+                setattr(module, name, new)
