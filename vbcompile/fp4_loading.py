@@ -132,7 +132,7 @@ def _with_values(old: Tensor, values: Tensor, copy: bool = True) -> Tensor:
 def _put(model: nn.Module, made: dict[int, Tensor]) -> None:
     """Put new tensors in the places of those on ``meta``, tied ones in all their places."""
     for module in model.modules():
-        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        own = (*module.named_parameters(recurse=False, remove_duplicate=False), *module.named_buffers(recurse=False))
         for name, old in own:
             new = made.get(id(old), old)
             if new is not old:
