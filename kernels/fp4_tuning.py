@@ -20,6 +20,7 @@ from vbcompile.device import Target
 
 log = logging.getLogger(__name__)
 _SHIPPED = "tuned/fp4_linear.json"
+_OTHER = {"nvfp4": "mxfp4", "mxfp4": "nvfp4"}
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,19 @@ def user_table() -> Path:
 
 
 def lookup(arch: str, format_name: str, n: int, k: int, m: int) -> Measured | None:
-    """What was measured for m rows of x and a weight ``[n, k]``; a count of rows between two stands for the larger."""
-    rows = _tables().get(arch, {}).get((format_name, n, k))
+    """What was measured for m rows of x and a weight ``[n, k]``, in the other format if not in this one; a count of rows
+    between two stands for the larger."""
+    table = _tables().get(arch, {})
+    rows = table.get((format_name, n, k)) or table.get((_OTHER[format_name], n, k))
     if not rows:
         return None
     return rows.get(min((have for have in rows if have >= m), default=-1))
 
 
 def tuned_config(target: Target, implementation: str, n: int, k: int, m: int) -> tuple[Any, ...] | None:
-    """How an implementation is to cut up a shape, from the table of either format."""
-    for format_name in ("nvfp4", "mxfp4"):
-        measured = lookup(target.arch, format_name, n, k, m)
-        if measured is not None and measured.configs.get(implementation) is not None:
-            return measured.configs[implementation]
-    return None
+    """How an implementation is to cut up a shape; the format makes no difference."""
+    measured = lookup(target.arch, "nvfp4", n, k, m)
+    return None if measured is None else measured.configs.get(implementation)
 
 
 def relative_cost(target: Target, implementation: str, format_name: str, n: int, k: int, m: int) -> float | None:
