@@ -44,8 +44,10 @@ def user_table() -> Path:
 
 
 def lookup(arch: str, format_name: str, n: int, k: int, m: int) -> Measured | None:
-    """What was measured for m rows of x and a weight ``[n, k]``, in the other format if not in this one; a count of rows
-    between two stands for the larger."""
+    """What was measured for m rows of x and a weight ``[n, k]``, in the other format if not in this one.
+
+    A count of rows between two stands for the larger.
+    """
     table = _tables().get(arch, {})
     rows = table.get((format_name, n, k)) or table.get((_OTHER[format_name], n, k))
     if not rows:
