@@ -45,8 +45,25 @@ def _seconds(key: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: f"{row[key]:.2f} s" if row[key] > 0.01 else f"{1e6 * row[key]:.1f} us"
 
 
+def _optional(key: str, form: str = "{}") -> Callable[[dict[str, Any]], str]:
+    return lambda row: form.format(row[key]) if key in row else ""
+
+
 Columns = list[tuple[str, Callable[[dict[str, Any]], Any]]]
 TABLES: dict[str, tuple[str, Columns]] = {
+    "fp4_models": (
+        "What FP4 weights cost real models in quality, on English text; SmolLM2's weights were 4-bit before",
+        [
+            ("model", _column("model")),
+            ("weights", _column("weights")),
+            ("perplexity", _optional("perplexity", "{:.2f}")),
+            ("increase", _optional("increase_percent", "{:.1f} %")),
+            ("KL to the model", _optional("kl", "{:.3f}")),
+            ("same first choice", _optional("same_first_choice", "{:.3f}")),
+            ("cosine of embeddings, mean", _optional("cosine", "{:.4f}")),
+            ("least", _optional("least", "{:.4f}")),
+        ],
+    ),
     "training_step": (
         "Training step, Llama shape with 16 layers, batch 4 x 2048, bfloat16, attention written out",
         [
@@ -75,6 +92,27 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("ours", lambda row: f"{row['ours_tflops']}{'*' if 'note' in row else ''}"),
             ("cuDNN", _column("cudnn_tflops")),
             ("ratio", _column("ratio")),
+        ],
+    ),
+    "attention_scores": (
+        "Score functions on Hopper, bfloat16: TFLOP/s forward of the tiles computed, ms forward and backward",
+        [
+            ("B,H,S,D", _column("shape")),
+            ("case", _column("case")),
+            ("ours", _column("hopper")),
+            ("share of plain", _column("share")),
+            ("general kernels", _column("general")),
+            ("FlexAttention", _column("flex")),
+            ("ours, both ways", _column("both")),
+            ("FlexAttention, both ways", _column("flex_both")),
+        ],
+    ),
+    "attention_decode": (
+        "One query over 32768 keys, 32 query and 8 key heads of size 128",
+        [
+            ("batch", _column("batch")),
+            ("time", lambda row: f"{row['ms'] * 1e3:.1f} us"),
+            ("share of the bandwidth of a large copy", lambda row: f"{row['share']:.3f}"),
         ],
     ),
     "aot_matrix": (
@@ -131,7 +169,35 @@ def _by_target(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {"aot_matrix": _by_target}
+def _by_case(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per case: shipped configurations, their share of the plain rate, the general kernels, FlexAttention."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["config"] is None:
+            found.setdefault((",".join(map(str, row["shape"])), row["case"]), {})[row["kind"]] = row
+    cases = []
+    for (shape, case), kinds in found.items():
+        plain = found[shape, "causal" if case == "alibi_causal" and (shape, "causal") in found else "plain"]["hopper"]
+        cells = {
+            kind: f"{kinds[kind]['tflops']:.0f}" if kind in kinds else "" for kind in ("hopper", "general", "flex")
+        }
+        share = kinds["hopper"]["tflops"] / plain["tflops"] if "hopper" in kinds else 0.0
+        both = {"flex_both": f"{kinds['flex_both']['ms']:.2f}" if "flex_both" in kinds else ""}
+        if {"hopper", "general_backward"} <= set(kinds) and case not in ("plain", "causal"):
+            both["both"] = f"{kinds['hopper']['ms'] + kinds['general_backward']['ms']:.2f}"
+        cases.append({"shape": shape, "case": case, "share": f"{share:.2f}", "both": "", **cells, **both})
+    return cases
+
+
+def _shipped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["tiles"] is None]
+
+
+SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
+    "aot_matrix": _by_target,
+    "attention_scores": _by_case,
+    "attention_decode": _shipped,
+}
 
 
 def rendered(text: str) -> str:
