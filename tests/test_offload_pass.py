@@ -330,7 +330,7 @@ def test_disk_tier(tmp_path):
     assert found.masters["ssd"] > 0 and found.runtime["links"]["disk"]["bytes"] > 0
 
 
-def test_generate_with_tied_weights():
+def test_generate_with_tied_weights(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -345,6 +345,9 @@ def test_generate_with_tied_weights():
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
     (found,) = vbcompile.stats(model)
     assert found.planned_bytes > 0 and found.runtime["detour_bytes"] == 0
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), expected)
 
 
 def test_another_budget_needs_no_capture(reports):
