@@ -73,6 +73,17 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("loss", lambda row: f"{row['loss']:.4f}"),
         ],
     ),
+    "training_memory": (
+        "Training step in less memory, the same model with PyTorch's attention; peak counts weights and gradients",
+        [
+            ("way", _column("variant")),
+            ("time per step", _column("ms", " ms")),
+            ("peak memory", _column("peak_gb", " GB")),
+            ("made again", _optional("recompute_mb", "{} MB")),
+            ("moved", _optional("offload_mb", "{} MB")),
+            ("gradient error", _optional("gradient_error")),
+        ],
+    ),
     "attention_coverage_cpu": (
         "Attention sites of our corpus that are found, and wrong results",
         [
