@@ -62,7 +62,7 @@ class ForwardConfig:
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, pack=True, group=1),
     (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
-    (128, False): ForwardConfig(group=1),
+    (128, False): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
     (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
 }
 
