@@ -20,7 +20,7 @@ from vbcompile.kernels.triton_target import refuses_triton
 
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
-_FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.3
+_FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.08
 _HOPPER_SHARE = 0.75
 _HOPPER_FP8_SHARE = 0.6
 _FP8_SHARE = 0.8  # of twice the rate of bfloat16
