@@ -84,6 +84,52 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("gradient error", _optional("gradient_error")),
         ],
     ),
+    "fp4_linear": (
+        "Linear layer with NVFP4 weights, microseconds; TB/s: packed bytes over time, one large copy reaches 4.2",
+        [
+            ("weight", lambda row: f"{row['n']} x {row['k']}"),
+            ("rows", _column("m")),
+            ("cuBLAS bfloat16", lambda row: f"{row['bf16']:.1f}"),
+            ("FP4", lambda row: f"{row['fp4']:.1f}"),
+            ("times faster", lambda row: f"{row['bf16'] / row['fp4']:.2f}"),
+            ("TB/s", lambda row: f"{row['n'] * row['k'] * 4.5 / 8 / row['fp4'] / 1e6:.2f}"),
+            ("kernel", _column("implementation")),
+            ("with FP8 activations", lambda row: f"{row['fp4_fp8']:.1f}"),
+        ],
+    ),
+    "fp4_model": (
+        "One decode step of a Llama-3-8B shape, batch 1, random weights",
+        [("what", _column("name")), ("time per step", _column("ms", " ms"))],
+    ),
+    "offload_model": (
+        "One decode step of a Llama-3-8B shape in bfloat16 with 6 GiB of device memory, weights in host memory",
+        [
+            ("what", _column("what")),
+            ("time", lambda row: f"{row['ms']:.1f} ms"),
+            ("predicted", lambda row: f"{row['predicted_ms']:.1f} ms"),
+            ("streamed", lambda row: f"{row['streamed_bytes'] / 1e9:.2f} GB"),
+            ("peak memory", lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} GB"),
+            ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
+        ],
+    ),
+    "offload_host": (
+        "4.2 GB of linear layers streamed through 0.5 GB of device memory",
+        [
+            ("what", _column("what")),
+            ("time", lambda row: f"{row['ms']:.1f} ms"),
+            ("share of the link", lambda row: f"{row['share']:.3f}"),
+        ],
+    ),
+    "offload_neighbour": (
+        "The same idea with 8192 wide layers: overflow in host memory, or on a neighbour card",
+        [
+            ("what", _column("what")),
+            ("time", lambda row: f"{row['ms']:.1f} ms"),
+            ("predicted", lambda row: f"{row['predicted_ms']:.1f} ms"),
+            ("share of the link", _optional("share", "{:.3f}")),
+            ("times faster than host memory", _optional("speed_over_host", "{:.1f}")),
+        ],
+    ),
     "attention_coverage_cpu": (
         "Attention sites of our corpus that are found, and wrong results",
         [
