@@ -109,8 +109,8 @@ def linear_case(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: 
     return Case(
         name=f"FP4 linear, {rows} rows, weight {n}x{k}, {_name(dtype)}",
         runs={
-            "vblackwell": [lambda run=run, x=x: run(x) for run, _, x in pairs],
-            "eager": [lambda layer=layer, x=x: layer(x) for _, layer, x in pairs],
+            "vblackwell": [partial(run, x) for run, _, x in pairs],
+            "eager": [partial(layer, x) for _, layer, x in pairs],
         },
         flops=2.0 * rows * n * k,
         nbytes=float(packed.nbytes + rows * (n + k) * dtype.itemsize),
@@ -126,7 +126,7 @@ def quantize_case(device: torch.device, n: int, k: int) -> Case:
     packed = quantize(weights[0], "nvfp4")
     return Case(
         name=f"quantise {n}x{k} bfloat16 to NVFP4",
-        runs={"vblackwell": [lambda w=w: quantize(w, "nvfp4") for w in weights]},
+        runs={"vblackwell": [partial(quantize, w, "nvfp4") for w in weights]},
         flops=0.0,
         nbytes=float(weights[0].nbytes + packed.nbytes),
         error=relative_error(weights[0], packed),
@@ -163,7 +163,7 @@ def _compiled(function: Callable[..., Any], inputs: Sequence[Tensor], mode: str)
 
 
 def _each(run: Callable[..., object], sets: Sequence[Sequence[Tensor]]) -> list[Callable[[], object]]:
-    return [lambda inputs=inputs: run(*inputs) for inputs in sets]
+    return [partial(run, *inputs) for inputs in sets]
 
 
 def _error(result: Tensor, exact: Tensor) -> float:
