@@ -226,7 +226,7 @@ def score_tile(
             keep = MASK(
                 score, i, lanes + steps, fi, fj, step, distance, rows, seen, lead, queries, keys, captured, strides
             )
-            parts = gl.where((steps < keys - lanes) & keep, parts, float("-inf"))
+            parts = gl.where((steps < keys - lanes) & (keep != 0), parts, float("-inf"))
     if TILED == 2:
         mbarrier.arrive(tiles[2].index(slot))
     return gl.convert_layout(parts.reshape(64, N), layout, assert_trivial=True)

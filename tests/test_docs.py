@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BY_CI = ("make ", "git ", "pip install")  # what sets up or is CI itself
+ELSEWHERE = ("make ", "git ", "pip install", "export ", "source ")  # what sets up, here or on a vendor's machine
+BY_CI = ("pytest ", "cd tests && python -m ")  # tests themselves, and their longer forms: what they name has to exist
 MODEL = """
 import torch
 def make():
@@ -70,12 +71,16 @@ def test_commands_run(page, text, tmp_path):
         (tmp_path / name).write_text(program)
     for line in filter(None, (line.partition("#")[0].strip() for line in text.splitlines())):
         words = shlex.split(line)
-        environment = {}
+        environment: dict[str, str] = {}
         while "=" in words[0]:
             name, _, environment[name] = words.pop(0).partition("=")
         if words[0] == "python" and words[1].startswith("bench/"):
             assert (ROOT / words[1]).is_file(), line  # measured on the machine that its results name
-        elif not line.startswith(BY_CI):
+        elif line.startswith(BY_CI):
+            named = [ROOT / w for w in words if w.endswith(".py")]
+            named += [ROOT / "tests" / w.replace(".", "/") for w in words if w.startswith("vendors.")]
+            assert named and all(path.exists() or path.with_suffix(".py").exists() for path in named), line
+        elif not line.startswith(ELSEWHERE):
             words[0] = sys.executable if words[0] == "python" else words[0]
             run(words, tmp_path, **environment)
 
