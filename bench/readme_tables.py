@@ -101,6 +101,17 @@ TABLES: dict[str, tuple[str, Columns]] = {
         "One decode step of a Llama-3-8B shape, batch 1, random weights",
         [("what", _column("name")), ("time per step", _column("ms", " ms"))],
     ),
+    "cpu_mlp": (
+        "MLP 4096-14336-4096 on a processor, one row, mode `speed`",
+        [
+            ("dtype", _column("dtype")),
+            ("threads", _column("threads")),
+            ("eager", lambda row: f"{row['eager']:.1f} ms"),
+            ("Inductor", lambda row: f"{row['inductor']:.1f} ms"),
+            ("vblackwell", lambda row: f"{row['speed']:.1f} ms"),
+            ("over eager", lambda row: f"{row['over_eager']:.2f}"),
+        ],
+    ),
     "offload_model": (
         "One decode step of a Llama-3-8B shape in bfloat16 with 6 GiB of device memory, weights in host memory",
         [
