@@ -1,4 +1,4 @@
-"""Tests marked ``gpu`` need an accelerator that runs Triton; elsewhere they are skipped and say so."""
+"""Tests marked ``gpu`` need an accelerator that runs Triton, elsewhere they are skipped; fixtures of several files."""
 
 import pytest
 import torch
@@ -11,3 +11,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def reports():
+    """The reports of the graphs that the test compiles."""
+    from vbcompile.backend import collected_reports
+
+    with collected_reports() as found:
+        yield found
+
+
+@pytest.fixture
+def fresh_weights():
+    """Nothing compiled or packed by an earlier test; the same random numbers in every run."""
+    from vbcompile.passes import fp4_weights
+
+    torch._dynamo.reset()
+    fp4_weights.forget()
+    torch.manual_seed(0)

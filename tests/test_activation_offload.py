@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from vbcompile import compat, runtime_activations
-from vbcompile.backend import add_listener, remove_listener
 from vbcompile.passes.activation_offload import Trip, insert_trips
 from vbcompile.runtime_activation_memory import BufferPool
 from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
@@ -23,14 +22,6 @@ def fresh(monkeypatch):
     torch._dynamo.reset()
     torch.manual_seed(0)
     monkeypatch.setattr(runtime_activations, "_traffic", {})
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
 
 
 @pytest.fixture

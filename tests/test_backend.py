@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from vbcompile import compat
-from vbcompile.backend import add_listener, remove_listener, vblackwell
+from vbcompile.backend import vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
 
@@ -26,14 +26,6 @@ def fresh():
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
 
 
 def compiled(model, **options):

@@ -12,8 +12,6 @@ from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
 
-from vbcompile.backend import add_listener, remove_listener
-
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 ROUNDING = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4, torch.float32: 1e-6}
@@ -28,14 +26,6 @@ def fresh():
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
 
 
 def compiled(model, **keywords):

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from fp4_compiling import interpreted, reasons, rounded
 from torch import nn
 
-from vbcompile.backend import add_listener, remove_listener
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_grouped import fp4_grouped_linear, fp4_grouped_linear_reference, to_grouped_layout
 from vbcompile.kernels.fp4_grouped_cpu import grouped_product
@@ -18,19 +17,7 @@ from vbcompile.passes import fp4_weights
 E, N, K = 4, 192, 128
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    fp4_weights.forget()
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
+pytestmark = pytest.mark.usefixtures("fresh_weights")
 
 
 def decoded(weight, transposed=False):

@@ -8,23 +8,7 @@ import torch.nn.functional as F
 from fp4_compiling import compiled, reasons, rounded
 from torch import nn
 
-from vbcompile.backend import add_listener, remove_listener
-from vbcompile.passes import fp4_weights
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    fp4_weights.forget()
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
+pytestmark = pytest.mark.usefixtures("fresh_weights")
 
 
 class Three(nn.Module):

@@ -10,26 +10,12 @@ import torch.nn.functional as F
 from fp4_compiling import FEED, Feed, compiled, decoded_twin, reasons, rounded
 from torch import nn
 
-from vbcompile.backend import add_listener, remove_listener
 from vbcompile.config import ConfigError, resolve_config
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.passes import fp4_weights, pipeline
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    fp4_weights.forget()
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
+pytestmark = pytest.mark.usefixtures("fresh_weights")
 
 
 # ------------------------------------------------------------------------------------------------------------ inference

@@ -6,24 +6,10 @@ import torch.nn.functional as F
 from fp4_compiling import Feed, compiled, decoded_twin, reasons, rounded
 from torch import nn
 
-from vbcompile.backend import add_listener, remove_listener
 from vbcompile.kernels.fp4_straight_through import fp4_fake_quantize
 from vbcompile.passes import fp4_weights
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    fp4_weights.forget()
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
+pytestmark = pytest.mark.usefixtures("fresh_weights")
 
 
 def trained(model, **options):

@@ -4,30 +4,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from offload_models import blocks
 
 import vbcompile
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "xpu"
 MIB = 1 << 20
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-def blocks(width: int = 1024, depth: int = 12) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(width) for _ in range(depth)))
 
 
 def compiled(model):
@@ -37,7 +20,7 @@ def compiled(model):
 
 
 def test_inference_is_bit_equal_and_within_the_budget():
-    model, x = blocks().eval().requires_grad_(False), torch.randn(8, 1024, device=DEVICE)
+    model, x = blocks(1024, 12).eval().requires_grad_(False), torch.randn(8, 1024, device=DEVICE)
     twin = copy.deepcopy(model).to(DEVICE)
     expected = twin(x)
     del twin
@@ -59,7 +42,7 @@ def test_inference_is_bit_equal_and_within_the_budget():
 
 
 def test_training_gives_the_gradients_of_the_ordinary_model():
-    model, twin = blocks(), blocks().to(DEVICE)
+    model, twin = blocks(1024, 12), blocks(1024, 12).to(DEVICE)
     vbcompile.offload(model, DEVICE, {0: 260 * MIB, "cpu": "4GiB"}, progress=False)
     run = compiled(model)
     ours = vbcompile.optimizer(torch.optim.AdamW, model.parameters(), lr=1e-4)

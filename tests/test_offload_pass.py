@@ -3,33 +3,21 @@
 import copy
 import re
 
+import offload_models
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import vbcompile
-from vbcompile.backend import add_listener, remove_listener
 from vbcompile.compat import own_tracing_context
 from vbcompile.vgpu_plan import PlanError
 
 SMALLEST = 1024
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
 def blocks(width: int = 32, depth: int = 4) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(width) for _ in range(depth))).eval().requires_grad_(False)
+    return offload_models.blocks(width, depth).eval().requires_grad_(False)
 
 
 def offload(model: nn.Module, budget: str = "72KiB", **places) -> nn.Module:
@@ -40,14 +28,6 @@ def compiled(model, downstream: str = "eager", mode: str = "memory", fullgraph: 
     torch._dynamo.reset()
     options = {"mode": mode, "strict": True, "downstream": downstream}
     return torch.compile(model, backend="vblackwell", options=options, fullgraph=fullgraph)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
 
 
 def streamed(model) -> int:

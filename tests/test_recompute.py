@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vbcompile.backend import add_listener, remove_listener
 from vbcompile.config import ConfigError, resolve_config
 from vbcompile.passes import activation_partition, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
@@ -24,14 +23,6 @@ RATES = Rates(matmul=10**12, memory=10**11, away=10**10, back=10**10, host_bytes
 def fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def reports():
-    found = []
-    add_listener(found.append)
-    yield found
-    remove_listener(found.append)
 
 
 def joint_graph(model, *inputs):

@@ -3,7 +3,8 @@
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -186,6 +187,17 @@ def add_listener(listener: Callable[[GraphReport], None]) -> None:
 def remove_listener(listener: Callable[[GraphReport], None]) -> None:
     """Undo :func:`add_listener`."""
     _listeners.remove(listener)
+
+
+@contextmanager
+def collected_reports() -> Iterator[list[GraphReport]]:
+    """The reports of the graphs that are compiled within it, in any thread."""
+    reports: list[GraphReport] = []
+    add_listener(reports.append)
+    try:
+        yield reports
+    finally:
+        remove_listener(reports.append)
 
 
 def _reset() -> None:

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vbcompile.backend import add_listener, remove_listener
+from vbcompile.backend import collected_reports
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
-from vbcompile.report import GraphReport
 
 Tensor = torch.Tensor
 _SETS = 4
@@ -149,14 +148,9 @@ def copy_case(device: torch.device, to_device: bool | None = None) -> Case:
 
 def _compiled(function: Callable[..., Any], inputs: Sequence[Tensor], mode: str) -> tuple[Callable[..., Any], str]:
     """The function through the backend, and what its one rewritten site runs as."""
-    reports: list[GraphReport] = []
-    add_listener(reports.append)
-    try:
-        with torch.no_grad():
-            run = torch.compile(function, backend="vblackwell", dynamic=False, options={**_OPTIONS, "mode": mode})
-            run(*inputs)
-    finally:
-        remove_listener(reports.append)
+    with collected_reports() as reports, torch.no_grad():
+        run = torch.compile(function, backend="vblackwell", dynamic=False, options={**_OPTIONS, "mode": mode})
+        run(*inputs)
     found = [d for report in reports for d in report.decisions if d.pass_name in ("attention", "fp4")]
     chosen = [d.implementation or d.reason for d in found if d.action == "rewritten"]
     return run, chosen[0] if chosen else f"not rewritten: {'; '.join(d.reason for d in found) or 'no site'}"

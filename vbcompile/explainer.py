@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from vbcompile.backend import add_listener, remove_listener, vblackwell
+from vbcompile.backend import collected_reports, vblackwell
 from vbcompile.device_catalog import catalog_target
 from vbcompile.report import GraphReport, merge_counts
 
@@ -105,7 +105,6 @@ def explain(
         ConfigError: unknown mode, option or value.
         DeviceError: unknown architecture.
     """
-    reports: list[GraphReport] = []
     target = None if as_device is None else catalog_target(as_device)
     arguments = {**(options or {}), "downstream": "eager", **({} if mode is None else {"mode": mode})}
 
@@ -114,10 +113,6 @@ def explain(
             gm, example_inputs, options=arguments, target=target
         )  # a new object each time: no cached graph matches it
 
-    add_listener(reports.append)
-    try:
-        with torch._dynamo.config.patch(recompile_limit=64):
-            torch.compile(model, backend=backend)(*inputs, **keyword_inputs)
-    finally:
-        remove_listener(reports.append)
+    with collected_reports() as reports, torch._dynamo.config.patch(recompile_limit=64):
+        torch.compile(model, backend=backend)(*inputs, **keyword_inputs)
     return Explanation(reports)
