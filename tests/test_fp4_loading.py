@@ -14,12 +14,7 @@ from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.passes import fp4_weights
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    fp4_weights.forget()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh_weights")
 
 
 def packed_entries(model, method="four_over_six"):

@@ -11,18 +11,13 @@ from torch import nn
 import vbcompile
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
-from vbcompile.passes import fp4_weights
 from vbcompile.passes.fp4_progress import progress
 from vbcompile.passes.fp4_weights import PackKey, give_up, is_hollow, pack
 
 KEY = PackKey("nvfp4", "plain", False)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    fp4_weights.forget()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh_weights")
 
 
 def frozen(*shape):
