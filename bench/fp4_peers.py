@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import record  # noqa: E402
 
+from vbcompile.bench_peers import LINEAR  # noqa: E402
 from vbcompile.device import get_target  # noqa: E402
 from vbcompile.kernels.fp4_layout import to_layout  # noqa: E402
 from vbcompile.kernels.fp4_linear import fp4_linear  # noqa: E402
@@ -46,42 +47,7 @@ def cublas(weight: Tensor) -> Layer:
     return lambda x: F.linear(x, mine)
 
 
-def gemlite(weight: Tensor) -> Layer:
-    """NVFP4 weights, 16-bit activations."""
-    from gemlite.helper import A16W4_NVFP
-
-    return A16W4_NVFP(device="cuda:0", dtype=torch.bfloat16).from_linear(_linear(weight), del_orig=False)
-
-
-def torchao(weight: Tensor) -> Layer:
-    """Integer weights in groups of 64, by PyTorch's own product for them."""
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
-
-    layer = _linear(weight)
-    quantize_(layer, Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))
-    return layer
-
-
-def bitsandbytes(weight: Tensor) -> Layer:
-    """Its own 4-bit floating point, blocks of 64."""
-    import bitsandbytes as library
-
-    n, k = weight.shape
-    layer = library.nn.LinearFP4(k, n, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False)
-    layer.load_state_dict({"weight": weight.cpu()})
-    return layer.cuda()
-
-
-WAYS = {
-    "vbcompile": ours, "cublas_bf16": cublas, "gemlite": gemlite, "torchao": torchao, "bitsandbytes": bitsandbytes
-}  # fmt: skip
-
-
-def _linear(weight: Tensor) -> torch.nn.Linear:
-    n, k = weight.shape
-    layer = torch.nn.Linear(k, n, bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    return layer
+WAYS = {"vbcompile": ours, "cublas_bf16": cublas} | {name: peer.prepare for name, peer in LINEAR.items()}
 
 
 def measure(way: str, weight: Tensor, rows: list[int]) -> dict[int, dict[str, Any]]:
@@ -108,7 +74,7 @@ def measure(way: str, weight: Tensor, rows: list[int]) -> dict[int, dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256])
-    parser.add_argument("--peers", nargs="*", default=["gemlite", "torchao", "bitsandbytes"], choices=list(WAYS)[2:])
+    parser.add_argument("--peers", nargs="*", default=list(LINEAR), choices=list(LINEAR))
     arguments = parser.parse_args()
     rows = []
     for n, k in SHAPES:
