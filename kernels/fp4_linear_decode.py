@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
-_UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
+UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
     "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
@@ -72,7 +72,7 @@ def _decode(kind: str, codes: str, scales: list[tuple[str, str]], name: str = "p
     ``scales``: (word, selector of ``prmt`` for its byte) for all four, or for the first two and the others.
     """
     factor = 128 if kind == "half" else 16  # a scale byte, shifted and added to k, is the scale's bits
-    text = [_UNPACK_BODY.replace("$8", codes) + (TO_HALF if kind == "half" else "")]
+    text = [UNPACK_BODY.replace("$8", codes) + (TO_HALF if kind == "half" else "")]
     for number, (word, select) in enumerate(scales):
         text.append(f"prmt.b32 t, {word}, 0, {select}; mad.lo.u32 s{number}, t, {factor}, k;")
     text += [_MULTIPLY[kind].format(f"p{i}", f"s{i * len(scales) // 4}") for i in range(4)]
@@ -187,18 +187,18 @@ def fp4_decode_kernel(
     for _ in gl.static_range(STRIPS * BLOCKS * 4):
         sums += (zero,)
     for _ in range(gl.cdiv(k_tiles, WARPS * UNROLL)):
-        codes = _call(LOAD, (code_at, scale_at, left), (4 + WORDS) * STRIPS * UNROLL, True)
+        codes = call_assembly(LOAD, (code_at, scale_at, left), (4 + WORDS) * STRIPS * UNROLL, True, True)
         x = ()
         for b in gl.static_range(BLOCKS):
             there = gl.where(row + 8 * b < m, left, 0)
-            x = x + _call(LOAD_X, (x_at + x_stride * (16 * b), there), 8 * UNROLL, True)
+            x = x + call_assembly(LOAD_X, (x_at + x_stride * (16 * b), there), 8 * UNROLL, True, True)
         for u in gl.static_range(UNROLL):
             after = ()
             for i in gl.static_range(STRIPS):
                 operands = _strip_operands(codes, x, u * STRIPS + i, u, STRIPS, UNROLL, BLOCKS, WORDS)
                 operands += (selector,)
                 operands += sums[4 * BLOCKS * i : 4 * BLOCKS * (i + 1)]
-                after = after + _call(MULTIPLY, operands, 4 * BLOCKS, False)
+                after = after + call_assembly(MULTIPLY, operands, 4 * BLOCKS, False, True)
             sums = after
         code_at += WARPS * UNROLL * 2048
         scale_at += WARPS * UNROLL * 128 * WORDS
@@ -208,12 +208,12 @@ def fp4_decode_kernel(
 
 
 @gluon.jit
-def _call(ASM: gl.constexpr, operands, RESULTS: gl.constexpr, WHOLE: gl.constexpr):
+def call_assembly(ASM: gl.constexpr, operands, RESULTS: gl.constexpr, WHOLE: gl.constexpr, PURE: gl.constexpr):
     """The results of inline assembly, element by element."""
     CODE: gl.constexpr = ASM[0]
     CONSTRAINTS: gl.constexpr = ASM[1]
     TYPES: gl.constexpr = (gl.int32,) * RESULTS if WHOLE else (gl.float32,) * RESULTS
-    return gl.inline_asm_elementwise(CODE, CONSTRAINTS, operands, TYPES, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(CODE, CONSTRAINTS, operands, TYPES, is_pure=PURE, pack=1)
 
 
 @gluon.jit
