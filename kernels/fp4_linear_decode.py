@@ -157,6 +157,23 @@ def _halve(tensors, COUNT: gl.constexpr):
     return joined
 
 
+@gluon.jit
+def stack(tensors, COUNT: gl.constexpr):
+    """COUNT tensors, a power of two and at least two, as one with more axes of two, in order."""
+    tensors = _halve(tensors, COUNT)
+    if COUNT >= 4:
+        tensors = _halve(tensors, COUNT // 2)
+    if COUNT >= 8:
+        tensors = _halve(tensors, COUNT // 4)
+    if COUNT >= 16:
+        tensors = _halve(tensors, COUNT // 8)
+    if COUNT >= 32:
+        tensors = _halve(tensors, COUNT // 16)
+    if COUNT >= 64:
+        tensors = _halve(tensors, COUNT // 32)
+    return tensors[0]
+
+
 @gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles"])
 def fp4_decode_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, k_tiles, x_stride, column_tiles,
@@ -236,16 +253,8 @@ def _finish(
 ):  # fmt: skip
     """Add the warps' sums, scale them, add the bias in float32, round once and store."""
     COUNT: gl.constexpr = 4 * STRIPS * BLOCKS
-    sums = _halve(_halve(sums, COUNT), COUNT // 2)
-    if COUNT >= 8:
-        sums = _halve(sums, COUNT // 4)
-    if COUNT >= 16:
-        sums = _halve(sums, COUNT // 8)
-    if COUNT >= 32:
-        sums = _halve(sums, COUNT // 16)
-    if COUNT >= 64:
-        sums = _halve(sums, COUNT // 32)
-    total = gl.sum(gl.reshape(sums[0], [WARPS, 32, COUNT]), 0)
+    sums = stack(sums, COUNT)
+    total = gl.sum(gl.reshape(sums, [WARPS, 32, COUNT]), 0)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, WARPS], [1, 0])
     total = gl.convert_layout(total, LAYOUT)
     lane = gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))[:, None]

@@ -1,19 +1,19 @@
-"""Device code of the FP4 product for one row of x, in Triton's Gluon dialect (NVIDIA, sm_80 and later).
+"""Device code of the FP4 product for one to four rows of x, in Triton's Gluon dialect (NVIDIA, sm_80 and later).
 
-A matrix product of 16 columns of the weight has room for eight columns of results, and one row of x fills one. Here
-eight products in a row fill one each: block ``j`` of 16 columns meets a right operand that is zero but in column ``j``,
-so that their sums stay apart until the blocks' scales multiply them, in float32, once for eight products instead of
-once a weight. Weights go from memory to registers as in :mod:`vbcompile.kernels.fp4_linear_decode`, one step ahead of
-the products.
+A matrix product of 16 columns of the weight has room for eight columns of results, and R rows of x fill R. Here
+``8 / R`` products in a row fill R each: block ``j`` of 16 columns meets a right operand that is zero but in its R
+columns, so that their sums stay apart until the blocks' scales multiply them, in float32, once for ``8 / R`` products
+instead of once a weight. Weights go from memory to registers as in :mod:`vbcompile.kernels.fp4_linear_decode`, one step
+ahead of the products.
 
-A code moved into the bits of a bfloat16 is its value times ``2**-126``; x times ``2**118`` makes up for it where it is
-below 256, else the weights are multiplied: the tensor cores keep subnormal operands.
+A code moved into the bits of a bfloat16 is its value times ``2**-126``; x times ``2**118`` makes up for it where all of
+it is below 256, else the weights are multiplied: the tensor cores keep subnormal operands.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from vbcompile.kernels.fp4_linear_decode import UNPACK_BODY, call_assembly
+from vbcompile.kernels.fp4_linear_decode import UNPACK_BODY, call_assembly, stack
 from vbcompile.kernels.fp4_tiles import TO_HALF
 
 CHUNK = 128  # columns of eight products
@@ -21,14 +21,14 @@ _SMALL = "0x3C803C80"  # added to two magnitudes, carries into bit 15 of those o
 _SHIFT = "0x7A807A80"  # 2**118, twice
 
 
-def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]:
+def load_assembly(rows: int, strips: int, unroll: int, scale_words: int) -> tuple[str, str]:
     """PTX, and its constraints, that loads codes and scales of ``16 * strips`` rows by ``128 * unroll`` columns.
 
-    Operands: 8 words of codes a chunk and strip, then a word each with the thread's scales; addresses of both.
+    Operands: 8 words of codes a chunk and strip, then ``rows`` words each with the thread's scales; addresses of both.
     """
     parts = strips * unroll
-    inputs = 9 * parts
-    kind = ".b32" if scale_words == 2 else ".u16"
+    inputs = (8 + rows) * parts
+    kind = ".b32" if scale_words == 2 and rows == 1 else ".u16"
     text = ["{"]
     for chunk in range(unroll):
         for strip in range(strips):
@@ -37,92 +37,98 @@ def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]
                 words = ", ".join(f"${8 * part + 4 * half + i}" for i in range(4))
                 at = 2048 * (2 * chunk + half) + 512 * strip
                 text.append(f"ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {at}];")
-            at = scale_words * (256 * chunk + 32 * strip)
-            text.append(f"ld.global.nc{kind} ${8 * parts + part}, [${inputs + 1} + {at}];")
+            for i in range(rows):
+                tile, within = (i, 0) if rows <= 2 else (i // 2, i % 2 * 2 * scale_words)
+                at = scale_words * (128 * (2 * chunk + tile) + 32 * strip) + within
+                text.append(f"ld.global.nc{kind} ${8 * parts + rows * part + i}, [${inputs + 1} + {at}];")
     return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "l"])
 
 
-def load_x_assembly(unroll: int) -> tuple[str, str]:
-    """PTX, and its constraints, that loads two words of x a chunk. Operands: the words; the address."""
-    loads = [f"ld.global.nc.b32 ${i}, [${2 * unroll} + {256 * (i // 2) + 16 * (i % 2)}];" for i in range(2 * unroll)]
-    return "{\n" + "\n".join(loads) + "\n}", ",".join(["=&r"] * 2 * unroll + ["l"])
+def load_x_assembly(rows: int, unroll: int) -> tuple[str, str]:
+    """PTX, and its constraints, that loads ``2 * rows`` words of x a chunk. Operands: the words; the address."""
+    count = 2 * rows * unroll
+    loads = [f"ld.global.nc.b32 ${i}, [${count} + {256 // rows * (i // 2) + 16 * (i % 2)}];" for i in range(count)]
+    return "{\n" + "\n".join(loads) + "\n}", ",".join(["=&r"] * count + ["l"])
 
 
-def chunks_assembly(kind: str, strips: int, unroll: int, scale_words: int, mode: str = "branch") -> tuple[str, str]:
-    """PTX, and its constraints, of ``16 * strips`` rows by ``128 * unroll`` columns of the weight times a row of x.
+def chunks_assembly(kind: str, rows: int, strips: int, unroll: int, scale_words: int) -> tuple[str, str]:
+    """PTX, and its constraints, of ``16 * strips`` rows by ``128 * unroll`` columns of the weight times rows of x.
 
-    Operands: results (2 float32 a strip, for the thread's rows); what ``load_assembly`` and ``load_x_assembly`` gave; 8
-    masks, all ones where the thread's right operand is that product's; sums so far.
+    Operands: results (float32, for the thread's two rows of a strip: one each if ``rows`` is 1, else two); what
+    ``load_assembly`` and ``load_x_assembly`` gave; ``8 / rows`` masks, all ones where the thread's right operand is
+    that product's; sums so far.
     """
-    parts, results = strips * unroll, 2 * strips
-    text = ["{ .reg .pred q; .reg .b32 t, u, n, f, p<4>, b<2>, y<16>; .reg .f32 d<16>;"]
-    x = results + 9 * parts
-    numbers = dict(results=results, strips=strips, unroll=unroll, scale_words=scale_words)
+    parts, results, words = strips * unroll, strips * (2 if rows == 1 else 4), 2 * rows * unroll
+    text = [f"{{ .reg .pred q; .reg .b32 t, u, n, p<4>, b<2>, y<{words}>; .reg .f32 d<{4 * strips}>;"]
+    x = results + (8 + rows) * parts
+    copies = [f"mov.b32 y{i}, ${x + i};" for i in range(words)]
+    plain, shifted = (_body(kind, flag, results, rows, strips, unroll, scale_words) for flag in (False, True))
     if kind == "half":
-        text += [f"mov.b32 y{i}, ${x + i};" for i in range(2 * unroll)]
-        text.append(_body(kind, False, **numbers))
-    elif mode == "weights":
-        text += [f"mov.b32 y{i}, ${x + i};" for i in range(2 * unroll)]
-        text.append(_body(kind, True, **numbers))
+        text += [*copies, plain]
     else:
-        text.append("mov.b32 u, 0;")
-        for i in range(2 * unroll):
-            text.append(f"and.b32 t, ${x + i}, 0x7FFF7FFF; add.u32 t, t, {_SMALL}; or.b32 u, u, t;")
-        text.append("and.b32 u, u, 0x80008000; setp.ne.u32 q, u, 0; vote.sync.any.pred q, q, 0xFFFFFFFF;")
-        text.append("@q bra LARGE;")
+        text.append(f"and.b32 u, ${x}, 0x7FFF7FFF;")
+        text += [f"max.NaN.xorsign.abs.bf16x2 u, u, ${x + i};" for i in range(1, words)]
+        text.append(f"and.b32 u, u, 0x7FFF7FFF; add.u32 u, u, {_SMALL}; and.b32 u, u, 0x80008000;")
+        text.append("setp.ne.u32 q, u, 0; vote.sync.any.pred q, q, 0xFFFFFFFF; @q bra LARGE;")
         text.append(f"mov.b32 n, {_SHIFT};")
-        text += [f"mul.rn.bf16x2 y{i}, ${x + i}, n;" for i in range(2 * unroll)]
-        text.append(_body(kind, False, **numbers))
-        text.append("bra DONE;\nLARGE:")
-        text += [f"mov.b32 y{i}, ${x + i};" for i in range(2 * unroll)]
-        text.append(_body(kind, True, **numbers))
-        text.append("DONE:")
-    constraints = ["=&f"] * results + ["r"] * (9 * parts + 2 * unroll + 8) + ["f"] * results
+        text += [f"mul.rn.bf16x2 y{i}, ${x + i}, n;" for i in range(words)]
+        text += [plain, "bra DONE;\nLARGE:", *copies, shifted, "DONE:"]
+    constraints = ["=&f"] * results + ["r"] * ((8 + rows) * parts + words + 8 // rows) + ["f"] * results
     return "\n".join(text) + "\n}", ",".join(constraints)
 
 
-def _body(kind: str, shifted: bool, results: int, strips: int, unroll: int, scale_words: int) -> str:
-    parts = strips * unroll
-    codes, scales, masks = results, results + 8 * parts, results + 9 * parts + 2 * unroll
+def _body(kind: str, shifted: bool, results: int, rows: int, strips: int, unroll: int, scale_words: int) -> str:
+    """Products of all chunks; ``shifted``: of weights times ``2**118``."""
+    parts, blocks = strips * unroll, 8 // rows
+    scales, masks = results + 8 * parts, results + (8 + rows) * parts + 2 * rows * unroll
     name = "f16" if kind == "half" else "bf16"
     text = [f"mov.b32 n, {_SHIFT};"] if shifted else []
-    for chunk in range(unroll):
-        for i in range(4 * strips):
-            text.append(f"mov.b32 d{i}, 0f00000000;")
-        for j in range(8):
-            text += [f"and.b32 b{i}, y{2 * chunk + i}, ${masks + j};" for i in range(2)]
+    for group in range(rows * unroll):  # products whose results stand side by side
+        chunk, turn = divmod(group, rows)
+        text += [f"mov.b32 d{i}, 0f00000000;" for i in range(4 * strips)]
+        for j in range(blocks):
+            text += [f"and.b32 b{i}, y{2 * group + i}, ${masks + j};" for i in range(2)]
             for strip in range(strips):
-                word = f"${codes + 8 * (chunk * strips + strip) + j}"
+                word = f"${results + 8 * (chunk * strips + strip) + turn * blocks + j}"
                 text.append(UNPACK_BODY.replace("$8", word) + (TO_HALF if kind == "half" else ""))
-                if shifted:
-                    text += [f"mul.rn.bf16x2 p{i}, p{i}, n;" for i in range(4)]
+                text += [f"mul.rn.bf16x2 p{i}, p{i}, n;" for i in range(4) if shifted]
                 own = ", ".join(f"d{4 * strip + i}" for i in range(4))
                 text.append(
                     f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{{own}}}, {{p0, p2, p1, p3}}, "
                     f"{{b0, b1}}, {{{own}}};"
                 )
         for strip in range(strips):
-            scale = f"${scales + chunk * strips + strip}"
-            for i in range(4):
-                place = (i // 2 + i % 2 * 2) if scale_words == 2 else i // 2
-                move = ("shl.b32", 20 - 8 * place) if place < 3 else ("shr.u32", 4)
-                text.append(f"{move[0]} t, {scale}, {move[1]}; lop3.b32 t, t, 0x0FF00000, 0x40000000, 0xEA;")
-                out = f"${2 * strip + i // 2}"
-                before = f"${masks + 8 + 2 * strip + i // 2}" if chunk == 0 and i % 2 == 0 else out
-                text.append(f"fma.rn.f32 {out}, t, d{4 * strip + i}, {before};")
+            word = f"${scales + rows * (chunk * strips + strip) + turn}"
+            count = results // strips
+            for i in range(4):  # row i // 2, column i % 2 of the thread's results
+                own_scales = scale_words == 2 and rows == 1  # else both columns are of one block of the weight
+                if own_scales or i % 2 == 0:
+                    text.append(_scale(word, i // 2 + (i % 2 * 2 if own_scales else 0)))
+                place = strip * count + (i // 2 if rows == 1 else i)
+                first = group == 0 and (rows > 1 or i % 2 == 0)
+                before = f"${masks + blocks + place}" if first else f"${place}"
+                text.append(f"fma.rn.f32 ${place}, t, d{4 * strip + i}, {before};")
     return "\n".join(text)
 
 
-@gluon.jit(do_not_specialize=["steps", "column_tiles"])
-def fp4_single_kernel(
-    x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, n, steps, column_tiles,
-    STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, WORDS: gl.constexpr, FACTOR: gl.constexpr,
-    LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr, EARLY: gl.constexpr,
-):  # fmt: skip
-    """``out = x @ weight.T * row_scale + bias`` for one row of x; a block has ``16 * STRIPS`` rows of the weight.
+def _scale(word: str, byte: int) -> str:
+    """PTX that makes t, a float32, of a scale byte, times ``2**10``."""
+    move = f"shl.b32 t, {word}, {20 - 8 * byte};" if byte < 3 else f"shr.u32 t, {word}, 4;"
+    return move + " lop3.b32 t, t, 0x0FF00000, 0x40000000, 0xEA;"
 
-    x ``[128 * UNROLL * WARPS * steps]``; codes ``[n tiles, column_tiles, 2048]`` bytes and scales ``[n tiles,
-    column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``; row_scale, bias, out ``[n]``.
+
+@gluon.jit(do_not_specialize=["m", "steps", "column_tiles"])
+def fp4_single_kernel(
+    x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, steps, x_stride, column_tiles,
+    ROWS: gl.constexpr, STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, WORDS: gl.constexpr,
+    FACTOR: gl.constexpr, LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
+    EARLY: gl.constexpr,
+):  # fmt: skip
+    """``out = x @ weight.T * row_scale + bias`` for up to ROWS rows of x; a block has 16 * STRIPS rows of the weight.
+
+    x ``[m, 128 * UNROLL * WARPS * steps]``, rows ``x_stride`` elements apart; codes ``[n tiles, column_tiles, 2048]``
+    bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``; row_scale, bias
+    ``[n]``; out ``[m, n]``. FACTOR: what sums are multiplied with. LOAD, LOAD_X, MULTIPLY: assembly, constraints.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
@@ -132,46 +138,51 @@ def fp4_single_kernel(
     tile = warp * (2 * UNROLL)
     at = ((strip // 4).to(gl.int64) * column_tiles + tile) * 4 + strip % 4
     code_at = codes_ptr.to(gl.int64) + at * 512 + lane * 16
-    # the two blocks of a thread's columns of results (one for scales of 32 columns), for both of its rows
-    scale_at = scales_ptr.to(gl.int64) + (at * 8 + row) * (4 * WORDS) + column // 2 * (128 * WORDS)
-    scale_at += column % 2 * (2 * WORDS)
-    x_at = x_ptr.to(gl.int64) + (tile * 64 + row * 16 + column * 2) * 2
+    # the block or blocks of the weight that a thread's columns of results belong to, in the first group of products
+    block = column * 2 // ROWS * WORDS // 2
+    scale_at = scales_ptr.to(gl.int64) + (at * 8 + row) * (4 * WORDS)
+    scale_at += block // (2 * WORDS) * (128 * WORDS) + block % (2 * WORDS) * 2
+    x_row = gl.minimum(row % ROWS, m - 1).to(gl.int64)
+    x_at = x_ptr.to(gl.int64) + (x_row * x_stride + tile * 64 + row // ROWS * 16 + column * 2) * 2
     masks = ()
-    for j in gl.static_range(8):
-        masks += (gl.where(row == j, -1, 0),)
+    for j in gl.static_range(8 // ROWS):
+        masks += (gl.where(row // ROWS == j, -1, 0),)
+    COUNT: gl.constexpr = (2 if ROWS == 1 else 4) * STRIPS
     sums = ()
-    for _ in gl.static_range(2 * STRIPS):
+    for _ in gl.static_range(COUNT):
         sums += (gl.zeros([32 * WARPS], gl.float32, LAYOUT),)
-    codes = call_assembly(LOAD, (code_at, scale_at), 9 * STRIPS * UNROLL, True, False)
+    codes = call_assembly(LOAD, (code_at, scale_at), (8 + ROWS) * STRIPS * UNROLL, True, False)
     if EARLY:
         x_at = gl.inline_asm_elementwise(
             "griddepcontrol.wait; mov.b64 $0, $1;", "=l,l", [x_at], gl.int64, is_pure=False, pack=1
         )
-    x = call_assembly(LOAD_X, (x_at,), 2 * UNROLL, True, False)
+    x = call_assembly(LOAD_X, (x_at,), 2 * ROWS * UNROLL, True, False)
     for _ in range(steps - 1):
         code_at += WARPS * UNROLL * 4096
         scale_at += WARPS * UNROLL * 256 * WORDS
         x_at += WARPS * UNROLL * 256
-        more = call_assembly(LOAD, (code_at, scale_at), 9 * STRIPS * UNROLL, True, False)
-        more_x = call_assembly(LOAD_X, (x_at,), 2 * UNROLL, True, False)
-        sums = call_assembly(MULTIPLY, codes + x + masks + sums, 2 * STRIPS, False, False)
+        more = call_assembly(LOAD, (code_at, scale_at), (8 + ROWS) * STRIPS * UNROLL, True, False)
+        more_x = call_assembly(LOAD_X, (x_at,), 2 * ROWS * UNROLL, True, False)
+        sums = call_assembly(MULTIPLY, codes + x + masks + sums, COUNT, False, False)
         codes, x = more, more_x
-    sums = call_assembly(MULTIPLY, codes + x + masks + sums, 2 * STRIPS, False, False)
-    if STRIPS == 1:
-        both = gl.join(sums[0], sums[1])  # [thread, rows of 8]
-    elif STRIPS == 2:
-        both = gl.join(gl.join(sums[0], sums[2]), gl.join(sums[1], sums[3]))  # [thread, strip, half of it]
-    else:
-        first = gl.join(gl.join(sums[0], sums[4]), gl.join(sums[2], sums[6]))  # [thread, strip // 2, strip % 2]
-        second = gl.join(gl.join(sums[1], sums[5]), gl.join(sums[3], sums[7]))
-        both = gl.join(first, second)
-    total = gl.sum(gl.sum(gl.reshape(both, [WARPS, 8, 4, 2 * STRIPS]), 2), 0)
-    END: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, WARPS], [1, 0])
+    sums = call_assembly(MULTIPLY, codes + x + masks + sums, COUNT, False, False)
+    # results of one row of x in several threads of a quad are sums over different blocks
+    KEPT: gl.constexpr = 2 if ROWS == 4 else 1
+    total = gl.sum(gl.reshape(stack(sums, COUNT), [WARPS, 8, 4 // KEPT, KEPT, COUNT]), 2)
+    total = gl.reshape(gl.sum(total, 0), [8 * KEPT, COUNT])
+    END: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [WARPS, 1], [1, 0])
     total = gl.convert_layout(total, END)
-    within = gl.arange(0, 8, layout=gl.SliceLayout(1, END))[:, None]
-    rows = strip * 16 + within + 8 * gl.arange(0, 2 * STRIPS, layout=gl.SliceLayout(0, END))[None, :]
-    known = rows < n
-    total = total * (gl.load(row_scale_ptr + rows, mask=known, other=0.0) * FACTOR)
+    lane = gl.arange(0, 8 * KEPT, layout=gl.SliceLayout(1, END))[:, None]
+    entry = gl.arange(0, COUNT, layout=gl.SliceLayout(0, END))[None, :]
+    if ROWS == 1:
+        rows_n = strip * 16 + entry * 8 + lane
+        rows_m = entry * 0
+    else:
+        rows_n = strip * 16 + entry // 2 * 8 + lane // KEPT
+        rows_m = lane % KEPT * 2 + entry % 2
+    known = rows_n < n
+    total = total * (gl.load(row_scale_ptr + rows_n, mask=known, other=0.0) * FACTOR)
     if BIAS:
-        total += gl.load(bias_ptr + rows, mask=known, other=0.0).to(gl.float32)
-    gl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=known)
+        total += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
+    out_at = out_ptr + rows_m.to(gl.int64) * n + rows_n
+    gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))
