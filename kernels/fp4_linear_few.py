@@ -1,4 +1,5 @@
-"""Launches of the FP4 product for few rows of x (:mod:`vbcompile.kernels.fp4_linear_decode`)."""
+"""Launches of the FP4 product for few rows of x: :mod:`vbcompile.kernels.fp4_linear_decode`, and for up to four
+:mod:`vbcompile.kernels.fp4_linear_diagonal`."""
 
 import functools
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS = 32
+MOST_DIAGONAL_ROWS = 4
+CHUNK = 128  # columns that the kernel for up to four rows takes at a time
 _REGISTERS = 128  # left to itself the assembler takes fewer, and loads one after the other
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -25,7 +28,7 @@ class FewConfig:
     Attributes:
         strips: 1, 2 or 4 groups of 16 rows of the weight a block of threads takes.
         warps: warps that share them, each with its own columns.
-        unroll: tiles of 64 columns a step.
+        unroll: tiles of 64 columns a step; for up to four rows pairs of tiles.
         registers: most registers a thread, None for the compiler's choice.
     """
 
@@ -65,6 +68,30 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     unroll = 4 // together
     while unroll > 1 and k // TILE < unroll * warps:
         unroll //= 2
+    return FewConfig(together, warps, unroll, _REGISTERS)
+
+
+def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
+    """Why the kernel for up to four rows cannot run a case."""
+    if m > MOST_DIAGONAL_ROWS:
+        return f"takes 1 to {MOST_DIAGONAL_ROWS} rows"
+    if layout == "fragments8t" or (target.compute_capability or (9, 0)) < (9, 0):
+        return "written for sm_90 and later, whose layout is fragments2t"
+    return f"takes columns in multiples of {CHUNK}" if k % CHUNK else refuses_few(target, dtype, m, k, layout)
+
+
+@functools.lru_cache(maxsize=256)
+def diagonal_config(target: Target, m: int, n: int, k: int) -> FewConfig:
+    """Like :func:`few_config`: all blocks run at once, with about 14 warps a multiprocessor."""
+    if (tuned := tuned_config(target, "triton_diagonal", n, k, m)) is not None:
+        return FewConfig(*tuned)
+    strips, chunks = -(-n // 16), k // CHUNK
+    together = 2 if strips >= 8 * (target.multiprocessors or 128) else 1
+    wanted = 10 * (target.multiprocessors or 128) * together / strips
+    warps = 1
+    while warps < min(wanted, 16) and chunks % (2 * warps) == 0:
+        warps *= 2
+    unroll = 2 if chunks % (2 * warps) == 0 and (m == 1 or together == 1) else 1
     return FewConfig(together, warps, unroll, _REGISTERS)
 
 
@@ -114,5 +141,50 @@ def product_few(
     fp4_decode_kernel[(-(-n // (16 * config.strips)),)](
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, k // TILE, rows.stride(0),
         codes.shape[1], BIAS=bias is not None, **launch_options(target, x.dtype, m, format_name, layout, config),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], n)
+
+
+@functools.lru_cache(maxsize=64)
+def _diagonal_assembly(
+    kind: str, rows: int, strips: int, unroll: int, scale_words: int
+) -> dict[str, tuple[str, str]]:
+    from vbcompile.kernels import fp4_linear_diagonal as device
+
+    return {
+        "LOAD": device.load_assembly(rows, strips, unroll, scale_words),
+        "LOAD_X": device.load_x_assembly(rows, unroll),
+        "MULTIPLY": device.chunks_assembly(kind, rows, strips, unroll, scale_words),
+    }
+
+
+def diagonal_options(dtype: torch.dtype, m: int, format_name: str, config: FewConfig) -> dict[str, Any]:
+    """Constants and compiler options of a launch for up to four rows."""
+    rows, half = 1 << (m - 1).bit_length(), dtype == torch.float16
+    scale_words, kind = 32 // fp4_format(format_name).block_size, "half" if half else "bf16"
+    registers = {"maxnreg": config.registers} if config.registers else {}
+    return {
+        "ROWS": rows, "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "WORDS": scale_words,
+        "FACTOR": 16.0 if half else 0.25, "EARLY": False, "num_warps": config.warps,
+    } | registers | _diagonal_assembly(kind, rows, config.strips, config.unroll, scale_words)  # fmt: skip
+
+
+def product_diagonal(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: FewConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """``x [..., k] @ weight.T + bias`` for up to four rows, ``[..., n]`` in the dtype of x; layout ``fragments2t``."""
+    from vbcompile.kernels.fp4_linear_diagonal import fp4_diagonal_kernel
+
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % 2 or rows.data_ptr() % 4:
+        rows = rows.contiguous()
+    m, n = rows.shape[0], row_scale.shape[0]
+    config = config or diagonal_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    steps = k // (CHUNK * config.warps * config.unroll)
+    fp4_diagonal_kernel[(-(-n // (16 * config.strips)),)](
+        rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, steps, rows.stride(0),
+        codes.shape[1], BIAS=bias is not None, **diagonal_options(x.dtype, m, format_name, config),
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)

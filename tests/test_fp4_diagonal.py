@@ -6,7 +6,7 @@ import torch
 from ptx_words import run_warp
 
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
-from vbcompile.kernels.fp4_linear_single import chunks_assembly, load_assembly, load_x_assembly
+from vbcompile.kernels.fp4_linear_diagonal import chunks_assembly, load_assembly, load_x_assembly
 from vbcompile.kernels.fp4_quantize import quantize
 
 STRIPS, UNROLL = 2, 2

@@ -118,7 +118,7 @@ def _scale(word: str, byte: int) -> str:
 
 
 @gluon.jit(do_not_specialize=["m", "steps", "column_tiles"])
-def fp4_single_kernel(
+def fp4_diagonal_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, steps, x_stride, column_tiles,
     ROWS: gl.constexpr, STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, WORDS: gl.constexpr,
     FACTOR: gl.constexpr, LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
