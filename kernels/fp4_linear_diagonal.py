@@ -122,7 +122,7 @@ def fp4_diagonal_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, steps, x_stride, column_tiles,
     ROWS: gl.constexpr, STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, WORDS: gl.constexpr,
     FACTOR: gl.constexpr, LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
-    EARLY: gl.constexpr,
+    WAIT: gl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias`` for up to ROWS rows of x; a block has 16 * STRIPS rows of the weight.
 
@@ -152,9 +152,9 @@ def fp4_diagonal_kernel(
     for _ in gl.static_range(COUNT):
         sums += (gl.zeros([32 * WARPS], gl.float32, LAYOUT),)
     codes = call_assembly(LOAD, (code_at, scale_at), (8 + ROWS) * STRIPS * UNROLL, True, False)
-    if EARLY:
+    if WAIT:
         x_at = gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.b64 $0, $1;", "=l,l", [x_at], gl.int64, is_pure=False, pack=1
+            WAIT, "=l,l", [x_at], gl.int64, is_pure=False, pack=1
         )
     x = call_assembly(LOAD_X, (x_at,), 2 * ROWS * UNROLL, True, False)
     for _ in range(steps - 1):

@@ -1,5 +1,5 @@
-"""Launches of the FP4 product for few rows of x: :mod:`vbcompile.kernels.fp4_linear_decode`, and for up to four
-:mod:`vbcompile.kernels.fp4_linear_diagonal`."""
+"""Launches of the FP4 product for few rows of x: :mod:`vbcompile.kernels.fp4_linear_decode`, and where the layout is
+``fragments2t`` :mod:`vbcompile.kernels.fp4_linear_diagonal` and :mod:`vbcompile.kernels.fp4_linear_stream`."""
 
 import functools
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_linear_triton import counters
 from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
@@ -36,6 +37,23 @@ class FewConfig:
     warps: int
     unroll: int
     registers: int | None = None
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How one product is cut up.
+
+    Attributes:
+        strips: 1 or 2 groups of 16 rows of the weight a warp takes.
+        warps: of a block of threads, which takes as many times as many rows.
+        blocks: blocks that a multiprocessor holds at a time.
+        registers: most registers a thread.
+    """
+
+    strips: int
+    warps: int
+    blocks: int
+    registers: int
 
 
 def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
@@ -93,6 +111,21 @@ def diagonal_config(target: Target, m: int, n: int, k: int) -> FewConfig:
         warps *= 2
     unroll = 2 if chunks % (2 * warps) == 0 and (m == 1 or together == 1) else 1
     return FewConfig(together, warps, unroll, _REGISTERS)
+
+
+def refuses_stream(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
+    """Why the kernel that shares x among warps cannot run a case."""
+    if m <= MOST_DIAGONAL_ROWS:
+        return f"takes {MOST_DIAGONAL_ROWS + 1} to {MOST_ROWS} rows"
+    return refuses_diagonal(target, dtype, 1, k, layout) or refuses_few(target, dtype, m, k, layout)
+
+
+@functools.lru_cache(maxsize=256)
+def stream_config(target: Target, m: int, n: int, k: int) -> StreamConfig:
+    """Like :func:`few_config`."""
+    if (tuned := tuned_config(target, "triton_stream", n, k, m)) is not None:
+        return StreamConfig(*tuned)
+    return StreamConfig(2, 8, 2, _REGISTERS) if m <= 16 else StreamConfig(1, 8, 2, _REGISTERS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,7 +198,7 @@ def diagonal_options(dtype: torch.dtype, m: int, format_name: str, config: FewCo
     registers = {"maxnreg": config.registers} if config.registers else {}
     return {
         "ROWS": rows, "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "WORDS": scale_words,
-        "FACTOR": 16.0 if half else 0.25, "EARLY": False, "num_warps": config.warps,
+        "FACTOR": 16.0 if half else 0.25, "WAIT": "", "num_warps": config.warps,
     } | registers | _diagonal_assembly(kind, rows, config.strips, config.unroll, scale_words)  # fmt: skip
 
 
@@ -186,5 +219,44 @@ def product_diagonal(
     fp4_diagonal_kernel[(-(-n // (16 * config.strips)),)](
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, steps, rows.stride(0),
         codes.shape[1], BIAS=bias is not None, **diagonal_options(x.dtype, m, format_name, config),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], n)
+
+
+def stream_options(dtype: torch.dtype, m: int, format_name: str, config: StreamConfig) -> dict[str, Any]:
+    """Constants and compiler options of a launch of the kernel that shares x among warps."""
+    blocks, scale_words = max(1, (1 << (m - 1).bit_length()) // 8), 32 // fp4_format(format_name).block_size
+    kind = "half" if dtype == torch.float16 else "bf16_sm90"
+    assembly = _assembly(kind, blocks, scale_words, False, config.strips, 2)
+    return {
+        "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words,
+        "LOAD": assembly["LOAD"], "MULTIPLY": assembly["MULTIPLY"], "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }  # fmt: skip
+
+
+def product_stream(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: StreamConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """``x [..., k] @ weight.T + bias`` for 5 to 32 rows, ``[..., n]`` in the dtype of x; layout ``fragments2t``."""
+    from vbcompile.kernels.fp4_linear_stream import fp4_stream_kernel
+
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
+        rows = rows.contiguous()
+    m, n = rows.shape[0], row_scale.shape[0]
+    target = get_target(x.device)
+    config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)
+    options = stream_options(x.dtype, m, format_name, config)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tiles, chunks = -(-n // (16 * config.strips * config.warps)), k // CHUNK
+    programs = min(tiles * chunks, (target.multiprocessors or 132) * config.blocks)
+    size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps
+    partial = torch.empty(2 * programs * size, dtype=torch.float32, device=x.device)
+    fp4_stream_kernel[(programs,)](
+        rows.view(torch.int32), codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial,
+        counters(x.device, tiles), m, n, rows.stride(0) // 2, chunks, codes.shape[1], tiles * chunks,
+        BIAS=bias is not None, **options,
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)

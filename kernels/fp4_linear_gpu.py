@@ -20,7 +20,7 @@ from vbcompile.kernels.triton_target import refuses_triton
 
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
-_DIAGONAL_MEMORY_SHARE = 0.9
+_DIAGONAL_MEMORY_SHARE, _STREAM_MEMORY_SHARE = 0.9, 0.82
 _FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.08
 _HOPPER_SHARE = 0.75
 _HOPPER_FP8_SHARE = 0.6
@@ -104,6 +104,16 @@ def _diagonal_cost(target: Target, case: Fp4LinearCase) -> float:
     return bits_per_weight(case.format_name) / 8 / _DIAGONAL_MEMORY_SHARE / _dense(case.m, 2)
 
 
+def _refuses_stream(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := _refuses_few(target, case):
+        return reason
+    return None if case is None else fp4_linear_few.refuses_stream(target, case.dtype, case.m, case.k, case.layout)
+
+
+def _stream_cost(target: Target, case: Fp4LinearCase) -> float:
+    return bits_per_weight(case.format_name) / 8 / _STREAM_MEMORY_SHARE / _dense(case.m, 2)
+
+
 def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
     size = case.dtype.itemsize
     decode = (bits_per_weight(case.format_name) / 8 + size) / _MEMORY_SHARE
@@ -163,6 +173,7 @@ def dequantize_backward(
 
 for _name, _run, _refuses, _cost in (
     ("triton_diagonal", fp4_linear_few.product_diagonal, _refuses_diagonal, _diagonal_cost),
+    ("triton_stream", fp4_linear_few.product_stream, _refuses_stream, _stream_cost),
     ("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost),
     ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _hopper_cost),
     ("hopper_fp8", fp4_linear_hopper.product_wide_fp8, _refuses_hopper_fp8, _hopper_fp8_cost),
