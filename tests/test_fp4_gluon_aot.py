@@ -86,6 +86,32 @@ def test_up_to_four_rows_take_two_instructions_a_weight():
     assert multiplied == weights / 2 and (len(loop) - multiplied) / 2 <= 2.0 * weights
 
 
+def stream_launch(m, config, dtype=BF16, format_name="nvfp4"):
+    from vbcompile.kernels.fp4_linear_stream import fp4_stream_kernel
+
+    words, bytes_, out = torch.empty(16, dtype=torch.int32), torch.empty(16, dtype=torch.uint8), torch.empty(16, dtype=dtype)
+    floats = torch.empty(16)
+    arguments = (words, bytes_, bytes_, floats, out, out, floats, words, m, N, K // 2, K // 128, K // 64, 999)
+    options = fp4_linear_few.stream_options(dtype, m, format_name, config)
+    return Launch(fp4_stream_kernel, arguments, {"BIAS": True, **options})
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("m", [8, 16, 32])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096)])
+def test_rows_that_share_x_compile_without_spills(arch, m, n, k):
+    """What is shipped, by table or formula."""
+    config = fp4_linear_few.stream_config(target(arch), m, n, k)
+    report = compile_launch(stream_launch(m, config), arch)
+    assert report.spills == 0 and config.warps * 32 * config.blocks * report.registers <= 65536
+
+
+@pytest.mark.parametrize(("dtype", "format_name"), [(FP16, "nvfp4"), (BF16, "mxfp4")])
+def test_rows_that_share_x_compile_in_other_types_without_spills(dtype, format_name):
+    config = fp4_linear_few.stream_config(target("sm_90"), 16, N, K)
+    assert compile_launch(stream_launch(16, config, dtype, format_name), "sm_90").spills == 0
+
+
 def wide_launch(config, kind, format_name="nvfp4"):
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 

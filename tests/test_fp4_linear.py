@@ -253,7 +253,7 @@ def test_choice_on_hopper_follows_the_number_of_rows():
         case = make_case(torch.bfloat16, m, 4160, 4096, "nvfp4", "fragments2t", **extra)
         return choose(HOPPER, case).implementation.name
 
-    assert [chosen(m) for m in (1, 3, 8, 64, 256)] == ["triton_diagonal"] * 2 + ["triton_few", "hopper", "hopper"]
+    assert [chosen(m) for m in (1, 3, 8, 64, 256)] == ["triton_diagonal"] * 2 + ["triton_stream", "hopper", "hopper"]
     assert chosen(4096) in ("hopper", "triton_dequantize")
     assert chosen(4096, activations="fp8") == "triton_fp8"
     old = Target("nvidia", "cuda", "sm_80", multiprocessors=108, features=frozenset({"triton", "bf16"}))
