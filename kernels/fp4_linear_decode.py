@@ -71,17 +71,21 @@ def _decode(kind: str, codes: str, scales: list[tuple[str, str]], name: str = "p
 
     ``scales``: (word, selector of ``prmt`` for its byte) for all four, or for the first two and the others.
     """
-    factor = 128 if kind == "half" else 16  # a scale byte, shifted and added to k, is the scale's bits
+    factor, bias = (128, 0x3000) if kind == "half" else (16, 0x7600)  # a scale byte times it, plus bias: the scale's bits
     text = [UNPACK_BODY.replace("$8", codes) + (TO_HALF if kind == "half" else "")]
     for number, (word, select) in enumerate(scales):
-        text.append(f"prmt.b32 t, {word}, 0, {select}; mad.lo.u32 s{number}, t, {factor}, k;")
+        if select.startswith("0x4") and kind != "bf16_sm80":  # one instruction: the multiplication takes halves
+            text.append(f"mov.b32 t, {factor << 8 * int(select[3]):#x}; mov.b32 u, {bias:#x}; dp4a.u32.u32 t, {word}, t, u;")
+            text.append(f"mov.b32 {{h, g}}, t; mov.b32 s{number}, {{h, h}};")
+        else:
+            text.append(f"prmt.b32 t, {word}, 0, {select}; mad.lo.u32 s{number}, t, {factor}, k;")
     text += [_MULTIPLY[kind].format(f"p{i}", f"s{i * len(scales) // 4}") for i in range(4)]
     return re.sub(r"\bp([0-3])\b", rf"{name}\1", "\n".join(text))
 
 
 def _opening(kind: str) -> str:
     bias = 0x30003000 if kind == "half" else 0x76007600
-    return f"{{ .reg .b32 t, u, n, k, e, s<2>, p<4>, q<4>; mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"
+    return f"{{ .reg .b16 h, g; .reg .b32 t, u, n, k, e, s<2>, p<4>, q<4>; mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"
 
 
 def word_assembly(kind: str) -> tuple[str, str, int]:

@@ -17,6 +17,7 @@ from vbcompile.kernels.fp4_linear_decode import UNPACK_BODY, call_assembly, stac
 from vbcompile.kernels.fp4_tiles import TO_HALF
 
 CHUNK = 128  # columns of eight products
+WAIT = gl.constexpr("griddepcontrol.wait; mov.b64 $0, $1;")
 _SMALL = "0x3C803C80"  # added to two magnitudes, carries into bit 15 of those of 256 and above
 _SHIFT = "0x7A807A80"  # 2**118, twice
 
@@ -122,7 +123,6 @@ def fp4_diagonal_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, steps, x_stride, column_tiles,
     ROWS: gl.constexpr, STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, WORDS: gl.constexpr,
     FACTOR: gl.constexpr, LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
-    WAIT: gl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias`` for up to ROWS rows of x; a block has 16 * STRIPS rows of the weight.
 
@@ -152,10 +152,8 @@ def fp4_diagonal_kernel(
     for _ in gl.static_range(COUNT):
         sums += (gl.zeros([32 * WARPS], gl.float32, LAYOUT),)
     codes = call_assembly(LOAD, (code_at, scale_at), (8 + ROWS) * STRIPS * UNROLL, True, False)
-    if WAIT:
-        x_at = gl.inline_asm_elementwise(
-            WAIT, "=l,l", [x_at], gl.int64, is_pure=False, pack=1
-        )
+    # weights may be read before the kernel ahead has ended, x may not
+    x_at = gl.inline_asm_elementwise(WAIT, "=l,l", [x_at], gl.int64, is_pure=False, pack=1)
     x = call_assembly(LOAD_X, (x_at,), 2 * ROWS * UNROLL, True, False)
     for _ in range(steps - 1):
         code_at += WARPS * UNROLL * 4096

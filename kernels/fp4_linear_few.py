@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_formats import fp4_format
@@ -87,6 +88,27 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     while unroll > 1 and k // TILE < unroll * warps:
         unroll //= 2
     return FewConfig(together, warps, unroll, _REGISTERS)
+
+
+_multiplied: dict[int, tuple[StorageWeakRef, tuple[int, int]]] = {}  # while the reference lives, so does the key
+
+
+def _may_overlap(codes: Tensor, block_scales: Tensor) -> bool:
+    """Whether the kernel ahead cannot be the one that wrote these weights: they have been multiplied with, unchanged.
+
+    A kernel that is launched early reads weights while the one ahead of it ends, so a weight that is new or was written
+    to wants another kernel in between.
+    """
+    if codes.is_inference() or block_scales.is_inference():
+        return False  # these do not count their versions
+    storage, versions = codes.untyped_storage(), (codes._version, block_scales._version)
+    known = _multiplied.get(storage._cdata)
+    if known is not None and known[1] == versions:
+        return True
+    for key in [key for key, (reference, _) in _multiplied.items() if reference.expired()]:
+        del _multiplied[key]
+    _multiplied[storage._cdata] = (StorageWeakRef(storage), versions)
+    return False
 
 
 def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
@@ -198,7 +220,7 @@ def diagonal_options(dtype: torch.dtype, m: int, format_name: str, config: FewCo
     registers = {"maxnreg": config.registers} if config.registers else {}
     return {
         "ROWS": rows, "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "WORDS": scale_words,
-        "FACTOR": 16.0 if half else 0.25, "WAIT": "", "num_warps": config.warps,
+        "FACTOR": 16.0 if half else 0.25, "num_warps": config.warps, "launch_pdl": True,
     } | registers | _diagonal_assembly(kind, rows, config.strips, config.unroll, scale_words)  # fmt: skip
 
 
@@ -215,6 +237,8 @@ def product_diagonal(
     m, n = rows.shape[0], row_scale.shape[0]
     config = config or diagonal_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if not _may_overlap(codes, block_scales):
+        out.zero_()  # a kernel in between
     steps = k // (CHUNK * config.warps * config.unroll)
     fp4_diagonal_kernel[(-(-n // (16 * config.strips)),)](
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, steps, rows.stride(0),
@@ -231,7 +255,7 @@ def stream_options(dtype: torch.dtype, m: int, format_name: str, config: StreamC
     return {
         "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words,
         "LOAD": assembly["LOAD"], "MULTIPLY": assembly["MULTIPLY"], "num_warps": config.warps,
-        "maxnreg": config.registers,
+        "maxnreg": config.registers, "launch_pdl": True,
     }  # fmt: skip
 
 
@@ -250,6 +274,8 @@ def product_stream(
     config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)
     options = stream_options(x.dtype, m, format_name, config)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if not _may_overlap(codes, block_scales):
+        out.zero_()  # a kernel in between
     tiles, chunks = -(-n // (16 * config.strips * config.warps)), k // CHUNK
     programs = min(tiles * chunks, (target.multiprocessors or 132) * config.blocks)
     size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps

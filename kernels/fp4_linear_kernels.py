@@ -49,8 +49,10 @@ def fp4_product_kernel(
         counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
             total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
-            for part in range(splits):
-                total += tl.load(partial_ptr + part * size + out_at, mask=keep, other=0.0, cache_modifier=".cg")
+            for part in range(0, splits, 4):
+                for i in tl.static_range(4):  # loads of four parts at a time
+                    at = partial_ptr + (part + i) * size + out_at
+                    total += tl.load(at, mask=keep & (part + i < splits), other=0.0, cache_modifier=".cg")
             _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIAS)
             tl.store(counter, 0)
     else:

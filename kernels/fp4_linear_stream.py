@@ -14,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from vbcompile.kernels.fp4_linear_decode import call_assembly
 
+WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+
 
 @gluon.jit
 def _first_step(program, total):
@@ -126,10 +128,6 @@ def fp4_stream_kernel(
     x_smem = gl.allocate_shared_memory(gl.int32, [4, 256 * BLOCKS], SHARED)
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
     warp, lane = thread // 32, thread % 32
-    # (block of eight rows of x, half of 64 columns, row, thread of a quad, word)
-    word = gl.arange(0, 256 * BLOCKS, layout=LAYOUT)
-    x_row = gl.minimum(word // 256 * 8 + word // 16 % 8, m - 1)
-    x_at = x_ptr + x_row.to(gl.int64) * x_stride + (word // 128 % 2 * 16 + word % 4 * 4 + word // 4 % 4)
     results = (row_scale_ptr, bias_ptr, out_ptr, m, n)
     strips = gl.cdiv(n, 16)
     program = gl.program_id(0)
@@ -144,6 +142,12 @@ def fp4_stream_kernel(
         sums += (gl.zeros([32 * WARPS], gl.float32, LAYOUT),)
     strip = (block * WARPS + warp) * STRIPS
     codes = _load(codes_ptr, scales_ptr, strip, strips, chunk, True, column_tiles, lane, LOAD, LOADED, WORDS)
+    # (block of eight rows of x, half of 64 columns, row, thread of a quad, word)
+    word = gl.arange(0, 256 * BLOCKS, layout=LAYOUT)
+    # weights may be read before the kernel ahead has ended, x may not
+    word = gl.inline_asm_elementwise(WAIT, "=r,r", [word], gl.int32, is_pure=False, pack=1)
+    x_row = gl.minimum(word // 256 * 8 + word // 16 % 8, m - 1)
+    x_at = x_ptr + x_row.to(gl.int64) * x_stride + (word // 128 % 2 * 16 + word % 4 * 4 + word // 4 % 4)
     _copy_x(x_smem, 0, x_at, chunk)
     buffer = gl.to_tensor(0)
     for step in range(first, end):
@@ -183,11 +187,17 @@ def fp4_stream_kernel(
                     for i in gl.static_range(COUNT):
                         at = partial_ptr + (place.to(gl.int64) * COUNT + i) * (32 * WARPS) + thread
                         added += (gl.load(at, cache_modifier=".cg"),)
-                    for other in range(owner + 1, last + 1):
+                    for other in range(owner + 1, last + 1, 4):
                         longer = ()
                         for i in gl.static_range(COUNT):
                             at = partial_ptr + (2 * other.to(gl.int64) * COUNT + i) * (32 * WARPS) + thread
-                            longer += (added[i] + gl.load(at, cache_modifier=".cg"),)
+                            more_sums = added[i]
+                            for j in gl.static_range(4):  # loads of four parts at a time
+                                more_sums += gl.load(
+                                    at + j * (2 * COUNT * 32 * WARPS), mask=(thread >= 0) & (other + j <= last), other=0.0,
+                                    cache_modifier=".cg",
+                                )  # fmt: skip
+                            longer += (more_sums,)
                         added = longer
                     _finish(added, results, strip, lane, STRIPS, BLOCKS, BIAS)
                     gl.store(arrived_ptr + block, 0)

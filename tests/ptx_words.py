@@ -39,6 +39,10 @@ def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
     return picked
 
 
+def add_products_of_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    return sum(((a >> np.uint32(i)) & np.uint32(255)) * ((b >> np.uint32(i)) & np.uint32(255)) for i in (0, 8, 16, 24)) + c
+
+
 def larger_magnitudes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of pairs of 16-bit floats: the larger magnitude, with the sign of the product. NaN is not tried."""
     x, y = (v.view(np.uint16) for v in (a, b))
@@ -60,6 +64,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "prmt.b32": pick_bytes,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "add.u32": np.add,
+    "dp4a.u32.u32": add_products_of_bytes,
     "max.NaN.xorsign.abs.bf16x2": larger_magnitudes,
     "fma.rn.f32": multiply_add,
     **{f"mul.rn.{kind}": lambda a, b, kind=kind: multiply_halves(kind, a, b) for kind in TYPES},
