@@ -51,12 +51,14 @@ class Implementation:
         run: called with the operator's arguments.
         refuses: ``(target, case) -> reason`` or None where it can run; ``case`` None asks about the target alone.
         cost: ``(target, case) -> relative time``; the lowest that does not refuse is chosen, ties by registration.
+        options: keyword arguments that ``run`` takes beyond those; what it leaves out, the operator does afterwards.
     """
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[[Target, Any], str | None]
     cost: Callable[[Target, Any], float]
+    options: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
