@@ -27,7 +27,6 @@ def fp4_product_kernel(
     tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width: tl.constexpr = 64 * COLUMNS
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = tile * 64 * ROWS + tl.arange(0, 64 * ROWS)
     tiles = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * column_tiles
     code_at = codes_ptr + tiles * 512 + tl.arange(0, COLUMNS * 512)[None, :]
     per_tile: tl.constexpr = 4096 // BLOCK
@@ -43,31 +42,46 @@ def fp4_product_kernel(
         x = tl.load(x_at + step * width, mask=live & (columns < k - step * width)[None, :], other=0.0)
         weight = decode_tiles(words, scales, ROWS, COLUMNS, BLOCK, WIDE, HALF, ASM)
         total = tl.dot(weight.to(x.dtype), tl.trans(x), total, input_precision="ieee")
-    keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
-    out_at = rows_m.to(tl.int64)[None, :] * n + rows_n[:, None]
+    finish(
+        total, out_ptr, partial_ptr, arrived_ptr, row_scale_ptr, bias_ptr, tile, split, tile_m, splits, m, n,
+        SPLIT, BIAS, FUNCTION, GATED, 256.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    total, out_ptr, partial_ptr, arrived_ptr, row_scale_ptr, bias_ptr, tile, split, tile_m, splits, m, n,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of one program, FACTOR of them a product, or (SPLIT) add up those of all splits first."""
+    rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
+    rows_m = tile_m * total.shape[1] + tl.arange(0, total.shape[1])
     if SPLIT:
+        keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
+        sums_at = partial_ptr + rows_m.to(tl.int64)[None, :] * n + rows_n[:, None]
         size = tl.cast(m, tl.int64) * n
-        tl.store(partial_ptr + split * size + out_at, total, mask=keep)
+        tl.store(sums_at + split * size, total, mask=keep)
         tl.debug_barrier()
         counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
-            total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
+            total = tl.zeros_like(total)
             for part in range(splits):
-                total += tl.load(partial_ptr + part * size + out_at, mask=keep, other=0.0, cache_modifier=".cg")
-            _store(total, out_ptr, row_scale_ptr, bias_ptr, rows_n, rows_m, m, n, tile, BIAS, FUNCTION, GATED)
+                total += tl.load(sums_at + part * size, mask=keep, other=0.0, cache_modifier=".cg")
+            _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
             tl.store(counter, 0)
     else:
-        _store(total, out_ptr, row_scale_ptr, bias_ptr, rows_n, rows_m, m, n, tile, BIAS, FUNCTION, GATED)
+        _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
 
 
 @triton.jit
 def _store(
-    total, out_ptr, row_scale_ptr, bias_ptr, rows_n, rows_m, m, n, tile, BIAS: tl.constexpr, FUNCTION: tl.constexpr,
-    GATED: tl.constexpr,
+    total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS: tl.constexpr, FUNCTION: tl.constexpr,
+    GATED: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Scale the sums, add the bias in float32, apply the epilogue, round once and store."""
+    rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
     scale = tl.load(row_scale_ptr + rows_n, mask=rows_n < n, other=0.0)
-    total = total * (scale * 256.0)[:, None]
+    total = total * (scale * FACTOR)[:, None]
     if BIAS:
         total += tl.load(bias_ptr + rows_n, mask=rows_n < n, other=0.0).to(tl.float32)[:, None]
     width = n

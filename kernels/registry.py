@@ -31,7 +31,7 @@ _VENDORS = ("vendor_npu_attention", "vendor_npu_decode", "vendor_hpu_attention",
 _ATTENTION = tuple(f"vbcompile.kernels.{m}" for m in ("attention", "attention_sdpa", "attention_gpu", *_VENDORS))
 _FP4_LINEAR = tuple(
     f"vbcompile.kernels.{m}"
-    for m in ("fp4_linear", "fp4_linear_gpu", "fp4_linear_cpu", "vendor_npu_fp4", "vendor_hpu_fp4")
+    for m in ("fp4_linear", "fp4_linear_gpu", "fp4_native", "fp4_linear_cpu", "vendor_npu_fp4", "vendor_hpu_fp4")
 )
 MODULES = {
     "attention": _ATTENTION,

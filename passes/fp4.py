@@ -19,6 +19,7 @@ from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, make_case
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
+from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import refuse_weight
 from vbcompile.kernels.registry import Choice, operator
 from vbcompile.kernels.triton_target import refuses_triton
@@ -158,9 +159,16 @@ class _Fp4Pass:
         dtype, rows = self._dtype(site), _rows(site.x)
         n, k = reversed(weight.shape[-2:]) if site.transposed else weight.shape[-2:]
         format_name = adopted_format(weight) or self.config.fp4_format
-        key = PackKey(format_name, preferred_layout(self.context.target), site.transposed)
+        key = PackKey(format_name, self._layout(site, format_name), site.transposed)
         candidate = Candidate(site, key, dtype, rows, int(n), int(k))
         return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
+
+    def _layout(self, site: LinearSite | ExpertSite, format_name: str) -> str:
+        """Tiles, but for hardware that reads FP4 as it is; gradients are made from tiles."""
+        target, native = self.context.target, None
+        if isinstance(site, LinearSite) and not self.context.training:
+            native = native_layout(target, format_name, self.config.fp4_activations)
+        return native or preferred_layout(target)
 
     def _refuses(self, site: LinearSite | ExpertSite) -> str | None:
         """Why a site stays as it is, as far as that shows without reading the weight's data."""
@@ -251,8 +259,7 @@ class _Fp4Pass:
 
     def _supply(self, group: list[Candidate], packed: Packed, master: tuple[str, ...]) -> _Packing:
         """Placeholders for the tensors of a packed copy."""
-        if packed.linear.layout != "plain":
-            prepare(packed.linear.codes.device)
+        prepare(packed.linear.codes.device)
         nodes = tuple(c.site.weight for c in group)
         placeholders = tuple(
             self._placeholder(f"{nodes[0].name}_{part}", tensor)

@@ -37,7 +37,7 @@ def target(arch: str) -> Target:
 def product_launch(arch: str, m: int, dtype: torch.dtype, format_name: str = "nvfp4", epilogue: str = "none") -> Launch:
     """What a launch of the shipped configuration passes for the weight ``[N, K]``."""
     device = target(arch)
-    config = fp4_linear_triton.tile_config(device, m, N, K)
+    config = fp4_linear_triton.room_for(fp4_linear_triton.tile_config(device, m, N, K), epilogue)
     layout = fp4_linear_triton.preferred_layout(device)
     x, scales, row_scale = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.uint8), torch.empty(16)
     codes = counters = torch.empty(16, dtype=torch.int32)

@@ -270,14 +270,16 @@ def test_updates_are_packed_in_turns_again(able):
 
 # ------------------------------------------------------------------------------------------------------------------ GPU
 @pytest.mark.gpu
-@pytest.mark.parametrize("epilogue", AFTER)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("epilogue", "dtype"),
+    [("gelu", torch.bfloat16), ("gated_silu", torch.bfloat16), ("gated_gelu_tanh", torch.float16)],
+)
 @pytest.mark.parametrize("activations", ["same", "fp8"])
 def test_every_implementation_on_a_gpu(dtype, epilogue, activations):
     target = get_target("cuda")
     layout = fp4_linear_triton.preferred_layout(target)
     operator("fp4_linear").load()
-    for m, (n, k) in ((m, s) for m in (1, 7, 16, 27, 64, 130, 300) for s in ((1008, 2880), (80, 128), (4096, 4096))):
+    for m, (n, k) in ((m, s) for m in (1, 27, 64, 300) for s in ((1008, 2880), (80, 128))):
         w, gate, up = gated_weight(n, k, layout, device="cuda")
         x, bias = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
         if not is_gated(epilogue):
