@@ -4,9 +4,14 @@
 // The caller passes the 256 values of the scale byte, so one code path serves every format.
 
 #include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -18,9 +23,18 @@ namespace {
 
 constexpr int kGroup = 32;  // elements that are decoded together: two NVFP4 blocks, one MXFP4 block
 constexpr int64_t kRowsEach = 16;
+constexpr int64_t kLeastWork = 1 << 17;  // products that are worth another thread
 constexpr int64_t kAhead = 2048;  // bytes of codes to ask memory for in advance; addresses past the end do no harm
 alignas(64) constexpr float kE2M1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                                          -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+
+}  // namespace
+
+#if defined(__AVX512F__)
+#include "fp4_linear_cpu_avx512.h"
+#endif
+
+namespace {
 
 // Sixteen floats, and the same operations for each kind of vector: decode() takes 16 bytes of codes and gives the even
 // elements of a group of 32 and the odd ones; two_scales() is `a` in the first eight lanes and `b` in the others;
@@ -221,11 +235,49 @@ struct Row {
   }
 };
 
-// Sums of R rows of x with one row of the weight; rows of x hold `groups` groups in decoded order.
-template <int R>
-void dot_rows(const Weight& w, int64_t row, const float* x, int64_t groups, float* sums) {
+#if defined(__AVX512F__)
+
+constexpr int kStep = wide::kStep;  // x is arranged in steps of so many elements, zeros past the end
+constexpr int kTogether = 2;        // rows of the weight in one pass over x
+constexpr int position(int i) { return wide::position(i); }
+
+// One sum from the table of scale values: for scales that are NaN or have a sign.
+inline float dot_any(const Weight& w, int64_t row, const float* x) {
+  const uint8_t* codes = w.codes + row * w.padded_k / 2;
+  const uint8_t* scales = w.block_scales + row * w.padded_k / w.block;
+  float total = 0.f;
+  for (int64_t i = 0; i < w.padded_k; ++i) {
+    const float code = kE2M1[codes[i / 2] >> i % 2 * 4 & 15];
+    total += code * w.scale_values[scales[i / w.block]] * x[i / kStep * kStep + position(i % kStep)];
+  }
+  return total;
+}
+
+// sums[i][r] = row `row + i` of the weight times row `r` of x.
+template <int W, int R>
+void dot_rows(const Weight& w, int64_t row, const float* x, int64_t stride, float (*sums)[R]) {
+  const uint8_t* codes = w.codes + row * w.padded_k / 2;
+  const uint8_t* scales = w.block_scales + row * w.padded_k / w.block;
+  const auto run = w.block == wide::E4M3::kBlock ? wide::dot<wide::E4M3, W, R> : wide::dot<wide::E8M0, W, R>;
+  const bool ordinary = run(codes, scales, w.padded_k, x, stride, kAhead, sums);
+  for (int i = 0; i < W; ++i)
+    for (int r = 0; r < R; ++r) {
+      if (!ordinary) sums[i][r] = dot_any(w, row + i, x + r * stride);
+      sums[i][r] *= w.row_scale[row + i];
+    }
+}
+
+#else
+
+constexpr int kStep = kGroup;  // x is arranged in steps of so many elements, zeros past the end
+constexpr int kTogether = 1;   // rows of the weight in one pass over x
+constexpr int position(int i) { return i % 2 * (kGroup / 2) + i / 2; }  // even elements, then odd ones, as they decode
+
+// sums[0][r] = row `row` of the weight times row `r` of x.
+template <int W, int R>
+void dot_rows(const Weight& w, int64_t row, const float* x, int64_t stride, float (*sums)[R]) {
   const Row weight(w, row);
-  const int64_t whole = w.padded_k / kGroup, x_stride = groups * kGroup;
+  const int64_t whole = w.padded_k / kGroup, groups = stride / kGroup;
   Lanes even_sum[R], odd_sum[R];
   for (int r = 0; r < R; ++r) even_sum[r] = odd_sum[r] = zero();
   auto add = [&](int64_t g, Lanes scale, Lanes even, Lanes odd) {
@@ -237,7 +289,7 @@ void dot_rows(const Weight& w, int64_t row, const float* x, int64_t groups, floa
       even = multiply(even, scale);
       odd = multiply(odd, scale);
       for (int r = 0; r < R; ++r) {
-        const float* at = x + r * x_stride + g * kGroup;
+        const float* at = x + r * stride + g * kGroup;
         even_sum[r] = add_product(even_sum[r], even, load(at));
         odd_sum[r] = add_product(odd_sum[r], odd, load(at + kGroup / 2));
       }
@@ -257,7 +309,55 @@ void dot_rows(const Weight& w, int64_t row, const float* x, int64_t groups, floa
     const Lanes scale = g < whole ? weight.group(g, even, odd) : weight.half_group(g, even, odd);
     add(g, scale, even, odd);
   }
-  for (int r = 0; r < R; ++r) sums[r] = (sum(even_sum[r]) + sum(odd_sum[r])) * w.row_scale[row];
+  for (int r = 0; r < R; ++r) sums[0][r] = (sum(even_sum[r]) + sum(odd_sum[r])) * w.row_scale[row];
+}
+
+#endif
+
+// Rows `row` to `row + W` of the weight with all rows of x.
+template <int W, typename T>
+void product_rows(const Weight& w, int64_t row, const float* x, int64_t stride, const T* bias, T* y, int64_t m) {
+  auto some = [&]<int R>(int64_t first) {
+    float sums[W][R];
+    dot_rows<W, R>(w, row, x + first * stride, stride, sums);
+    for (int i = 0; i < W; ++i)
+      for (int r = 0; r < R; ++r)
+        y[(first + r) * w.n + row + i] = static_cast<T>(sums[i][r] + (bias ? static_cast<float>(bias[row + i]) : 0.f));
+  };
+  int64_t first = 0;
+  for (; first + 4 <= m; first += 4) some.template operator()<4>(first);
+  if (m - first >= 2) {
+    some.template operator()<2>(first);
+    first += 2;
+  }
+  if (first < m) some.template operator()<1>(first);
+}
+
+template <typename T>
+void product(const Weight& w, const T* x, const T* bias, T* y, int64_t m, int64_t k) {
+  const int64_t stride = (w.padded_k + kStep - 1) / kStep * kStep;
+  std::vector<float> buffer(m * stride + 16);
+  float* arranged = buffer.data() + (-(reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float)) & 15);
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t i = 0; i < k; i += kStep) {
+      const T* from = x + r * k + i;
+      float* to = arranged + r * stride + i;
+      if (k - i >= kStep) {
+        for (int e = 0; e < kStep; ++e) to[position(e)] = static_cast<float>(from[e]);
+      } else {
+        for (int64_t e = 0; e < k - i; ++e) to[position(static_cast<int>(e))] = static_cast<float>(from[e]);
+      }
+    }
+  // Each thread takes the next rows when it is done: cores are not all as fast, nor all free.
+  std::atomic<int64_t> next{0};
+  const int64_t useful = w.n * w.padded_k * m / kLeastWork + 1;
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), useful), 1, [&](int64_t, int64_t) {
+    for (int64_t row; (row = next.fetch_add(kRowsEach)) < w.n;) {
+      const int64_t end = std::min(row + kRowsEach, w.n);
+      for (; row + kTogether <= end; row += kTogether) product_rows<kTogether>(w, row, arranged, stride, bias, y, m);
+      for (; row < end; ++row) product_rows<1>(w, row, arranged, stride, bias, y, m);
+    }
+  });
 }
 
 inline uint16_t to_bfloat16(float value) {  // finite values, ties to even
@@ -296,34 +396,21 @@ void dequantize(const Weight& w, T* out, int64_t k) {
 
 extern "C" {
 
-// y [m, n] = x @ weight.T + bias. x has m rows of ceil(padded_k / 32) groups: its even columns, then its odd ones, zeros
-// past the end. bias may be null. All float32.
-void vblackwell_fp4_product(const float* x, const uint8_t* codes, const uint8_t* block_scales, const float* row_scale,
-                            const float* scale_values, const float* bias, float* y, int64_t m, int64_t n,
-                            int64_t padded_k, int64_t block) {
+// y [m, n] = x [m, k] @ weight.T + bias, summed in float32. x, bias and y are float32 (type 0), bfloat16 (1) or float16
+// (2); bias may be null. `block` is 16 for E4M3 scales and 32 for E8M0.
+void vblackwell_fp4_product(const void* x, const uint8_t* codes, const uint8_t* block_scales, const float* row_scale,
+                            const float* scale_values, const void* bias, void* y, int64_t type, int64_t m, int64_t n,
+                            int64_t k, int64_t padded_k, int64_t block) {
   const Weight w{codes, block_scales, row_scale, scale_values, n, padded_k, block};
-  const int64_t groups = (padded_k + kGroup - 1) / kGroup;
-  at::parallel_for(0, n, kRowsEach, [&](int64_t begin, int64_t end) {
-    float sums[4];
-    for (int64_t row = begin; row < end; ++row) {
-      const float add = bias ? bias[row] : 0.f;
-      for (int64_t i = 0; i < m;) {
-        const float* at = x + i * groups * kGroup;
-        int taken = 1;
-        if (m - i >= 4) {
-          dot_rows<4>(w, row, at, groups, sums);
-          taken = 4;
-        } else if (m - i >= 2) {
-          dot_rows<2>(w, row, at, groups, sums);
-          taken = 2;
-        } else {
-          dot_rows<1>(w, row, at, groups, sums);
-        }
-        for (int r = 0; r < taken; ++r) y[(i + r) * n + row] = sums[r] + add;
-        i += taken;
-      }
-    }
-  });
+  auto run = [&]<typename T>(T*) {
+    product(w, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), m, k);
+  };
+  if (type == 0)
+    run(static_cast<float*>(nullptr));
+  else if (type == 1)
+    run(static_cast<c10::BFloat16*>(nullptr));
+  else
+    run(static_cast<c10::Half*>(nullptr));
 }
 
 // out [n, k] = the weight in float32, or in bfloat16 where `half` is not zero.
