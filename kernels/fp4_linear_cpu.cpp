@@ -246,9 +246,11 @@ inline float dot_any(const Weight& w, int64_t row, const float* x) {
   const uint8_t* codes = w.codes + row * w.padded_k / 2;
   const uint8_t* scales = w.block_scales + row * w.padded_k / w.block;
   float total = 0.f;
-  for (int64_t i = 0; i < w.padded_k; ++i) {
-    const float code = kE2M1[codes[i / 2] >> i % 2 * 4 & 15];
-    total += code * w.scale_values[scales[i / w.block]] * x[i / kStep * kStep + position(i % kStep)];
+  for (int64_t first = 0; first < w.padded_k; first += w.block) {
+    float part = 0.f;
+    for (int64_t i = first; i < first + w.block; ++i)
+      part += kE2M1[codes[i / 2] >> i % 2 * 4 & 15] * x[i / kStep * kStep + position(i % kStep)];
+    total += part * w.scale_values[scales[first / w.block]];
   }
   return total;
 }
