@@ -8,6 +8,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -22,6 +23,7 @@
 namespace {
 
 constexpr int kGroup = 32;  // elements that are decoded together: two NVFP4 blocks, one MXFP4 block
+constexpr int kLanes = 16;  // elements that one vector operation takes
 constexpr int64_t kRowsEach = 16;
 constexpr int64_t kLeastWork = 1 << 17;  // products that are worth another thread
 constexpr int64_t kAhead = 2048;  // bytes of codes to ask memory for in advance; addresses past the end do no harm
@@ -238,18 +240,48 @@ struct Row {
 #if defined(__AVX512F__)
 
 constexpr int kStep = wide::kStep;  // x is arranged in steps of so many elements, zeros past the end
-constexpr int kTogether = 2;        // rows of the weight in one pass over x
+constexpr int kFew = 2, kMany = 4;  // rows of the weight in one pass over fewer than four rows of x, or more
 constexpr int position(int i) { return wide::position(i); }
 
-// One sum from the table of scale values: for scales that are NaN or have a sign.
-inline float dot_any(const Weight& w, int64_t row, const float* x) {
+#else
+
+constexpr int kStep = kGroup;
+constexpr int kFew = 1, kMany = 1;
+constexpr int position(int i) { return i % 2 * kLanes + i / 2; }  // even elements, then odd ones, as they decode
+
+#endif
+
+// Where the elements of a step are, of the first of R rows of x that are multiplied together: vectors of them in turn.
+template <int R>
+constexpr std::array<int, kStep> kPlaces = [] {
+  std::array<int, kStep> places{};
+  for (int i = 0; i < kStep; ++i) places[i] = position(i) / kLanes * kLanes * R + position(i) % kLanes;
+  return places;
+}();
+
+template <int R, typename T>
+void arrange(const T* x, int64_t k, float* to) {
+  for (int r = 0; r < R; ++r)
+    for (int64_t first = 0; first < k; first += kStep) {
+      const T* from = x + r * k + first;
+      float* step = to + first * R + r * kLanes;
+      const int count = static_cast<int>(std::min<int64_t>(kStep, k - first));
+      for (int i = 0; i < count; ++i) step[kPlaces<R>[i]] = static_cast<float>(from[i]);
+    }
+}
+
+#if defined(__AVX512F__)
+
+// One sum with row `r` of x from the table of scale values: for scales that are NaN or have a sign.
+template <int R>
+float dot_any(const Weight& w, int64_t row, const float* x, int r) {
   const uint8_t* codes = w.codes + row * w.padded_k / 2;
   const uint8_t* scales = w.block_scales + row * w.padded_k / w.block;
   float total = 0.f;
   for (int64_t first = 0; first < w.padded_k; first += w.block) {
     float part = 0.f;
     for (int64_t i = first; i < first + w.block; ++i)
-      part += kE2M1[codes[i / 2] >> i % 2 * 4 & 15] * x[i / kStep * kStep + position(i % kStep)];
+      part += kE2M1[codes[i / 2] >> i % 2 * 4 & 15] * x[i / kStep * kStep * R + kPlaces<R>[i % kStep] + r * kLanes];
     total += part * w.scale_values[scales[first / w.block]];
   }
   return total;
@@ -257,43 +289,39 @@ inline float dot_any(const Weight& w, int64_t row, const float* x) {
 
 // sums[i][r] = row `row + i` of the weight times row `r` of x.
 template <int W, int R>
-void dot_rows(const Weight& w, int64_t row, const float* x, int64_t stride, float (*sums)[R]) {
+void dot_rows(const Weight& w, int64_t row, const float* x, float (*sums)[R]) {
   const uint8_t* codes = w.codes + row * w.padded_k / 2;
   const uint8_t* scales = w.block_scales + row * w.padded_k / w.block;
   const auto run = w.block == wide::E4M3::kBlock ? wide::dot<wide::E4M3, W, R> : wide::dot<wide::E8M0, W, R>;
-  const bool ordinary = run(codes, scales, w.padded_k, x, stride, kAhead, sums);
+  const int64_t ahead = std::clamp(W * w.padded_k / 2, kAhead, 4 * kAhead);  // the next rows, or what the row has next
+  const bool ordinary = run(codes, scales, w.padded_k, x, ahead, sums);
   for (int i = 0; i < W; ++i)
     for (int r = 0; r < R; ++r) {
-      if (!ordinary) sums[i][r] = dot_any(w, row + i, x + r * stride);
+      if (!ordinary) sums[i][r] = dot_any<R>(w, row + i, x, r);
       sums[i][r] *= w.row_scale[row + i];
     }
 }
 
 #else
 
-constexpr int kStep = kGroup;  // x is arranged in steps of so many elements, zeros past the end
-constexpr int kTogether = 1;   // rows of the weight in one pass over x
-constexpr int position(int i) { return i % 2 * (kGroup / 2) + i / 2; }  // even elements, then odd ones, as they decode
-
 // sums[0][r] = row `row` of the weight times row `r` of x.
 template <int W, int R>
-void dot_rows(const Weight& w, int64_t row, const float* x, int64_t stride, float (*sums)[R]) {
+void dot_rows(const Weight& w, int64_t row, const float* x, float (*sums)[R]) {
   const Row weight(w, row);
-  const int64_t whole = w.padded_k / kGroup, groups = stride / kGroup;
+  const int64_t whole = w.padded_k / kGroup, groups = (w.padded_k + kGroup - 1) / kGroup;
   Lanes even_sum[R], odd_sum[R];
   for (int r = 0; r < R; ++r) even_sum[r] = odd_sum[r] = zero();
   auto add = [&](int64_t g, Lanes scale, Lanes even, Lanes odd) {
+    const float* at = x + g * kGroup * R;
     if constexpr (R == 1) {
-      const float* at = x + g * kGroup;
       Lanes& total = g % 2 ? odd_sum[0] : even_sum[0];
-      total = add_product(total, scale, add_product(multiply(even, load(at)), odd, load(at + kGroup / 2)));
+      total = add_product(total, scale, add_product(multiply(even, load(at)), odd, load(at + kLanes)));
     } else {
       even = multiply(even, scale);
       odd = multiply(odd, scale);
       for (int r = 0; r < R; ++r) {
-        const float* at = x + r * stride + g * kGroup;
-        even_sum[r] = add_product(even_sum[r], even, load(at));
-        odd_sum[r] = add_product(odd_sum[r], odd, load(at + kGroup / 2));
+        even_sum[r] = add_product(even_sum[r], even, load(at + r * kLanes));
+        odd_sum[r] = add_product(odd_sum[r], odd, load(at + (R + r) * kLanes));
       }
     }
   };
@@ -316,48 +344,48 @@ void dot_rows(const Weight& w, int64_t row, const float* x, int64_t stride, floa
 
 #endif
 
-// Rows `row` to `row + W` of the weight with all rows of x.
-template <int W, typename T>
-void product_rows(const Weight& w, int64_t row, const float* x, int64_t stride, const T* bias, T* y, int64_t m) {
-  auto some = [&]<int R>(int64_t first) {
-    float sums[W][R];
-    dot_rows<W, R>(w, row, x + first * stride, stride, sums);
-    for (int i = 0; i < W; ++i)
-      for (int r = 0; r < R; ++r)
-        y[(first + r) * w.n + row + i] = static_cast<T>(sums[i][r] + (bias ? static_cast<float>(bias[row + i]) : 0.f));
-  };
+// Calls run.operator()<R>(first) for rows `first` to `first + R` of x until all `m` are done.
+template <typename F>
+void in_parts(int64_t m, const F& run) {
   int64_t first = 0;
-  for (; first + 4 <= m; first += 4) some.template operator()<4>(first);
+  for (; first + 4 <= m; first += 4) run.template operator()<4>(first);
   if (m - first >= 2) {
-    some.template operator()<2>(first);
+    run.template operator()<2>(first);
     first += 2;
   }
-  if (first < m) some.template operator()<1>(first);
+  if (first < m) run.template operator()<1>(first);
+}
+
+// As many rows of the weight as make whole parts of W, from `row` to `end`, with all rows of x; gives the first row left.
+template <int W, typename T>
+int64_t product_rows(const Weight& w, int64_t row, int64_t end, const float* x, int64_t stride, const T* bias, T* y,
+                     int64_t m) {
+  for (; row + W <= end; row += W)
+    in_parts(m, [&]<int R>(int64_t first) {
+      float sums[W][R];
+      dot_rows<W, R>(w, row, x + first * stride, sums);
+      for (int i = 0; i < W; ++i)
+        for (int r = 0; r < R; ++r)
+          y[(first + r) * w.n + row + i] = static_cast<T>(sums[i][r] + (bias ? static_cast<float>(bias[row + i]) : 0.f));
+    });
+  return row;
 }
 
 template <typename T>
 void product(const Weight& w, const T* x, const T* bias, T* y, int64_t m, int64_t k) {
   const int64_t stride = (w.padded_k + kStep - 1) / kStep * kStep;
-  std::vector<float> buffer(m * stride + 16);
-  float* arranged = buffer.data() + (-(reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float)) & 15);
-  for (int64_t r = 0; r < m; ++r)
-    for (int64_t i = 0; i < k; i += kStep) {
-      const T* from = x + r * k + i;
-      float* to = arranged + r * stride + i;
-      if (k - i >= kStep) {
-        for (int e = 0; e < kStep; ++e) to[position(e)] = static_cast<float>(from[e]);
-      } else {
-        for (int64_t e = 0; e < k - i; ++e) to[position(static_cast<int>(e))] = static_cast<float>(from[e]);
-      }
-    }
+  std::vector<float> buffer(m * stride + kLanes);
+  float* arranged = buffer.data() + (-(reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float)) & (kLanes - 1));
+  in_parts(m, [&]<int R>(int64_t first) { arrange<R>(x + first * k, k, arranged + first * stride); });
   // Each thread takes the next rows when it is done: cores are not all as fast, nor all free.
   std::atomic<int64_t> next{0};
   const int64_t useful = w.n * w.padded_k * m / kLeastWork + 1;
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), useful), 1, [&](int64_t, int64_t) {
     for (int64_t row; (row = next.fetch_add(kRowsEach)) < w.n;) {
       const int64_t end = std::min(row + kRowsEach, w.n);
-      for (; row + kTogether <= end; row += kTogether) product_rows<kTogether>(w, row, arranged, stride, bias, y, m);
-      for (; row < end; ++row) product_rows<1>(w, row, arranged, stride, bias, y, m);
+      if (m >= 4) row = product_rows<kMany>(w, row, end, arranged, stride, bias, y, m);
+      row = product_rows<kFew>(w, row, end, arranged, stride, bias, y, m);
+      product_rows<1>(w, row, end, arranged, stride, bias, y, m);
     }
   });
 }

@@ -3,12 +3,11 @@
 // A vector of 64 bytes of codes is 16 words of eight codes: word `i` shifted right by four times `j` has code `8 i + j`
 // in its low bits, where a table look-up wants it. So 128 elements decode with eight look-ups and seven shifts. x is
 // arranged for that once: of each 128 elements those with `j` 0 first, then those with `j` 1. Scales go in after the sum
-// over `j`, since the eight codes of a word share theirs. The including file has the table kE2M1.
+// over `j`, since the eight codes of a word share theirs. The including file has kE2M1 and kLanes.
 
 namespace wide {
 
 constexpr int kStep = 256;  // elements of a row that are taken at once, whose scales are decoded together
-constexpr int kLanes = 16;
 
 // Where element `i` of a step of x is kept.
 constexpr int position(int i) { return i / 128 * 128 + i % 8 * kLanes + i % 128 / 8; }
@@ -34,8 +33,7 @@ struct E8M0 {
 // ordinary one (NaN, or with a sign), which decode() does not take. `ahead`: bytes of codes
 // to ask memory for in advance.
 template <typename Scale, int W, int R>
-bool dot(const uint8_t* codes, const uint8_t* scales, int64_t padded_k, const float* x, int64_t x_stride, int64_t ahead,
-         float (*sums)[R]) {
+bool dot(const uint8_t* codes, const uint8_t* scales, int64_t padded_k, const float* x, int64_t ahead, float (*sums)[R]) {
   constexpr int kEach = 128 / Scale::kBlock;  // scales of 128 elements
   const int64_t code_stride = padded_k / 2, scale_stride = padded_k / Scale::kBlock;
   const __m512 table = _mm512_load_ps(kE2M1);
@@ -49,7 +47,7 @@ bool dot(const uint8_t* codes, const uint8_t* scales, int64_t padded_k, const fl
   auto half = [&](const __m512i (&packed)[W], const __m512 (&scale)[W], const float* at) {
     __m512 parts[W][R];
     for (int r = 0; r < R; ++r) {
-      const __m512 first = _mm512_loadu_ps(at + r * x_stride);
+      const __m512 first = _mm512_loadu_ps(at + r * kLanes);
       for (int i = 0; i < W; ++i) parts[i][r] = _mm512_mul_ps(_mm512_permutexvar_ps(packed[i], table), first);
     }
 #pragma GCC unroll 8
@@ -57,7 +55,7 @@ bool dot(const uint8_t* codes, const uint8_t* scales, int64_t padded_k, const fl
       __m512 weight[W];
       for (int i = 0; i < W; ++i) weight[i] = _mm512_permutexvar_ps(_mm512_srli_epi32(packed[i], 4 * j), table);
       for (int r = 0; r < R; ++r) {
-        const __m512 value = _mm512_loadu_ps(at + r * x_stride + j * kLanes);
+        const __m512 value = _mm512_loadu_ps(at + (j * R + r) * kLanes);
         for (int i = 0; i < W; ++i) parts[i][r] = _mm512_fmadd_ps(weight[i], value, parts[i][r]);
       }
     }
@@ -80,12 +78,12 @@ bool dot(const uint8_t* codes, const uint8_t* scales, int64_t padded_k, const fl
       decoded[i] = Scale::decode(read);
       scale[i] = _mm512_permutexvar_ps(spread, decoded[i]);
     }
-    half(packed, scale, x + at);
+    half(packed, scale, x + at * R);
     for (int i = 0; i < W; ++i) {
       packed[i] = _mm512_loadu_si512(codes + i * code_stride + at / 2 + 64);
       scale[i] = _mm512_permutexvar_ps(_mm512_add_epi32(spread, _mm512_set1_epi32(kEach)), decoded[i]);
     }
-    half(packed, scale, x + at + kStep / 2);
+    half(packed, scale, x + (at + kStep / 2) * R);
   }
   if (at < padded_k) {
     const int64_t left = padded_k - at;
@@ -105,7 +103,7 @@ bool dot(const uint8_t* codes, const uint8_t* scales, int64_t padded_k, const fl
         packed[i] = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(of_codes >> 16 * h), from);
         scale[i] = _mm512_permutexvar_ps(_mm512_add_epi32(spread, _mm512_set1_epi32(h * kEach)), decoded[i]);
       }
-      half(packed, scale, x + at + h * kStep / 2);
+      half(packed, scale, x + (at + h * kStep / 2) * R);
     }
   }
   for (int i = 0; i < W; ++i)
