@@ -39,8 +39,8 @@ alignas(64) constexpr float kE2M1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.
 namespace {
 
 // Sixteen floats, and the same operations for each kind of vector: decode() takes 16 bytes of codes and gives the even
-// elements of a group of 32 and the odd ones; two_scales() is `a` in the first eight lanes and `b` in the others;
-// interleave() puts even and odd elements back in order.
+// elements of a group of 32 and the odd ones (AVX2: those of even bytes and those of odd ones); two_scales() is `a` in
+// the first eight lanes and `b` in the others; interleave() puts elements back in order.
 #if defined(__AVX512F__)
 
 struct Lanes {
@@ -75,16 +75,20 @@ struct Lanes {
 };
 inline Lanes zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
 inline Lanes load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
-inline __m256 look_up(__m256i codes) {
-  const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_load_ps(kE2M1), codes);  // takes the low three bits
-  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
-  return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(sign));
-}
-inline void decode(const uint8_t* p, Lanes& even, Lanes& odd) {
+inline void decode(const uint8_t* p, Lanes& first, Lanes& second) {
+  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0,
+                                                                64, -128, -64));
+  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64,
+                                                                 -64, -64, -64));
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i shifted = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  const __m256i codes = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+  // the upper half of each float, in two bytes
+  const __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
+  const __m256i halves[2] = {_mm256_unpacklo_epi8(lows, highs), _mm256_unpackhi_epi8(lows, highs)};
   for (int i = 0; i < 2; ++i) {
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i)));
-    even.v[i] = look_up(bytes);
-    odd.v[i] = look_up(_mm256_srli_epi32(bytes, 4));
+    first.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(halves[i], 16));
+    second.v[i] = _mm256_castsi256_ps(_mm256_and_si256(halves[i], _mm256_set1_epi32(-65536)));
   }
 }
 inline Lanes two_scales(const float* a, const float* b) { return {{_mm256_broadcast_ss(a), _mm256_broadcast_ss(b)}}; }
@@ -102,13 +106,19 @@ inline float sum(Lanes a) {
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
-inline void interleave(Lanes even, Lanes odd, float* p) {
+inline void interleave(Lanes first, Lanes second, float* p) {
   for (int i = 0; i < 2; ++i) {
-    const __m256 low = _mm256_unpacklo_ps(even.v[i], odd.v[i]), high = _mm256_unpackhi_ps(even.v[i], odd.v[i]);
-    _mm256_storeu_ps(p + 16 * i, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(p + 16 * i + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    const __m256 even = _mm256_permute2f128_ps(first.v[i], second.v[i], 0x20);
+    const __m256 odd = _mm256_permute2f128_ps(first.v[i], second.v[i], 0x31);
+    const __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(even, odd));   // bytes 0, 2 and 1, 3
+    const __m256d high = _mm256_castps_pd(_mm256_unpackhi_ps(even, odd));  // bytes 4, 6 and 5, 7
+    _mm256_storeu_ps(p + 16 * i, _mm256_castpd_ps(_mm256_permute4x64_pd(low, 0xD8)));
+    _mm256_storeu_ps(p + 16 * i + 8, _mm256_castpd_ps(_mm256_permute4x64_pd(high, 0xD8)));
   }
 }
+// Where decode() puts element `i` of a group: `first` has the even bytes, of each eight their low codes and then their
+// high ones.
+constexpr int position(int i) { return i / 2 % 2 * kLanes + i / 16 * 8 + i % 2 * 4 + i / 4 % 4; }
 
 #elif defined(__ARM_NEON)
 
@@ -154,6 +164,7 @@ inline float sum(Lanes a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]
 inline void interleave(Lanes even, Lanes odd, float* p) {
   for (int i = 0; i < 4; ++i) vst2q_f32(p + 8 * i, (float32x4x2_t{{even.v[i], odd.v[i]}}));
 }
+constexpr int position(int i) { return i % 2 * kLanes + i / 2; }  // where decode() puts element `i` of a group
 
 #else
 
@@ -200,6 +211,7 @@ inline void interleave(Lanes even, Lanes odd, float* p) {
     p[2 * i + 1] = odd.v[i];
   }
 }
+constexpr int position(int i) { return i % 2 * kLanes + i / 2; }  // where decode() puts element `i` of a group
 
 #endif
 
@@ -247,7 +259,6 @@ constexpr int position(int i) { return wide::position(i); }
 
 constexpr int kStep = kGroup;
 constexpr int kFew = 1, kMany = 1;
-constexpr int position(int i) { return i % 2 * kLanes + i / 2; }  // even elements, then odd ones, as they decode
 
 #endif
 
