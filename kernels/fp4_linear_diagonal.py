@@ -13,7 +13,7 @@ it is below 256, else the weights are multiplied: the tensor cores keep subnorma
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from vbcompile.kernels.fp4_linear_decode import UNPACK_BODY, call_assembly, stack
+from vbcompile.kernels.fp4_linear_decode import UNPACK_BODY, activate, call_assembly, stack
 from vbcompile.kernels.fp4_tiles import TO_HALF
 
 CHUNK = 128  # columns of eight products
@@ -123,12 +123,13 @@ def fp4_diagonal_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, steps, x_stride, column_tiles,
     ROWS: gl.constexpr, STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, WORDS: gl.constexpr,
     FACTOR: gl.constexpr, LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
+    FUNCTION: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """``out = x @ weight.T * row_scale + bias`` for up to ROWS rows of x; a block has 16 * STRIPS rows of the weight.
+    """``out = epilogue(x @ weight.T * row_scale + bias)`` of up to ROWS rows of x and 16 * STRIPS of the weight.
 
     x ``[m, 128 * UNROLL * WARPS * steps]``, rows ``x_stride`` elements apart; codes ``[n tiles, column_tiles, 2048]``
     bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``; row_scale, bias
-    ``[n]``; out ``[m, n]``. FACTOR: what sums are multiplied with. LOAD, LOAD_X, MULTIPLY: assembly, constraints.
+    ``[n]``; out ``[m, n]``, or (GATED) ``[m, n / 2]``, after FUNCTION. FACTOR: what sums are multiplied with. LOAD, LOAD_X, MULTIPLY: assembly, constraints.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
@@ -168,19 +169,35 @@ def fp4_diagonal_kernel(
     KEPT: gl.constexpr = 2 if ROWS == 4 else 1
     total = gl.sum(gl.reshape(stack(sums, COUNT), [WARPS, 8, 4 // KEPT, KEPT, COUNT]), 2)
     total = gl.reshape(gl.sum(total, 0), [8 * KEPT, COUNT])
+    scaling = (row_scale_ptr, bias_ptr, n)
     END: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [WARPS, 1], [1, 0])
-    total = gl.convert_layout(total, END)
+    SIDES: gl.constexpr = COUNT // (2 * STRIPS)  # rows of x of a thread
     lane = gl.arange(0, 8 * KEPT, layout=gl.SliceLayout(1, END))[:, None]
-    entry = gl.arange(0, COUNT, layout=gl.SliceLayout(0, END))[None, :]
-    if ROWS == 1:
-        rows_n = strip * 16 + entry * 8 + lane
-        rows_m = entry * 0
+    if GATED:  # rows come in turns of eight: a thread's sums are of one row of the gate and of up
+        entry = gl.arange(0, COUNT // 2, layout=gl.SliceLayout(0, END))[None, :]
+        gate, up = gl.split(total.reshape([8 * KEPT, STRIPS, 2, SIDES]).permute((0, 1, 3, 2)))
+        gate = gl.convert_layout(gate.reshape([8 * KEPT, COUNT // 2]), END)
+        up = gl.convert_layout(up.reshape([8 * KEPT, COUNT // 2]), END)
+        rows_n = (strip + entry // SIDES) * 16 + lane // KEPT
+        known = rows_n < n
+        gate = _scaled(gate, rows_n, scaling, FACTOR, BIAS)
+        total = activate(gate, FUNCTION) * _scaled(up, rows_n + 8, scaling, FACTOR, BIAS)
+        columns, width = (strip + entry // SIDES) * 8 + lane // KEPT, n // 2
     else:
-        rows_n = strip * 16 + entry // 2 * 8 + lane // KEPT
-        rows_m = lane % KEPT * 2 + entry % 2
-    known = rows_n < n
-    total = total * (gl.load(row_scale_ptr + rows_n, mask=known, other=0.0) * FACTOR)
-    if BIAS:
-        total += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
-    out_at = out_ptr + rows_m.to(gl.int64) * n + rows_n
+        entry = gl.arange(0, COUNT, layout=gl.SliceLayout(0, END))[None, :]
+        columns, width = strip * 16 + entry // SIDES * 8 + lane // KEPT, n
+        known = columns < n
+        total = activate(_scaled(gl.convert_layout(total, END), columns, scaling, FACTOR, BIAS), FUNCTION)
+    rows_m = lane % KEPT * 2 + entry % SIDES
+    out_at = out_ptr + rows_m.to(gl.int64) * width + columns
     gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))
+
+
+@gluon.jit
+def _scaled(total, rows, scaling, FACTOR: gl.constexpr, BIAS: gl.constexpr):
+    """Sums times the rows' scales, and the bias, in float32."""
+    row_scale_ptr, bias_ptr, n = scaling
+    total = total * (gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0) * FACTOR)
+    if BIAS:
+        total += gl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(gl.float32)
+    return total

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_linear_triton import counters
@@ -164,8 +165,9 @@ def _assembly(
 
 
 def launch_options(
-    target: Target, dtype: torch.dtype, m: int, format_name: str, layout: str, config: FewConfig
-) -> dict[str, Any]:
+    target: Target, dtype: torch.dtype, m: int, format_name: str, layout: str, config: FewConfig,
+    epilogue: str = "none",
+) -> dict[str, Any]:  # fmt: skip
     """Constants and compiler options of a launch."""
     blocks = max(1, (1 << (m - 1).bit_length()) // 8)
     scale_words = 32 // fp4_format(format_name).block_size
@@ -175,15 +177,15 @@ def launch_options(
     registers = {"maxnreg": config.registers} if config.registers else {}
     return {
         "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "BLOCKS": blocks, "WORDS": scale_words,
-        "WIDE": wide, "num_warps": config.warps,
+        "WIDE": wide, "num_warps": config.warps, **epilogue_options(epilogue),
     } | registers | _assembly(kind, blocks, scale_words, wide, config.strips, config.unroll)  # fmt: skip
 
 
 def product_few(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: FewConfig | None = None,
+    layout: str, config: FewConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in a fragment layout of NVIDIA's."""
+    """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x; weight in a fragment layout of NVIDIA's."""
     from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
 
     rows = x.reshape(-1, k)
@@ -192,12 +194,13 @@ def product_few(
     m, n = rows.shape[0], row_scale.shape[0]
     target = get_target(x.device)
     config = config or few_config(target, 1 << (m - 1).bit_length(), n, k)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     fp4_decode_kernel[(-(-n // (16 * config.strips)),)](
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, k // TILE, rows.stride(0),
-        codes.shape[1], BIAS=bias is not None, **launch_options(target, x.dtype, m, format_name, layout, config),
+        codes.shape[1], BIAS=bias is not None,
+        **launch_options(target, x.dtype, m, format_name, layout, config, epilogue),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 @functools.lru_cache(maxsize=64)
@@ -213,7 +216,9 @@ def _diagonal_assembly(
     }
 
 
-def diagonal_options(dtype: torch.dtype, m: int, format_name: str, config: FewConfig) -> dict[str, Any]:
+def diagonal_options(
+    dtype: torch.dtype, m: int, format_name: str, config: FewConfig, epilogue: str = "none"
+) -> dict[str, Any]:
     """Constants and compiler options of a launch for up to four rows."""
     rows, half = 1 << (m - 1).bit_length(), dtype == torch.float16
     scale_words, kind = 32 // fp4_format(format_name).block_size, "half" if half else "bf16"
@@ -221,14 +226,15 @@ def diagonal_options(dtype: torch.dtype, m: int, format_name: str, config: FewCo
     return {
         "ROWS": rows, "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "WORDS": scale_words,
         "FACTOR": 16.0 if half else 0.25, "num_warps": config.warps, "launch_pdl": True,
+        **epilogue_options(epilogue),
     } | registers | _diagonal_assembly(kind, rows, config.strips, config.unroll, scale_words)  # fmt: skip
 
 
 def product_diagonal(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: FewConfig | None = None,
+    layout: str, config: FewConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias`` for up to four rows, ``[..., n]`` in the dtype of x; layout ``fragments2t``."""
+    """``epilogue(x [..., k] @ weight.T + bias)`` of up to four rows in the dtype of x; layout ``fragments2t``."""
     from vbcompile.kernels.fp4_linear_diagonal import fp4_diagonal_kernel
 
     rows = x.reshape(-1, k)
@@ -236,18 +242,20 @@ def product_diagonal(
         rows = rows.contiguous()
     m, n = rows.shape[0], row_scale.shape[0]
     config = config or diagonal_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     if not _may_overlap(codes, block_scales):
         out.zero_()  # a kernel in between
     steps = k // (CHUNK * config.warps * config.unroll)
     fp4_diagonal_kernel[(-(-n // (16 * config.strips)),)](
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, steps, rows.stride(0),
-        codes.shape[1], BIAS=bias is not None, **diagonal_options(x.dtype, m, format_name, config),
+        codes.shape[1], BIAS=bias is not None, **diagonal_options(x.dtype, m, format_name, config, epilogue),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
-def stream_options(dtype: torch.dtype, m: int, format_name: str, config: StreamConfig) -> dict[str, Any]:
+def stream_options(
+    dtype: torch.dtype, m: int, format_name: str, config: StreamConfig, epilogue: str = "none"
+) -> dict[str, Any]:
     """Constants and compiler options of a launch of the kernel that shares x among warps."""
     blocks, scale_words = max(1, (1 << (m - 1).bit_length()) // 8), 32 // fp4_format(format_name).block_size
     kind = "half" if dtype == torch.float16 else "bf16_sm90"
@@ -255,15 +263,15 @@ def stream_options(dtype: torch.dtype, m: int, format_name: str, config: StreamC
     return {
         "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words,
         "LOAD": assembly["LOAD"], "MULTIPLY": assembly["MULTIPLY"], "num_warps": config.warps,
-        "maxnreg": config.registers, "launch_pdl": True,
+        "maxnreg": config.registers, "launch_pdl": True, **epilogue_options(epilogue),
     }  # fmt: skip
 
 
 def product_stream(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: StreamConfig | None = None,
+    layout: str, config: StreamConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias`` for 5 to 32 rows, ``[..., n]`` in the dtype of x; layout ``fragments2t``."""
+    """``epilogue(x [..., k] @ weight.T + bias)`` of 5 to 32 rows in the dtype of x; layout ``fragments2t``."""
     from vbcompile.kernels.fp4_linear_stream import fp4_stream_kernel
 
     rows = x.reshape(-1, k)
@@ -272,8 +280,8 @@ def product_stream(
     m, n = rows.shape[0], row_scale.shape[0]
     target = get_target(x.device)
     config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)
-    options = stream_options(x.dtype, m, format_name, config)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    options = stream_options(x.dtype, m, format_name, config, epilogue)
+    out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     if not _may_overlap(codes, block_scales):
         out.zero_()  # a kernel in between
     tiles, chunks = -(-n // (16 * config.strips * config.warps)), k // CHUNK
@@ -285,4 +293,4 @@ def product_stream(
         counters(x.device, tiles), m, n, rows.stride(0) // 2, chunks, codes.shape[1], tiles * chunks,
         BIAS=bias is not None, **options,
     )  # fmt: skip
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], out.shape[1])

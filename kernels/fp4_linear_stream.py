@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from vbcompile.kernels.fp4_linear_decode import call_assembly
+from vbcompile.kernels.fp4_linear_decode import activate, call_assembly
 
 WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
 
@@ -87,37 +87,58 @@ def _weights(codes, PART: gl.constexpr, STRIPS: gl.constexpr, WORDS: gl.constexp
 
 
 @gluon.jit
+def _row_scale(scaling, row, BIAS: gl.constexpr):
+    """The factor of a row's sums, and its bias, in float32."""
+    row_scale_ptr, bias_ptr, n = scaling
+    scale = gl.load(row_scale_ptr + row, mask=row < n, other=0.0) * 256.0
+    bias = 0.0
+    if BIAS:
+        bias = gl.load(bias_ptr + row, mask=row < n, other=0.0).to(gl.float32)
+    return scale, bias
+
+
+@gluon.jit
 def _finish(
-    sums, results, strip, lane, STRIPS: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr,
+    sums, results, strip, lane, STRIPS: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, FUNCTION: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
-    """Scale the sums, add the bias in float32, round once and store."""
-    row_scale_ptr, bias_ptr, out_ptr, m, n = results
-    for part in gl.static_range(2 * STRIPS):
-        row = strip * 16 + part * 8 + lane // 4
-        scale = gl.load(row_scale_ptr + row, mask=row < n, other=0.0) * 256.0
-        if BIAS:
-            bias = gl.load(bias_ptr + row, mask=row < n, other=0.0).to(gl.float32)
+    """Scale the sums, add the bias in float32, apply the epilogue, round once and store.
+
+    GATED: rows come in turns of eight, so that a thread has the sums of one row of the gate and of up.
+    """
+    out_ptr, scaling, m, n = results
+    for i in gl.static_range(STRIPS):
+        row = (strip + i) * 16 + lane // 4
+        scale, bias = _row_scale(scaling, row, BIAS)
+        other_scale, other_bias = _row_scale(scaling, row + 8, BIAS)
         for block in gl.static_range(BLOCKS):
             for side in gl.static_range(2):
-                total = sums[part // 2 * 4 * BLOCKS + 4 * block + part % 2 * 2 + side] * scale
-                if BIAS:
-                    total += bias
-                column = 8 * block + lane % 4 * 2 + side
-                at = out_ptr + column.to(gl.int64) * n + row
-                gl.store(at, total.to(out_ptr.dtype.element_ty), mask=(row < n) & (column < m))
+                x_row = 8 * block + lane % 4 * 2 + side
+                first = sums[4 * (BLOCKS * i + block) + side] * scale + bias
+                second = sums[4 * (BLOCKS * i + block) + 2 + side] * other_scale + other_bias
+                if GATED:
+                    at = out_ptr + x_row.to(gl.int64) * (n // 2) + (strip + i) * 8 + lane // 4
+                    value = activate(first, FUNCTION) * second
+                    gl.store(at, value.to(out_ptr.dtype.element_ty), mask=(row < n) & (x_row < m))
+                else:
+                    at = out_ptr + x_row.to(gl.int64) * n + row
+                    first = activate(first, FUNCTION).to(out_ptr.dtype.element_ty)
+                    second = activate(second, FUNCTION).to(out_ptr.dtype.element_ty)
+                    gl.store(at, first, mask=(row < n) & (x_row < m))
+                    gl.store(at + 8, second, mask=(row + 8 < n) & (x_row < m))
 
 
 @gluon.jit(do_not_specialize=["m", "chunks", "column_tiles", "total"])
 def fp4_stream_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n, x_stride, chunks,
     column_tiles, total, STRIPS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, WORDS: gl.constexpr,
-    LOAD: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
+    LOAD: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """``out = x @ weight.T * row_scale + bias`` for up to 8 * BLOCKS rows of x.
+    """``out = epilogue(x @ weight.T * row_scale + bias)`` for up to 8 * BLOCKS rows of x.
 
     x pairs of 16-bit floats as int32 ``[m, 64 * chunks]``, rows ``x_stride`` words apart; codes ``[n tiles,
     column_tiles, 2048]`` bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``;
-    row_scale, bias ``[n]``; out ``[m, n]``; partial float32 ``[2 * programs, 4 * STRIPS * BLOCKS, 32 * WARPS]``;
+    row_scale, bias ``[n]``; out ``[m, n]``, or (GATED) ``[m, n / 2]``, after FUNCTION; partial float32 ``[2 * programs, 4 * STRIPS * BLOCKS, 32 * WARPS]``;
     arrived: a zero for each block of ``16 * STRIPS * WARPS`` rows of the weight, zero again afterwards; total: steps of
     128 columns of all blocks.
     """
@@ -128,7 +149,7 @@ def fp4_stream_kernel(
     x_smem = gl.allocate_shared_memory(gl.int32, [4, 256 * BLOCKS], SHARED)
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
     warp, lane = thread // 32, thread % 32
-    results = (row_scale_ptr, bias_ptr, out_ptr, m, n)
+    results = (out_ptr, (row_scale_ptr, bias_ptr, n), m, n)
     strips = gl.cdiv(n, 16)
     program = gl.program_id(0)
     first = _first_step(program, total)
@@ -171,7 +192,7 @@ def fp4_stream_kernel(
             sums = after
         if ends | (step + 1 == end):
             if whole & ends:
-                _finish(sums, results, strip, lane, STRIPS, BLOCKS, BIAS)
+                _finish(sums, results, strip, lane, STRIPS, BLOCKS, BIAS, FUNCTION, GATED)
             else:
                 own = partial_ptr + (slot.to(gl.int64) * COUNT) * (32 * WARPS) + thread
                 for i in gl.static_range(COUNT):
@@ -199,7 +220,7 @@ def fp4_stream_kernel(
                                 )  # fmt: skip
                             longer += (more_sums,)
                         added = longer
-                    _finish(added, results, strip, lane, STRIPS, BLOCKS, BIAS)
+                    _finish(added, results, strip, lane, STRIPS, BLOCKS, BIAS, FUNCTION, GATED)
                     gl.store(arrived_ptr + block, 0)
             none = ()
             for _ in gl.static_range(COUNT):
