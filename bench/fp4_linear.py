@@ -115,17 +115,17 @@ def table(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
             row |= {"of_floor": floor / row["fp4"], "speedup": row["bf16"] / row["fp4"]}
             rows.append(row)
             print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-        record.write("fp4_linear", _in_order(rows + _others(counts)))
+        record.write("fp4_linear", _in_order(rows + _others(formats, counts)))
     return rows
 
 
-def _others(counts: list[int]) -> list[dict[str, Any]]:
-    """Results of other counts of rows, of the same day, device and versions."""
+def _others(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
+    """Results of other formats and counts of rows, of the same day, device and versions."""
     path = record.folder() / "fp4_linear.json"
     content = json.loads(path.read_text()) if path.exists() else {"environment": None}
     if content["environment"] != record.environment():
         return []
-    return [row for row in content["rows"] if row["m"] not in counts]
+    return [row for row in content["rows"] if row["format"] not in formats or row["m"] not in counts]
 
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

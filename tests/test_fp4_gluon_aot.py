@@ -166,8 +166,8 @@ def test_epilogues_take_no_spills_and_leave_the_loop_alone(epilogue):
     assert with_it.spills == 0
     plain_loop = hot_loop(compile_launch(plain, "sm_90"), innermost=True)
     assert len(hot_loop(with_it, innermost=True)) <= len(plain_loop) + 4
-    config = fp4_linear_few.few_config(target("sm_90"), 1, N, K)
     for m in (1, 32):
+        config = fp4_linear_few.few_config(target("sm_90"), m, N, K)
         assert compile_launch(few_launch("sm_90", m, config, epilogue=epilogue), "sm_90").spills == 0
 
 
