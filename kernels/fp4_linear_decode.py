@@ -73,11 +73,15 @@ def _decode(kind: str, codes: str, scales: list[tuple[str, str]], name: str = "p
 
     ``scales``: (word, selector of ``prmt`` for its byte) for all four, or for the first two and the others.
     """
-    factor, bias = (128, 0x3000) if kind == "half" else (16, 0x7600)  # a scale byte times it, plus bias: the scale's bits
+    factor, bias = (
+        (128, 0x3000) if kind == "half" else (16, 0x7600)
+    )  # a scale byte times it, plus bias: the scale's bits
     text = [UNPACK_BODY.replace("$8", codes) + (TO_HALF if kind == "half" else "")]
     for number, (word, select) in enumerate(scales):
         if select.startswith("0x4") and kind != "bf16_sm80":  # one instruction: the multiplication takes halves
-            text.append(f"mov.b32 t, {factor << 8 * int(select[3]):#x}; mov.b32 u, {bias:#x}; dp4a.u32.u32 t, {word}, t, u;")
+            text.append(
+                f"mov.b32 t, {factor << 8 * int(select[3]):#x}; mov.b32 u, {bias:#x}; dp4a.u32.u32 t, {word}, t, u;"
+            )
             text.append(f"mov.b32 {{h, g}}, t; mov.b32 s{number}, {{h, h}};")
         else:
             text.append(f"prmt.b32 t, {word}, 0, {select}; mad.lo.u32 s{number}, t, {factor}, k;")

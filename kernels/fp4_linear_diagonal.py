@@ -129,7 +129,8 @@ def fp4_diagonal_kernel(
 
     x ``[m, 128 * UNROLL * WARPS * steps]``, rows ``x_stride`` elements apart; codes ``[n tiles, column_tiles, 2048]``
     bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``; row_scale, bias
-    ``[n]``; out ``[m, n]``, or (GATED) ``[m, n / 2]``, after FUNCTION. FACTOR: what sums are multiplied with. LOAD, LOAD_X, MULTIPLY: assembly, constraints.
+    ``[n]``; out ``[m, n]``, or (GATED) ``[m, n / 2]``, after FUNCTION. FACTOR: what sums are multiplied with. LOAD,
+    LOAD_X, MULTIPLY: assembly, constraints.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)

@@ -204,9 +204,7 @@ def product_few(
 
 
 @functools.lru_cache(maxsize=64)
-def _diagonal_assembly(
-    kind: str, rows: int, strips: int, unroll: int, scale_words: int
-) -> dict[str, tuple[str, str]]:
+def _diagonal_assembly(kind: str, rows: int, strips: int, unroll: int, scale_words: int) -> dict[str, tuple[str, str]]:
     from vbcompile.kernels import fp4_linear_diagonal as device
 
     return {

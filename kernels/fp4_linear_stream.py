@@ -87,6 +87,15 @@ def _weights(codes, PART: gl.constexpr, STRIPS: gl.constexpr, WORDS: gl.constexp
 
 
 @gluon.jit
+def _add_four(total, at, STEP: gl.constexpr, more):
+    """Add one part of a sum and up to ``more`` others; four loads are under way at a time."""
+    for i in gl.static_range(4):
+        there = gl.full(at.shape, i, gl.int32, at.type.layout) <= more
+        total += gl.load(at + i * STEP, mask=there, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@gluon.jit
 def _row_scale(scaling, row, BIAS: gl.constexpr):
     """The factor of a row's sums, and its bias, in float32."""
     row_scale_ptr, bias_ptr, n = scaling
@@ -138,9 +147,9 @@ def fp4_stream_kernel(
 
     x pairs of 16-bit floats as int32 ``[m, 64 * chunks]``, rows ``x_stride`` words apart; codes ``[n tiles,
     column_tiles, 2048]`` bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``;
-    row_scale, bias ``[n]``; out ``[m, n]``, or (GATED) ``[m, n / 2]``, after FUNCTION; partial float32 ``[2 * programs, 4 * STRIPS * BLOCKS, 32 * WARPS]``;
-    arrived: a zero for each block of ``16 * STRIPS * WARPS`` rows of the weight, zero again afterwards; total: steps of
-    128 columns of all blocks.
+    row_scale, bias ``[n]``; out ``[m, n]``, or (GATED) ``[m, n / 2]``, after FUNCTION; partial float32 ``[2 * programs,
+    4 * STRIPS * BLOCKS, 32 * WARPS]``; arrived: a zero for each block of ``16 * STRIPS * WARPS`` rows of the weight,
+    zero again afterwards; total: steps of 128 columns of all blocks.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -208,17 +217,12 @@ def fp4_stream_kernel(
                     for i in gl.static_range(COUNT):
                         at = partial_ptr + (place.to(gl.int64) * COUNT + i) * (32 * WARPS) + thread
                         added += (gl.load(at, cache_modifier=".cg"),)
+                    parts = partial_ptr + 2 * owner.to(gl.int64) * COUNT * (32 * WARPS) + thread
                     for other in range(owner + 1, last + 1, 4):
                         longer = ()
                         for i in gl.static_range(COUNT):
-                            at = partial_ptr + (2 * other.to(gl.int64) * COUNT + i) * (32 * WARPS) + thread
-                            more_sums = added[i]
-                            for j in gl.static_range(4):  # loads of four parts at a time
-                                more_sums += gl.load(
-                                    at + j * (2 * COUNT * 32 * WARPS), mask=(thread >= 0) & (other + j <= last), other=0.0,
-                                    cache_modifier=".cg",
-                                )  # fmt: skip
-                            longer += (more_sums,)
+                            at = parts + (2 * COUNT * (other - owner) + i) * (32 * WARPS)
+                            longer += (_add_four(added[i], at, 2 * COUNT * 32 * WARPS, last - other),)
                         added = longer
                     _finish(added, results, strip, lane, STRIPS, BLOCKS, BIAS, FUNCTION, GATED)
                     gl.store(arrived_ptr + block, 0)

@@ -40,7 +40,9 @@ def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
 
 
 def add_products_of_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    return sum(((a >> np.uint32(i)) & np.uint32(255)) * ((b >> np.uint32(i)) & np.uint32(255)) for i in (0, 8, 16, 24)) + c
+    for place in map(np.uint32, (0, 8, 16, 24)):
+        c = c + ((a >> place) & np.uint32(255)) * ((b >> place) & np.uint32(255))
+    return c
 
 
 def larger_magnitudes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
