@@ -269,7 +269,7 @@ def _finish(
     total = total * (gl.load(row_scale_ptr + rows_n, mask=known, other=0.0) * 256.0)
     if BIAS:
         total += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
-    total = activate(total, FUNCTION)
+    total = activate(total, FUNCTION, "ptx")
     out_at = out_ptr + rows_m.to(gl.int64) * n + rows_n
     gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))
 
@@ -296,6 +296,6 @@ def _finish_gated(
     if BIAS:
         gate += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
         up += gl.load(bias_ptr + rows_n + 8, mask=known, other=0.0).to(gl.float32)
-    total = activate(gate, FUNCTION) * up
+    total = activate(gate, FUNCTION, "ptx") * up
     out_at = out_ptr + rows_m.to(gl.int64) * (n // 2) + first_row // 2 + part // BLOCKS * 8 + lane // 4
     gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))
