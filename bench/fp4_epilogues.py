@@ -2,8 +2,8 @@
 
     python bench/fp4_epilogues.py [--rows 1 16 64 256 2048]
 
-The weight is Llama-3-8B's gate and up, 28672 x 4096, in NVFP4. Medians of CUDA-graph replays that go round copies of the
-weight; the ways take turns, because the card throttles. Each is first compared with float64.
+The weight is Llama-3-8B's gate and up, 28672 x 4096, in NVFP4. Medians of CUDA-graph replays that go round copies of
+the weight; the ways take turns, because the card throttles. Each is compared with float64 as well.
 """
 
 import argparse
