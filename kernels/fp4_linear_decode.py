@@ -17,13 +17,19 @@ from triton.experimental.gluon import language as gl
 from vbcompile.kernels import fp4_epilogue_kernels
 from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
-activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
+_activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
 _UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
     "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
     "bf16_sm90": "mul.rn.bf16x2 {0}, {0}, {1};",
 }
+
+
+@gluon.jit
+def activate(x, FUNCTION: gl.constexpr):
+    """An activation of float32 ``x`` on its way to 16 bits."""
+    return _activate(x, FUNCTION, "ptx")
 
 
 def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]:
@@ -269,7 +275,7 @@ def _finish(
     total = total * (gl.load(row_scale_ptr + rows_n, mask=known, other=0.0) * 256.0)
     if BIAS:
         total += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
-    total = activate(total, FUNCTION, "ptx")
+    total = activate(total, FUNCTION)
     out_at = out_ptr + rows_m.to(gl.int64) * n + rows_n
     gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))
 
@@ -296,6 +302,6 @@ def _finish_gated(
     if BIAS:
         gate += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
         up += gl.load(bias_ptr + rows_n + 8, mask=known, other=0.0).to(gl.float32)
-    total = activate(gate, FUNCTION, "ptx") * up
+    total = activate(gate, FUNCTION) * up
     out_at = out_ptr + rows_m.to(gl.int64) * (n // 2) + first_row // 2 + part // BLOCKS * 8 + lane // 4
     gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))

@@ -44,15 +44,14 @@ def fp4_product_kernel(
         total = tl.dot(weight.to(x.dtype), tl.trans(x), total, input_precision="ieee")
     finish(
         total, out_ptr, partial_ptr, arrived_ptr, row_scale_ptr, bias_ptr, tile, split, tile_m, splits, m, n,
-        SPLIT, BIAS, FUNCTION, GATED, "ptx" if ASM > 0 else "quick", 256.0,
+        SPLIT, BIAS, FUNCTION, GATED, 256.0,
     )  # fmt: skip
 
 
 @triton.jit
 def finish(
     total, out_ptr, partial_ptr, arrived_ptr, row_scale_ptr, bias_ptr, tile, split, tile_m, splits, m, n,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, MODE: tl.constexpr,
-    FACTOR: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of one program, FACTOR of them a product, or (SPLIT) add up those of all splits first."""
     rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
@@ -68,16 +67,16 @@ def finish(
             total = tl.zeros_like(total)
             for part in range(splits):
                 total += tl.load(sums_at + part * size, mask=keep, other=0.0, cache_modifier=".cg")
-            _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, MODE, FACTOR)
+            _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
             tl.store(counter, 0)
     else:
-        _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, MODE, FACTOR)
+        _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
 
 
 @triton.jit
 def _store(
     total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS: tl.constexpr, FUNCTION: tl.constexpr,
-    GATED: tl.constexpr, MODE: tl.constexpr, FACTOR: tl.constexpr,
+    GATED: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Scale the sums, add the bias in float32, apply the epilogue, round once and store."""
     rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
@@ -88,10 +87,10 @@ def _store(
     width = n
     if GATED:
         width = n // 2
-        total = gate_rows(total, FUNCTION, MODE)
+        total = gate_rows(total, FUNCTION, "quick")
         rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
     else:
-        total = activate(total, FUNCTION, MODE)
+        total = activate(total, FUNCTION, "quick")
     keep = (rows_n < width)[:, None] & (rows_m < m)[None, :]
     out_at = rows_m.to(tl.int64)[None, :] * width + rows_n[:, None]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=keep)

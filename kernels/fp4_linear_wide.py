@@ -249,9 +249,9 @@ def _after(total, FUNCTION: gl.constexpr, GATED: gl.constexpr):
     if GATED:
         BLOCK_M: gl.constexpr = total.shape[1]
         gate, up = gl.split(total.reshape([4, 2, 8, BLOCK_M]).permute((0, 2, 3, 1)))
-        return (activate(gate, FUNCTION, "ptx") * up).reshape([32, BLOCK_M])
+        return (activate(gate, FUNCTION) * up).reshape([32, BLOCK_M])
     else:
-        return activate(total, FUNCTION, "ptx")
+        return activate(total, FUNCTION)
 
 
 @gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles", "tiles_m", "splits", "steps_each", "items"])

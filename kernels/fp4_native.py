@@ -129,12 +129,12 @@ def native_config(target: Target, m: int, n: int, k: int, rounded: bool) -> Tile
     return with_splits(config, target, m, n, -(-k // (config.columns * TILE)) * config.columns)
 
 
-def launch_options(target: Target, format_name: str, kind: str, config: TileConfig, epilogue: str) -> dict[str, Any]:
+def launch_options(format_name: str, kind: str, config: TileConfig, epilogue: str) -> dict[str, Any]:
     """Constants and compiler options of a launch; kind of x: ``e2m1``, ``bf16`` or ``fp16``."""
     return {
         "BLOCK_M": config.block_m, "BLOCK_N": config.rows * TILE, "BLOCK_K": config.columns * TILE,
         "BLOCK": fp4_format(format_name).block_size, "KIND": kind, "STAGES": config.stages, "num_warps": config.warps,
-        "MODE": "ptx" if target.vendor == "nvidia" else "quick", **epilogue_options(epilogue),
+        **epilogue_options(epilogue),
     }  # fmt: skip
 
 
@@ -162,8 +162,8 @@ def product(
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     left = round_rows(rows, format_name) if rounded else (rows, codes, row_scale)
-    m, n, target = rows.shape[0], row_scale.shape[0], get_target(x.device)
-    config = native_config(target, 1 << (m - 1).bit_length(), n, k, rounded)
+    m, n = rows.shape[0], row_scale.shape[0]
+    config = native_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k, rounded)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     steps = -(-k // (config.columns * TILE))
     steps_each = -(-steps // config.splits)
@@ -176,7 +176,7 @@ def product(
     fp4_native_kernel[grid](
         *left, codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial, arrived, m, n, k,
         rows.stride(0), steps_each, splits, SPLIT=splits > 1, BIAS=bias is not None,
-        **launch_options(target, format_name, "e2m1" if rounded else _KINDS[x.dtype], config, epilogue),
+        **launch_options(format_name, "e2m1" if rounded else _KINDS[x.dtype], config, epilogue),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])
 

@@ -16,7 +16,6 @@ def fp4_native_kernel(
     m, n, k, x_stride, steps_each, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr,
-    MODE: tl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * x_row * row_scale + bias)`` for BLOCK_M rows of x and BLOCK_N of the weight.
 
@@ -61,7 +60,7 @@ def fp4_native_kernel(
         total = total * tl.load(x_row_ptr + rows_m, mask=rows_m < m, other=0.0)[None, :]
     finish(
         total, out_ptr, partial_ptr, arrived_ptr, row_scale_ptr, bias_ptr, tile, split, tile_m, splits, m, n,
-        SPLIT, BIAS, FUNCTION, GATED, MODE, 1.0,
+        SPLIT, BIAS, FUNCTION, GATED, 1.0,
     )  # fmt: skip
 
 

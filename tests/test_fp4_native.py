@@ -43,7 +43,7 @@ def native_launch(arch, m, format_name, kind="e2m1", epilogue="none", n=N, k=K):
     x = words if kind == "e2m1" else out
     counters = torch.empty(16, dtype=torch.int32)
     arguments = (x, words, floats, words, words, floats, out, out, floats, counters, m + 1, n, k, k, 7, config.splits)
-    options = fp4_native.launch_options(catalog_target(arch), format_name, kind, config, epilogue)
+    options = fp4_native.launch_options(format_name, kind, config, epilogue)
     return Launch(fp4_native_kernel, arguments, {"SPLIT": config.splits > 1, "BIAS": True, **options})
 
 
