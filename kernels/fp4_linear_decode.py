@@ -17,19 +17,13 @@ from triton.experimental.gluon import language as gl
 from vbcompile.kernels import fp4_epilogue_kernels
 from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
-_activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
+activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
 _UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
     "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
     "bf16_sm90": "mul.rn.bf16x2 {0}, {0}, {1};",
 }
-
-
-@gluon.jit
-def activate(x, FUNCTION: gl.constexpr):
-    """An activation of float32 ``x`` on its way to 16 bits."""
-    return _activate(x, FUNCTION, "ptx")
 
 
 def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vbcompile.kernels.fp4_epilogue_kernels import activate, gate_rows
+from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
 
 
@@ -87,10 +87,10 @@ def _store(
     width = n
     if GATED:
         width = n // 2
-        total = gate_rows(total, FUNCTION, "quick")
+        total = gate_rows(total, FUNCTION)
         rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
     else:
-        total = activate(total, FUNCTION, "quick")
+        total = activation(total, FUNCTION, "quick")
     keep = (rows_n < width)[:, None] & (rows_m < m)[None, :]
     out_at = rows_m.to(tl.int64)[None, :] * width + rows_n[:, None]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=keep)
