@@ -10,10 +10,11 @@ which the next products take them from registers (FlashAttention-3, arXiv 2407.0
 
 One producer warp loads tiles by the tensor memory accelerator, a warpgroup per 64 keys computes. Order within one tile,
 tensor cores in brackets: [S], [dP] exponentials, [dV] dS, [dQ], [dK, S of the next tile] dQ to memory.
+
+With a score function P comes from the logits that it makes of S (``attention_hopper_weights``), and dS is multiplied by
+their slope. Its mask skips query tiles along a plan.
 """
 
-import triton
-import triton.language as tl
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,6 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vbcompile.kernels.attention_hopper_scores import offset_of, split_lead
+from vbcompile.kernels.attention_hopper_weights import place_queries, query_tiles, weigh_tile
+
 
 @builtin
 def add_to_global(descriptor, coordinates, source, _semantic=None):
@@ -36,16 +40,37 @@ def add_to_global(descriptor, coordinates, source, _semantic=None):
 
 
 @gluon.jit
-def visible_tiles(key_tile, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr):
-    """(first, end, number over all query heads) of the query tiles that see a key of this key tile.
+def visible_tiles(key_tile, head, sizes, program, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PLANNED: gl.constexpr):
+    """``query_tiles`` of a query head: those that see a key of this key tile.
 
     Never none: keys that no query sees get one tile, all masked. A loop that may be empty would define the
     accumulators outside the tensor cores, and the assembler would then wait after every single instruction of them.
     """
-    queries, per_key_head, offset = sizes[0], sizes[3], sizes[4]
-    end = gl.cdiv(queries, BLOCK_Q)
-    first = gl.minimum(gl.maximum(key_tile * BLOCK_K - offset, 0) // BLOCK_Q, end - 1)
-    return first, end, gl.maximum((end - first) * per_key_head, 1)
+    if PLANNED:
+        return query_tiles(key_tile, head, program)
+    else:
+        queries, offset = sizes[0], sizes[4]
+        end = gl.cdiv(queries, BLOCK_Q)
+        first = gl.minimum(gl.maximum(key_tile * BLOCK_K - offset, 0) // BLOCK_Q, end - 1)
+        nothing = gl.to_tensor(0)
+        return first, end, (nothing, nothing), (nothing, nothing)
+
+
+@gluon.jit
+def count_tiles(key_tile, head, sizes, program, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PLANNED: gl.constexpr):
+    """Query tiles of all query heads of a group, of which ``head`` is the first."""
+    per_key_head = sizes[3]
+    first, end, _clear, _sure = visible_tiles(key_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+    if PLANNED:
+        total = end - first
+        for member in range(1, per_key_head):
+            first, end, _clear, _sure = visible_tiles(
+                key_tile, head + member, sizes, program, BLOCK_Q, BLOCK_K, PLANNED
+            )
+            total += end - first
+    else:
+        total = (end - first) * per_key_head
+    return gl.maximum(total, 1)
 
 
 @gluon.jit
@@ -64,16 +89,32 @@ def place_block(sizes, BLOCK_K: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def produce(descriptors, buffers, barriers, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr):
+def produce(
+    descriptors,
+    buffers,
+    barriers,
+    tiles,
+    tile_steps,
+    sizes,
+    program,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP: gl.constexpr,
+    PLANNED: gl.constexpr,
+):
     """The producer warp. ``sizes`` = (queries, keys, key heads, query heads per key head, causal offset,
     batch * key heads)."""
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc = descriptors
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, t_desc = descriptors
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem = buffers
     q_full, q_empty, do_full, do_empty, kv_full = barriers
+    t_smem, t_full, t_empty = tiles
     _, _, k_heads, per_key_head, _, _ = sizes
     STAGES: gl.constexpr = q_smem.shape[0]
+    LINES: gl.constexpr = lse_smem.shape[1]
     key_tile, batch, k_head = place_block(sizes, BLOCK_K, GROUP)
-    first, end, total = visible_tiles(key_tile, sizes, BLOCK_Q, BLOCK_K)
+    first_head = (batch * k_heads + k_head) * per_key_head
+    total = count_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+    first, end, _clear, _sure = visible_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
     mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(k_desc, [batch, k_head, key_tile * BLOCK_K, 0], kv_full.index(0), k_smem)
     mbarrier.expect(kv_full.index(1), v_desc.block_type.nbytes)
@@ -88,15 +129,36 @@ def produce(descriptors, buffers, barriers, sizes, BLOCK_Q: gl.constexpr, BLOCK_
         mbarrier.wait(q_empty.index(slot), phase)
         mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        tma.async_copy_global_to_shared(lse_desc, [flat_head, row], q_full.index(slot), lse_smem.index(slot))
+        tma.async_copy_global_to_shared(lse_desc, [flat_head * LINES, row], q_full.index(slot), lse_smem.index(slot))
+        if t_desc is not None:
+            T_STAGES: gl.constexpr = t_smem.shape[0]
+            lead = split_lead(flat_head, program[4])
+            column_steps = (tile_steps[4], tile_steps[5], tile_steps[6], tile_steps[7])
+            t_row = offset_of(lead, tile_steps).to(gl.int32) + row
+            t_column = offset_of(lead, column_steps).to(gl.int32) + key_tile * BLOCK_K
+            t_slot = i % T_STAGES
+            mbarrier.wait(t_empty.index(t_slot), (i // T_STAGES & 1) ^ 1)
+            mbarrier.expect(t_full.index(t_slot), t_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(t_desc, [t_row, t_column], t_full.index(t_slot), t_smem.index(t_slot))
         mbarrier.wait(do_empty.index(slot), phase)
         mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(do_desc, [batch, q_head, row, 0], do_full.index(slot), do_smem.index(slot))
         tma.async_copy_global_to_shared(delta_desc, [flat_head, row], do_full.index(slot), delta_smem.index(slot))
         tile += 1
         if tile == end:
-            tile = first
             q_head += 1
+            if PLANNED:
+                following = gl.minimum(flat_head + 1, first_head + per_key_head - 1)
+                first, end, _clear, _sure = visible_tiles(
+                    key_tile, following, sizes, program, BLOCK_Q, BLOCK_K, PLANNED
+                )
+            tile = first
+
+
+@gluon.jit
+def stay_branch():
+    """Nothing, but the branch in which it stands remains one."""
+    gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -126,6 +188,8 @@ def compute(
     barriers,
     results,
     sizes,
+    tiles,
+    program,
     scale,
     scale_log2,
     padded_queries,
@@ -134,9 +198,19 @@ def compute(
     D: gl.constexpr,
     GROUP: gl.constexpr,
     LATE: gl.constexpr,
+    SCORED: gl.constexpr,
+    PLANNED: gl.constexpr,
+    TILED: gl.constexpr,
+    LOGITS: gl.constexpr,
+    GRADIENT: gl.constexpr,
+    BOUNDS: gl.constexpr,
+    MASK: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
-    """The computing warpgroups, 64 keys each."""
+    """The computing warpgroups, 64 keys each. SCORED: ``weigh_tile`` makes the weights, else they are causal or plain."""
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = buffers
+    t_smem, t_full, t_empty = tiles
+    UNBOUNDED: gl.constexpr = lse_smem.shape[1] == 2
     q_full, q_empty, do_full, do_empty, kv_full = barriers
     dq_desc, dk_desc, dv_desc = results
     _, keys, k_heads, per_key_head, offset, _ = sizes
@@ -149,10 +223,13 @@ def compute(
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], q_warps, [16, D // q_warps[1], 16])
     left: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
     key_tile, batch, k_head = place_block(sizes, BLOCK_K, GROUP)
-    first, end, total = visible_tiles(key_tile, sizes, BLOCK_Q, BLOCK_K)
     first_key = key_tile * BLOCK_K
+    first_head = (batch * k_heads + k_head) * per_key_head
+    total = count_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+    first, end, clear, sure = visible_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+    head = first_head
     tile = first
-    dq_row = ((batch * k_heads + k_head) * per_key_head) * padded_queries
+    dq_row = first_head * padded_queries
     k_tile = k_smem.reshape([BLOCK_K, D])
     v_tile = v_smem.reshape([BLOCK_K, D])
     zero_s = gl.full([BLOCK_K, BLOCK_Q], 0.0, gl.float32, s_layout)
@@ -171,16 +248,35 @@ def compute(
         s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         mbarrier.wait(do_full.index(slot), phase)
         dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        if not LATE:
+        if not LATE and not SCORED:
             lse = lse_smem.index(slot).load(s_layout)
         dk = warpgroup_mma_wait(2, [dk])  # of the last tile
         mbarrier.arrive(q_empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
         scores = warpgroup_mma_wait(1, [s])
-        if (first_row + offset < first_key + BLOCK_K - 1) | (first_key + BLOCK_K > keys):
-            scores = mask_transposed(scores, first_key, first_row, sizes)
-        if LATE:
-            lse = lse_smem.index(slot).load(s_layout)
-        p = gl.exp2(scores * scale_log2 - lse)
+        if SCORED:
+            place = place_queries(first_row, first_key, clear, sure, sizes, BLOCK_Q, BLOCK_K, PLANNED)
+            lse = lse_smem.index(slot).slice(0, 1).load(s_layout)
+            low = 0.0
+            if UNBOUNDED:
+                low = lse_smem.index(slot).slice(1, 1).load(s_layout)
+            t_tile = 0
+            if TILED > 0:
+                t_slot = i % t_smem.shape[0]
+                mbarrier.wait(t_full.index(t_slot), i // t_smem.shape[0] & 1)
+                t_tile = t_smem.index(t_slot).permute((1, 0))
+            p, sloped = weigh_tile(
+                scores, lse, low, t_tile, place, head, program, sizes,
+                TILED, LOGITS, GRADIENT, BOUNDS, MASK, ROWS, UNBOUNDED,
+            )  # fmt: skip
+            if TILED > 0:
+                mbarrier.arrive(t_empty.index(t_slot))
+        else:
+            if (first_row + offset < first_key + BLOCK_K - 1) | (first_key + BLOCK_K > keys):
+                scores = mask_transposed(scores, first_key, first_row, sizes)
+            if LATE:
+                lse = lse_smem.index(slot).load(s_layout)
+            p = gl.exp2(scores * scale_log2 - lse)
+            sloped = p
         weights = gl.convert_layout(p.to(dtype), left, assert_trivial=True)
         dv = warpgroup_mma(weights, do_tile, dv, is_async=True)
         if not LATE:
@@ -188,7 +284,11 @@ def compute(
         dp = warpgroup_mma_wait(1, [dp])
         if LATE:
             delta = delta_smem.index(slot).load(s_layout)
-        ds = (p * (dp - delta)).to(dtype)
+        ds = sloped * (dp - delta)
+        if SCORED:  # noqa: SIM102 - known at compile time, the place is not
+            if place[2] | place[3]:  # masked, whatever delta and the slope are
+                ds = gl.where(sloped == 0.0, 0.0, ds)
+        ds = ds.to(dtype)
         ds_smem.store(ds)
         fence_async_shared()
         gl.thread_barrier()
@@ -205,9 +305,19 @@ def compute(
         add_to_global(dq_desc, [dq_row + first_row, 0], dq_smem)
         tile += 1
         if tile == end:
+            head += 1
+            if PLANNED:
+                following = gl.minimum(head, first_head + per_key_head - 1)
+                first, end, clear, sure = visible_tiles(key_tile, following, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+            elif SCORED:
+                stay_branch()
             tile = first
             dq_row += padded_queries
     dk = warpgroup_mma_wait(0, [dk])
+    empty = program[7]
+    if empty is not None:
+        for member in range(per_key_head):
+            dv = gl.where(gl.load(empty + first_head + member) != 0, float("nan"), dv)
     v_tile.store(dv.to(dtype))
     k_tile.store((dk * scale).to(dtype))
     fence_async_shared()
@@ -228,8 +338,14 @@ def attention_backward(
     dq_desc,
     dk_desc,
     dv_desc,
+    t_desc,
+    captured,
+    plan,
+    empty,
     scale,
     scale_log2,
+    inner,
+    outer,
     queries,
     keys,
     k_heads,
@@ -237,24 +353,44 @@ def attention_backward(
     offset,
     heads,
     padded_queries,
+    lead_sizes,
+    captured_strides,
+    plan_strides,
+    tile_steps,
     STAGES: gl.constexpr,
+    T_STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     LATE: gl.constexpr,
+    SCORED: gl.constexpr,
+    TILED: gl.constexpr,
+    LOGITS: gl.constexpr,
+    GRADIENT: gl.constexpr,
+    BOUNDS: gl.constexpr,
+    MASK: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
     """q, dO ``[B, H, Q, D]`` in blocks ``[1, 1, BLOCK_Q, D]``; k, v, dK, dV ``[B, Hk, K, D]`` in blocks
     ``[1, 1, BLOCK_K, D]``; log2(e) lse and delta ``[B * H, padded Q]`` float32 in blocks ``[1, BLOCK_Q]``; dQ
     ``[B * H * padded Q, D]`` float32 in blocks ``[BLOCK_Q, D]``, unscaled. ``heads`` is B * Hk; ``padded Q`` a
-    multiple of 128; not causal means an offset beyond all keys."""
+    multiple of 128; not causal means an offset beyond all keys. ``scale``: the slope of the logits in the products, but
+    for GRADIENT.
+
+    SCORED: logits are ``outer * LOGITS(inner * q k, ...)`` or ``outer * q k`` where that is None; lse in blocks of one
+    or two lines and delta from ``prepare_scores``; ``plan``: see ``query_tiles``, or None; ``empty``: int32 ``[B * H]``,
+    1 for heads whose dV is NaN, or None; ``t_desc``, captured, sizes, strides and steps: as for the forward.
+    """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = k_desc.block_type.shape[3]
+    LINES: gl.constexpr = lse_desc.block_type.shape[0]
+    PLANNED: gl.constexpr = plan is not None
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, D], do_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, D], v_desc.layout)
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], lse_desc.layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, LINES, BLOCK_Q], lse_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], delta_desc.layout)
     ds_smem = gl.allocate_shared_memory(dtype, [BLOCK_K, BLOCK_Q], ds_layout)
     dq_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_Q, D], dq_desc.layout)
@@ -270,12 +406,22 @@ def attention_backward(
         mbarrier.init(do_empty.index(i), count=1)
     mbarrier.init(kv_full.index(0), count=1)
     mbarrier.init(kv_full.index(1), count=1)
+    tiles = (q_smem, q_full, q_empty)  # stands for nothing
+    if t_desc is not None:
+        t_smem = gl.allocate_shared_memory(t_desc.dtype, [T_STAGES, BLOCK_Q, BLOCK_K], t_desc.layout)
+        t_full = gl.allocate_shared_memory(gl.int64, [T_STAGES, 1], mbarrier.MBarrierLayout())
+        t_empty = gl.allocate_shared_memory(gl.int64, [T_STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(T_STAGES):
+            mbarrier.init(t_full.index(i), count=1)
+            mbarrier.init(t_empty.index(i), count=1)
+        tiles = (t_smem, t_full, t_empty)
     fence_async_shared()
+    program = (inner, outer, captured, captured_strides, lead_sizes, plan, plan_strides, empty)
     sizes = (queries, keys, k_heads, per_key_head, offset, heads)
     loaded = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem)
     buffers = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem)
     barriers = (q_full, q_empty, do_full, do_empty, kv_full)
-    descriptors = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)
+    descriptors = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, t_desc)
     results = (dq_desc, dk_desc, dv_desc)
     gl.warp_specialize(
         [
@@ -286,6 +432,8 @@ def attention_backward(
                     barriers,
                     results,
                     sizes,
+                    tiles,
+                    program,
                     scale,
                     scale_log2,
                     padded_queries,
@@ -294,78 +442,33 @@ def attention_backward(
                     D,
                     GROUP,
                     LATE,
+                    SCORED,
+                    PLANNED,
+                    TILED,
+                    LOGITS,
+                    GRADIENT,
+                    BOUNDS,
+                    MASK,
+                    ROWS,
                 ),
             ),
-            (produce, (descriptors, loaded, barriers, sizes, BLOCK_Q, BLOCK_K, GROUP)),
+            (
+                produce,
+                (
+                    descriptors,
+                    loaded,
+                    barriers,
+                    tiles,
+                    tile_steps,
+                    sizes,
+                    program,
+                    BLOCK_Q,
+                    BLOCK_K,
+                    GROUP,
+                    PLANNED,
+                ),
+            ),
         ],
         [1],
         [24],
     )
-
-
-@triton.jit(do_not_specialize=["queries", "padded_queries", "heads"])
-def prepare_backward(
-    out,
-    grad_out,
-    lse,
-    grad_lse,
-    lse_log2,
-    delta,
-    dq,
-    queries,
-    padded_queries,
-    heads,
-    out_batch,
-    out_head,
-    out_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    HAS_GRAD_LSE: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """log2(e) lse and delta = rowsum(dO * O) - d lse, ``[B * H, padded Q]``; zeros the float32 sum of dQ.
-
-    Rows past the end get lse = inf, so that their exponentials vanish.
-    """
-    head = tl.program_id(1).to(tl.int64)
-    batch = head // heads
-    inner = head - batch * heads
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, D)
-    real = rows < queries
-    o = tl.load(
-        out + batch * out_batch + inner * out_head + rows[:, None] * out_row + columns[None, :],
-        mask=real[:, None],
-        other=0.0,
-    ).to(tl.float32)
-    g = tl.load(
-        grad_out + batch * grad_batch + inner * grad_head + rows[:, None] * grad_row + columns[None, :],
-        mask=real[:, None],
-        other=0.0,
-    ).to(tl.float32)
-    value = tl.sum(o * g, 1)
-    if HAS_GRAD_LSE:
-        value -= tl.load(grad_lse + head * queries + rows, mask=real, other=0.0)
-    padded = head * padded_queries + rows
-    tl.store(delta + padded, value)
-    tl.store(
-        lse_log2 + padded, tl.load(lse + head * queries + rows, mask=real, other=float("inf")) * 1.4426950408889634
-    )
-    tl.store(dq + padded[:, None] * D + columns[None, :], tl.zeros([ROWS, D], tl.float32))
-
-
-@triton.jit(do_not_specialize=["queries", "padded_queries", "heads"])
-def finish_backward(
-    total, dq, scale, queries, padded_queries, heads, dq_batch, dq_head, dq_row, D: tl.constexpr, ROWS: tl.constexpr
-):
-    """dQ = scale * float32 sum, rounded once."""
-    head = tl.program_id(1).to(tl.int64)
-    batch = head // heads
-    inner = head - batch * heads
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, D)
-    value = tl.load(total + (head * padded_queries + rows)[:, None] * D + columns[None, :])
-    place = dq + batch * dq_batch + inner * dq_head + rows[:, None] * dq_row + columns[None, :]
-    tl.store(place, (value * scale).to(dq.dtype.element_ty), mask=rows[:, None] < queries)

@@ -50,24 +50,34 @@ class ScoreCall:
         """Whether heads that differ in their first leading index alone read the same part of that tensor."""
         return self.tile is not None and self.strides[self.program.tile or 0][LEAD_AXES - len(self.lead)] == 0
 
-    def plan(self, q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor | None, tuple[int, ...]]:
-        """The plan of tiles with its leading strides, or None where the program does not mask."""
+    def plan(
+        self, q: Tensor, k: Tensor, block_q: int, block_k: int, by_keys: bool = False
+    ) -> tuple[Tensor | None, tuple[int, ...]]:
+        """The plan of tiles with its leading strides, ``by_keys`` that of the backward; None where the program does not
+        mask."""
         if not self.planned:
             return None, (0,) * LEAD_AXES
         q, k = q.reshape(*self.lead, *q.shape[-2:]), k[:1, :1].reshape(*(1 for _ in self.lead), *k.shape[-2:])
         problem = problems.describe(q, k, k, self.originals, 1.0, 0.0, self.function)
-        return problem.tile_plan(q, TileConfig(block_q, block_k, 4, 1), self.program.exact)
+        return problem.tile_plan(q, TileConfig(block_q, block_k, 4, 1), self.program.exact, by_keys)
 
 
 def describe_call(
-    q: Tensor, k: Tensor, captured: Sequence[Tensor], lead: Sequence[int], scale: float, function: ScoreFunction
+    q: Tensor,
+    k: Tensor,
+    captured: Sequence[Tensor],
+    lead: Sequence[int],
+    scale: float,
+    function: ScoreFunction,
+    backward: bool = False,
 ) -> ScoreCall:
-    """Analyse a call that ``refuses_call`` takes; ``lead``: leading sizes of the canonical space."""
+    """Analyse a call that ``refuses_call`` takes; ``lead``: leading sizes of the canonical space; ``backward``: of the
+    backward."""
     patterns = tuple(map(CapturedPattern.of, captured))
     function = problems.with_padded_lead(function, len(lead))
     offset = _own_bound(function, q.shape[-2], k.shape[-2])
     masked = function.mask is not None and offset is None
-    program = compile_hopper(function, patterns, q.dtype == torch.bfloat16, masked, scale <= 0)
+    program = compile_hopper(function, patterns, q.dtype == torch.bfloat16, masked, scale <= 0, backward)
     return ScoreCall(
         program=program,
         causal_offset=offset,
@@ -119,5 +129,7 @@ def tile_operand(t: Tensor | None, block_k: int) -> tuple[Any, tuple[int, ...]]:
         t = t.contiguous()
         view = row_view(t, any_width=True)
         assert view is not None
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * t.element_size(), rank=2)
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=min(128, block_k * t.element_size()), element_bitwidth=8 * t.element_size(), rank=2
+    )
     return TensorDescriptor(t, [view.rows, view.columns], [view.pitch, 1], [64, block_k], layout), view.steps

@@ -32,6 +32,8 @@ class HopperProgram:
         offset: ``(*row context) -> what is the same for a whole row``; None for nothing.
         bounds: ``(*row context) -> first and end of the keys that a row sees``; None for all.
         mask: ``(score, *context) -> keep``, the part of the mask that ``bounds`` does not cover; None for all.
+        gradient: ``(score, upstream, *context) -> upstream * derivative of logits / outer`` for the backward; None where
+            the derivative is 1.
         rows: loads what belongs to rows or heads; None where nothing does. sink: ``(*row context) -> logit``, or None.
         tile: number of the captured tensor with rows and columns, or None; tiled: 1 where the logits read it, 2 where
             the mask alone does, else 0.
@@ -45,6 +47,7 @@ class HopperProgram:
     offset: Callable[..., Any] | None
     bounds: Callable[..., Any] | None
     mask: Callable[..., Any] | None
+    gradient: Callable[..., Any] | None
     rows: Callable[..., Any] | None
     sink: Callable[..., Any] | None
     tile: int | None
@@ -166,6 +169,7 @@ def compile_hopper(
     fast: bool,
     masked: bool,
     scaled: bool,
+    backward: bool = False,
 ) -> HopperProgram:
     """Compile a score function that ``refuses`` takes.
 
@@ -173,6 +177,7 @@ def compile_hopper(
         fast: tanh at the precision of bfloat16's products of queries and keys.
         masked: compile the mask; else the kernel's own causal bound covers it.
         scaled: logits are wanted scaled even where they are the scores alone.
+        backward: compile the gradient, too.
     """
     function = function if masked else replace(function, mask=None)
     function, inner, outer = peel(function)
@@ -183,6 +188,8 @@ def compile_hopper(
     writer = SourceWriter(function, patterns, fast)
     if scaled:
         writer.logits(lambda position: not _unbounded(function.program, patterns, position))
+    if backward and scaled:
+        writer.gradient()
     if exact:
         writer.bounds(exact)
     if opaque:
@@ -194,7 +201,7 @@ def compile_hopper(
     return HopperProgram(
         inner=inner if scaled else 1.0,
         outer=outer if scaled else outer * inner,
-        **{name: names.get(name) for name in ("logits", "offset", "bounds", "mask", "rows", "sink")},
+        **{name: names.get(name) for name in ("logits", "offset", "bounds", "mask", "gradient", "rows", "sink")},
         tile=tiles[0] if tiles else None,
         tiled=0 if not tiles else 1 if tiles[0] in function.captured(function.score) else 2,
         exact=is_exact,

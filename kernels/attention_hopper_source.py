@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from vbcompile.kernels.attention_tiles import Bound, Constraint, Interval, RangeEmitter, analyse_mask, linear_form
 from vbcompile.kernels.score_function import LEAVES, ScoreFunction
+from vbcompile.kernels.score_gradient import differentiate
 from vbcompile.kernels.score_triton import CapturedPattern, Emitter, compile_source, define
 
 MAX_LENGTH: Final = 1 << 21  # positions, their sums and differences are exact in float32
@@ -183,6 +184,17 @@ class SourceWriter:
         self.source += define("logits", _ELEMENT, elements.lines, _sum(per_element))
         if per_row:
             self.source += define("offset", _ROW, rows.lines, f"fi * 0.0 {' '.join(per_row)}")
+
+    def gradient(self) -> None:
+        """Define ``gradient``, unless the logits change as the score does."""
+        found = differentiate(self._function, self._function.score)
+        assert found.score is not None
+        if found.function.program[found.score] == ("upstream",):
+            return
+        emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
+        value = emitter.as_float(found.score)
+        parameters = _ELEMENT.replace("score,", "score, upstream,", 1)
+        self.source += define("gradient", parameters, emitter.lines, value)
 
     def bounds(self, constraints: list[Constraint]) -> None:
         """Define ``bounds``."""

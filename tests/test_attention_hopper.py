@@ -18,6 +18,7 @@ from attention_forms import make_forms
 from vbcompile.device import get_target
 from vbcompile.kernels import attention_gpu, attention_problem
 from vbcompile.kernels import attention_hopper as hopper
+from vbcompile.kernels import attention_hopper_gradients as gradients
 from vbcompile.kernels.attention_case import make_case
 from vbcompile.kernels.attention_hopper_call import describe_call, refuses_call
 from vbcompile.kernels.attention_hopper_program import compile_hopper, peel
@@ -126,19 +127,19 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch):
     """Runs forward and backward on the CPU up to their launches; gives the recorders by kernel name."""
-    from vbcompile.kernels import attention_hopper_backward, attention_hopper_forward
+    from vbcompile.kernels import attention_hopper_backward, attention_hopper_forward, attention_hopper_rows
 
     homes = {
         "attention_forward": attention_hopper_forward,
         "attention_backward": attention_hopper_backward,
-        "prepare_backward": attention_hopper_backward,
-        "finish_backward": attention_hopper_backward,
+        **dict.fromkeys(("prepare_backward", "prepare_scores", "finish_backward"), attention_hopper_rows),
     }
     kernels = {name: getattr(home, name) for name, home in homes.items()}
     recorders = {name: Recorder() for name in homes}
     for name, home in homes.items():
         monkeypatch.setattr(home, name, recorders[name])
-    monkeypatch.setattr(hopper, "refuses", lambda *a: None)
+    for module in (hopper, gradients):
+        monkeypatch.setattr(module, "refuses", lambda *a: None)
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return kernels, recorders
@@ -216,17 +217,17 @@ def test_forward_compiles_without_spills(recorded, dim, causal, dtype):
     check_machine_code(*compile_for_hopper(kernels["attention_forward"], arguments, options))
 
 
-@pytest.mark.parametrize(("dim", "causal"), list(hopper.BACKWARD_CONFIGS))
+@pytest.mark.parametrize(("dim", "causal"), list(gradients.BACKWARD_CONFIGS))
 def test_backward_compiles_without_spills(recorded, dim, causal):
     kernels, recorders = recorded
     q, k, v = tensors(dim=dim)
     lse = torch.empty(1, 4, 64)
-    dq, dk, dv = hopper.backward(q, None, q, k, v, q, lse, 0.1, 64 if causal else None)
+    dq, dk, dv = gradients.backward(q, None, q, k, v, q, lse, 0.1, 64 if causal else None)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     ((arguments, options),) = recorders["attention_backward"].launches
     compiled, registers = compile_for_hopper(kernels["attention_backward"], arguments, options)
     check_machine_code(compiled, registers)
-    if hopper.BACKWARD_CONFIGS[dim, causal].block_k == 64:  # meant to run two blocks on a multiprocessor
+    if gradients.BACKWARD_CONFIGS[dim, causal].block_k == 64:  # meant to run two blocks on a multiprocessor
         assert 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
         assert 2 * compiled.metadata.num_warps * 32 * registers <= REGISTER_FILE
 
@@ -383,7 +384,7 @@ def test_matches_float64(hopper_gpu, case, dim):
     exact, exact_lse = results(torch.float64)
     plain, _ = results(dtype)
     out, lse = hopper.forward(q, k, v, scale, offset, rows_first)
-    ours = [out, *hopper.backward(g, g_lse, q, k, v, out, lse, scale, offset)]
+    ours = [out, *gradients.backward(g, g_lse, q, k, v, out, lse, scale, offset)]
     assert error(lse, exact_lse) < 1e-3
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         assert error(a, c) <= 2 * error(b, c) + 1e-6, name
@@ -422,7 +423,7 @@ def test_repeated_runs_agree(hopper_gpu):
     runs = []
     for _ in range(3):
         out, lse = hopper.forward(q, k, v, 0.09, 0, False)
-        runs.append((out, lse, *hopper.backward(g, None, q, k, v, out, lse, 0.09, 0)[1:]))
+        runs.append((out, lse, *gradients.backward(g, None, q, k, v, out, lse, 0.09, 0)[1:]))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
