@@ -79,7 +79,7 @@ def _hopper_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dro
     rows = Backward(problem, q, k, v, captured, wanted, grad_out, lse, scale, dropout_p, seed, function)
     with attention_problem.on_device(q):
         rows.rows(grad_lse, out)
-    call = describe_call(q4, k4, captured, lead, scale, function, backward=True)
+    call = describe_call(q4, k4, captured, lead, scale, function, wanted)
     grads = attention_hopper_gradients.backward_scored(grad4, q4, k4, v4, lse3, scale, call, rows)
     found = unfold_gradients(grads, (q, k, v), lead, ())
     return [*found, *rows.captured_gradients()]
@@ -96,9 +96,7 @@ def _refuses_hopper_scores(case: AttentionCase) -> str | None:
         return None
     function = with_padded_lead(case.score_function, len(case.q) - 2)
     wanted = [n for n, needed in enumerate(case.needs[3:]) if needed and case.captured[n][1].is_floating_point]
-    if set(wanted) & set(function.captured(function.score)):
-        return "the backward gives no gradients of tensors that the score function reads"
-    return refuses_call(case.captured, case.q_length, case.k_length, function)
+    return refuses_call(case.captured, case.q_length, case.k_length, function, wanted)
 
 
 def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:

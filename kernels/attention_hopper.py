@@ -1,4 +1,4 @@
-"""Attention for Hopper (sm_90a): what these kernels take, and the forward. The backward: ``attention_hopper_gradients``.
+"""Attention for Hopper (sm_90a): what its kernels take, and the forward. Backward: ``attention_hopper_gradients``.
 
     out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h // (H / Hk), j]) v[b, h // (H / Hk), j]
     lse[b, h, i] = log sum_j exp(scale * q[b, h, i] . k[..., j])      natural logarithm

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vbcompile.kernels.attention_hopper_scores import offset_of, split_lead
-from vbcompile.kernels.attention_hopper_weights import place_queries, query_tiles, weigh_tile
+from vbcompile.kernels.attention_hopper_weights import add_captured, place_queries, query_tiles, weigh_tile
 
 
 @builtin
@@ -206,11 +206,13 @@ def compute(
     BOUNDS: gl.constexpr,
     MASK: gl.constexpr,
     ROWS: gl.constexpr,
+    CAPTURED_GRADIENTS: gl.constexpr,
 ):
-    """The computing warpgroups, 64 keys each. SCORED: ``weigh_tile`` makes the weights, else they are causal or plain."""
+    """The computing warpgroups, 64 keys each. SCORED: ``weigh_tile`` makes the weights; else causal or plain."""
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = buffers
     t_smem, t_full, t_empty = tiles
     UNBOUNDED: gl.constexpr = lse_smem.shape[1] == 2
+    RAGGED: gl.constexpr = TILED > 0 or ROWS is not None  # else rows past the end have ordinary logits
     q_full, q_empty, do_full, do_empty, kv_full = barriers
     dq_desc, dk_desc, dv_desc = results
     _, keys, k_heads, per_key_head, offset, _ = sizes
@@ -254,7 +256,7 @@ def compute(
         mbarrier.arrive(q_empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
         scores = warpgroup_mma_wait(1, [s])
         if SCORED:
-            place = place_queries(first_row, first_key, clear, sure, sizes, BLOCK_Q, BLOCK_K, PLANNED)
+            place = place_queries(first_row, first_key, clear, sure, sizes, BLOCK_Q, BLOCK_K, RAGGED, PLANNED)
             lse = lse_smem.index(slot).slice(0, 1).load(s_layout)
             low = 0.0
             if UNBOUNDED:
@@ -266,7 +268,7 @@ def compute(
                 t_tile = t_smem.index(t_slot).permute((1, 0))
             p, sloped = weigh_tile(
                 scores, lse, low, t_tile, place, head, program, sizes,
-                TILED, LOGITS, GRADIENT, BOUNDS, MASK, ROWS, UNBOUNDED,
+                TILED, LOGITS, GRADIENT, BOUNDS, MASK, ROWS, UNBOUNDED, RAGGED,
             )  # fmt: skip
             if TILED > 0:
                 mbarrier.arrive(t_empty.index(t_slot))
@@ -288,6 +290,8 @@ def compute(
         if SCORED:  # noqa: SIM102 - known at compile time, the place is not
             if place[2] | place[3]:  # masked, whatever delta and the slope are
                 ds = gl.where(sloped == 0.0, 0.0, ds)
+        if CAPTURED_GRADIENTS is not None:
+            add_captured(ds, place, head, program, sizes, CAPTURED_GRADIENTS, ROWS)
         ds = ds.to(dtype)
         ds_smem.store(ds)
         fence_async_shared()
@@ -342,6 +346,7 @@ def attention_backward(
     captured,
     plan,
     empty,
+    gradients,
     scale,
     scale_log2,
     inner,
@@ -356,6 +361,7 @@ def attention_backward(
     lead_sizes,
     captured_strides,
     plan_strides,
+    gradient_strides,
     tile_steps,
     STAGES: gl.constexpr,
     T_STAGES: gl.constexpr,
@@ -368,6 +374,7 @@ def attention_backward(
     BOUNDS: gl.constexpr,
     MASK: gl.constexpr,
     ROWS: gl.constexpr,
+    CAPTURED_GRADIENTS: gl.constexpr,
 ):
     """q, dO ``[B, H, Q, D]`` in blocks ``[1, 1, BLOCK_Q, D]``; k, v, dK, dV ``[B, Hk, K, D]`` in blocks
     ``[1, 1, BLOCK_K, D]``; log2(e) lse and delta ``[B * H, padded Q]`` float32 in blocks ``[1, BLOCK_Q]``; dQ
@@ -377,7 +384,8 @@ def attention_backward(
 
     SCORED: logits are ``outer * LOGITS(inner * q k, ...)`` or ``outer * q k`` where that is None; lse in blocks of one
     or two lines and delta from ``prepare_scores``; ``plan``: see ``query_tiles``, or None; ``empty``: int32 ``[B * H]``,
-    1 for heads whose dV is NaN, or None; ``t_desc``, captured, sizes, strides and steps: as for the forward.
+    1 for heads whose dV is NaN, or None; ``gradients``: of captured tensors, float32, to be added to;
+    ``t_desc``, captured, sizes, strides and steps: as for the forward.
     """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
@@ -416,7 +424,18 @@ def attention_backward(
             mbarrier.init(t_empty.index(i), count=1)
         tiles = (t_smem, t_full, t_empty)
     fence_async_shared()
-    program = (inner, outer, captured, captured_strides, lead_sizes, plan, plan_strides, empty)
+    program = (
+        inner,
+        outer,
+        captured,
+        captured_strides,
+        lead_sizes,
+        plan,
+        plan_strides,
+        empty,
+        gradients,
+        gradient_strides,
+    )
     sizes = (queries, keys, k_heads, per_key_head, offset, heads)
     loaded = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem)
     buffers = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem)
@@ -450,6 +469,7 @@ def attention_backward(
                     BOUNDS,
                     MASK,
                     ROWS,
+                    CAPTURED_GRADIENTS,
                 ),
             ),
             (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_hopper_program import HopperProgram, compile_hopper, refuses
+from vbcompile.kernels.attention_hopper_program import HopperProgram, compile_hopper, refuses, refuses_gradients
 from vbcompile.kernels.attention_hopper_source import MAX_LENGTH
 from vbcompile.kernels.attention_layout import broadcast_strides, row_view
 from vbcompile.kernels.attention_tuning import TileConfig
@@ -69,15 +69,15 @@ def describe_call(
     lead: Sequence[int],
     scale: float,
     function: ScoreFunction,
-    backward: bool = False,
+    wanted: tuple[int, ...] | None = None,
 ) -> ScoreCall:
-    """Analyse a call that ``refuses_call`` takes; ``lead``: leading sizes of the canonical space; ``backward``: of the
-    backward."""
+    """Analyse a call that ``refuses_call`` takes; ``lead``: leading sizes of the canonical space; ``wanted``: for the
+    backward, the captured tensors whose gradients are wanted."""
     patterns = tuple(map(CapturedPattern.of, captured))
     function = problems.with_padded_lead(function, len(lead))
     offset = _own_bound(function, q.shape[-2], k.shape[-2])
     masked = function.mask is not None and offset is None
-    program = compile_hopper(function, patterns, q.dtype == torch.bfloat16, masked, scale <= 0, backward)
+    program = compile_hopper(function, patterns, q.dtype == torch.bfloat16, masked, scale <= 0, wanted)
     return ScoreCall(
         program=program,
         causal_offset=offset,
@@ -92,9 +92,14 @@ def describe_call(
 
 
 def refuses_call(
-    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], q_length: int, k_length: int, function: ScoreFunction
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    q_length: int,
+    k_length: int,
+    function: ScoreFunction,
+    wanted: Sequence[int] = (),
 ) -> str | None:
-    """Why a score function with captured tensors of these shapes and dtypes is refused, or None."""
+    """Why a score function with captured tensors of these shapes and dtypes is refused, or None; ``wanted``: those
+    whose gradients are wanted."""
     if max(q_length, k_length) > MAX_LENGTH:
         return f"a sequence is longer than {MAX_LENGTH}, positions are computed in float32"
     patterns = tuple(CapturedPattern.of(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes)
@@ -105,7 +110,7 @@ def refuses_call(
                 return f"captured tensor {number} has rows and columns of {dtype}"
             if shape[-1] * dtype.itemsize % 16:
                 return f"rows of captured tensor {number} are no multiple of 16 bytes"
-    return refuses(function, patterns)
+    return refuses(function, patterns) or refuses_gradients(function, patterns, wanted)
 
 
 def _own_bound(function: ScoreFunction, q_length: int, k_length: int) -> int | None:

@@ -12,7 +12,7 @@ from vbcompile.kernels.attention_hopper_call import ScoreCall, tile_operand
 from vbcompile.kernels.attention_layout import pad_lead
 
 PAD = 128  # query rows of the backward's float32 buffers are padded to multiples of this
-_FUNCTIONS = ("LOGITS", "GRADIENT", "BOUNDS", "MASK", "ROWS")
+_FUNCTIONS = ("LOGITS", "GRADIENT", "BOUNDS", "MASK", "ROWS", "CAPTURED_GRADIENTS")
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,14 @@ class RowValues(Protocol):
     Attributes:
         delta: rowsum(dO * O) - d lse. low: the part of lse that float32 rounds off, in base two, where logits are
             unbounded. empty: int32 ``[heads]``, 1 for heads with a row that makes dV NaN, or None for no such.
+        gradients: of the captured tensors that are wanted, float32, to be added to, with their strides.
     """
 
     delta: Tensor
     low: Tensor | None
     empty: Tensor | None
+    gradients: tuple[Tensor, ...]
+    gradient_strides: tuple[tuple[int, ...], ...]
 
 
 def backward(
@@ -186,6 +189,8 @@ def backward_scored(
             "plan": plan,
             "plan_strides": plan_strides,
             "empty": rows.empty,
+            "gradients": rows.gradients,
+            "gradient_strides": rows.gradient_strides,
             "inner": inner,
             "scale_log2": outer * math.log2(math.e),
             "SCORED": True,
@@ -230,7 +235,14 @@ def _row_buffers(q: Tensor, lines: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _nothing() -> dict[str, Any]:
     """The kernel's arguments that a score function decides, without one."""
-    tuples = {"captured": (), "captured_strides": (), "lead_sizes": (1, 1, 1, 1), "plan_strides": (0,) * 4}
+    tuples = {
+        "captured": (),
+        "gradients": (),
+        "gradient_strides": (),
+        "captured_strides": (),
+        "lead_sizes": (1, 1, 1, 1),
+        "plan_strides": (0,) * 4,
+    }
     flags = {"SCORED": False, "TILED": 0, "inner": 1.0, "outer": 1.0, "tile_steps": (0,) * 8}
     return {**tuples, **flags, **dict.fromkeys(("t_desc", "plan", "empty", *_FUNCTIONS))}
 

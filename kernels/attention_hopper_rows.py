@@ -1,4 +1,4 @@
-"""Before and after the Hopper backward: what it needs per query row, and its sum of dQ rounded. Plain Triton kernels."""
+"""Before and after the Hopper backward: what it needs per query row, dQ rounded. Plain Triton kernels."""
 
 import triton
 import triton.language as tl
@@ -96,9 +96,9 @@ def prepare_scores(
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Per row what ``weigh_tile`` subtracts, with what OFFSET adds to all logits of the row: log2(e) lse, or, UNBOUNDED,
-    lse and the part of its double rounded off, in base two (``[B * H, 1 or 2, padded Q]``); delta ``[B * H, padded Q]``.
-    Zeros the float32 sum of dQ.
+    """Per row what ``weigh_tile`` subtracts, less what OFFSET adds to all logits of the row: log2(e) lse, or, UNBOUNDED,
+    lse and the part of it that float32 rounds off, in base two (``[B * H, 1 or 2, padded Q]``); delta
+    ``[B * H, padded Q]``. Zeros the float32 sum of dQ.
 
     Rows past the end, and with EMPTY_IS_ZERO those without keys, get lse = inf, so that their exponentials vanish.
     """

@@ -1,4 +1,4 @@
-"""Softmax weights of one transposed tile of scores in the registers of a Hopper warpgroup, and the range of query tiles.
+"""Softmax weights of a transposed tile of scores in the registers of Hopper warpgroups, and the range of query tiles.
 
 Device functions in Triton's Gluon dialect, used by ``attention_hopper_backward``. Tiles are ``[keys, queries]``; the
 functions of a score function (``attention_hopper_program``) work on them split into ``[keys, N / 8, 4, 2]``, then query
@@ -15,9 +15,9 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def query_tiles(key_tile, head, program):
-    """Query tiles of a key tile by the plan, int32 ``[*lead, key tiles, 8]``: ``(first, end, first and end of those that
-    need no mask, first and end of those that need no more than their bounds)``."""
-    _, _, _, _, lead_sizes, plan, plan_strides, _ = program
+    """Query tiles of a key tile by the plan, int32 ``[*lead, key tiles, 8]``: ``(first, end, first and end of those
+    that need no mask, first and end of those that need no more than their bounds)``."""
+    _, _, _, _, lead_sizes, plan, plan_strides, _, _, _ = program
     entry = plan + offset_of(split_lead(head, lead_sizes), plan_strides) + key_tile * 8
     clear = (gl.load(entry + 1), gl.load(entry + 2))
     return gl.load(entry), gl.load(entry + 3), clear, (gl.load(entry + 4), gl.load(entry + 5))
@@ -25,11 +25,21 @@ def query_tiles(key_tile, head, program):
 
 @gluon.jit
 def place_queries(
-    first_row, first_key, clear, sure, sizes, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PLANNED: gl.constexpr
+    first_row,
+    first_key,
+    clear,
+    sure,
+    sizes,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    RAGGED: gl.constexpr,
+    PLANNED: gl.constexpr,
 ):
     """(first row, first key, whether the tile needs a mask, whether it needs more than its bounds)."""
     queries, keys, offset = sizes[0], sizes[1], sizes[4]
-    masked = (first_row + BLOCK_Q > queries) | (first_key + BLOCK_K > keys)
+    masked = first_key + BLOCK_K > keys
+    if RAGGED:
+        masked = masked | (first_row + BLOCK_Q > queries)
     unsure = masked
     if PLANNED:
         tile = first_row // BLOCK_Q
@@ -57,6 +67,7 @@ def weigh_tile(
     MASK: gl.constexpr,
     ROWS: gl.constexpr,
     UNBOUNDED: gl.constexpr,
+    RAGGED: gl.constexpr,
 ):
     """``(weights, weights times the slope of the logits)`` of products of keys and queries ``s``, masked ones zero.
 
@@ -67,7 +78,7 @@ def weigh_tile(
     BLOCK_K: gl.constexpr = s.shape[0]
     BLOCK_Q: gl.constexpr = s.shape[1]
     first_row, first_key, masked, unsure = place
-    inner, outer, captured, strides, lead_sizes, _, _, _ = program
+    inner, outer, captured, strides, lead_sizes, _, _, _, _, _ = program
     queries, keys, offset = sizes[0], sizes[1], sizes[4]
     lead = split_lead(head, lead_sizes)
     layout: gl.constexpr = s.type.layout
@@ -105,10 +116,12 @@ def weigh_tile(
             if ROWS is not None:
                 seen = ROWS(lanes + steps, lanes + steps < queries, lead, captured, strides)
             first, end = BOUNDS(lanes + steps, fi, first_row, seen, lead, queries, keys, captured, strides)
-            keep = (j >= first) & (j < gl.minimum(end, keys)) & (steps < queries - lanes)
+            keep = (j >= first) & (j < gl.minimum(end, keys))
         else:
             bound = gl.where(j < keys, j - offset, 1 << 30)
-            keep = (steps >= bound - lanes) & (steps < queries - lanes)
+            keep = steps >= bound - lanes
+        if RAGGED:
+            keep = keep & (steps < queries - lanes)
         exponents = gl.where(keep, exponents, float("-inf"))
     if MASK is not None:  # noqa: SIM102 - known at compile time, the place is not
         if unsure:
@@ -133,3 +146,26 @@ def weigh_tile(
     weights = gl.convert_layout(weights.reshape(BLOCK_K, BLOCK_Q), layout, assert_trivial=True)
     sloped = gl.convert_layout(sloped.reshape(BLOCK_K, BLOCK_Q), layout, assert_trivial=True)
     return weights, sloped
+
+
+@gluon.jit
+def add_captured(ds, place, head, program, sizes, ADD: gl.constexpr, ROWS: gl.constexpr):
+    """Add to the gradients of captured tensors, by a tile of the gradient of the logits ``ds``."""
+    BLOCK_K: gl.constexpr = ds.shape[0]
+    BLOCK_Q: gl.constexpr = ds.shape[1]
+    first_row, first_key, _masked, _unsure = place
+    _, outer, captured, strides, lead_sizes, _, _, _, gradients, gradient_strides = program
+    queries, keys = sizes[0], sizes[1]
+    lead = split_lead(head, lead_sizes)
+    upstream = (ds * outer).reshape(BLOCK_K, BLOCK_Q // 8, 4, 2)
+    split: gl.constexpr = upstream.type.layout
+    j = rows_of(first_key, split, BLOCK_K)
+    i = lanes_of(split) + first_row + steps_of(BLOCK_Q, split)
+    distance = (j - first_row).to(gl.float32)
+    rows = (0,)
+    if ROWS is not None:
+        rows = ROWS(i, i < queries, lead, captured, strides)
+    ADD(
+        upstream, i, j, i.to(gl.float32), j.to(gl.float32), 0.0, distance, rows, lead, queries, keys, captured, strides,
+        gradients, gradient_strides,
+    )  # fmt: skip

@@ -40,8 +40,9 @@ def _within_bounds(
     begin, full_begin, full_end, end, first_row, lead, captured, captured_strides, q_length, k_length,
     BOUNDS: tl.constexpr, BY_KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A range of tiles of keys (BY_KEYS: of queries, of a tile of keys) narrowed to those where the bounded terms may hold, the first run of tiles in
-    ``[full_begin, full_end)`` where they hold for all elements, and the first such run anywhere."""
+    """A range of tiles of keys (BY_KEYS: of queries, of a tile of keys) narrowed to those where the bounded terms may
+    hold, the first run of tiles in ``[full_begin, full_end)`` where they hold for all elements, and the first such run
+    anywhere."""
     OWN: tl.constexpr = BLOCK_K if BY_KEYS else BLOCK_Q
     OTHER: tl.constexpr = BLOCK_Q if BY_KEYS else BLOCK_K
     limit = q_length if BY_KEYS else k_length

@@ -22,7 +22,8 @@ def compare(
 ) -> list[tuple[str, float, float]]:
     """``(name, error, allowed error)`` of outputs and gradients: twice that of eager PyTorch in the same dtype.
 
-    ``run``: implementations of ``vblackwell::attention`` and of its backward. Errors are root mean squares over the seeds: the error of one number, such as a temperature's gradient, is chance.
+    ``run``: implementations of ``vblackwell::attention`` and of its backward. Errors are root mean squares over the
+    seeds: the error of one number, such as a temperature's gradient, is chance.
     """
     found = [_compare(form, dtype, seed, run, captured_gradients) for seed in seeds]
     return [
