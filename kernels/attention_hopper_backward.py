@@ -28,8 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vbcompile.kernels.attention_hopper_scores import offset_of, split_lead
-from vbcompile.kernels.attention_hopper_weights import add_captured, place_queries, query_tiles, weigh_tile
+from vbcompile.kernels.attention_hopper_backward_producer import hear, produce
+from vbcompile.kernels.attention_hopper_weights import add_captured, weigh_tile
 
 
 @builtin
@@ -40,124 +40,9 @@ def add_to_global(descriptor, coordinates, source, _semantic=None):
 
 
 @gluon.jit
-def visible_tiles(key_tile, head, sizes, program, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PLANNED: gl.constexpr):
-    """``query_tiles`` of a query head: those that see a key of this key tile.
-
-    Never none: keys that no query sees get one tile, all masked. A loop that may be empty would define the
-    accumulators outside the tensor cores, and the assembler would then wait after every single instruction of them.
-    """
-    if PLANNED:
-        return query_tiles(key_tile, head, program)
-    else:
-        queries, offset = sizes[0], sizes[4]
-        end = gl.cdiv(queries, BLOCK_Q)
-        first = gl.minimum(gl.maximum(key_tile * BLOCK_K - offset, 0) // BLOCK_Q, end - 1)
-        nothing = gl.to_tensor(0)
-        return first, end, (nothing, nothing), (nothing, nothing)
-
-
-@gluon.jit
-def count_tiles(key_tile, head, sizes, program, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PLANNED: gl.constexpr):
-    """Query tiles of all query heads of a group, of which ``head`` is the first."""
-    per_key_head = sizes[3]
-    first, end, _clear, _sure = visible_tiles(key_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-    if PLANNED:
-        total = end - first
-        for member in range(1, per_key_head):
-            first, end, _clear, _sure = visible_tiles(
-                key_tile, head + member, sizes, program, BLOCK_Q, BLOCK_K, PLANNED
-            )
-            total += end - first
-    else:
-        total = (end - first) * per_key_head
-    return gl.maximum(total, 1)
-
-
-@gluon.jit
-def place_block(sizes, BLOCK_K: gl.constexpr, GROUP: gl.constexpr):
-    """(key tile, batch, key head) of this block; within GROUP heads the first, longest key tiles go first."""
-    keys, k_heads, heads = sizes[1], sizes[2], sizes[5]
-    tiles = gl.cdiv(keys, BLOCK_K)
-    index = gl.program_id(0)
-    group = index // (GROUP * tiles)
-    inside = index - group * GROUP * tiles
-    width = gl.minimum(heads - group * GROUP, GROUP)
-    tile = inside // width
-    head = group * GROUP + inside - tile * width
-    batch = head // k_heads
-    return tile, batch, head - batch * k_heads
-
-
-@gluon.jit
-def produce(
-    descriptors,
-    buffers,
-    barriers,
-    tiles,
-    tile_steps,
-    sizes,
-    program,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP: gl.constexpr,
-    PLANNED: gl.constexpr,
-):
-    """The producer warp. ``sizes`` = (queries, keys, key heads, query heads per key head, causal offset,
-    batch * key heads)."""
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, t_desc = descriptors
-    q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem = buffers
-    q_full, q_empty, do_full, do_empty, kv_full = barriers
-    t_smem, t_full, t_empty = tiles
-    _, _, k_heads, per_key_head, _, _ = sizes
-    STAGES: gl.constexpr = q_smem.shape[0]
-    LINES: gl.constexpr = lse_smem.shape[1]
-    key_tile, batch, k_head = place_block(sizes, BLOCK_K, GROUP)
-    first_head = (batch * k_heads + k_head) * per_key_head
-    total = count_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-    first, end, _clear, _sure = visible_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-    mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [batch, k_head, key_tile * BLOCK_K, 0], kv_full.index(0), k_smem)
-    mbarrier.expect(kv_full.index(1), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [batch, k_head, key_tile * BLOCK_K, 0], kv_full.index(1), v_smem)
-    q_head = k_head * per_key_head
-    tile = first
-    for i in range(total):
-        slot = i % STAGES
-        phase = (i // STAGES & 1) ^ 1
-        row = tile * BLOCK_Q
-        flat_head = (batch * k_heads) * per_key_head + q_head
-        mbarrier.wait(q_empty.index(slot), phase)
-        mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        tma.async_copy_global_to_shared(lse_desc, [flat_head * LINES, row], q_full.index(slot), lse_smem.index(slot))
-        if t_desc is not None:
-            T_STAGES: gl.constexpr = t_smem.shape[0]
-            lead = split_lead(flat_head, program[4])
-            column_steps = (tile_steps[4], tile_steps[5], tile_steps[6], tile_steps[7])
-            t_row = offset_of(lead, tile_steps).to(gl.int32) + row
-            t_column = offset_of(lead, column_steps).to(gl.int32) + key_tile * BLOCK_K
-            t_slot = i % T_STAGES
-            mbarrier.wait(t_empty.index(t_slot), (i // T_STAGES & 1) ^ 1)
-            mbarrier.expect(t_full.index(t_slot), t_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(t_desc, [t_row, t_column], t_full.index(t_slot), t_smem.index(t_slot))
-        mbarrier.wait(do_empty.index(slot), phase)
-        mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(do_desc, [batch, q_head, row, 0], do_full.index(slot), do_smem.index(slot))
-        tma.async_copy_global_to_shared(delta_desc, [flat_head, row], do_full.index(slot), delta_smem.index(slot))
-        tile += 1
-        if tile == end:
-            q_head += 1
-            if PLANNED:
-                following = gl.minimum(flat_head + 1, first_head + per_key_head - 1)
-                first, end, _clear, _sure = visible_tiles(
-                    key_tile, following, sizes, program, BLOCK_Q, BLOCK_K, PLANNED
-                )
-            tile = first
-
-
-@gluon.jit
 def stay_branch():
-    """Nothing, but the branch in which it stands remains one."""
+    """Nothing; a branch with it at the end of a loop remains, and LLVM orders the loop's other blocks as the program
+    does. In another order the assembler waits for every single product of the tensor cores."""
     gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -187,19 +72,18 @@ def compute(
     buffers,
     barriers,
     results,
+    work,
     sizes,
     tiles,
     program,
     scale,
     scale_log2,
-    padded_queries,
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
     D: gl.constexpr,
-    GROUP: gl.constexpr,
     LATE: gl.constexpr,
     SCORED: gl.constexpr,
-    PLANNED: gl.constexpr,
+    RAGGED: gl.constexpr,
     TILED: gl.constexpr,
     LOGITS: gl.constexpr,
     GRADIENT: gl.constexpr,
@@ -209,13 +93,13 @@ def compute(
     CAPTURED_GRADIENTS: gl.constexpr,
 ):
     """The computing warpgroups, 64 keys each. SCORED: ``weigh_tile`` makes the weights; else causal or plain."""
-    q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = buffers
+    q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, place_smem, ds_smem, dq_smem = buffers
     t_smem, t_full, t_empty = tiles
     UNBOUNDED: gl.constexpr = lse_smem.shape[1] == 2
-    RAGGED: gl.constexpr = TILED > 0 or ROWS is not None  # else rows past the end have ordinary logits
-    q_full, q_empty, do_full, do_empty, kv_full = barriers
+    q_full, q_empty, do_full, do_empty, kv_full, kv_empty = barriers
+    item_smem, item_full, item_empty = work
     dq_desc, dk_desc, dv_desc = results
-    _, keys, k_heads, per_key_head, offset, _ = sizes
+    k_heads, per_key_head = sizes[2], sizes[3]
     STAGES: gl.constexpr = q_smem.shape[0]
     dtype: gl.constexpr = q_smem.dtype
     WARPS: gl.constexpr = BLOCK_K // 16
@@ -224,111 +108,127 @@ def compute(
     q_warps: gl.constexpr = [BLOCK_Q // 16, WARPS * 16 // BLOCK_Q]
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], q_warps, [16, D // q_warps[1], 16])
     left: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
-    key_tile, batch, k_head = place_block(sizes, BLOCK_K, GROUP)
-    first_key = key_tile * BLOCK_K
-    first_head = (batch * k_heads + k_head) * per_key_head
-    total = count_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-    first, end, clear, sure = visible_tiles(key_tile, first_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-    head = first_head
-    tile = first
-    dq_row = first_head * padded_queries
     k_tile = k_smem.reshape([BLOCK_K, D])
     v_tile = v_smem.reshape([BLOCK_K, D])
+    out_smem = dq_smem._reinterpret(dtype, [1, 1, BLOCK_K, D], k_smem.type.layout)
     zero_s = gl.full([BLOCK_K, BLOCK_Q], 0.0, gl.float32, s_layout)
     zero_q = gl.full([BLOCK_Q, D], 0.0, gl.float32, q_layout)
-    dk = warpgroup_mma_init(gl.full([BLOCK_K, D], 0.0, gl.float32, kv_layout))
-    dv = gl.full([BLOCK_K, D], 0.0, gl.float32, kv_layout)
-    mbarrier.wait(kv_full.index(0), 0)
-    mbarrier.wait(kv_full.index(1), 0)
-    for i in range(total):
-        slot = i % STAGES
-        phase = i // STAGES & 1
-        q_tile = q_smem.index(slot).reshape([BLOCK_Q, D])
-        do_tile = do_smem.index(slot).reshape([BLOCK_Q, D])
-        first_row = tile * BLOCK_Q
-        mbarrier.wait(q_full.index(slot), phase)
-        s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        mbarrier.wait(do_full.index(slot), phase)
-        dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        if not LATE and not SCORED:
-            lse = lse_smem.index(slot).load(s_layout)
-        dk = warpgroup_mma_wait(2, [dk])  # of the last tile
-        mbarrier.arrive(q_empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
-        scores = warpgroup_mma_wait(1, [s])
-        if SCORED:
-            place = place_queries(first_row, first_key, clear, sure, sizes, BLOCK_Q, BLOCK_K, RAGGED, PLANNED)
-            lse = lse_smem.index(slot).slice(0, 1).load(s_layout)
-            low = 0.0
-            if UNBOUNDED:
-                low = lse_smem.index(slot).slice(1, 1).load(s_layout)
-            t_tile = 0
-            if TILED > 0:
-                t_slot = i % t_smem.shape[0]
-                mbarrier.wait(t_full.index(t_slot), i // t_smem.shape[0] & 1)
-                t_tile = t_smem.index(t_slot).permute((1, 0))
-            p, sloped = weigh_tile(
-                scores, lse, low, t_tile, place, head, program, sizes,
-                TILED, LOGITS, GRADIENT, BOUNDS, MASK, ROWS, UNBOUNDED, RAGGED,
-            )  # fmt: skip
-            if TILED > 0:
-                mbarrier.arrive(t_empty.index(t_slot))
-        else:
-            if (first_row + offset < first_key + BLOCK_K - 1) | (first_key + BLOCK_K > keys):
-                scores = mask_transposed(scores, first_key, first_row, sizes)
+    taken = gl.to_tensor(0)
+    done = gl.to_tensor(0)
+    mbarrier.wait(item_full.index(0), 0)
+    total = hear(item_smem.index(0), WARPS)
+    while total > 0:
+        item = done % 2 * 4  # what belongs to it is read again where it is used: registers are what is short
+        dk = warpgroup_mma_init(gl.full([BLOCK_K, D], 0.0, gl.float32, kv_layout))
+        dv = gl.full([BLOCK_K, D], 0.0, gl.float32, kv_layout)
+        mbarrier.wait(kv_full.index(0), done & 1)
+        mbarrier.wait(kv_full.index(1), done & 1)
+        for i in range(total):
+            slot = taken % STAGES
+            phase = taken // STAGES & 1
+            q_tile = q_smem.index(slot).reshape([BLOCK_Q, D])
+            do_tile = do_smem.index(slot).reshape([BLOCK_Q, D])
+            mbarrier.wait(q_full.index(slot), phase)
+            s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+            mbarrier.wait(do_full.index(slot), phase)
+            dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+            if not LATE:
+                lse = lse_smem.index(slot).slice(0, 1).load(s_layout)
+            dk = warpgroup_mma_wait(2, [dk])  # of the last tile
+            mbarrier.arrive(q_empty.index((taken + STAGES - 1) % STAGES), pred=i > 0)
+            scores = warpgroup_mma_wait(1, [s])
+            first_key = hear(item_smem.index(item + 1), WARPS)
+            first_row = hear(place_smem.index(4 * slot), WARPS)
+            flags = hear(place_smem.index(4 * slot + 1), WARPS)
+            head = hear(place_smem.index(4 * slot + 2), WARPS)
+            if LATE and SCORED:
+                lse = lse_smem.index(slot).slice(0, 1).load(s_layout)
+            if SCORED:
+                low_row = lse_smem.index(slot).slice(1, 1) if UNBOUNDED else 0
+                t_tile = 0
+                if TILED > 0:
+                    t_slot = taken % t_smem.shape[0]
+                    mbarrier.wait(t_full.index(t_slot), taken // t_smem.shape[0] & 1)
+                    t_tile = t_smem.index(t_slot).permute((1, 0))
+                p, sloped = weigh_tile(
+                    scores, lse, low_row, t_tile, (first_row, first_key, flags), head, program, sizes,
+                    TILED, LOGITS, GRADIENT, BOUNDS, MASK, ROWS, UNBOUNDED, RAGGED,
+                )  # fmt: skip
+                if TILED > 0:
+                    mbarrier.arrive(t_empty.index(t_slot))
+            else:
+                if (flags & 1) != 0:
+                    scores = mask_transposed(scores, first_key, first_row, sizes)
+                if LATE:
+                    lse = lse_smem.index(slot).load(s_layout)
+                p = gl.exp2(scores * scale_log2 - lse)
+                sloped = p
+            weights = gl.convert_layout(p.to(dtype), left, assert_trivial=True)
+            dv = warpgroup_mma(weights, do_tile, dv, is_async=True)
+            if not LATE:
+                delta = delta_smem.index(slot).load(s_layout)
+            dp = warpgroup_mma_wait(1, [dp])
             if LATE:
-                lse = lse_smem.index(slot).load(s_layout)
-            p = gl.exp2(scores * scale_log2 - lse)
-            sloped = p
-        weights = gl.convert_layout(p.to(dtype), left, assert_trivial=True)
-        dv = warpgroup_mma(weights, do_tile, dv, is_async=True)
-        if not LATE:
-            delta = delta_smem.index(slot).load(s_layout)
-        dp = warpgroup_mma_wait(1, [dp])
-        if LATE:
-            delta = delta_smem.index(slot).load(s_layout)
-        ds = sloped * (dp - delta)
-        if SCORED:  # noqa: SIM102 - known at compile time, the place is not
-            if place[2] | place[3]:  # masked, whatever delta and the slope are
-                ds = gl.where(sloped == 0.0, 0.0, ds)
-        if CAPTURED_GRADIENTS is not None:
-            add_captured(ds, place, head, program, sizes, CAPTURED_GRADIENTS, ROWS)
-        ds = ds.to(dtype)
-        ds_smem.store(ds)
-        fence_async_shared()
-        gl.thread_barrier()
-        dq = warpgroup_mma(ds_smem.permute((1, 0)), k_tile, zero_q, use_acc=False, is_async=True)
-        ds = gl.convert_layout(ds, left, assert_trivial=True)
-        dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
-        dq, dv = warpgroup_mma_wait(1, [dq, dv])
-        mbarrier.arrive(do_empty.index(slot))
+                delta = delta_smem.index(slot).load(s_layout)
+            ds = sloped * (dp - delta)
+            if SCORED:  # noqa: SIM102 - known at compile time, the place is not
+                if (hear(place_smem.index(4 * slot + 1), WARPS) & 3) != 0:  # masked, whatever delta and the slope are
+                    ds = gl.where(sloped == 0.0, 0.0, ds)
+            if CAPTURED_GRADIENTS is not None:
+                first_row = hear(place_smem.index(4 * slot), WARPS)
+                head = hear(place_smem.index(4 * slot + 2), WARPS)
+                first_key = hear(item_smem.index(item + 1), WARPS)
+                add_captured(ds, first_row, first_key, head, program, sizes, CAPTURED_GRADIENTS, ROWS)
+            ds = ds.to(dtype)
+            ds_smem.store(ds)
+            fence_async_shared()
+            gl.thread_barrier()
+            dq = warpgroup_mma(ds_smem.permute((1, 0)), k_tile, zero_q, use_acc=False, is_async=True)
+            ds = gl.convert_layout(ds, left, assert_trivial=True)
+            dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
+            dq, dv = warpgroup_mma_wait(1, [dq, dv])
+            mbarrier.arrive(do_empty.index(slot))
+            tma.store_wait(0)
+            gl.thread_barrier()  # only the thread that issued the last addition waited for it
+            dq_smem.store(dq)
+            fence_async_shared()
+            gl.thread_barrier()
+            add_to_global(dq_desc, [hear(place_smem.index(4 * slot + 3), WARPS), 0], dq_smem)
+            taken += 1
+            if SCORED:  # noqa: SIM102
+                if (hear(place_smem.index(4 * slot + 1), WARPS) & 3) != 0:
+                    stay_branch()
+        dk = warpgroup_mma_wait(0, [dk])
+        mbarrier.arrive(q_empty.index((taken + STAGES - 1) % STAGES))
+        mbarrier.arrive(kv_empty.index(0))
+        first_key = hear(item_smem.index(item + 1), WARPS)
+        kv_head = hear(item_smem.index(item + 2), WARPS)
+        mbarrier.arrive(item_empty.index(done % 2))
+        empty = program[7]
+        if empty is not None:
+            for member in range(per_key_head):
+                dv = gl.where(gl.load(empty + kv_head * per_key_head + member) != 0, float("nan"), dv)
+        batch = kv_head // k_heads
+        place = [batch, kv_head - batch * k_heads, first_key, 0]
         tma.store_wait(0)
-        gl.thread_barrier()  # only the thread that issued the last addition waited for it
-        dq_smem.store(dq)
-        fence_async_shared()
         gl.thread_barrier()
-        add_to_global(dq_desc, [dq_row + first_row, 0], dq_smem)
-        tile += 1
-        if tile == end:
-            head += 1
-            if PLANNED:
-                following = gl.minimum(head, first_head + per_key_head - 1)
-                first, end, clear, sure = visible_tiles(key_tile, following, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-            elif SCORED:
-                stay_branch()
-            tile = first
-            dq_row += padded_queries
-    dk = warpgroup_mma_wait(0, [dk])
-    empty = program[7]
-    if empty is not None:
-        for member in range(per_key_head):
-            dv = gl.where(gl.load(empty + first_head + member) != 0, float("nan"), dv)
-    v_tile.store(dv.to(dtype))
-    k_tile.store((dk * scale).to(dtype))
+        store_tile(dv_desc, place, out_smem, dv.to(dtype))
+        tma.store_wait(0)
+        gl.thread_barrier()
+        store_tile(dk_desc, place, out_smem, (dk * scale).to(dtype))
+        done += 1
+        mbarrier.wait(item_full.index(done % 2), done // 2 & 1)
+        total = hear(item_smem.index(done % 2 * 4), WARPS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def store_tile(descriptor, place, smem, tile):
+    """Asynchronously store a tile, by way of shared memory."""
+    smem.reshape([smem.shape[2], smem.shape[3]]).store(tile)
     fence_async_shared()
     gl.thread_barrier()
-    tma.async_copy_shared_to_global(dv_desc, [batch, k_head, first_key, 0], v_smem)
-    tma.async_copy_shared_to_global(dk_desc, [batch, k_head, first_key, 0], k_smem)
-    tma.store_wait(0)
+    tma.async_copy_shared_to_global(descriptor, place, smem)
 
 
 @gluon.jit(do_not_specialize=["queries", "keys", "k_heads", "per_key_head", "offset", "heads", "padded_queries"])
@@ -338,11 +238,13 @@ def attention_backward(
     v_desc,
     do_desc,
     lse_desc,
+    low_tiles,
     delta_desc,
     dq_desc,
     dk_desc,
     dv_desc,
     t_desc,
+    counter,
     captured,
     plan,
     empty,
@@ -379,11 +281,11 @@ def attention_backward(
     """q, dO ``[B, H, Q, D]`` in blocks ``[1, 1, BLOCK_Q, D]``; k, v, dK, dV ``[B, Hk, K, D]`` in blocks
     ``[1, 1, BLOCK_K, D]``; log2(e) lse and delta ``[B * H, padded Q]`` float32 in blocks ``[1, BLOCK_Q]``; dQ
     ``[B * H * padded Q, D]`` float32 in blocks ``[BLOCK_Q, D]``, unscaled. ``heads`` is B * Hk; ``padded Q`` a
-    multiple of 128; not causal means an offset beyond all keys. ``scale``: the slope of the logits in the products, but
+    multiple of 128; ``counter`` int32, zero at launch; not causal means an offset beyond all keys. ``scale``: the slope of the logits in the products, but
     for GRADIENT.
 
     SCORED: logits are ``outer * LOGITS(inner * q k, ...)`` or ``outer * q k`` where that is None; lse in blocks of one
-    or two lines and delta from ``prepare_scores``; ``plan``: see ``query_tiles``, or None; ``empty``: int32 ``[B * H]``,
+    or two lines, ``low_tiles`` and delta from ``prepare_scores``; ``plan``: see ``query_tiles``, or None; ``empty``: int32 ``[B * H]``,
     1 for heads whose dV is NaN, or None; ``gradients``: of captured tensors, float32, to be added to;
     ``t_desc``, captured, sizes, strides and steps: as for the forward.
     """
@@ -393,6 +295,7 @@ def attention_backward(
     D: gl.constexpr = k_desc.block_type.shape[3]
     LINES: gl.constexpr = lse_desc.block_type.shape[0]
     PLANNED: gl.constexpr = plan is not None
+    RAGGED: gl.constexpr = TILED > 0 or ROWS is not None  # else rows past the end have ordinary logits
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, D], do_desc.layout)
@@ -407,6 +310,12 @@ def attention_backward(
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    item_smem = gl.allocate_shared_memory(gl.int32, [8, 1], single)
+    place_smem = gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], single)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -414,6 +323,10 @@ def attention_backward(
         mbarrier.init(do_empty.index(i), count=1)
     mbarrier.init(kv_full.index(0), count=1)
     mbarrier.init(kv_full.index(1), count=1)
+    mbarrier.init(kv_empty.index(0), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(item_full.index(i), count=1)
+        mbarrier.init(item_empty.index(i), count=1)
     tiles = (q_smem, q_full, q_empty)  # stands for nothing
     if t_desc is not None:
         t_smem = gl.allocate_shared_memory(t_desc.dtype, [T_STAGES, BLOCK_Q, BLOCK_K], t_desc.layout)
@@ -435,60 +348,23 @@ def attention_backward(
         empty,
         gradients,
         gradient_strides,
+        low_tiles,
     )
     sizes = (queries, keys, k_heads, per_key_head, offset, heads)
-    loaded = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem)
-    buffers = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem)
-    barriers = (q_full, q_empty, do_full, do_empty, kv_full)
+    loaded = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, place_smem)
+    work = (item_smem, item_full, item_empty)
+    buffers = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, place_smem, ds_smem, dq_smem)
+    barriers = (q_full, q_empty, do_full, do_empty, kv_full, kv_empty)
     descriptors = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, t_desc)
     results = (dq_desc, dk_desc, dv_desc)
     gl.warp_specialize(
         [
-            (
-                compute,
-                (
-                    buffers,
-                    barriers,
-                    results,
-                    sizes,
-                    tiles,
-                    program,
-                    scale,
-                    scale_log2,
-                    padded_queries,
-                    BLOCK_Q,
-                    BLOCK_K,
-                    D,
-                    GROUP,
-                    LATE,
-                    SCORED,
-                    PLANNED,
-                    TILED,
-                    LOGITS,
-                    GRADIENT,
-                    BOUNDS,
-                    MASK,
-                    ROWS,
-                    CAPTURED_GRADIENTS,
-                ),
-            ),
-            (
-                produce,
-                (
-                    descriptors,
-                    loaded,
-                    barriers,
-                    tiles,
-                    tile_steps,
-                    sizes,
-                    program,
-                    BLOCK_Q,
-                    BLOCK_K,
-                    GROUP,
-                    PLANNED,
-                ),
-            ),
+            (compute, (buffers, barriers, results, work, sizes, tiles, program, scale, scale_log2,
+                       BLOCK_Q, BLOCK_K, D, LATE, SCORED, RAGGED, TILED, LOGITS, GRADIENT, BOUNDS, MASK, ROWS,
+                       CAPTURED_GRADIENTS)),
+            (produce, (descriptors, loaded, barriers, work, tiles, tile_steps, sizes, program, counter, padded_queries,
+                       BLOCK_Q, BLOCK_K, GROUP, RAGGED, PLANNED)),
         ],
         [1],
         [24],
-    )
+    )  # fmt: skip

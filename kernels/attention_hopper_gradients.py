@@ -7,7 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vbcompile.kernels.attention_hopper import NO_CAUSAL_BOUND, describe, describe_float32, refuses, refuses_layout
+from vbcompile.kernels.attention_hopper import (
+    NO_CAUSAL_BOUND,
+    describe,
+    describe_float32,
+    multiprocessors,
+    refuses,
+    refuses_layout,
+)
 from vbcompile.kernels.attention_hopper_call import ScoreCall, tile_operand
 from vbcompile.kernels.attention_layout import pad_lead
 
@@ -35,6 +42,11 @@ class BackwardConfig:
     def warps(self) -> int:
         """Computing warps: one warpgroup per 64 keys."""
         return self.block_k // 16
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that run on one multiprocessor at a time."""
+        return 128 // self.block_k
 
     @property
     def registers(self) -> int:
@@ -106,6 +118,7 @@ def backward(
     grad_out = _addressable(grad_out)
     out = out if out.stride(-1) == 1 else out.contiguous()
     dq_sum, lse_log2, delta = _row_buffers(q, 1)
+    counter = q.new_empty(1, dtype=torch.int32)
     with torch.cuda.device(q.device):
         prepare_backward[_row_grid(q, 64)](
             out,
@@ -115,6 +128,7 @@ def backward(
             lse_log2,
             delta,
             dq_sum,
+            counter,
             queries,
             _padded(q),
             heads,
@@ -124,7 +138,7 @@ def backward(
             D=dim,
             ROWS=64,
         )
-        operands = {**_nothing(), "scale_log2": scale * math.log2(math.e)}
+        operands = {**_nothing(), "counter": counter, "scale_log2": scale * math.log2(math.e)}
         offset = causal_offset if causal_offset is not None and bounded else NO_CAUSAL_BOUND
         return _launch(q, k, v, grad_out, lse_log2, delta, dq_sum, scale, offset, config, operands)
 
@@ -155,6 +169,8 @@ def backward_scored(
     outer = program.outer if program.logits else float(scale) * program.outer
     grad_out = _addressable(grad_out)
     dq_sum, lse_rows, delta = _row_buffers(q, 2 if program.unbounded else 1)
+    counter = q.new_empty(1, dtype=torch.int32)
+    low_tiles = q.new_empty(q.shape[0] * q.shape[1], _padded(q) // config.block_q, dtype=torch.int32)
     shared = {
         "captured": call.captured,
         "captured_strides": call.strides,
@@ -168,8 +184,10 @@ def backward_scored(
             rows.delta,
             rows.low,
             lse_rows,
+            low_tiles,
             delta,
             dq_sum,
+            counter,
             queries=queries,
             keys=keys,
             padded_queries=_padded(q),
@@ -185,6 +203,8 @@ def backward_scored(
         operands = {
             **shared,
             "t_desc": t_desc,
+            "counter": counter,
+            "low_tiles": low_tiles if program.unbounded else None,
             "tile_steps": tile_steps,
             "plan": plan,
             "plan_strides": plan_strides,
@@ -244,7 +264,7 @@ def _nothing() -> dict[str, Any]:
         "plan_strides": (0,) * 4,
     }
     flags = {"SCORED": False, "TILED": 0, "inner": 1.0, "outer": 1.0, "tile_steps": (0,) * 8}
-    return {**tuples, **flags, **dict.fromkeys(("t_desc", "plan", "empty", *_FUNCTIONS))}
+    return {**tuples, **flags, **dict.fromkeys(("t_desc", "plan", "empty", "low_tiles", *_FUNCTIONS))}
 
 
 def _launch(
@@ -268,16 +288,17 @@ def _launch(
     k_heads, keys = k.shape[1], k.shape[2]
     padded, lines = _padded(q), lse_rows.shape[0] // delta.shape[0]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    attention_backward[(-(-keys // config.block_k) * batch * k_heads,)](
+    items = -(-keys // config.block_k) * batch * k_heads
+    attention_backward[(min(items, config.blocks * multiprocessors(q.device)),)](
         describe(q, config.block_q),
         describe(k, config.block_k),
         describe(v, config.block_k),
         describe(grad_out, config.block_q),
         describe_float32(lse_rows, [lines, config.block_q], 0),
-        describe_float32(delta, [1, config.block_q], 0),
-        describe_float32(dq_sum, [config.block_q, dim], 128),
-        describe(dk, config.block_k),
-        describe(dv, config.block_k),
+        delta_desc=describe_float32(delta, [1, config.block_q], 0),
+        dq_desc=describe_float32(dq_sum, [config.block_q, dim], 128),
+        dk_desc=describe(dk, config.block_k),
+        dv_desc=describe(dv, config.block_k),
         scale=scale,
         queries=queries,
         keys=keys,

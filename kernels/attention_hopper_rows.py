@@ -15,6 +15,7 @@ def prepare_backward(
     lse_log2,
     delta,
     dq,
+    counter,
     queries,
     padded_queries,
     heads,
@@ -28,10 +29,12 @@ def prepare_backward(
     D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """log2(e) lse and delta = rowsum(dO * O) - d lse, ``[B * H, padded Q]``; zeros the float32 sum of dQ.
+    """log2(e) lse and delta = rowsum(dO * O) - d lse, ``[B * H, padded Q]``; zeros the float32 sum of dQ and the counter.
 
     Rows past the end get lse = inf, so that their exponentials vanish.
     """
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(counter, 0)
     head = tl.program_id(1).to(tl.int64)
     batch = head // heads
     inner = head - batch * heads
@@ -80,8 +83,10 @@ def prepare_scores(
     row_delta,
     row_low,
     lse_out,
+    low_tiles,
     delta,
     dq,
+    counter,
     captured,
     captured_strides,
     lead_sizes,
@@ -97,11 +102,13 @@ def prepare_scores(
     BLOCK_Q: tl.constexpr,
 ):
     """Per row what ``weigh_tile`` subtracts, less what OFFSET adds to all logits of the row: log2(e) lse, or, UNBOUNDED,
-    lse and the part of it that float32 rounds off, in base two (``[B * H, 1 or 2, padded Q]``); delta
-    ``[B * H, padded Q]``. Zeros the float32 sum of dQ.
+    lse and the part of it that float32 rounds off, in base two (``[B * H, 1 or 2, padded Q]``, and
+    1 in ``low_tiles`` for tiles where any is not zero); delta ``[B * H, padded Q]``. Zeros the float32 sum of dQ and the counter.
 
     Rows past the end, and with EMPTY_IS_ZERO those without keys, get lse = inf, so that their exponentials vanish.
     """
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(counter, 0)
     head = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_Q
     i = first_row + tl.arange(0, BLOCK_Q)
@@ -123,7 +130,10 @@ def prepare_scores(
     if UNBOUNDED:
         line = head.to(tl.int64) * 2 * padded_queries + i
         tl.store(lse_out + line, value)
-        tl.store(lse_out + line + padded_queries, tl.load(row_low + place, mask=real, other=0.0))
+        low = tl.load(row_low + place, mask=real, other=0.0)
+        tl.store(lse_out + line + padded_queries, low)
+        tile = head * (padded_queries // BLOCK_Q) + tl.program_id(0)
+        tl.store(low_tiles + tile, tl.max((low != 0.0).to(tl.int32), 0))
     else:
         tl.store(lse_out + padded, value * 1.4426950408889634)
     tl.store(delta + padded, tl.load(row_delta + place, mask=real, other=0.0))

@@ -17,14 +17,14 @@ LOG2E = gl.constexpr(1.4426950408889634)
 def query_tiles(key_tile, head, program):
     """Query tiles of a key tile by the plan, int32 ``[*lead, key tiles, 8]``: ``(first, end, first and end of those
     that need no mask, first and end of those that need no more than their bounds)``."""
-    _, _, _, _, lead_sizes, plan, plan_strides, _, _, _ = program
+    _, _, _, _, lead_sizes, plan, plan_strides, _, _, _, _ = program
     entry = plan + offset_of(split_lead(head, lead_sizes), plan_strides) + key_tile * 8
     clear = (gl.load(entry + 1), gl.load(entry + 2))
     return gl.load(entry), gl.load(entry + 3), clear, (gl.load(entry + 4), gl.load(entry + 5))
 
 
 @gluon.jit
-def place_queries(
+def tile_flags(
     first_row,
     first_key,
     clear,
@@ -35,26 +35,24 @@ def place_queries(
     RAGGED: gl.constexpr,
     PLANNED: gl.constexpr,
 ):
-    """(first row, first key, whether the tile needs a mask, whether it needs more than its bounds)."""
-    queries, keys, offset = sizes[0], sizes[1], sizes[4]
-    masked = first_key + BLOCK_K > keys
+    """1 for a tile that needs a mask, plus 2 where it needs more than its bounds. RAGGED: rows past the end are masked."""
+    masked = first_key + BLOCK_K > sizes[1]
     if RAGGED:
-        masked = masked | (first_row + BLOCK_Q > queries)
-    unsure = masked
+        masked = masked | (first_row + BLOCK_Q > sizes[0])
     if PLANNED:
         tile = first_row // BLOCK_Q
         masked = masked | (tile < clear[0]) | (tile >= clear[1])
         unsure = (tile < sure[0]) | (tile >= sure[1])
+        return gl.where(masked, 1, 0) + gl.where(unsure, 2, 0)
     else:
-        masked = masked | (first_row + offset < first_key + BLOCK_K - 1)
-    return first_row, first_key, masked, unsure
+        return gl.where(masked | (first_row + sizes[4] < first_key + BLOCK_K - 1), 1, 0)
 
 
 @gluon.jit
 def weigh_tile(
     s,
     lse,
-    low,
+    low_row,
     t_tile,
     place,
     head,
@@ -71,14 +69,15 @@ def weigh_tile(
 ):
     """``(weights, weights times the slope of the logits)`` of products of keys and queries ``s``, masked ones zero.
 
-    ``lse``, ``low``: as ``prepare_scores`` wrote them, ``[1, queries]``; ``t_tile``: the captured tensor's tile in
-    shared memory, transposed, or 0; ``place``: see ``place_queries``. TILED: 1 where LOGITS reads it, 2 where MASK
-    alone does. GRADIENT None: the slope is 1.
+    ``lse`` as ``prepare_scores`` wrote it, ``[1, queries]``; ``low_row`` its second line in shared memory, ``t_tile`` the
+    captured tensor's tile there, transposed, or 0 for none; ``place``: (first row, first key, ``tile_flags`` plus 4 for a
+    second line that is not zero). TILED: 1 where LOGITS reads the tile, 2 where MASK alone does. GRADIENT None: the
+    slope is 1.
     """
     BLOCK_K: gl.constexpr = s.shape[0]
     BLOCK_Q: gl.constexpr = s.shape[1]
-    first_row, first_key, masked, unsure = place
-    inner, outer, captured, strides, lead_sizes, _, _, _, _, _ = program
+    first_row, first_key, flags = place
+    inner, outer, captured, strides, lead_sizes, _, _, _, _, _, _ = program
     queries, keys, offset = sizes[0], sizes[1], sizes[4]
     lead = split_lead(head, lead_sizes)
     layout: gl.constexpr = s.type.layout
@@ -104,13 +103,15 @@ def weigh_tile(
         )
         flat = gl.convert_layout(logits.reshape(BLOCK_K, BLOCK_Q), layout, assert_trivial=True)
         if UNBOUNDED:
-            exponents = (flat * outer - lse) * LOG2E - low
+            exponents = (flat * outer - lse) * LOG2E
+            if (flags & 4) != 0:
+                exponents -= low_row.load(layout)
         else:
             exponents = flat * (outer * LOG2E) - lse
     else:
         exponents = s * (outer * LOG2E) - lse
     exponents = exponents.reshape(BLOCK_K, BLOCK_Q // 8, 4, 2)
-    if masked:
+    if (flags & 1) != 0:
         if BOUNDS is not None:
             seen = rows
             if ROWS is not None:
@@ -124,7 +125,7 @@ def weigh_tile(
             keep = keep & (steps < queries - lanes)
         exponents = gl.where(keep, exponents, float("-inf"))
     if MASK is not None:  # noqa: SIM102 - known at compile time, the place is not
-        if unsure:
+        if (flags & 2) != 0:
             seen = rows
             if ROWS is not None:
                 seen = ROWS(lanes + steps, lanes + steps < queries, lead, captured, strides)
@@ -149,12 +150,11 @@ def weigh_tile(
 
 
 @gluon.jit
-def add_captured(ds, place, head, program, sizes, ADD: gl.constexpr, ROWS: gl.constexpr):
+def add_captured(ds, first_row, first_key, head, program, sizes, ADD: gl.constexpr, ROWS: gl.constexpr):
     """Add to the gradients of captured tensors, by a tile of the gradient of the logits ``ds``."""
     BLOCK_K: gl.constexpr = ds.shape[0]
     BLOCK_Q: gl.constexpr = ds.shape[1]
-    first_row, first_key, _masked, _unsure = place
-    _, outer, captured, strides, lead_sizes, _, _, _, gradients, gradient_strides = program
+    _, outer, captured, strides, lead_sizes, _, _, _, gradients, gradient_strides, _ = program
     queries, keys = sizes[0], sizes[1]
     lead = split_lead(head, lead_sizes)
     upstream = (ds * outer).reshape(BLOCK_K, BLOCK_Q // 8, 4, 2)
