@@ -48,7 +48,7 @@ def count_tiles(key_tile, head, sizes, program, BLOCK_Q: gl.constexpr, BLOCK_K: 
 
 @gluon.jit
 def place_block(item, sizes, BLOCK_K: gl.constexpr, GROUP: gl.constexpr):
-    """(key tile, key head over all batches) of a work item; within GROUP heads the first, longest key tiles go first."""
+    """(key tile, key head over all batches) of a work item; within GROUP heads the first, longest tiles go first."""
     tiles = gl.cdiv(sizes[1], BLOCK_K)
     group = item // (GROUP * tiles)
     inside = item - group * GROUP * tiles

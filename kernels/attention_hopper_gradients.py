@@ -215,6 +215,7 @@ def backward_scored(
             "scale_log2": outer * math.log2(math.e),
             "SCORED": True,
             "TILED": program.tiled,
+            "OUTER": program.outer if program.logits else None,
             **{name: getattr(program, name.lower()) for name in _FUNCTIONS},
         }
         offset = NO_CAUSAL_BOUND if call.causal_offset is None else call.causal_offset
@@ -264,7 +265,7 @@ def _nothing() -> dict[str, Any]:
         "plan_strides": (0,) * 4,
     }
     flags = {"SCORED": False, "TILED": 0, "inner": 1.0, "outer": 1.0, "tile_steps": (0,) * 8}
-    return {**tuples, **flags, **dict.fromkeys(("t_desc", "plan", "empty", "low_tiles", *_FUNCTIONS))}
+    return {**tuples, **flags, **dict.fromkeys(("t_desc", "plan", "empty", "low_tiles", "OUTER", *_FUNCTIONS))}
 
 
 def _launch(

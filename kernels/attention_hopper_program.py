@@ -33,8 +33,8 @@ class HopperProgram:
         offset: ``(*row context) -> what is the same for a whole row``; None for nothing.
         bounds: ``(*row context) -> first and end of the keys that a row sees``; None for all.
         mask: ``(score, *context) -> keep``, the part of the mask that ``bounds`` does not cover; None for all.
-        gradient: ``(score, upstream, *context) -> upstream * derivative of logits / outer`` for the backward; None
-            where the derivative is 1.
+        gradient: ``(score, value, upstream, *context) -> upstream * derivative of logits / outer``, for the backward;
+            None where the derivative is 1.
         captured_gradients: ``(upstream, *context, gradients, their strides)`` adds to those of captured tensors, for
             the backward; None where none is wanted.
         rows: loads what belongs to rows or heads; None where nothing does. sink: ``(*row context) -> logit``, or None.

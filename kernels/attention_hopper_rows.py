@@ -29,7 +29,7 @@ def prepare_backward(
     D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """log2(e) lse and delta = rowsum(dO * O) - d lse, ``[B * H, padded Q]``; zeros the float32 sum of dQ and the counter.
+    """log2(e) lse and delta = rowsum(dO * O) - d lse, ``[B * H, padded Q]``; zeros the sum of dQ and the counter.
 
     Rows past the end get lse = inf, so that their exponentials vanish.
     """
@@ -102,10 +102,11 @@ def prepare_scores(
     BLOCK_Q: tl.constexpr,
 ):
     """Per row what ``weigh_tile`` subtracts, less what OFFSET adds to all logits of the row: log2(e) lse, or, UNBOUNDED,
-    lse and the part of it that float32 rounds off, in base two (``[B * H, 1 or 2, padded Q]``, and
-    1 in ``low_tiles`` for tiles where any is not zero); delta ``[B * H, padded Q]``. Zeros the float32 sum of dQ and the counter.
+    lse and the part of it that float32 rounds off, in base two (``[B * H, 1 or 2, padded Q]``, and 1 in ``low_tiles``
+    for tiles where any is not zero); delta ``[B * H, padded Q]``. Zeros the sum of dQ and the counter.
 
-    Rows past the end, and with EMPTY_IS_ZERO those without keys, get lse = inf, so that their exponentials vanish.
+    Rows past the end and those without keys (unless UNBOUNDED and not EMPTY_IS_ZERO) get lse = inf, so that their
+    exponentials vanish.
     """
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(counter, 0)
@@ -116,7 +117,7 @@ def prepare_scores(
     place = head.to(tl.int64) * queries + i
     padded = head.to(tl.int64) * padded_queries + i
     value = tl.load(lse + place, mask=real, other=float("inf"))
-    if EMPTY_IS_ZERO:
+    if EMPTY_IS_ZERO or not UNBOUNDED:
         value = tl.where(value == float("-inf"), float("inf"), value)
     if OFFSET is not None:
         lead = split_index(head, lead_sizes)

@@ -187,14 +187,17 @@ class SourceWriter:
             self.source += define("offset", _ROW, rows.lines, f"fi * 0.0 {' '.join(per_row)}")
 
     def gradient(self) -> None:
-        """Define ``gradient``, unless the logits change as the score does."""
+        """Define ``gradient``, unless the logits change as the score does; what ``logits`` gave comes in as ``value``,
+        -inf where masked. (Where a part of them is left to ``offset`` they are a sum, whose gradient does not read it.)
+        """
         found = differentiate(self._function, self._function.score)
         assert found.score is not None
         if found.function.program[found.score] == ("upstream",):
             return
         emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
+        emitter._names[self._function.score] = "value"
         value = emitter.as_float(found.score)
-        parameters = _ELEMENT.replace("score,", "score, upstream,", 1)
+        parameters = _ELEMENT.replace("score,", "score, value, upstream,", 1)
         self.source += define("gradient", parameters, emitter.lines, value)
 
     def captured_gradients(self, wanted: tuple[int, ...]) -> None:

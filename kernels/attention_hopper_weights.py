@@ -35,7 +35,7 @@ def tile_flags(
     RAGGED: gl.constexpr,
     PLANNED: gl.constexpr,
 ):
-    """1 for a tile that needs a mask, plus 2 where it needs more than its bounds. RAGGED: rows past the end are masked."""
+    """1 for a tile that needs a mask, plus 2 where it needs more than its bounds. RAGGED: rows past the end count."""
     masked = first_key + BLOCK_K > sizes[1]
     if RAGGED:
         masked = masked | (first_row + BLOCK_Q > sizes[0])
@@ -69,10 +69,10 @@ def weigh_tile(
 ):
     """``(weights, weights times the slope of the logits)`` of products of keys and queries ``s``, masked ones zero.
 
-    ``lse`` as ``prepare_scores`` wrote it, ``[1, queries]``; ``low_row`` its second line in shared memory, ``t_tile`` the
-    captured tensor's tile there, transposed, or 0 for none; ``place``: (first row, first key, ``tile_flags`` plus 4 for a
-    second line that is not zero). TILED: 1 where LOGITS reads the tile, 2 where MASK alone does. GRADIENT None: the
-    slope is 1.
+    ``lse`` as ``prepare_scores`` wrote it, ``[1, queries]``; ``low_row`` its second line in shared memory, ``t_tile``
+    the captured tensor's tile there, transposed, or 0 for none; ``place``: (first row, first key, ``tile_flags`` plus 4
+    for a second line that is not zero). TILED: 1 where LOGITS reads the tile, 2 where MASK alone does. GRADIENT None:
+    the slope is 1.
     """
     BLOCK_K: gl.constexpr = s.shape[0]
     BLOCK_Q: gl.constexpr = s.shape[1]
@@ -101,6 +101,13 @@ def weigh_tile(
         logits = LOGITS(
             score, lanes + steps, j, fi, fj, 0.0, distance, rows, tile, lead, queries, keys, captured, strides
         )
+    else:
+        logits = parts
+    # Masked logits serve the gradient, too, which saves the registers of unmasked ones. Not where rows may be -inf
+    # without a mask: what takes part in them is NaN, what does not is zero.
+    LOGITS_FIRST: gl.constexpr = GRADIENT is not None and not UNBOUNDED
+    exponents = logits
+    if not LOGITS_FIRST:
         flat = gl.convert_layout(logits.reshape(BLOCK_K, BLOCK_Q), layout, assert_trivial=True)
         if UNBOUNDED:
             exponents = (flat * outer - lse) * LOG2E
@@ -108,9 +115,7 @@ def weigh_tile(
                 exponents -= low_row.load(layout)
         else:
             exponents = flat * (outer * LOG2E) - lse
-    else:
-        exponents = s * (outer * LOG2E) - lse
-    exponents = exponents.reshape(BLOCK_K, BLOCK_Q // 8, 4, 2)
+        exponents = exponents.reshape(BLOCK_K, BLOCK_Q // 8, 4, 2)
     if (flags & 1) != 0:
         if BOUNDS is not None:
             seen = rows
@@ -137,11 +142,30 @@ def weigh_tile(
             )
             exponents = gl.where(keep != 0, exponents, float("-inf"))
     # Masked before the exponential: after it the assembler would wait for every single product of the tensor cores.
+    if LOGITS_FIRST:
+        logits = exponents
+        flat = gl.convert_layout(logits.reshape(BLOCK_K, BLOCK_Q), layout, assert_trivial=True)
+        exponents = (flat * (outer * LOG2E) - lse).reshape(BLOCK_K, BLOCK_Q // 8, 4, 2)
     weights = gl.exp2(exponents)
     sloped = weights
     if GRADIENT is not None:
         sloped = GRADIENT(
-            score, weights, lanes + steps, j, fi, fj, 0.0, distance, rows, tile, lead, queries, keys, captured, strides
+            score,
+            logits,
+            weights,
+            lanes + steps,
+            j,
+            fi,
+            fj,
+            0.0,
+            distance,
+            rows,
+            tile,
+            lead,
+            queries,
+            keys,
+            captured,
+            strides,
         )
         sloped = gl.where(weights == 0.0, 0.0, sloped)  # whatever the slope of masked ones is
     weights = gl.convert_layout(weights.reshape(BLOCK_K, BLOCK_Q), layout, assert_trivial=True)

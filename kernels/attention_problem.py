@@ -18,7 +18,7 @@ from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import LEAD_AXES, CapturedPattern
 
 SUMMARY_TILES = 64  # tiles of scores per head from which a pass over an opaque mask pays
-_PLAN_TILES = 64  # tiles of keys that one step of a plan looks at
+_PLAN_ELEMENTS = 16384  # positions, in whole tiles, that one step of a plan looks at
 _NO_STRIDES = (0,) * (LEAD_AXES + 2)
 _fitting: dict[tuple[Any, ...], TileConfig] = {}  # tiles made smaller because a device could not hold the table's
 
@@ -190,7 +190,7 @@ class Problem:
             BOUNDS=bounds,
             EXACT=exact,
             BY_KEYS=by_keys,
-            TILES=min(_PLAN_TILES, power_of_two(other)),
+            TILES=min(_PLAN_ELEMENTS // (tiles.block_q if by_keys else tiles.block_k), power_of_two(other)),
             BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=8 if bounds else 1,
         )  # fmt: skip
         return plan, broadcast_strides(plan)[:LEAD_AXES]
