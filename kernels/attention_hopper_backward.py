@@ -285,10 +285,11 @@ def attention_backward(
     multiple of 128; ``counter`` int32, zero at launch; not causal means an offset beyond all keys. ``scale``: the slope
     of the logits in the products, but for GRADIENT; ``scale_log2``: that in base two, without LOGITS.
 
-    SCORED: logits are ``outer * LOGITS(inner * q k, ...)`` or ``outer * q k`` where that is None (OUTER: ``outer``, where
-    known at compile time); lse in blocks of one or two lines, ``low_tiles`` and delta from ``prepare_scores``; ``plan``:
-    see ``query_tiles``, or None; ``empty``: int32 ``[B * H]``, 1 for heads whose dV is NaN, or None; ``gradients``: of
-    captured tensors, float32, to be added to; ``t_desc``, captured, sizes, strides and steps: as for the forward.
+    SCORED: logits are ``outer * LOGITS(inner * q k, ...)`` or ``outer * q k`` where that is None (OUTER: ``outer``,
+    where known at compile time); lse in blocks of one or two lines, ``low_tiles`` and delta from ``prepare_scores``;
+    ``plan``: see ``query_tiles``, or None; ``empty``: int32 ``[B * H]``, 1 for heads whose dV is NaN, or None;
+    ``gradients``: of captured tensors, float32, to be added to; ``t_desc``, captured, sizes, strides and steps: as for
+    the forward.
     """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]

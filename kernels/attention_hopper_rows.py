@@ -101,7 +101,7 @@ def prepare_scores(
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Per row what ``weigh_tile`` subtracts, less what OFFSET adds to all logits of the row: log2(e) lse, or, UNBOUNDED,
+    """Per row what ``weigh_tile`` subtracts, less what OFFSET adds to all logits of the row: log2(e) lse; UNBOUNDED:
     lse and the part of it that float32 rounds off, in base two (``[B * H, 1 or 2, padded Q]``, and 1 in ``low_tiles``
     for tiles where any is not zero); delta ``[B * H, padded Q]``. Zeros the sum of dQ and the counter.
 

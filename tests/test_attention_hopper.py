@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_compare import compare_forward
+from attention_compare import compare, compare_forward
 from attention_forms import make_forms
 
 from vbcompile.device import get_target
@@ -22,6 +22,7 @@ from vbcompile.kernels import attention_hopper_gradients as gradients
 from vbcompile.kernels.attention_case import make_case
 from vbcompile.kernels.attention_hopper_call import describe_call, refuses_call
 from vbcompile.kernels.attention_hopper_program import compile_hopper, peel
+from vbcompile.kernels.attention_layout import broadcast_strides
 from vbcompile.kernels.attention_problem import with_padded_lead
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import CapturedPattern
@@ -140,7 +141,7 @@ def recorded(monkeypatch):
         monkeypatch.setattr(home, name, recorders[name])
     for module in (hopper, gradients):
         monkeypatch.setattr(module, "refuses", lambda *a: None)
-    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return kernels, recorders
 
@@ -272,6 +273,46 @@ def test_score_functions_compile_without_spills(recorded, monkeypatch, name, dim
     check_machine_code(compiled, registers)
 
 
+SCORED_BACKWARD = {  # form -> head dimensions, whether gradients of captured tensors are wanted
+    "bias": ((64, True),),
+    "softcap": ((64, False), (128, False)),
+    "window": ((64, False), (128, False)),
+    "document_causal": ((64, False),),
+    "alibi": ((64, True), (128, False)),
+    "bool_mask": ((64, False),),
+}
+QUICK = {("softcap", 128, False), ("bias", 64, True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "wanted"),
+    [
+        pytest.param(name, dim, wanted, marks=() if (name, dim, wanted) in QUICK else pytest.mark.slow)
+        for name, variants in SCORED_BACKWARD.items()
+        for dim, wanted in variants
+    ],
+)
+def test_backward_of_score_functions_compiles_without_spills(recorded, monkeypatch, name, dim, wanted):
+    kernels, recorders = recorded
+    monkeypatch.setattr(attention_problem, "launch", lambda *a, **options: None)
+    form = make_forms(256, 512, dim, dim)[name]
+    (q, k, v), captured = form.inputs(torch.bfloat16)
+    captured = [c.to(torch.bfloat16) if c.is_floating_point() else c for c in captured]
+    numbers = tuple(n for n, c in enumerate(captured) if wanted and c.is_floating_point())
+    call = describe_call(q, k, captured, (2, 2), 0.1, form.function, numbers)
+    sums = tuple(torch.empty(captured[n].shape) for n in numbers)
+    rows = SimpleNamespace(
+        delta=torch.empty(2, 2, 256), low=torch.empty(2, 2, 256), empty=None, gradients=sums,
+        gradient_strides=tuple(map(broadcast_strides, sums)),
+    )  # fmt: skip
+    gradients.backward_scored(q, q, k, v, torch.empty(2, 2, 256), 0.1, call, rows)
+    ((arguments, options),) = recorders["attention_backward"].launches
+    compiled, registers = compile_for_hopper(kernels["attention_backward"], arguments, options)
+    check_machine_code(compiled, registers)
+    ((_, prepared),) = recorders["prepare_scores"].launches
+    assert prepared["UNBOUNDED"] == (name == "bias")
+
+
 def test_constant_factors_leave_the_function():
     program = ScoreFunction(
         (("score",), ("const", 20.0), ("div", 0, 1), ("tanh", 2), ("const", 5.0), ("mul", 4, 3)), score=5
@@ -308,8 +349,13 @@ def test_score_functions_are_refused_with_a_reason(name, dtype, reason):
         ("softcap", (), None),
         ("document_causal", (), None),
         ("dropout", (), "dropout"),
-        ("softcap", (True, True, True), "backward"),
+        ("softcap", (True, True, True), None),
         ("causal", (True, True, True), None),
+        ("bias", (True, True, True, True), None),
+        ("document_causal", (True, True, True, False, False), None),
+        ("sink_per_row", (True, True, True, True), None),
+        ("temperature", (True, True, True, False), None),
+        ("temperature", (True, True, True, True), "the score and an addend"),
     ],
 )
 def test_routing(name, needs, reason):
@@ -402,6 +448,24 @@ def test_score_functions_match_float64(hopper_gpu, name):
     if attention_gpu._refuses_hopper(get_target(torch.device("cuda")), case):
         pytest.skip("left to the general kernels")
     rows = compare_forward(form, torch.bfloat16, attention_gpu._hopper_forward, seeds=range(2))
+    assert not [row for row in rows if not row[1] <= row[2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "additive_min"])
+def test_gradients_of_score_functions_match_float64(hopper_gpu, name):
+    form = FORMS[name]
+    (q, k, v), captured = form.inputs(torch.bfloat16)
+    q, k, v = (t.cuda() for t in (q, k, v))
+    for with_captured in (True, False):
+        needs = [True] * 3 + [with_captured and c.is_floating_point() for c in captured]
+        case = make_case(q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
+        if attention_gpu._refuses_hopper(get_target(q.device), case) is None:
+            break
+    else:
+        pytest.skip("left to the general kernels")
+    run = (attention_gpu._hopper_forward, attention_gpu._hopper_backward)
+    rows = compare(form, torch.bfloat16, range(2), run, with_captured)
     assert not [row for row in rows if not row[1] <= row[2]]
 
 
