@@ -99,7 +99,6 @@ def compute(
     q_full, q_empty, do_full, do_empty, kv_full, kv_empty = barriers
     item_smem, item_full, item_empty = work
     dq_desc, dk_desc, dv_desc = results
-    k_heads, per_key_head = sizes[2], sizes[3]
     STAGES: gl.constexpr = q_smem.shape[0]
     dtype: gl.constexpr = q_smem.dtype
     WARPS: gl.constexpr = BLOCK_K // 16
@@ -202,14 +201,17 @@ def compute(
         mbarrier.arrive(q_empty.index((taken + STAGES - 1) % STAGES))
         mbarrier.arrive(kv_empty.index(0))
         first_key = hear(item_smem.index(item + 1), WARPS)
-        kv_head = hear(item_smem.index(item + 2), WARPS)
+        batch = hear(item_smem.index(item + 2), WARPS)
+        k_head = hear(item_smem.index(item + 3), WARPS)
         mbarrier.arrive(item_empty.index(done % 2))
         empty = program[7]
         if empty is not None:
-            for member in range(per_key_head):
-                dv = gl.where(gl.load(empty + kv_head * per_key_head + member) != 0, float("nan"), dv)
-        batch = kv_head // k_heads
-        place = [batch, kv_head - batch * k_heads, first_key, 0]
+            first_head = (batch * sizes[2] + k_head) * sizes[3]
+            for member in range(sizes[3]):
+                dv = gl.where(gl.load(empty + first_head + member) != 0, float("nan"), dv)
+        place = [batch, k_head, first_key, 0]
+        if SCORED:
+            scale = program[0] * program[1]
         tma.store_wait(0)
         gl.thread_barrier()
         store_tile(dv_desc, place, out_smem, dv.to(dtype))

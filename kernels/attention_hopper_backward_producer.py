@@ -70,14 +70,15 @@ def hear(slot, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def announce(work, number, total, first_key, head):
+def announce(work, number, total, first_key, batch, k_head):
     """Producer: publish work item ``number``; ``total`` query tiles, 0 for the end."""
     slots, full, empty = work
     slot = number % 2
     mbarrier.wait(empty.index(slot), (number // 2 & 1) ^ 1)
     tell(slots.index(4 * slot), total)
     tell(slots.index(4 * slot + 1), first_key)
-    tell(slots.index(4 * slot + 2), head)
+    tell(slots.index(4 * slot + 2), batch)
+    tell(slots.index(4 * slot + 3), k_head)
     mbarrier.arrive(full.index(slot))
 
 
@@ -122,7 +123,7 @@ def produce(
         first_key = key_tile * BLOCK_K
         total = count_tiles(key_tile, flat_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         first, end, clear, sure = visible_tiles(key_tile, flat_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-        announce(work, done, total, first_key, kv_head)
+        announce(work, done, total, first_key, batch, k_head)
         mbarrier.wait(kv_empty.index(0), (done & 1) ^ 1)
         mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(k_desc, [batch, k_head, first_key, 0], kv_full.index(0), k_smem)
@@ -173,4 +174,4 @@ def produce(
                 tile = first
         done += 1
         item = upcoming
-    announce(work, done, 0, 0, 0)
+    announce(work, done, 0, 0, 0, 0)
