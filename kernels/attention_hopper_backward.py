@@ -128,6 +128,10 @@ def compute(
             q_tile = q_smem.index(slot).reshape([BLOCK_Q, D])
             do_tile = do_smem.index(slot).reshape([BLOCK_Q, D])
             mbarrier.wait(q_full.index(slot), phase)
+            first_key = hear(item_smem.index(item + 1), WARPS)
+            first_row = hear(place_smem.index(4 * slot), WARPS)
+            flags = hear(place_smem.index(4 * slot + 1), WARPS)
+            head = hear(place_smem.index(4 * slot + 2), WARPS)
             s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
             mbarrier.wait(do_full.index(slot), phase)
             dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero_s, use_acc=False, is_async=True)
@@ -136,10 +140,6 @@ def compute(
             dk = warpgroup_mma_wait(2, [dk])  # of the last tile
             mbarrier.arrive(q_empty.index((taken + STAGES - 1) % STAGES), pred=i > 0)
             scores = warpgroup_mma_wait(1, [s])
-            first_key = hear(item_smem.index(item + 1), WARPS)
-            first_row = hear(place_smem.index(4 * slot), WARPS)
-            flags = hear(place_smem.index(4 * slot + 1), WARPS)
-            head = hear(place_smem.index(4 * slot + 2), WARPS)
             if LATE and SCORED:
                 lse = lse_smem.index(slot).slice(0, 1).load(s_layout)
             if SCORED:
