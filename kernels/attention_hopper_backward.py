@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vbcompile.kernels.attention_hopper_backward_producer import hear, produce
+from vbcompile.kernels.attention_hopper_scores import offset_of, split_lead
 from vbcompile.kernels.attention_hopper_weights import add_captured, weigh_tile
 
 
@@ -96,10 +97,11 @@ def compute(
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, place_smem, ds_smem, dq_smem = buffers
     t_smem, t_full, t_empty = tiles
     UNBOUNDED: gl.constexpr = lse_smem.shape[1] == 2
-    q_full, q_empty, do_full, do_empty, kv_full, kv_empty = barriers
+    q_full, q_empty, do_full, do_empty, k_full, k_empty = barriers
     item_smem, item_full, item_empty = work
-    dq_desc, dk_desc, dv_desc = results
+    dq_desc, dk_desc, dv_desc, g_desc, gradient_steps = results
     STAGES: gl.constexpr = q_smem.shape[0]
+    K_STAGES: gl.constexpr = k_smem.shape[0]
     dtype: gl.constexpr = q_smem.dtype
     WARPS: gl.constexpr = BLOCK_K // 16
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_Q, 16])
@@ -107,9 +109,8 @@ def compute(
     q_warps: gl.constexpr = [BLOCK_Q // 16, WARPS * 16 // BLOCK_Q]
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], q_warps, [16, D // q_warps[1], 16])
     left: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
-    k_tile = k_smem.reshape([BLOCK_K, D])
     v_tile = v_smem.reshape([BLOCK_K, D])
-    out_smem = dq_smem._reinterpret(dtype, [1, 1, BLOCK_K, D], k_smem.type.layout)
+    out_smem = dq_smem._reinterpret(dtype, [1, 1, BLOCK_K, D], v_smem.type.layout)
     zero_s = gl.full([BLOCK_K, BLOCK_Q], 0.0, gl.float32, s_layout)
     zero_q = gl.full([BLOCK_Q, D], 0.0, gl.float32, q_layout)
     taken = gl.to_tensor(0)
@@ -120,8 +121,8 @@ def compute(
         item = done % 2 * 4  # what belongs to it is read again where it is used: registers are what is short
         dk = warpgroup_mma_init(gl.full([BLOCK_K, D], 0.0, gl.float32, kv_layout))
         dv = gl.full([BLOCK_K, D], 0.0, gl.float32, kv_layout)
-        mbarrier.wait(kv_full.index(0), done & 1)
-        mbarrier.wait(kv_full.index(1), done & 1)
+        k_tile = k_smem.index(done % K_STAGES).reshape([BLOCK_K, D])
+        mbarrier.wait(k_full.index(done % K_STAGES), done // K_STAGES & 1)
         for i in range(total):
             slot = taken % STAGES
             phase = taken // STAGES & 1
@@ -173,6 +174,14 @@ def compute(
             if SCORED:  # noqa: SIM102 - known at compile time, the place is not
                 if (hear(place_smem.index(4 * slot + 1), WARPS) & 3) != 0:  # masked, whatever delta and the slope are
                     ds = gl.where(sloped == 0.0, 0.0, ds)
+            if g_desc is not None:
+                tma.store_wait(0)
+                gl.thread_barrier()
+                add_tile(
+                    g_desc, gradient_steps, ds * program[1], dq_smem,
+                    hear(place_smem.index(4 * slot), WARPS), hear(item_smem.index(item + 1), WARPS),
+                    split_lead(hear(place_smem.index(4 * slot + 2), WARPS), program[4]),
+                )  # fmt: skip
             if CAPTURED_GRADIENTS is not None:
                 first_row = hear(place_smem.index(4 * slot), WARPS)
                 head = hear(place_smem.index(4 * slot + 2), WARPS)
@@ -199,7 +208,7 @@ def compute(
                     stay_branch()
         dk = warpgroup_mma_wait(0, [dk])
         mbarrier.arrive(q_empty.index((taken + STAGES - 1) % STAGES))
-        mbarrier.arrive(kv_empty.index(0))
+        mbarrier.arrive(k_empty.index(done % K_STAGES))
         first_key = hear(item_smem.index(item + 1), WARPS)
         batch = hear(item_smem.index(item + 2), WARPS)
         k_head = hear(item_smem.index(item + 3), WARPS)
@@ -225,6 +234,17 @@ def compute(
 
 
 @gluon.jit
+def add_tile(descriptor, steps, tile, smem, first_row, first_key, lead):
+    """Asynchronously add a tile ``[keys, queries]`` to a captured tensor's gradient, by way of shared memory;
+    ``steps``: rows of it by which leading indices move."""
+    smem = smem._reinterpret(gl.float32, [tile.shape[1], tile.shape[0]], smem.type.layout)
+    smem.permute((1, 0)).store(tile)
+    fence_async_shared()
+    gl.thread_barrier()
+    add_to_global(descriptor, [offset_of(lead, steps).to(gl.int32) + first_row, first_key], smem)
+
+
+@gluon.jit
 def store_tile(descriptor, place, smem, tile):
     """Asynchronously store a tile, by way of shared memory."""
     smem.reshape([smem.shape[2], smem.shape[3]]).store(tile)
@@ -246,6 +266,7 @@ def attention_backward(
     dk_desc,
     dv_desc,
     t_desc,
+    g_desc,
     counter,
     captured,
     plan,
@@ -266,10 +287,13 @@ def attention_backward(
     captured_strides,
     plan_strides,
     gradient_strides,
+    gradient_steps,
     tile_steps,
     STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr,
     T_STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    DYNAMIC: gl.constexpr,
     LATE: gl.constexpr,
     SCORED: gl.constexpr,
     TILED: gl.constexpr,
@@ -284,14 +308,14 @@ def attention_backward(
     """q, dO ``[B, H, Q, D]`` in blocks ``[1, 1, BLOCK_Q, D]``; k, v, dK, dV ``[B, Hk, K, D]`` in blocks
     ``[1, 1, BLOCK_K, D]``; log2(e) lse and delta ``[B * H, padded Q]`` float32 in blocks ``[1, BLOCK_Q]``; dQ
     ``[B * H * padded Q, D]`` float32 in blocks ``[BLOCK_Q, D]``, unscaled. ``heads`` is B * Hk; ``padded Q`` a
-    multiple of 128; ``counter`` int32, zero at launch; not causal means an offset beyond all keys. ``scale``: the slope
-    of the logits in the products, but for GRADIENT; ``scale_log2``: that in base two, without LOGITS.
+    multiple of 128; ``counter`` int32, zero at launch (DYNAMIC); not causal means an offset beyond all keys. ``scale``:
+    the slope of the logits in the products, but for GRADIENT; ``scale_log2``: that in base two, without LOGITS.
 
     SCORED: logits are ``outer * LOGITS(inner * q k, ...)`` or ``outer * q k`` where that is None (OUTER: ``outer``,
     where known at compile time); lse in blocks of one or two lines, ``low_tiles`` and delta from ``prepare_scores``;
     ``plan``: see ``query_tiles``, or None; ``empty``: int32 ``[B * H]``, 1 for heads whose dV is NaN, or None;
-    ``gradients``: of captured tensors, float32, to be added to; ``t_desc``, captured, sizes, strides and steps: as for
-    the forward.
+    ``gradients``: of captured tensors, float32, to be added to; ``g_desc``: that of the tensor under ``t_desc``, in
+    blocks ``[BLOCK_Q, BLOCK_K]``, or None; ``t_desc``, captured, sizes, strides and steps: as for the forward.
     """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
@@ -303,7 +327,7 @@ def attention_backward(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_Q, D], do_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, D], k_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, BLOCK_K, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_K, D], v_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, LINES, BLOCK_Q], lse_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], delta_desc.layout)
@@ -313,8 +337,8 @@ def attention_backward(
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
     item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     item_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -325,9 +349,9 @@ def attention_backward(
         mbarrier.init(q_empty.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
         mbarrier.init(do_empty.index(i), count=1)
-    mbarrier.init(kv_full.index(0), count=1)
-    mbarrier.init(kv_full.index(1), count=1)
-    mbarrier.init(kv_empty.index(0), count=1)
+    for i in gl.static_range(K_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(item_full.index(i), count=1)
         mbarrier.init(item_empty.index(i), count=1)
@@ -358,16 +382,16 @@ def attention_backward(
     loaded = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, place_smem)
     work = (item_smem, item_full, item_empty)
     buffers = (q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, place_smem, ds_smem, dq_smem)
-    barriers = (q_full, q_empty, do_full, do_empty, kv_full, kv_empty)
+    barriers = (q_full, q_empty, do_full, do_empty, k_full, k_empty)
     descriptors = (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, t_desc)
-    results = (dq_desc, dk_desc, dv_desc)
+    results = (dq_desc, dk_desc, dv_desc, g_desc, gradient_steps)
     gl.warp_specialize(
         [
             (compute, (buffers, barriers, results, work, sizes, tiles, program, scale, scale_log2,
                        BLOCK_Q, BLOCK_K, D, LATE, SCORED, RAGGED, TILED, LOGITS, GRADIENT, BOUNDS, MASK, ROWS,
                        CAPTURED_GRADIENTS)),
             (produce, (descriptors, loaded, barriers, work, tiles, tile_steps, sizes, program, counter, padded_queries,
-                       BLOCK_Q, BLOCK_K, GROUP, RAGGED, PLANNED)),
+                       BLOCK_Q, BLOCK_K, GROUP, DYNAMIC, RAGGED, PLANNED)),
         ],
         [1],
         [24],

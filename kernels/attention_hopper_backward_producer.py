@@ -97,6 +97,7 @@ def produce(
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP: gl.constexpr,
+    DYNAMIC: gl.constexpr,
     RAGGED: gl.constexpr,
     PLANNED: gl.constexpr,
 ):
@@ -104,17 +105,20 @@ def produce(
     batch * key heads)."""
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, t_desc = descriptors
     q_smem, k_smem, v_smem, do_smem, lse_smem, delta_smem, place_smem = buffers
-    q_full, q_empty, do_full, do_empty, kv_full, kv_empty = barriers
+    q_full, q_empty, do_full, do_empty, k_full, k_empty = barriers
     t_smem, t_full, t_empty = tiles
     _, keys, k_heads, per_key_head, _, heads = sizes
     STAGES: gl.constexpr = q_smem.shape[0]
     LINES: gl.constexpr = lse_smem.shape[1]
+    K_STAGES: gl.constexpr = k_smem.shape[0]
     items = gl.cdiv(keys, BLOCK_K) * heads
     loaded = gl.to_tensor(0)
     done = gl.to_tensor(0)
     item = gl.program_id(0)
     while item < items:
-        upcoming = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        upcoming = item + gl.num_programs(0)
+        if DYNAMIC:  # asked for early: the answer takes about a microsecond
+            upcoming = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         key_tile, kv_head = place_block(item, sizes, BLOCK_K, GROUP)
         batch = kv_head // k_heads
         k_head = kv_head - batch * k_heads
@@ -124,11 +128,11 @@ def produce(
         total = count_tiles(key_tile, flat_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         first, end, clear, sure = visible_tiles(key_tile, flat_head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         announce(work, done, total, first_key, batch, k_head)
-        mbarrier.wait(kv_empty.index(0), (done & 1) ^ 1)
-        mbarrier.expect(kv_full.index(0), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [batch, k_head, first_key, 0], kv_full.index(0), k_smem)
-        mbarrier.expect(kv_full.index(1), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [batch, k_head, first_key, 0], kv_full.index(1), v_smem)
+        kv_place = [batch, k_head, first_key, 0]
+        k_slot = done % K_STAGES
+        mbarrier.wait(k_empty.index(k_slot), (done // K_STAGES & 1) ^ 1)
+        mbarrier.expect(k_full.index(k_slot), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, kv_place, k_full.index(k_slot), k_smem.index(k_slot))
         tile = first
         for i in range(total):
             slot = loaded % STAGES
@@ -159,7 +163,14 @@ def produce(
                 mbarrier.expect(t_full.index(t_slot), t_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(t_desc, t_place, t_full.index(t_slot), t_smem.index(t_slot))
             mbarrier.wait(do_empty.index(slot), phase)
-            mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            BYTES: gl.constexpr = do_desc.block_type.nbytes + delta_desc.block_type.nbytes
+            if i == 0:  # V comes with its first tile; the last item's V was read for the last time for its last tile
+                last = do_empty.index((loaded + STAGES - 1) % STAGES)
+                mbarrier.wait(last, (loaded - 1) // STAGES & 1, pred=done > 0)
+                mbarrier.expect(do_full.index(slot), BYTES + v_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(v_desc, kv_place, do_full.index(slot), v_smem)
+            else:
+                mbarrier.expect(do_full.index(slot), BYTES)
             tma.async_copy_global_to_shared(do_desc, [batch, q_head, row, 0], do_full.index(slot), do_smem.index(slot))
             tma.async_copy_global_to_shared(delta_desc, [flat_head, row], do_full.index(slot), delta_smem.index(slot))
             loaded += 1

@@ -28,6 +28,7 @@ class ScoreCall:
         captured: captured tensors, booleans as bytes; strides: six for each, zero where broadcast.
         planned: whether the program masks, along a plan of tiles that ``plan`` makes.
         empty_is_zero: what a row without keys gives, else NaN.
+        wanted: captured tensors whose gradients are wanted.
     """
 
     program: HopperProgram
@@ -39,6 +40,7 @@ class ScoreCall:
     empty_is_zero: bool
     function: ScoreFunction
     originals: tuple[Tensor, ...]
+    wanted: tuple[int, ...]
 
     @property
     def tile(self) -> Tensor | None:
@@ -88,6 +90,7 @@ def describe_call(
         empty_is_zero=function.empty_rows == "zero",
         function=function,
         originals=tuple(captured),
+        wanted=wanted or (),
     )
 
 

@@ -1,7 +1,7 @@
 """Backward attention for Hopper (sm_90a): its launches; see ``attention_hopper`` for what they take."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from vbcompile.kernels.attention_hopper import (
 )
 from vbcompile.kernels.attention_hopper_call import ScoreCall, tile_operand
 from vbcompile.kernels.attention_layout import pad_lead
+from vbcompile.kernels.score_triton import LEAD_AXES
 
 PAD = 128  # query rows of the backward's float32 buffers are padded to multiples of this
 _FUNCTIONS = ("LOGITS", "GRADIENT", "BOUNDS", "MASK", "ROWS", "CAPTURED_GRADIENTS")
@@ -28,7 +29,8 @@ class BackwardConfig:
 
     block_q: queries per tile (64 or 128); block_k: keys of one block (64 or 128); stages: Q and dO tiles in flight;
     group: key heads whose longest key tiles start together; late: row statistics loaded when needed, fewer registers;
-    t_stages: tiles of a captured tensor in flight.
+    k_stages: K tiles, 2 where one is loaded before the last one is done with; t_stages: tiles of a captured tensor in
+    flight; dynamic: blocks stay and take key tiles from a counter, else there is one for each key tile.
     """
 
     block_q: int = 64
@@ -36,7 +38,9 @@ class BackwardConfig:
     stages: int = 2
     group: int = 1
     late: bool = False
+    k_stages: int = 1
     t_stages: int = 1
+    dynamic: bool = True
 
     @property
     def warps(self) -> int:
@@ -200,6 +204,7 @@ def backward_scored(
             BLOCK_Q=config.block_q,
         )
         t_desc, tile_steps = tile_operand(call.tile, config.block_k)
+        g_desc, gradient_steps = _tile_gradient(call, rows, config)
         operands = {
             **shared,
             "t_desc": t_desc,
@@ -211,6 +216,8 @@ def backward_scored(
             "empty": rows.empty,
             "gradients": rows.gradients,
             "gradient_strides": rows.gradient_strides,
+            "g_desc": g_desc,
+            "gradient_steps": gradient_steps,
             "inner": inner,
             "scale_log2": outer * math.log2(math.e),
             "SCORED": True,
@@ -224,7 +231,21 @@ def backward_scored(
 
 def scored_config(dim: int, call: ScoreCall) -> BackwardConfig:
     """The configuration for a score function."""
-    return SCORED_CONFIGS[dim]
+    config = SCORED_CONFIGS[dim]
+    if call.planned and (call.tile is None or call.tile.element_size() < 4):  # short loops; what a block can hold
+        config = replace(config, k_stages=2)
+    return config
+
+
+def _tile_gradient(call: ScoreCall, rows: RowValues, config: BackwardConfig) -> tuple[Any, tuple[int, ...]]:
+    """(tensor map of the gradient of the captured tensor that comes as tiles, rows by which leading indices move in
+    it); None where nobody wants it."""
+    if call.program.tile is None or call.program.tile not in call.wanted:
+        return None, (0,) * LEAD_AXES
+    place = call.wanted.index(call.program.tile)
+    matrix = rows.gradients[place].flatten(0, -2)
+    steps = tuple(s // matrix.shape[1] for s in rows.gradient_strides[place][:LEAD_AXES])
+    return describe_float32(matrix, [config.block_q, config.block_k], 128), steps
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None) -> None:
@@ -260,12 +281,17 @@ def _nothing() -> dict[str, Any]:
         "captured": (),
         "gradients": (),
         "gradient_strides": (),
+        "gradient_steps": (0,) * LEAD_AXES,
         "captured_strides": (),
         "lead_sizes": (1, 1, 1, 1),
         "plan_strides": (0,) * 4,
     }
     flags = {"SCORED": False, "TILED": 0, "inner": 1.0, "outer": 1.0, "tile_steps": (0,) * 8}
-    return {**tuples, **flags, **dict.fromkeys(("t_desc", "plan", "empty", "low_tiles", "OUTER", *_FUNCTIONS))}
+    return {
+        **tuples,
+        **flags,
+        **dict.fromkeys(("t_desc", "g_desc", "plan", "empty", "low_tiles", "OUTER", *_FUNCTIONS)),
+    }
 
 
 def _launch(
@@ -290,7 +316,8 @@ def _launch(
     padded, lines = _padded(q), lse_rows.shape[0] // delta.shape[0]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     items = -(-keys // config.block_k) * batch * k_heads
-    attention_backward[(min(items, config.blocks * multiprocessors(q.device)),)](
+    blocks = min(items, config.blocks * multiprocessors(q.device)) if config.dynamic else items
+    attention_backward[(blocks,)](
         describe(q, config.block_q),
         describe(k, config.block_k),
         describe(v, config.block_k),
@@ -309,8 +336,10 @@ def _launch(
         heads=batch * k_heads,
         padded_queries=padded,
         STAGES=config.stages,
+        K_STAGES=config.k_stages,
         T_STAGES=config.t_stages,
         GROUP=config.group,
+        DYNAMIC=config.dynamic,
         LATE=config.late,
         **operands,
         num_warps=config.warps,

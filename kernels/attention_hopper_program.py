@@ -88,6 +88,9 @@ def refuses_gradients(
     if found.score is None or found.function.program[found.score] != ("upstream",):
         return "gradients of captured tensors need logits that are the score and an addend"
     for number, position in found.captured:
+        is_tile = patterns[number].row and patterns[number].column
+        if number in wanted and is_tile and found.function.program[position] != ("upstream",):
+            return f"the gradient of captured tensor {number} is not that of the logits"
         if number in wanted and _tile_under(found.function, patterns, position):
             return f"the gradient of captured tensor {number} reads a tensor with rows and columns"
     return None

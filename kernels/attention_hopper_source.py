@@ -201,14 +201,19 @@ class SourceWriter:
         self.source += define("gradient", parameters, emitter.lines, value)
 
     def captured_gradients(self, wanted: tuple[int, ...]) -> None:
-        """Define ``captured_gradients``, which adds to the gradients of the captured tensors ``wanted``, if any; the
-        gradient of the logits comes in."""
+        """Define ``captured_gradients``, which adds to the gradients of the captured tensors ``wanted``, if any, but for
+        one with rows and columns; the gradient of the logits comes in."""
         found = differentiate(self._function, self._function.score)
         emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
-        values = [(n, emitter.as_float(position)) for n, position in found.captured if n in wanted]
+        values = [
+            (n, emitter.as_float(position)) for n, position in found.captured if n in wanted and not self._is_tile(n)
+        ]
         if values:
             body = [*emitter.lines, *(line for n, g in values for line in self._add(n, wanted.index(n), g))]
             self.source += define("captured_gradients", _CAPTURED, body, None)
+
+    def _is_tile(self, number: int) -> bool:
+        return self._patterns[number].row and self._patterns[number].column
 
     def _add(self, number: int, place: int, value: str) -> list[str]:
         """Lines that add a tile's elements to the gradient of a captured tensor, summed where it is broadcast."""
@@ -217,13 +222,13 @@ class SourceWriter:
         pointer = f"gradients[{place}] + ({offset})"
         pointer += f" + tl.cast(i, tl.int64) * {strides}[{LEAD_AXES}]" if pattern.row else ""
         pointer += f" + j * {strides}[{LEAD_AXES + 1}]" if pattern.column else ""
-        exists = " & ".join(["(i < q_length)"] * pattern.row + ["(j < k_length)"] * pattern.column) or "None"
-        if not pattern.row and not pattern.column:
-            for axis in (3, 2, 1, 0):
-                value = f"tl.sum({value}, {axis})"
+        exists = "(i < q_length)" if pattern.row else "(j < k_length)" if pattern.column else "None"
+        if pattern.row:
+            value = f"tl.sum({value}, 0, keep_dims=True)"
         else:
-            for axis in (*(3, 2, 1) * (not pattern.row), *(0,) * (not pattern.column)):
-                value = f"tl.sum({value}, {axis}, keep_dims=True)"
+            kept = ", keep_dims=True" * pattern.column
+            for axis in (3, 2, 1) if pattern.column else (3, 2, 1, 0):
+                value = f"tl.sum({value}, {axis}{kept})"
         return [f'    tl.atomic_add({pointer}, {value}, mask={exists}, sem="relaxed")']
 
     def bounds(self, constraints: list[Constraint]) -> None:
