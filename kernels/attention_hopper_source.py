@@ -201,8 +201,8 @@ class SourceWriter:
         self.source += define("gradient", parameters, emitter.lines, value)
 
     def captured_gradients(self, wanted: tuple[int, ...]) -> None:
-        """Define ``captured_gradients``, which adds to the gradients of the captured tensors ``wanted``, if any, but for
-        one with rows and columns; the gradient of the logits comes in."""
+        """Define ``captured_gradients``, which adds to the gradients of the captured tensors ``wanted``, if any, but
+        for one with rows and columns; the gradient of the logits comes in."""
         found = differentiate(self._function, self._function.score)
         emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
         values = [
