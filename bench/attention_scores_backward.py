@@ -31,6 +31,7 @@ from attention_scores import (  # noqa: E402
     LONG,
     NARROW,
     NOT_IN_HALF,
+    SMALL,
     WIDE,
     flex_run,
     inputs,
@@ -42,6 +43,7 @@ from attention_scores import (  # noqa: E402
 CASES = [(LONG, "documents_8"), (LONG, "window_1024")]
 CASES += [(shape, case) for case in ("softcap", "bias", "alibi_causal", "causal", "plain") for shape in (WIDE, NARROW)]
 CASES += [(LONG, "causal"), (LONG, "plain")]
+CASES += [(SMALL, case) for case in ("softcap", "bias", "alibi_causal")]
 KINDS = ("hopper_backward", "hopper_both", "general_backward", "flex_both")
 BIAS_GRADIENT = "bias_gradient"  # the gradient of the bias is wanted, too
 CASES += [(shape, BIAS_GRADIENT) for shape in (WIDE, NARROW)]
@@ -75,7 +77,8 @@ def own_run(shape: tuple, case: str, kind: str, changes: dict[str, Any] | None) 
 def jobs_of(kinds: Sequence[str], explore: bool) -> list[tuple]:
     """(shape, case, kind, changes to the shipped configuration or None)."""
     jobs: list[tuple] = [(*case, kind, None) for kind in kinds for case in CASES]
-    jobs = [job for job in jobs if job[2] != "flex_both" or job[1] not in (BIAS_GRADIENT, "plain", "causal")]
+    no_peer = (BIAS_GRADIENT, "plain", "causal")
+    jobs = [job for job in jobs if job[2] != "flex_both" or (job[1] not in no_peer and job[0] != SMALL)]
     if explore:
         narrow = [(NARROW, case) for case in ("softcap", "bias", "alibi_causal", "causal", "plain")]
         jobs += [(*case, "hopper_backward", {"dynamic": False}) for case in narrow]
