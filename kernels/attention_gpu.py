@@ -95,7 +95,7 @@ def _refuses_hopper_scores(case: AttentionCase) -> str | None:
     if _is_plain(case):
         return None
     function = with_padded_lead(case.score_function, len(case.q) - 2)
-    wanted = [n for n, needed in enumerate(case.needs[3:]) if needed and case.captured[n][1].is_floating_point]
+    wanted = tuple(n for n, needed in enumerate(case.needs[3:]) if needed and case.captured[n][1].is_floating_point)
     return refuses_call(case.captured, case.q_length, case.k_length, function, wanted)
 
 

@@ -99,7 +99,7 @@ def refuses_call(
     q_length: int,
     k_length: int,
     function: ScoreFunction,
-    wanted: Sequence[int] = (),
+    wanted: tuple[int, ...] = (),
 ) -> str | None:
     """Why a score function with captured tensors of these shapes and dtypes is refused, or None; ``wanted``: those
     whose gradients are wanted."""

@@ -6,7 +6,7 @@ captured tensor with rows and columns comes as tiles, by the copy engine.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -78,7 +78,7 @@ def refuses(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> s
 
 
 def refuses_gradients(
-    function: ScoreFunction, patterns: tuple[CapturedPattern, ...], wanted: Sequence[int]
+    function: ScoreFunction, patterns: tuple[CapturedPattern, ...], wanted: tuple[int, ...]
 ) -> str | None:
     """Why these kernels cannot give the gradients of the captured tensors ``wanted``, or None."""
     function = peel(function)[0]
