@@ -279,7 +279,6 @@ SCORED_BACKWARD = {  # form -> head dimensions, whether gradients of captured te
     "window": ((64, False), (128, False)),
     "document_causal": ((64, False),),
     "alibi": ((64, True), (128, False)),
-    "bool_mask": ((64, False),),
 }
 
 
