@@ -1,4 +1,4 @@
-"""Attention for Hopper (sm_90a): forward with any score function, backward of scaled products, causal or not.
+"""Attention for Hopper (sm_90a): what its kernels take, and the forward. Backward: ``attention_hopper_gradients``.
 
     out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h // (H / Hk), j]) v[b, h // (H / Hk), j]
     lse[b, h, i] = log sum_j exp(scale * q[b, h, i] . k[..., j])      natural logarithm
@@ -87,40 +87,6 @@ SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
     (128, True): ForwardConfig(dynamic=True),
 }
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Shape of one backward launch.
-
-    block_q: queries per tile (64 or 128); block_k: keys of one block (64 or 128); stages: Q and dO tiles in flight;
-    group: key heads whose longest key tiles start together; late: row statistics loaded when needed, fewer registers.
-    """
-
-    block_q: int = 64
-    block_k: int = 128
-    stages: int = 2
-    group: int = 1
-    late: bool = False
-
-    @property
-    def warps(self) -> int:
-        """Computing warps: one warpgroup per 64 keys."""
-        return self.block_k // 16
-
-    @property
-    def registers(self) -> int:
-        """Registers per thread at entry: one block per multiprocessor with 128 keys, two with 64."""
-        return {64: 128, 128: 168}[self.block_k]
-
-
-BACKWARD_CONFIGS: dict[tuple[int, bool], BackwardConfig] = {
-    (64, False): BackwardConfig(block_k=64, stages=3, group=16),
-    (64, True): BackwardConfig(block_k=64, stages=3, group=16),
-    (128, False): BackwardConfig(late=True),
-    (128, True): BackwardConfig(late=True, group=8),
-}
-PAD = 128  # query rows of the backward's float32 buffers are padded to multiples of this
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -349,92 +315,3 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         "UNBOUNDED": program.unbounded,
         "EMPTY_IS_ZERO": call.empty_is_zero,
     }
-
-
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal_offset: int | None,
-    config: BackwardConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward``.
-
-    Args:
-        grad_out: ``[B, H, Q, D]``, gradient of out, any strides. grad_lse: ``[B, H, Q]`` gradient of lse, or None.
-        q, k, v, scale, causal_offset: as in ``forward``; out, lse: what it returned.
-        config: shape of the launch; the shipped one by default.
-
-    Returns:
-        dq, dk, dv, shapes and dtypes of q, k, v. dq is summed in float32 in no fixed order: repeated runs may differ
-        in the last bit of it.
-
-    Raises:
-        ValueError: what ``refuses`` names.
-    """
-    reason = refuses(q, k, v, scale, causal_offset)
-    if reason:
-        raise ValueError(f"Hopper attention: {reason}")
-    from vbcompile.kernels.attention_hopper_backward import attention_backward, finish_backward, prepare_backward
-
-    batch, heads, queries, dim = q.shape
-    k_heads, keys = k.shape[1], k.shape[2]
-    causal = causal_offset is not None and causal_offset < keys - 1
-    config = config or BACKWARD_CONFIGS[dim, causal]
-    grad_out = grad_out if refuses_layout("grad_out", grad_out) is None else grad_out.contiguous()
-    out = out if out.stride(-1) == 1 else out.contiguous()
-    padded = -(-queries // PAD) * PAD
-    dq_sum = q.new_empty(batch * heads * padded, dim, dtype=torch.float32)
-    lse_log2, delta = q.new_empty(2, batch * heads, padded, dtype=torch.float32)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    rows = (padded // 64, batch * heads)
-    with torch.cuda.device(q.device):
-        prepare_backward[rows](
-            out,
-            grad_out,
-            lse.contiguous(),
-            None if grad_lse is None else grad_lse.contiguous(),
-            lse_log2,
-            delta,
-            dq_sum,
-            queries,
-            padded,
-            heads,
-            *out.stride()[:3],
-            *grad_out.stride()[:3],
-            HAS_GRAD_LSE=grad_lse is not None,
-            D=dim,
-            ROWS=64,
-        )
-        attention_backward[(-(-keys // config.block_k) * batch * k_heads,)](
-            describe(q, config.block_q),
-            describe(k, config.block_k),
-            describe(v, config.block_k),
-            describe(grad_out, config.block_q),
-            describe_float32(lse_log2, [1, config.block_q], 0),
-            describe_float32(delta, [1, config.block_q], 0),
-            describe_float32(dq_sum, [config.block_q, dim], 128),
-            describe(dk, config.block_k),
-            describe(dv, config.block_k),
-            scale,
-            scale * math.log2(math.e),
-            queries,
-            keys,
-            k_heads,
-            heads // k_heads,
-            causal_offset if causal_offset is not None and causal else NO_CAUSAL_BOUND,
-            batch * k_heads,
-            padded,
-            STAGES=config.stages,
-            GROUP=config.group,
-            LATE=config.late,
-            num_warps=config.warps,
-            maxnreg=config.registers,
-        )
-        finish_backward[rows](dq_sum, dq, scale, queries, padded, heads, *dq.stride()[:3], D=dim, ROWS=64)
-    return dq, dk, dv

@@ -63,10 +63,10 @@ def place_tile(first_row, tile, clear, sure, BLOCK_K: gl.constexpr, PLANNED: gl.
 
 
 @gluon.jit
-def rows_of(first_row, split: gl.constexpr):
-    """Row numbers ``[64, 1, 1, 1]`` of a tile in the layout ``split``."""
+def rows_of(first_row, split: gl.constexpr, COUNT: gl.constexpr = 64):
+    """Row numbers ``[COUNT, 1, 1, 1]`` of a tile in the layout ``split``."""
     lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, split))
-    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, lanes))
+    rows = first_row + gl.arange(0, COUNT, gl.SliceLayout(1, lanes))
     return gl.expand_dims(gl.expand_dims(rows[:, None], 1), 3)
 
 
