@@ -288,7 +288,11 @@ def show(result: dict) -> None:
     )
     for times, c in rows:
         rates = [flops / t / 1e9 for t in (statistics.median(times), max(times), min(times))]
-        name = "cuDNN" if c is None else " ".join(f"{key[:4]}{int(value)}" for key, value in c.items())
+        name = (
+            "cuDNN"
+            if c is None
+            else " ".join(f"{key[:4]}{value if isinstance(value, str) else int(value)}" for key, value in c.items())
+        )
         print(f"  {name:70s} {rates[0]:6.1f} ({rates[1]:5.1f} .. {rates[2]:5.1f}) TFLOP/s", flush=True)
 
 

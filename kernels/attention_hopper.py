@@ -34,8 +34,8 @@ class ForwardConfig:
     """Shape of one forward launch.
 
     consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages, q_stages: K and V tiles, query
-    tiles in flight; ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; pack:
-    weights rounded before the loop's edge, fewer registers; poly: eighths of the exponentials on the FMA units;
+    tiles in flight; ping_pong: two consumers take turns at the tensor cores; rounding: when weights
+    are rounded (``attention_hopper_step.advance``); poly: eighths of the exponentials on the FMA units;
     group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds; t_stages:
     tiles of a captured tensor in flight per consumer.
     """
@@ -45,8 +45,7 @@ class ForwardConfig:
     stages: int = 2
     q_stages: int = 1
     ping_pong: bool = True
-    overlap: bool = True
-    pack: bool = False
+    rounding: str = "next"
     poly: int = 0
     group: int = 8
     dynamic: bool = False
@@ -60,19 +59,22 @@ class ForwardConfig:
 
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, pack=True, group=1),
+    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=1),
     (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
-    (128, False): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
-    (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
+    (128, True): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
 }
 
 
 def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     """The configuration for a score function."""
     config = SCORED_CONFIGS[dim, call.tile is not None]
+    if call.program.cap is not None and dim == 64:  # little to wait for: a third warpgroup fills the gaps
+        config = CAPPED_CONFIG
     if dim == 128:  # weights are rounded early where anything else takes registers
         others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
-        config = replace(config, pack=causal or call.planned or others)
+        config = replace(config, rounding="early" if causal or call.planned or others else config.rounding)
+        config = config if call.program.cap is None else replace(config, rounding="halfway")
     if call.planned:  # along a plan of 128 queries a tile
         config = replace(config, consumers=2)
     if call.tile is None or call.tile.element_size() < 4:
@@ -83,10 +85,11 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
 SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
-    (64, True): ForwardConfig(consumers=3, ping_pong=False, pack=True, dynamic=True),
+    (64, True): ForwardConfig(consumers=3, ping_pong=False, rounding="halfway", dynamic=True),
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
     (128, True): ForwardConfig(dynamic=True),
 }
+CAPPED_CONFIG = ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=32, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -266,8 +269,7 @@ def forward(
             GROUP=batch if call and call.shared else config.group,
             CAUSAL=causal,
             PING_PONG=config.ping_pong and config.consumers == 2,
-            OVERLAP=config.overlap,
-            PACK=config.pack,
+            ROUNDING=config.rounding,
             POLY=config.poly,
             DYNAMIC=config.dynamic,
             **score_operands(q, k, scale, config, call),
@@ -292,7 +294,7 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
     if call is None:
         nothing: dict[str, Any] = dict.fromkeys(("t_desc", "plan", *_FUNCTIONS))
         tuples = {"captured": (), "captured_strides": (), "lead_sizes": (1, 1, 1, 1), "plan_strides": (0,) * 4}
-        flags = {"SHARED": False, "TILED": 0, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
+        flags = {"SHARED": False, "TILED": 0, "CAP": None, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
         values = {"inner": 1.0, "outer": float(scale), "tile_steps": (0,) * 8, "counter": work_counter(q, config, None)}
         return {**nothing, **tuples, **flags, **values}
     program = call.program
@@ -312,6 +314,7 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         "SHARED": call.shared,
         "TILED": program.tiled,
         **{name: getattr(program, name.lower()) for name in _FUNCTIONS},
+        "CAP": program.cap,
         "UNBOUNDED": program.unbounded,
         "EMPTY_IS_ZERO": call.empty_is_zero,
     }

@@ -6,6 +6,7 @@ captured tensor with rows and columns comes as tiles, by the copy engine.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -21,6 +22,7 @@ _WEIGHTS: Final = {  # instructions of the machine, roughly
     **dict.fromkeys(("log1p", "sin", "cos", "pow"), 12),
 }
 _MOST_WEIGHT: Final = 24
+_LOWEST, _MOST_CAP = 92, 50.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class HopperProgram:
         tile: number of the captured tensor with rows and columns, or None; tiled: 1 where the logits read it, 2 where
             the mask alone does, else 0.
         exact: whether ``bounds`` covers all of the mask but terms without any bounds of columns.
+        cap: where the logits are ``tanh`` of the score alone and bounded weights will do: how much less than the
+            largest magnitude of a row its reference is, in powers of two; else None.
         unbounded: whether products of logits with ``log2(e)`` may overflow.
     """
 
@@ -57,6 +61,7 @@ class HopperProgram:
     tile: int | None
     tiled: int
     exact: bool
+    cap: float | None
     unbounded: bool
     source: str
 
@@ -189,6 +194,15 @@ def _is_head_factor(instruction: Instruction, patterns: tuple[CapturedPattern, .
     return name == "captured" and not (patterns[arguments[0]].row or patterns[arguments[0]].column)
 
 
+def _cap(function: ScoreFunction, outer: float) -> float | None:
+    """``HopperProgram.cap`` of a peeled function: weights of a row lie in a range of ``2 * outer * log2(e)`` powers of
+    two, of which no more than ``_LOWEST`` may be below one."""
+    name, *arguments = function.program[function.score]
+    if name != "tanh" or function.program[arguments[0]] != ("score",) or function.sink is not None:
+        return None
+    return max(0.0, 2 * outer * math.log2(math.e) - _LOWEST) if outer <= _MOST_CAP else None
+
+
 @functools.lru_cache(maxsize=1024)
 def compile_hopper(
     function: ScoreFunction,
@@ -237,6 +251,7 @@ def compile_hopper(
         tile=tiles[0] if tiles else None,
         tiled=0 if not tiles else 1 if tiles[0] in function.captured(function.score) else 2,
         exact=is_exact,
+        cap=_cap(function, outer) if fast and not opaque else None,
         unbounded=_unbounded(function.program, patterns, function.score),
         source=writer.source,
     )
