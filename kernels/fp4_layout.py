@@ -159,7 +159,7 @@ def _untile_scales(tiles: Tensor, groups: int) -> Tensor:
 
 # where sign and magnitude bits (high, middle, low) of the code of each pair lie within 16 bits: pair 0 is in place,
 # pairs 1 and 2 are shifted by three and six, pair 3 takes what is left
-_BIT_PLACES = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
+_BIT_PLACES = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
 
 
 def _interleave(flat: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ def refuses_fp8(target: Target, dtype: torch.dtype, n: int, k: int, layout: str,
 def quantize_rows(x: Tensor, paired: bool = False) -> tuple[Tensor, Tensor]:
     """``x [m, k]`` as float8_e4m3fn and scales float32 ``[m, 1]``: the largest of a row becomes 448.
 
-    ``paired``: of every 16 columns, ``4 c + 2 h + b`` of the result is ``8 h + 2 c + b`` of x, which puts the columns
-    that a thread holds of the layout ``fragments2t`` side by side.
+    ``paired``: of every 16 columns, ``2 i + h`` of the result is ``8 h + i`` of x, which puts the columns that a thread
+    holds of the layout ``fragments2t`` side by side.
     """
     from vbcompile.kernels.fp4_linear_kernels import fp8_rows_kernel
 

@@ -18,7 +18,7 @@ _CONSUMERS = 2
 _KINDS = {  # type of x: its name in Triton, and of the assembly that decodes to it
     torch.float16: ("float16", "half"),
     torch.bfloat16: ("bfloat16", "bf16_sm90"),
-    torch.float8_e4m3fn: ("float8e4nv", "fp8"),
+    torch.float8_e4m3fn: ("float8e4nv", ""),
 }
 _ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
 
@@ -40,6 +40,7 @@ class WideConfig:
     stages: int
     splits: int
     blocks: int = 1
+    apart: bool = False
 
 
 def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str) -> str | None:
@@ -76,16 +77,18 @@ def _splits(items: int, steps: int, resident: int) -> int:
     )
 
 
-def launch_options(kind: torch.dtype, config: WideConfig, split: bool) -> dict[str, Any]:
-    """Constants and compiler options of a launch."""
+def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_words: int) -> dict[str, Any]:
+    """Constants and compiler options of a launch; ``scale_words``: words of scale bytes a pair of rows has in a tile."""
     from triton.experimental.gluon import language as gl
 
     from vbcompile.kernels.fp4_linear_decode import word_assembly
+    from vbcompile.kernels.fp4_linear_fp8_words import pair_assembly
 
+    word = pair_assembly(scale_words) if kind == torch.float8_e4m3fn else word_assembly(_KINDS[kind][1])
     registers = 232 if config.blocks == 1 else 104
     return {
         "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
-        "WORD": word_assembly(_KINDS[kind][1]), "SPLIT": split, "REGISTERS": registers, "num_warps": 4,
+        "WORD": word, "SPLIT": (2 if config.apart else 1) if split else 0, "REGISTERS": registers, "num_warps": 4,
         "maxnreg": 168 if config.blocks == 1 else 80,
     }  # fmt: skip
 
@@ -161,5 +164,13 @@ def _launch(
         *descriptors(rows, codes, block_scales, out, format_name, config.block_m), row_scale,
         row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n, k_tiles,
         codes.shape[1], tiles_m, splits, steps_each, items, BIAS=bias is not None,
-        **launch_options(rows.dtype, config, splits > 1),
+        **launch_options(rows.dtype, config, splits > 1, 32 // fp4_format(format_name).block_size),
     )  # fmt: skip
+    if splits > 1 and config.apart:
+        from vbcompile.kernels.fp4_linear_kernels import fp4_sum_kernel
+
+        part = min(32, config.block_m)
+        fp4_sum_kernel[(-(-n // TILE), tiles_m * (config.block_m // part))](
+            partial, out, row_scale, row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, m,
+            n, splits, BLOCK_M=config.block_m, PART=part, FP8=x_scale is not None, BIAS=bias is not None, num_warps=4,
+        )  # fmt: skip

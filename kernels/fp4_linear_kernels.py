@@ -96,16 +96,46 @@ def fp4_dequantize_kernel(
 
 
 @triton.jit
+def fp4_sum_kernel(
+    partial_ptr, out_ptr, row_scale_ptr, bias_ptr, x_scale_ptr, m, n, splits,
+    BLOCK_M: tl.constexpr, PART: tl.constexpr, FP8: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Adds up what blocks that shared a tile's columns left in partial ``[splits, tiles of x, tiles, 64, BLOCK_M]``."""
+    tile, place = tl.program_id(0), tl.program_id(1)
+    PARTS: tl.constexpr = BLOCK_M // PART
+    tile_m, part = place // PARTS, place % PARTS
+    tiles = tl.cdiv(n, 64)
+    within = tl.arange(0, 64)[:, None] * BLOCK_M + part * PART + tl.arange(0, PART)[None, :]
+    own = partial_ptr + (tile_m * tiles + tile).to(tl.int64) * (64 * BLOCK_M) + within
+    step = (tl.num_programs(1) // PARTS * tiles).to(tl.int64) * (64 * BLOCK_M)
+    total = tl.load(own)
+    for split in range(1, splits):
+        total += tl.load(own + split * step)
+    rows = tile * 64 + tl.arange(0, 64)
+    columns = tile_m * BLOCK_M + part * PART + tl.arange(0, PART)
+    scale = tl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
+    if FP8:
+        x_scale = tl.load(x_scale_ptr + columns, mask=columns < m, other=0.0)
+        total = total * x_scale[None, :] * (scale * 8.0)[:, None]
+    else:
+        total = total * (scale * 256.0)[:, None]
+    if BIAS:
+        total += tl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+    keep = (columns < m)[:, None] & (rows < n)[None, :]
+    tl.store(out_ptr + columns.to(tl.int64)[:, None] * n + rows[None, :], tl.trans(total).to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
     """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is x ``[m, k]``, rows ``x_stride`` apart.
 
-    PAIRED: of every 16 columns, ``4 c + 2 h + b`` of out is ``8 h + 2 c + b`` of x; k is a multiple of 16.
+    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     source = columns
     if PAIRED:
-        source = columns // 16 * 16 + columns // 2 % 2 * 8 + columns // 4 % 4 * 2 + columns % 2
+        source = columns // 16 * 16 + columns % 2 * 8 + columns % 16 // 2
     inside = columns < k
     first = tl.load(x_ptr + row * x_stride + source, mask=inside, other=0.0).to(tl.float32)
     largest = tl.abs(first)

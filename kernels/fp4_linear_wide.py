@@ -24,7 +24,8 @@ def _decode(codes, scales, WORD: gl.constexpr):
     """A tile ``[64, 64]`` of the weight: int32 ``[128, 4, 2, 2]``, pairs of 16-bit floats, times ``2**-8``; or, if WORD
     has two results, ``[128, 4, 2]``, four E4M3 each, times ``2**-3``.
 
-    codes: shared int32 ``[2, 256]``; scales: shared int32 ``[1, 32 * words of scales]``; WORD: assembly, constraints.
+    codes: shared int32 ``[2, 256]``; scales: shared int32 ``[1, 32 * words of scales]``; WORD: assembly, constraints,
+    results, words of codes at a time.
     """
     words = codes.load(gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])).reshape([128, 4])
     COUNT: gl.constexpr = scales.shape[1] // 32
@@ -32,15 +33,19 @@ def _decode(codes, scales, WORD: gl.constexpr):
     scale = gl.expand_dims(scales.load(gl.SliceLayout(2, SHARED)), 2)
     scale, _ = gl.broadcast(scale, gl.full([1, 32 * COUNT, 4], 0, gl.int32, SHARED))
     scale = scale.reshape([32, COUNT, 4]).permute((0, 2, 1)).reshape([128, COUNT])
-    scale = gl.join(scale, scale >> 16)
-    if COUNT == 1:
-        scale = gl.join(scale, scale)
-    scale = gl.convert_layout(scale.reshape([128, 4]), words.type.layout, assert_trivial=True)
     CODE: gl.constexpr = WORD[0]
     CONSTRAINTS: gl.constexpr = WORD[1]
     RESULTS: gl.constexpr = WORD[2]
+    PACK: gl.constexpr = WORD[3]
+    if COUNT == PACK:
+        scale = gl.join(scale, scale)  # both words of a pair find their scales in one
+    else:
+        scale = gl.join(scale, scale >> 16)
+    if COUNT == 1:
+        scale = gl.join(scale, scale)
+    scale = gl.convert_layout(scale.reshape([128, 4]), words.type.layout, assert_trivial=True)
     TYPES: gl.constexpr = (gl.int32,) * RESULTS
-    out = gl.inline_asm_elementwise(CODE, CONSTRAINTS, [words, scale], TYPES, is_pure=True, pack=1)
+    out = gl.inline_asm_elementwise(CODE, CONSTRAINTS, [words, scale], TYPES, is_pure=True, pack=PACK)
     if RESULTS == 2:
         return gl.join(out[0], out[1])  # [thread, step of 16 columns, 8 rows further on]
     else:
@@ -211,8 +216,11 @@ def _finish(
         within = within + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))[None, :]
         if last:
             gl.store(own + split * step + within, total)
-            gl.thread_barrier()
-            last = gl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == splits - 1
+            if SPLIT == 2:
+                last = False
+            else:
+                gl.thread_barrier()
+                last = gl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == splits - 1
         if last:
             total = gl.zeros_like(total)
             for part in range(splits):
