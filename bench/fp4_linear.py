@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import record  # noqa: E402
 
 from vbcompile.device import get_target  # noqa: E402
-from vbcompile.kernels import fp4_linear_fp8, fp4_linear_gpu  # noqa: E402
+from vbcompile.kernels import fp4_linear_fp8, fp4_linear_gpu, fp4_linear_hopper  # noqa: E402
 from vbcompile.kernels import fp4_linear_triton as fp4_triton  # noqa: E402
 from vbcompile.kernels.fp4 import PackedWeight  # noqa: E402
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout  # noqa: E402
@@ -41,15 +41,19 @@ ROWS = [1, 4, 16, 64, 256, 2048]
 
 # ---------------------------------------------------------------------------------------------------------------- check
 def check_fp8() -> dict[str, float]:
-    """Signal to noise in dB of Gaussian layers: exact products of FP4 weights, and products in FP8."""
+    """Signal to noise in dB of Gaussian layers: exact products of FP4 weights, and products in FP8; of weights packed
+    for either."""
     found = {}
-    for name in ("nvfp4", "mxfp4"):
+    kinds = {"W4A16": fp4_linear_gpu.dequantize_product, "W4A8": fp4_linear_fp8.product_fp8}
+    if get_target("cuda").arch == "sm_90":
+        kinds["W4A8 fused"] = fp4_linear_hopper.product_wide_fp8
+    for name, method in itertools.product(("nvfp4", "mxfp4"), ("mse", "fp8")):
         dense, x = torch.randn(4096, 4096, device="cuda"), torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)
-        weight = to_layout(quantize(dense * 0.02, name), preferred_layout(get_target("cuda")))
+        weight = to_layout(quantize(dense * 0.02, name, method=method), preferred_layout(get_target("cuda")))
         exact = x.double() @ (dense * 0.02).double().T
-        for kind, run in (("W4A16", fp4_linear_gpu.dequantize_product), ("W4A8", fp4_linear_fp8.product_fp8)):
+        for kind, run in kinds.items():
             got = run(x, *weight.tensors, None, 4096, name, weight.layout).double()
-            found[f"{name} {kind}"] = float(20 * torch.log10(exact.norm() / (got - exact).norm()))
+            found[f"{name} {method} {kind}"] = float(20 * torch.log10(exact.norm() / (got - exact).norm()))
     return found
 
 

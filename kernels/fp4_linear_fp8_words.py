@@ -14,9 +14,7 @@ _TIMES_4 = 0x01010101
 def _table(row: int, byte: int) -> str:
     """PTX of a row's table ``l{row}``, ``h{row}``; its scale is byte ``byte`` of the words that ``_scales`` makes."""
     pick = f"0x{4 + byte}{byte}{4 + byte}{byte}"
-    return (
-        f"prmt.b32 t, b, q, {pick}; add.u32 h{row}, t, 0x10100808; prmt.b32 l{row}, t, d, 0x10{4 + byte}8;"
-    )
+    return f"prmt.b32 t, b, q, {pick}; add.u32 h{row}, t, 0x10100808; prmt.b32 l{row}, t, d, 0x10{4 + byte}8;"
 
 
 def _scales(word: str) -> str:

@@ -18,6 +18,7 @@ from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, make_case
+from vbcompile.kernels.fp4_linear_fp8 import multiplies_fp8
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_quantize import refuse_weight
 from vbcompile.kernels.registry import Choice, operator
@@ -133,7 +134,9 @@ class _Fp4Pass:
         dtype, rows = self._dtype(site), _rows(site.x)
         n, k = reversed(weight.shape[-2:]) if site.transposed else weight.shape[-2:]
         format_name = adopted_format(weight) or self.config.fp4_format
-        key = PackKey(format_name, preferred_layout(self.context.target), site.transposed)
+        in_fp8 = self.config.fp4_activations == "fp8" and isinstance(site, LinearSite)
+        method = "fp8" if in_fp8 and multiplies_fp8(self.context.target) else "mse"
+        key = PackKey(format_name, preferred_layout(self.context.target), site.transposed, method)
         candidate = Candidate(site, key, dtype, rows, int(n), int(k))
         return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
 

@@ -35,11 +35,13 @@ class PackKey:
     Attributes:
         layout: the layout to use where it can hold the weights, else ``plain``.
         transposed: the parameter is ``[K, N]``.
+        method: how weights that were not packed before are rounded, see :func:`vbcompile.kernels.fp4_quantize.quantize`.
     """
 
     format_name: str
     layout: str
     transposed: bool
+    method: str = "mse"
 
 
 @dataclass(eq=False)
@@ -238,7 +240,7 @@ def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) 
             raise ValueError(f"{name}: its high-precision values were dropped, so it cannot be packed another way")
         source = state.master.to(weight.device)
     source = source.transpose(-2, -1) if key.transposed else source
-    packed = quantize(source, key.format_name, name=name)
+    packed = quantize(source, key.format_name, method=key.method, name=name)
     return packed, relative_error(source, packed)
 
 
