@@ -31,7 +31,8 @@ class WideConfig:
         block_m: rows of x a block of threads takes.
         tiles: tiles of 64 rows of the weight a warpgroup takes, 1 or 2; a block has two warpgroups.
         stages: shared buffers.
-        splits: blocks that share the columns of one tile.
+        splits: blocks that share the columns of one tile; 0: the tiles that would not fill the device are shared evenly
+            by all blocks.
         blocks: blocks that an SM holds at a time.
     """
 
@@ -40,7 +41,6 @@ class WideConfig:
     stages: int
     splits: int
     blocks: int = 1
-    apart: bool = False
 
 
 def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str) -> str | None:
@@ -77,6 +77,28 @@ def _splits(items: int, steps: int, resident: int) -> int:
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How blocks share the work: ``whole`` tiles one after another, then equal shares of ``left`` pairs of steps, of
+    which a tile has ``pairs``."""
+
+    programs: int
+    pairs: int
+    whole: int
+    left: int
+
+
+def _plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> _Plan:
+    tiles = -(-n // (_CONSUMERS * config.tiles * TILE)) * -(-m // config.block_m)
+    pairs = -(-k // (2 * TILE))
+    resident = multiprocessors * config.blocks
+    if config.splits == 1:
+        return _Plan(min(tiles, resident), pairs, tiles, 0)
+    programs = min(resident, tiles * config.splits or resident, tiles * max(1, pairs // 2))
+    whole = tiles // programs * programs
+    return _Plan(programs, pairs, whole, (tiles - whole) * pairs)
+
+
 def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_words: int) -> dict[str, Any]:
     """Constants and compiler options of a launch; ``scale_words``: words of scale bytes a pair of rows has in a tile."""
     from triton.experimental.gluon import language as gl
@@ -88,7 +110,7 @@ def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_wor
     registers = 232 if config.blocks == 1 else 104
     return {
         "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
-        "WORD": word, "SPLIT": (2 if config.apart else 1) if split else 0, "REGISTERS": registers, "num_warps": 4,
+        "WORD": word, "SPLIT": split, "REGISTERS": registers, "num_warps": 4,
         "maxnreg": 168 if config.blocks == 1 else 80,
     }  # fmt: skip
 
@@ -150,27 +172,16 @@ def _launch(
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
     (m, k), n = rows.shape, out.shape[1]
-    k_tiles = -(-k // (2 * TILE)) * 2
-    steps_each = -(-k_tiles // (2 * config.splits)) * 2
-    splits, tiles_m = -(-k_tiles // steps_each), -(-m // config.block_m)
-    items = -(-n // (_CONSUMERS * config.tiles * TILE)) * splits * tiles_m
+    plan = _plan(m, n, k, config, get_target(out.device).multiprocessors or 1)
     partial = arrived = row_scale
-    if splits > 1:
-        tiles = -(-n // TILE) * tiles_m
-        partial = torch.empty(splits, tiles, TILE * config.block_m, dtype=torch.float32, device=out.device)
-        arrived = counters(out.device, tiles)
-    programs = min(items, (get_target(out.device).multiprocessors or 1) * config.blocks)
-    fp4_wide_kernel[(programs,)](
+    if plan.left:
+        parts = _CONSUMERS * config.tiles
+        size = (2 * plan.programs * parts, TILE * config.block_m)
+        partial = torch.empty(size, dtype=torch.float32, device=out.device)
+        arrived = counters(out.device, (plan.left // plan.pairs) * parts)
+    fp4_wide_kernel[(plan.programs,)](
         *descriptors(rows, codes, block_scales, out, format_name, config.block_m), row_scale,
-        row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n, k_tiles,
-        codes.shape[1], tiles_m, splits, steps_each, items, BIAS=bias is not None,
-        **launch_options(rows.dtype, config, splits > 1, 32 // fp4_format(format_name).block_size),
+        row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n,
+        codes.shape[1], -(-m // config.block_m), plan.pairs, plan.whole, plan.left, BIAS=bias is not None,
+        **launch_options(rows.dtype, config, plan.left > 0, 32 // fp4_format(format_name).block_size),
     )  # fmt: skip
-    if splits > 1 and config.apart:
-        from vbcompile.kernels.fp4_linear_kernels import fp4_sum_kernel
-
-        part = min(32, config.block_m)
-        fp4_sum_kernel[(-(-n // TILE), tiles_m * (config.block_m // part))](
-            partial, out, row_scale, row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, m,
-            n, splits, BLOCK_M=config.block_m, PART=part, FP8=x_scale is not None, BIAS=bias is not None, num_warps=4,
-        )  # fmt: skip

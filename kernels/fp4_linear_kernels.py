@@ -96,40 +96,6 @@ def fp4_dequantize_kernel(
 
 
 @triton.jit
-def fp4_sum_kernel(
-    partial_ptr, out_ptr, row_scale_ptr, bias_ptr, x_scale_ptr, m, n, splits,
-    BLOCK_M: tl.constexpr, PART: tl.constexpr, FP8: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Adds up what blocks that shared a tile's columns left in partial ``[splits, tiles of x, tiles, 64, BLOCK_M]``."""
-    tile, place = tl.program_id(0), tl.program_id(1)
-    PARTS: tl.constexpr = BLOCK_M // PART
-    tile_m, part = place // PARTS, place % PARTS
-    tiles = tl.cdiv(n, 64)
-    within = tl.arange(0, 64)[:, None] * BLOCK_M + part * PART + tl.arange(0, PART)[None, :]
-    own = partial_ptr + (tile_m * tiles + tile).to(tl.int64) * (64 * BLOCK_M) + within
-    step = (tl.num_programs(1) // PARTS * tiles).to(tl.int64) * (64 * BLOCK_M)
-    total = tl.load(own)
-    for split in range(1, splits):
-        total += tl.load(own + split * step)
-    rows = tile * 64 + tl.arange(0, 64)
-    columns = tile_m * BLOCK_M + part * PART + tl.arange(0, PART)
-    scale = tl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
-    if FP8:
-        x_scale = tl.load(x_scale_ptr + columns, mask=columns < m, other=0.0)
-        total = total * x_scale[None, :] * (scale * 8.0)[:, None]
-    else:
-        total = total * (scale * 256.0)[:, None]
-    if BIAS:
-        total += tl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-    keep = (columns < m)[:, None] & (rows < n)[None, :]
-    tl.store(
-        out_ptr + columns.to(tl.int64)[:, None] * n + rows[None, :],
-        tl.trans(total).to(out_ptr.dtype.element_ty),
-        mask=keep,
-    )
-
-
-@triton.jit
 def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, factor, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
     """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is factor times x ``[m, k]``, rows ``x_stride`` apart.
 

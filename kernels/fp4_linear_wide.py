@@ -74,13 +74,25 @@ def _operand(pairs, TYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _locate(item, shape):
-    """Work item -> (tile of the weight's rows, tile of x, split, first step, steps); neighbours share the weight."""
-    tiles_m, splits, steps_each, k_tiles = shape
-    rest = item // tiles_m
-    split = rest % splits
-    first = split * steps_each
-    return rest // splits, item % tiles_m, split, first, gl.minimum(steps_each, k_tiles - first)
+def _share(program, shape):
+    """A program's share of the tiles that are left over: the first pair of steps, and the one after the last."""
+    _, _, _, left, programs = shape
+    return left * program // programs, left * (program + 1) // programs
+
+
+@gluon.jit
+def _locate(turn, pair, end, shape):
+    """What to do next -> (tile of the weight's rows, tile of x, number of the tile, its first pair of steps, pairs).
+
+    Tiles are ``[tile of the weight's rows, tile of x]``, so that neighbours share the weight. In the first turns every
+    program takes whole tiles; of the tiles that are left, all programs take equal shares.
+    """
+    tiles_m, pairs_each, turns, _, programs = shape
+    whole = turn < turns
+    tile = gl.where(whole, turn * programs + gl.program_id(0), turns * programs + pair // pairs_each)
+    first = gl.where(whole, 0, pair % pairs_each)
+    pairs = gl.where(whole, pairs_each, gl.minimum(pairs_each - first, end - pair))
+    return tile // tiles_m, tile % tiles_m, tile, first, pairs
 
 
 @gluon.jit
@@ -91,7 +103,7 @@ def _advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, shape, items, column_tiles, TILES: gl.constexpr):
+def _produce(descriptors, buffers, barriers, shape, column_tiles, TILES: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
     x_desc, code_desc, scale_desc = descriptors
     x_smem, code_smem, scale_smem = buffers
@@ -104,10 +116,12 @@ def _produce(descriptors, buffers, barriers, shape, items, column_tiles, TILES: 
     )
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
-    item = gl.program_id(0)
-    while item < items:
-        tile_n, tile_m, _, first, steps = _locate(item, shape)
-        for j in range(steps):
+    turn = gl.to_tensor(0)
+    pair, end = _share(gl.program_id(0), shape)
+    while (turn < shape[2]) | (pair < end):
+        tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
+        first = first * 2
+        for j in range(pairs * 2):
             at = full.index(slot)
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(at, BYTES)
@@ -117,7 +131,8 @@ def _produce(descriptors, buffers, barriers, shape, items, column_tiles, TILES: 
                 tma.async_copy_global_to_shared(code_desc, [row * 2, 0], at, code_smem.index(slot * PARTS + t))
                 tma.async_copy_global_to_shared(scale_desc, [row, 0], at, scale_smem.index(slot * PARTS + t))
             slot, phase = _advance(slot, phase, STAGES)
-        item += gl.num_programs(0)
+        pair += gl.where(turn < shape[2], 0, pairs)
+        turn += 1
 
 
 @gluon.jit
@@ -176,56 +191,74 @@ def _multiply(
 
 @gluon.jit
 def _consume(
-    buffers, barriers, out_smem, results, shape, items, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
+    buffers, barriers, out_smem, results, shape, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
     WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    item = gl.program_id(0)
-    while item < items:
-        tile_n, tile_m, split, _, steps = _locate(item, shape)
-        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, steps, w, TILES, TYPE, WORD)
+    turn = gl.to_tensor(0)
+    pair, end = _share(gl.program_id(0), shape)
+    while (turn < shape[2]) | (pair < end):
+        tile_n, tile_m, number, first, pairs = _locate(turn, pair, end, shape)
+        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, pairs * 2, w, TILES, TYPE, WORD)
+        split = (number - shape[2] * shape[4], pairs)
         tile = (tile_n * CONSUMERS + w) * TILES
-        _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
+        _finish(sum_a, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, TILES, FP8, BIAS, SPLIT)
         if TILES == 2:
-            _finish(sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
-        item += gl.num_programs(0)
+            _finish(
+                sum_b, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape, TILES, FP8, BIAS,
+                SPLIT,
+            )  # fmt: skip
+        pair += gl.where(turn < shape[2], 0, pairs)
+        turn += 1
     tma.store_wait(0)
 
 
 @gluon.jit
+def _place(program, begin, left, programs):
+    """Where a program keeps its sums of the tile whose first pair of steps is ``begin``."""
+    return program * 2 + gl.where(left * program // programs < begin, 1, 0)
+
+
+@gluon.jit
 def _finish(
-    total, tile, tile_m, split, results, out_tile, shape, FP8: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr
-):
-    """Store a tile; SPLIT: store its sums, and who comes last adds those of all splits in order."""
+    total, tile, part: gl.constexpr, tile_m, split, results, out_tile, shape, TILES: gl.constexpr, FP8: gl.constexpr,
+    BIAS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Store a tile; SPLIT: store sums of a part of its columns, and who comes last adds up those of all in order.
+
+    ``part``: of the work item's tiles, the how many-th this is. ``split``: number of the work item among those that are
+    shared, and pairs of steps that were done.
+    """
     out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
     LAYOUT: gl.constexpr = total.type.layout
     BLOCK_M: gl.constexpr = total.shape[1]
+    PARTS: gl.constexpr = CONSUMERS * TILES
     last = tile * 64 < n
     if SPLIT:
-        # whole tiles, one after another: [split, tile of x, tile of the weight, 64, BLOCK_M]
-        tiles_m, splits, _, _ = shape
-        tiles = gl.cdiv(n, 64)
-        place = tile_m * tiles + tile
-        SIZE: gl.constexpr = 64 * BLOCK_M
-        own = partial_ptr + place.to(gl.int64) * SIZE
-        step = (tiles_m * tiles).to(gl.int64) * SIZE
-        within = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None] * BLOCK_M
-        within = within + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))[None, :]
-        if last:
-            gl.store(own + split * step + within, total)
-            if SPLIT == 2:
-                last = False
-            else:
-                gl.thread_barrier()
-                last = gl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == splits - 1
-        if last:
-            total = gl.zeros_like(total)
-            for part in range(splits):
-                total += gl.load(own + part * step + within, cache_modifier=".cg")
-            gl.store(arrived_ptr + place, 0)
+        _, pairs_each, _, left, programs = shape
+        number, pairs = split
+        if last & (pairs < pairs_each):
+            # partial sums [program, whether the tile began before its share, part, 64, BLOCK_M]
+            SIZE: gl.constexpr = 64 * BLOCK_M
+            begin = number * pairs_each
+            one = ((begin + 1) * programs - 1) // left
+            other = ((begin + pairs_each) * programs - 1) // left
+            within = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None] * BLOCK_M
+            within = within + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))[None, :]
+            own = _place(gl.program_id(0), begin, left, programs) * PARTS + part
+            gl.store(partial_ptr + own.to(gl.int64) * SIZE + within, total)
+            gl.thread_barrier()
+            place = arrived_ptr + number * PARTS + part
+            last = gl.atomic_add(place, 1, sem="acq_rel") == other - one
+            if last:
+                total = gl.zeros_like(total)
+                for program in range(one, other + 1):
+                    at = _place(program, begin, left, programs) * PARTS + part
+                    total += gl.load(partial_ptr + at.to(gl.int64) * SIZE + within, cache_modifier=".cg")
+                gl.store(place, 0)
     if last:
         rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
         scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
@@ -245,18 +278,19 @@ def _finish(
         tma.async_copy_shared_to_global(out_desc, [tile_m * BLOCK_M, tile * 64], out_tile)
 
 
-@gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles", "tiles_m", "splits", "steps_each", "items"])
+@gluon.jit(do_not_specialize=["m", "column_tiles", "tiles_m", "pairs_each", "whole", "left"])
 def fp4_wide_kernel(
     x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n,
-    k_tiles, column_tiles, tiles_m, splits, steps_each, items, TILES: gl.constexpr, STAGES: gl.constexpr,
+    column_tiles, tiles_m, pairs_each, whole, left, TILES: gl.constexpr, STAGES: gl.constexpr,
     TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias``.
 
     x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
     ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
-    in blocks ``[BLOCK_M, 64]``. A work item is ``steps_each`` (even) steps of 64 columns of ``128 * TILES`` rows of the
-    weight and BLOCK_M rows of x; programs take items in rounds. TYPE E4M3: x has a scale a row, x_scale ``[m]``, and
+    in blocks ``[BLOCK_M, 64]``. A work item is ``pairs_each`` pairs of steps of 64 columns of ``128 * TILES`` rows of
+    the weight and BLOCK_M rows of x. Programs take the first ``whole`` in turns, then equal shares of the ``left`` pairs
+    of the others (with SPLIT; ``whole`` is a multiple of the number of programs then). TYPE E4M3: x has a scale a row, x_scale ``[m]``, and
     the columns of every 16 in the order of :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
@@ -272,16 +306,17 @@ def fp4_wide_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    shape = (tiles_m, splits, steps_each, k_tiles)
+    turns = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
+    shape = (tiles_m, pairs_each, turns, left, gl.num_programs(0))
     results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
     barriers = (full, empty)
     descriptors = (x_desc, code_desc, scale_desc)
     gl.warp_specialize(
         [
-            (_consume, (buffers, barriers, out_smem, results, shape, items, 0, TILES, TYPE, WORD, BIAS, SPLIT)),
-            (_consume, (buffers, barriers, out_smem, results, shape, items, 1, TILES, TYPE, WORD, BIAS, SPLIT)),
-            (_produce, (descriptors, buffers, barriers, shape, items, column_tiles, TILES)),
+            (_consume, (buffers, barriers, out_smem, results, shape, 0, TILES, TYPE, WORD, BIAS, SPLIT)),
+            (_consume, (buffers, barriers, out_smem, results, shape, 1, TILES, TYPE, WORD, BIAS, SPLIT)),
+            (_produce, (descriptors, buffers, barriers, shape, column_tiles, TILES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -59,9 +59,9 @@ def wide_launch(config, kind, format_name="nvfp4"):
     scales = torch.empty(n // 64, k // 64, 4096 // fp4_format(format_name).block_size, dtype=torch.uint8)
     read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config.block_m)
     floats, counters = torch.empty(n), torch.empty(16, dtype=torch.int32)
-    arguments = (*read, floats, floats, floats, floats, counters, m, n, k // 64, k // 64, 1, config.splits, 16, 4)
+    arguments = (*read, floats, floats, floats, floats, counters, m, n, k // 64, 1, k // 128, 4, 7)
     options = fp4_linear_hopper.launch_options(
-        kind, config, config.splits > 1, 32 // fp4_format(format_name).block_size
+        kind, config, config.splits != 1, 32 // fp4_format(format_name).block_size
     )
     return Launch(fp4_wide_kernel, arguments, {"BIAS": True, **options})
 
