@@ -1,13 +1,13 @@
 """Assembly that decodes FP4 weights of the layout ``fragments2t`` to E4M3, without a multiplication.
 
 The bytes of ``code * scale`` for the codes 0 to 7 are a table of two words, from which ``prmt`` takes four at a time.
-With the byte ``b`` of the scale itself (exponent and mantissa) they are 0, ``b - 8``, ``b``, ``q``, ``b + 8``, ``q + 8``,
-``b + 16``, ``q + 16``, where ``q``, one and a half times the scale rounded to nearest even, is ``b + 4``, or ``b + 5``
-for mantissas of 1 to 5 eighths.
+With the byte ``b`` of the scale itself (exponent and mantissa) they are 0, ``b - 8``, ``b``, ``q``, ``b + 8``,
+``q + 8``, ``b + 16``, ``q + 16``, where ``q``, one and a half times the scale rounded to nearest even, is ``b + 4``, or
+``b + 5`` for mantissas of 1 to 5 eighths. A scale less than ``2**-11`` of the largest of its row counts as that.
 """
 
 _OFFSET = 40  # scale bytes count exponents from 2**-9; E4M3 from 2**-7, of which three are left out
-_SMALLEST = _OFFSET + 8
+_SMALLEST = _OFFSET + 8  # of which half is zero, and one and a half no subnormal
 _TIMES_4 = 0x01010101
 
 
@@ -21,7 +21,7 @@ def _scales(word: str) -> str:
     """PTX that makes bytes of scales, of half of them and of one and a half (``b``, ``d``, ``q``)."""
     return "\n".join(
         (
-            # scales below 2**-3 would be subnormal: they count as that
+            # smaller scales have no byte of their own
             f"shr.u32 t, {word}, 1; and.b32 t, t, 0x7F7F7F7F; or.b32 t, t, 0x80808080;",
             f"sub.u32 t, t, {_SMALLEST // 2 * _TIMES_4:#x}; prmt.b32 t, t, 0, 0xBA98;",
             f"and.b32 b, {word}, t; not.b32 t, t; and.b32 t, t, {_SMALLEST * _TIMES_4:#x}; or.b32 b, b, t;",

@@ -100,7 +100,7 @@ def _plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> _
 
 
 def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_words: int) -> dict[str, Any]:
-    """Constants and compiler options of a launch; ``scale_words``: words of scale bytes a pair of rows has in a tile."""
+    """Constants and compiler options of a launch; ``scale_words``: words of scale bytes a thread has of a tile."""
     from triton.experimental.gluon import language as gl
 
     from vbcompile.kernels.fp4_linear_decode import word_assembly

@@ -201,7 +201,7 @@ def _consume(
     turn = gl.to_tensor(0)
     pair, end = _share(gl.program_id(0), shape)
     while (turn < shape[2]) | (pair < end):
-        tile_n, tile_m, number, first, pairs = _locate(turn, pair, end, shape)
+        tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
         sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, pairs * 2, w, TILES, TYPE, WORD)
         split = (number - shape[2] * shape[4], pairs)
         tile = (tile_n * CONSUMERS + w) * TILES
@@ -289,9 +289,10 @@ def fp4_wide_kernel(
     x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
     ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
     in blocks ``[BLOCK_M, 64]``. A work item is ``pairs_each`` pairs of steps of 64 columns of ``128 * TILES`` rows of
-    the weight and BLOCK_M rows of x. Programs take the first ``whole`` in turns, then equal shares of the ``left`` pairs
-    of the others (with SPLIT; ``whole`` is a multiple of the number of programs then). TYPE E4M3: x has a scale a row, x_scale ``[m]``, and
-    the columns of every 16 in the order of :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
+    the weight and BLOCK_M rows of x. Programs take the first ``whole`` in turns, then equal shares of the ``left``
+    pairs of the others (with SPLIT; ``whole`` is a multiple of the number of programs then). TYPE E4M3: x has a scale a
+    row, x_scale ``[m]``, and the columns of every 16 in the order of
+    :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]

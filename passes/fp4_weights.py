@@ -35,7 +35,7 @@ class PackKey:
     Attributes:
         layout: the layout to use where it can hold the weights, else ``plain``.
         transposed: the parameter is ``[K, N]``.
-        method: how weights that were not packed before are rounded, see :func:`vbcompile.kernels.fp4_quantize.quantize`.
+        method: of rounding weights that were not packed before, see :mod:`vbcompile.kernels.fp4_quantize`.
     """
 
     format_name: str

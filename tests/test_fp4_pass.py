@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from fp4_compiling import FEED, Feed, compiled, decoded_twin, reasons, rounded
+from fp4_compiling import FEED, Feed, compiled, decoded_twin, interpreted, reasons, rounded
 from torch import nn
 
 from vbcompile.config import ConfigError, resolve_config
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
-from vbcompile.passes import fp4_weights, pipeline
+from vbcompile.passes import fp4, fp4_weights, pipeline
 
 pytestmark = pytest.mark.usefixtures("fresh_weights")
 
@@ -137,6 +137,17 @@ def test_updated_weights_are_packed_again(update):
         got = run(x)
         torch.testing.assert_close(got, decoded_twin(model, *FEED)(x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before, got)
+
+
+def test_weights_are_packed_for_the_products_that_they_get(monkeypatch):
+    monkeypatch.setattr(fp4, "multiplies_fp8", lambda target: True)
+    layer, x = nn.Linear(256, 256), torch.randn(2, 256)
+    with torch.no_grad():
+        for activations, method in (("same", "mse"), ("fp8", "fp8")):
+            torch._dynamo.reset()
+            values = dequantize(quantize(layer.weight, method=method))
+            got = interpreted(layer, fp4_activations=activations)(x)
+            torch.testing.assert_close(got, F.linear(x, values, layer.bias), rtol=1e-5, atol=1e-5)
 
 
 def test_an_update_keeps_the_packed_tensors_in_place():
