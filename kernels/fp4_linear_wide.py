@@ -164,7 +164,7 @@ def _multiply(
         if TILES == 1:
             other_slot, other_phase = _advance(slot, phase, STAGES)
             part = other_slot * PARTS + OWN
-            mbarrier.wait(full.index(other_slot), other_phase)
+        mbarrier.wait(full.index(other_slot), other_phase)
         other_pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
         b = _operand(other_pairs, TYPE, LAYOUT)
         x = x_smem.index(other_slot).permute((1, 0))
@@ -177,9 +177,11 @@ def _multiply(
             sum_a, sum_b, pairs = warpgroup_mma_wait(1, [sum_a, sum_b, pairs])
         slot, phase = _advance(other_slot, other_phase, STAGES)
         more = j + 3 - TILES < steps  # after the last step, that step again
-        mbarrier.wait(full.index(gl.where(more, slot, other_slot)), gl.where(more, phase, other_phase))
-        part = gl.where(more, slot, other_slot) * PARTS + OWN
+        next_slot, next_phase = gl.where(more, slot, other_slot), gl.where(more, phase, other_phase)
+        mbarrier.wait(full.index(next_slot), next_phase)
+        part = next_slot * PARTS + OWN
         pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+        mbarrier.wait(full.index(next_slot), next_phase)  # or the assembler would decode after the product
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])
@@ -246,19 +248,33 @@ def _finish(
             begin = number * pairs_each
             one = ((begin + 1) * programs - 1) // left
             other = ((begin + pairs_each) * programs - 1) // left
-            within = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None] * BLOCK_M
-            within = within + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))[None, :]
-            own = _place(gl.program_id(0), begin, left, programs) * PARTS + part
-            gl.store(partial_ptr + own.to(gl.int64) * SIZE + within, total)
+            # a thread's values lie in pieces of 16 bytes, those of a warp side by side
+            FLAT: gl.constexpr = gl.BlockedLayout([1, BLOCK_M // 8, 4], [32, 1, 1], [4, 1, 1], [2, 1, 0])
+            mine = total.reshape([4, 2, 8, BLOCK_M // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
+            mine = gl.convert_layout(mine.reshape([128, BLOCK_M // 8, 4]), FLAT, assert_trivial=True)
+            THREADS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, FLAT))
+            PIECES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, FLAT))
+            VALUES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, FLAT))
+            within = gl.arange(0, 128, THREADS)[:, None, None] * 4 + gl.arange(0, BLOCK_M // 8, PIECES)[None, :, None] * 512
+            within = partial_ptr + part * SIZE + within + gl.arange(0, 4, VALUES)[None, None, :]
+            STEP: gl.constexpr = PARTS * SIZE
+            own = _place(gl.program_id(0), begin, left, programs)
+            gl.store(within + own.to(gl.int64) * STEP, mine)
             gl.thread_barrier()
             place = arrived_ptr + number * PARTS + part
             last = gl.atomic_add(place, 1, sem="acq_rel") == other - one
             if last:
-                total = gl.zeros_like(total)
-                for program in range(one, other + 1):
-                    at = _place(program, begin, left, programs) * PARTS + part
-                    total += gl.load(partial_ptr + at.to(gl.int64) * SIZE + within, cache_modifier=".cg")
                 gl.store(place, 0)
+                if other - one == 1:
+                    at = _place(one + other - gl.program_id(0), begin, left, programs)
+                    mine += gl.load(within + at.to(gl.int64) * STEP, cache_modifier=".cg")
+                else:
+                    mine = gl.zeros_like(mine)
+                    for program in range(one, other + 1):
+                        at = _place(program, begin, left, programs)
+                        mine += gl.load(within + at.to(gl.int64) * STEP, cache_modifier=".cg")
+                total = mine.reshape([4, 8, 4, BLOCK_M // 8, 2, 2]).permute((0, 4, 1, 3, 2, 5))
+                total = gl.convert_layout(total.reshape([64, BLOCK_M]), LAYOUT, assert_trivial=True)
     if last:
         rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
         scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)

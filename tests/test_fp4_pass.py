@@ -273,6 +273,20 @@ def test_slow_cases_are_left(reports):
     assert "with 32 rows FP4 would take an estimated" in reasons(reports[0])[0]
 
 
+@pytest.mark.parametrize("master", ["keep", "drop"])
+def test_what_was_measured_to_be_slower_is_left_beside_its_master(reports, monkeypatch, master):
+    monkeypatch.setattr(fp4, "relative_cost", lambda target, name, format_name, n, k, m: 1.2 if m == 256 else 0.8)
+    model = nn.Linear(192, 192, bias=False).bfloat16()
+    monkeypatch.setattr(fp4, "SLOWEST", 100.0)
+    with torch.no_grad():
+        for m in (1, 200):
+            torch._dynamo.reset()  # else the second graph takes any number of rows
+            compiled(model, fp4_master=master)(torch.randn(m, 192, dtype=torch.bfloat16))
+    assert [r.count("rewritten", "fp4") for r in reports] == [1, 0 if master == "keep" else 1]
+    if master == "keep":
+        assert "with 200 rows FP4 takes 1.20 times as long" in reasons(reports[1])[0]
+
+
 def test_without_a_kernel_nothing_is_done(reports, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     model, x = Feed(), torch.randn(2, 128)
