@@ -116,7 +116,7 @@ def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_wor
 
 
 def descriptors(
-    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, block_m: int
+    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, config: WideConfig
 ) -> tuple[Any, ...]:
     """What the copy engine reads and writes: x, codes, scales, results."""
     from triton.experimental.gluon import language as gl
@@ -125,12 +125,13 @@ def descriptors(
     def swizzled(tensor: Tensor) -> Any:
         return gl.NVMMASharedLayout.get_default_for([block_m, TILE], getattr(gl, _KINDS[tensor.dtype][0]))
 
-    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    block_m, parts, tiles = config.block_m, _CONSUMERS * config.tiles, codes.shape[0]
+    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
     words = 1024 // fp4_format(format_name).block_size
     return (
         TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled(rows)),
-        TensorDescriptor.from_tensor(codes.view(torch.int32).view(-1, 256), [2, 256], flat),
-        TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(-1, words), [1, words], flat),
+        TensorDescriptor.from_tensor(codes.view(torch.int32).view(tiles, -1, 256), [parts, 2, 256], flat),
+        TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(tiles, -1, words), [parts, 1, words], flat),
         TensorDescriptor.from_tensor(out, [block_m, TILE], swizzled(out)),
     )
 
@@ -180,8 +181,8 @@ def _launch(
         partial = torch.empty(size, dtype=torch.float32, device=out.device)
         arrived = counters(out.device, (plan.left // plan.pairs) * parts)
     fp4_wide_kernel[(plan.programs,)](
-        *descriptors(rows, codes, block_scales, out, format_name, config.block_m), row_scale,
+        *descriptors(rows, codes, block_scales, out, format_name, config), row_scale,
         row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n,
-        codes.shape[1], -(-m // config.block_m), plan.pairs, plan.whole, plan.left, BIAS=bias is not None,
+        -(-m // config.block_m), plan.pairs, plan.whole, plan.left, BIAS=bias is not None,
         **launch_options(rows.dtype, config, plan.left > 0, 32 // fp4_format(format_name).block_size),
     )  # fmt: skip

@@ -24,14 +24,14 @@ def _decode(codes, scales, WORD: gl.constexpr):
     """A tile ``[64, 64]`` of the weight: int32 ``[128, 4, 2, 2]``, pairs of 16-bit floats, times ``2**-8``; or, if WORD
     has two results, ``[128, 4, 2]``, four E4M3 each, times ``2**-3``.
 
-    codes: shared int32 ``[2, 256]``; scales: shared int32 ``[1, 32 * words of scales]``; WORD: assembly, constraints,
+    codes: shared int32 ``[1, 2, 256]``; scales: shared int32 ``[1, 1, 32 * words of scales]``; WORD: assembly, constraints,
     results, words of codes at a time.
     """
-    words = codes.load(gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])).reshape([128, 4])
-    COUNT: gl.constexpr = scales.shape[1] // 32
-    SHARED: gl.constexpr = gl.BlockedLayout([1, COUNT, 1], [1, 8, 4], [1, 4, 1], [2, 1, 0])
-    scale = gl.expand_dims(scales.load(gl.SliceLayout(2, SHARED)), 2)
-    scale, _ = gl.broadcast(scale, gl.full([1, 32 * COUNT, 4], 0, gl.int32, SHARED))
+    words = codes.load(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 2, 2], [2, 1, 0])).reshape([128, 4])
+    COUNT: gl.constexpr = scales.shape[2] // 32
+    SHARED: gl.constexpr = gl.BlockedLayout([1, 1, COUNT, 1], [1, 1, 8, 4], [1, 1, 4, 1], [3, 2, 1, 0])
+    scale = gl.expand_dims(scales.load(gl.SliceLayout(3, SHARED)), 3)
+    scale, _ = gl.broadcast(scale, gl.full([1, 1, 32 * COUNT, 4], 0, gl.int32, SHARED))
     scale = scale.reshape([32, COUNT, 4]).permute((0, 2, 1)).reshape([128, COUNT])
     CODE: gl.constexpr = WORD[0]
     CONSTRAINTS: gl.constexpr = WORD[1]
@@ -103,7 +103,7 @@ def _advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, shape, column_tiles, TILES: gl.constexpr):
+def _produce(descriptors, buffers, barriers, shape, TILES: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
     x_desc, code_desc, scale_desc = descriptors
     x_smem, code_smem, scale_smem = buffers
@@ -111,9 +111,7 @@ def _produce(descriptors, buffers, barriers, shape, column_tiles, TILES: gl.cons
     STAGES: gl.constexpr = x_smem.shape[0]
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_smem.shape[1]
-    BYTES: gl.constexpr = x_desc.block_type.nbytes + PARTS * (
-        code_desc.block_type.nbytes + scale_desc.block_type.nbytes
-    )
+    BYTES: gl.constexpr = x_desc.block_type.nbytes + code_desc.block_type.nbytes + scale_desc.block_type.nbytes
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     turn = gl.to_tensor(0)
@@ -126,10 +124,9 @@ def _produce(descriptors, buffers, barriers, shape, column_tiles, TILES: gl.cons
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(at, BYTES)
             tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, (first + j) * 64], at, x_smem.index(slot))
-            for t in gl.static_range(PARTS):
-                row = (tile_n * PARTS + t) * column_tiles + first + j
-                tma.async_copy_global_to_shared(code_desc, [row * 2, 0], at, code_smem.index(slot * PARTS + t))
-                tma.async_copy_global_to_shared(scale_desc, [row, 0], at, scale_smem.index(slot * PARTS + t))
+            column = first + j
+            tma.async_copy_global_to_shared(code_desc, [tile_n * PARTS, column * 2, 0], at, code_smem.index(slot))
+            tma.async_copy_global_to_shared(scale_desc, [tile_n * PARTS, column, 0], at, scale_smem.index(slot))
             slot, phase = _advance(slot, phase, STAGES)
         pair += gl.where(turn < shape[2], 0, pairs)
         turn += 1
@@ -148,24 +145,23 @@ def _multiply(
     full, empty = barriers
     STAGES: gl.constexpr = x_smem.shape[0]
     BLOCK_M: gl.constexpr = x_smem.shape[1]
-    PARTS: gl.constexpr = CONSUMERS * TILES
     OWN: gl.constexpr = w * TILES
+    OTHER: gl.constexpr = OWN + TILES - 1
     DEPTH: gl.constexpr = 32 if TYPE.primitive_bitwidth == 8 else 16
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, DEPTH])
     mbarrier.wait(full.index(slot), phase)
-    part = slot * PARTS + OWN
-    pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+    pairs = _decode(code_smem.index(slot).slice(OWN, 1), scale_smem.index(slot).slice(OWN, 1), WORD)
     sum_a = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
     sum_b = sum_a
     for j in range(0, steps, 3 - TILES):
         a = _operand(pairs, TYPE, LAYOUT)
         sum_a = warpgroup_mma(a, x_smem.index(slot).permute((1, 0)), sum_a, is_async=True)
-        other_slot, other_phase, part = slot, phase, slot * PARTS + OWN + 1
+        other_slot, other_phase = slot, phase
         if TILES == 1:
             other_slot, other_phase = _advance(slot, phase, STAGES)
-            part = other_slot * PARTS + OWN
         mbarrier.wait(full.index(other_slot), other_phase)
-        other_pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+        codes = code_smem.index(other_slot).slice(OTHER, 1)
+        other_pairs = _decode(codes, scale_smem.index(other_slot).slice(OTHER, 1), WORD)
         b = _operand(other_pairs, TYPE, LAYOUT)
         x = x_smem.index(other_slot).permute((1, 0))
         if TILES == 1:
@@ -179,8 +175,8 @@ def _multiply(
         more = j + 3 - TILES < steps  # after the last step, that step again
         next_slot, next_phase = gl.where(more, slot, other_slot), gl.where(more, phase, other_phase)
         mbarrier.wait(full.index(next_slot), next_phase)
-        part = next_slot * PARTS + OWN
-        pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+        codes = code_smem.index(next_slot).slice(OWN, 1)
+        pairs = _decode(codes, scale_smem.index(next_slot).slice(OWN, 1), WORD)
         mbarrier.wait(full.index(next_slot), next_phase)  # or the assembler would decode after the product
         # the assembler wants all products of a round done before its end
         if TILES == 1:
@@ -255,7 +251,9 @@ def _finish(
             THREADS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, FLAT))
             PIECES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, FLAT))
             VALUES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, FLAT))
-            within = gl.arange(0, 128, THREADS)[:, None, None] * 4 + gl.arange(0, BLOCK_M // 8, PIECES)[None, :, None] * 512
+            within = (
+                gl.arange(0, 128, THREADS)[:, None, None] * 4 + gl.arange(0, BLOCK_M // 8, PIECES)[None, :, None] * 512
+            )
             within = partial_ptr + part * SIZE + within + gl.arange(0, 4, VALUES)[None, None, :]
             STEP: gl.constexpr = PARTS * SIZE
             own = _place(gl.program_id(0), begin, left, programs)
@@ -294,16 +292,16 @@ def _finish(
         tma.async_copy_shared_to_global(out_desc, [tile_m * BLOCK_M, tile * 64], out_tile)
 
 
-@gluon.jit(do_not_specialize=["m", "column_tiles", "tiles_m", "pairs_each", "whole", "left"])
+@gluon.jit(do_not_specialize=["m", "tiles_m", "pairs_each", "whole", "left"])
 def fp4_wide_kernel(
     x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n,
-    column_tiles, tiles_m, pairs_each, whole, left, TILES: gl.constexpr, STAGES: gl.constexpr,
+    tiles_m, pairs_each, whole, left, TILES: gl.constexpr, STAGES: gl.constexpr,
     TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias``.
 
-    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
-    ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
+    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles, 2 * column tiles, 256]`` in blocks ``[2 * TILES,
+    2, 256]`` and scales int32 ``[tiles, column tiles, words]`` likewise, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
     in blocks ``[BLOCK_M, 64]``. A work item is ``pairs_each`` pairs of steps of 64 columns of ``128 * TILES`` rows of
     the weight and BLOCK_M rows of x. Programs take the first ``whole`` in turns, then equal shares of the ``left``
     pairs of the others (with SPLIT; ``whole`` is a multiple of the number of programs then). TYPE E4M3: x has a scale a
@@ -312,10 +310,10 @@ def fp4_wide_kernel(
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
-    WORDS: gl.constexpr = scale_desc.block_type.shape[1]
+    WORDS: gl.constexpr = scale_desc.block_type.shape[2]
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
-    code_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 2, 256], code_desc.layout)
-    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 1, WORDS], scale_desc.layout)
+    code_smem = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, 2, 256], code_desc.layout)
+    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, 1, WORDS], scale_desc.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -333,7 +331,7 @@ def fp4_wide_kernel(
         [
             (_consume, (buffers, barriers, out_smem, results, shape, 0, TILES, TYPE, WORD, BIAS, SPLIT)),
             (_consume, (buffers, barriers, out_smem, results, shape, 1, TILES, TYPE, WORD, BIAS, SPLIT)),
-            (_produce, (descriptors, buffers, barriers, shape, column_tiles, TILES)),
+            (_produce, (descriptors, buffers, barriers, shape, TILES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -57,9 +57,9 @@ def wide_launch(config, kind, format_name="nvfp4"):
     x, out = torch.empty(m, k, dtype=kind), torch.empty(m, n, dtype=FP16 if kind == FP16 else BF16)
     codes = torch.empty(n // 64, k // 64, 2048, dtype=torch.uint8)
     scales = torch.empty(n // 64, k // 64, 4096 // fp4_format(format_name).block_size, dtype=torch.uint8)
-    read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config.block_m)
+    read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config)
     floats, counters = torch.empty(n), torch.empty(16, dtype=torch.int32)
-    arguments = (*read, floats, floats, floats, floats, counters, m, n, k // 64, 1, k // 128, 4, 7)
+    arguments = (*read, floats, floats, floats, floats, counters, m, n, 1, k // 128, 4, 7)
     options = fp4_linear_hopper.launch_options(
         kind, config, config.splits != 1, 32 // fp4_format(format_name).block_size
     )
