@@ -24,8 +24,8 @@ def _decode(codes, scales, WORD: gl.constexpr):
     """A tile ``[64, 64]`` of the weight: int32 ``[128, 4, 2, 2]``, pairs of 16-bit floats, times ``2**-8``; or, if WORD
     has two results, ``[128, 4, 2]``, four E4M3 each, times ``2**-3``.
 
-    codes: shared int32 ``[1, 2, 256]``; scales: shared int32 ``[1, 1, 32 * words of scales]``; WORD: assembly, constraints,
-    results, words of codes at a time.
+    codes: shared int32 ``[1, 2, 256]``; scales: shared int32 ``[1, 1, 32 * words of scales]``; WORD: assembly, its
+    constraints, results, words of codes at a time.
     """
     words = codes.load(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 2, 2], [2, 1, 0])).reshape([128, 4])
     COUNT: gl.constexpr = scales.shape[2] // 32
@@ -221,11 +221,52 @@ def _place(program, begin, left, programs):
 
 
 @gluon.jit
+def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, PARTS: gl.constexpr):
+    """Store sums over a part of the columns; who comes last gets those over all, added in order -> (sums, if last).
+
+    ``number``: of the work item among those that are shared; ``part``: of its PARTS tiles, the how many-th this is.
+    """
+    _, pairs_each, _, left, programs = shape
+    LAYOUT: gl.constexpr = total.type.layout
+    BLOCK_M: gl.constexpr = total.shape[1]
+    # a thread's values lie in pieces of 16 bytes, those of a warp side by side
+    FLAT: gl.constexpr = gl.BlockedLayout([1, BLOCK_M // 8, 4], [32, 1, 1], [4, 1, 1], [2, 1, 0])
+    PLANE: gl.constexpr = gl.SliceLayout(2, FLAT)
+    thread = gl.arange(0, 128, gl.SliceLayout(1, PLANE))[:, None, None]
+    piece = gl.arange(0, BLOCK_M // 8, gl.SliceLayout(0, PLANE))[None, :, None]
+    value = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FLAT)))[None, None, :]
+    STEP: gl.constexpr = PARTS * 64 * BLOCK_M
+    at = partial_ptr + part * (64 * BLOCK_M) + (piece * 512 + thread * 4) + value
+    mine = total.reshape([4, 2, 8, BLOCK_M // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
+    mine = gl.convert_layout(mine.reshape([128, BLOCK_M // 8, 4]), FLAT, assert_trivial=True)
+    begin = number * pairs_each
+    first = ((begin + 1) * programs - 1) // left
+    final = ((begin + pairs_each) * programs - 1) // left
+    own = gl.program_id(0)
+    gl.store(at + _place(own, begin, left, programs).to(gl.int64) * STEP, mine)
+    gl.thread_barrier()
+    arrived = arrived_ptr + number * PARTS + part
+    last = gl.atomic_add(arrived, 1, sem="acq_rel") == final - first
+    if last:
+        gl.store(arrived, 0)
+        if final - first == 1:  # the order of two makes no difference
+            there = _place(first + final - own, begin, left, programs)
+            mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
+        else:
+            mine = gl.zeros_like(mine)
+            for program in range(first, final + 1):
+                there = _place(program, begin, left, programs)
+                mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
+    total = mine.reshape([4, 8, 4, BLOCK_M // 8, 2, 2]).permute((0, 4, 1, 3, 2, 5))
+    return gl.convert_layout(total.reshape([64, BLOCK_M]), LAYOUT, assert_trivial=True), last
+
+
+@gluon.jit
 def _finish(
     total, tile, part: gl.constexpr, tile_m, split, results, out_tile, shape, TILES: gl.constexpr, FP8: gl.constexpr,
     BIAS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Store a tile; SPLIT: store sums of a part of its columns, and who comes last adds up those of all in order.
+    """Store a tile, with SPLIT once its sums are complete.
 
     ``part``: of the work item's tiles, the how many-th this is. ``split``: number of the work item among those that are
     shared, and pairs of steps that were done.
@@ -233,46 +274,11 @@ def _finish(
     out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
     LAYOUT: gl.constexpr = total.type.layout
     BLOCK_M: gl.constexpr = total.shape[1]
-    PARTS: gl.constexpr = CONSUMERS * TILES
     last = tile * 64 < n
     if SPLIT:
-        _, pairs_each, _, left, programs = shape
         number, pairs = split
-        if last & (pairs < pairs_each):
-            # partial sums [program, whether the tile began before its share, part, 64, BLOCK_M]
-            SIZE: gl.constexpr = 64 * BLOCK_M
-            begin = number * pairs_each
-            one = ((begin + 1) * programs - 1) // left
-            other = ((begin + pairs_each) * programs - 1) // left
-            # a thread's values lie in pieces of 16 bytes, those of a warp side by side
-            FLAT: gl.constexpr = gl.BlockedLayout([1, BLOCK_M // 8, 4], [32, 1, 1], [4, 1, 1], [2, 1, 0])
-            mine = total.reshape([4, 2, 8, BLOCK_M // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
-            mine = gl.convert_layout(mine.reshape([128, BLOCK_M // 8, 4]), FLAT, assert_trivial=True)
-            THREADS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, FLAT))
-            PIECES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, FLAT))
-            VALUES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, FLAT))
-            within = (
-                gl.arange(0, 128, THREADS)[:, None, None] * 4 + gl.arange(0, BLOCK_M // 8, PIECES)[None, :, None] * 512
-            )
-            within = partial_ptr + part * SIZE + within + gl.arange(0, 4, VALUES)[None, None, :]
-            STEP: gl.constexpr = PARTS * SIZE
-            own = _place(gl.program_id(0), begin, left, programs)
-            gl.store(within + own.to(gl.int64) * STEP, mine)
-            gl.thread_barrier()
-            place = arrived_ptr + number * PARTS + part
-            last = gl.atomic_add(place, 1, sem="acq_rel") == other - one
-            if last:
-                gl.store(place, 0)
-                if other - one == 1:
-                    at = _place(one + other - gl.program_id(0), begin, left, programs)
-                    mine += gl.load(within + at.to(gl.int64) * STEP, cache_modifier=".cg")
-                else:
-                    mine = gl.zeros_like(mine)
-                    for program in range(one, other + 1):
-                        at = _place(program, begin, left, programs)
-                        mine += gl.load(within + at.to(gl.int64) * STEP, cache_modifier=".cg")
-                total = mine.reshape([4, 8, 4, BLOCK_M // 8, 2, 2]).permute((0, 4, 1, 3, 2, 5))
-                total = gl.convert_layout(total.reshape([64, BLOCK_M]), LAYOUT, assert_trivial=True)
+        if last & (pairs < shape[1]):
+            total, last = _add_up(total, number, part, shape, partial_ptr, arrived_ptr, CONSUMERS * TILES)
     if last:
         rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
         scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
@@ -300,13 +306,13 @@ def fp4_wide_kernel(
 ):  # fmt: skip
     """``out = x @ weight.T * row_scale + bias``.
 
-    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles, 2 * column tiles, 256]`` in blocks ``[2 * TILES,
-    2, 256]`` and scales int32 ``[tiles, column tiles, words]`` likewise, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
-    in blocks ``[BLOCK_M, 64]``. A work item is ``pairs_each`` pairs of steps of 64 columns of ``128 * TILES`` rows of
-    the weight and BLOCK_M rows of x. Programs take the first ``whole`` in turns, then equal shares of the ``left``
-    pairs of the others (with SPLIT; ``whole`` is a multiple of the number of programs then). TYPE E4M3: x has a scale a
-    row, x_scale ``[m]``, and the columns of every 16 in the order of
-    :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
+    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles, 2 * column tiles, 256]`` in blocks ``[2 * TILES, 2,
+    256]`` and scales int32 ``[tiles, column tiles, words]`` in blocks ``[2 * TILES, 1, words]``, in the layout
+    ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]`` in blocks ``[BLOCK_M, 64]``. A work item is ``pairs_each``
+    pairs of steps of 64 columns of ``128 * TILES`` rows of the weight and BLOCK_M rows of x. Programs take the first
+    ``whole`` in turns, then equal shares of the ``left`` pairs of the others (with SPLIT; ``whole`` is a multiple of
+    the number of programs then). TYPE E4M3: x has a scale a row, x_scale ``[m]``, and the columns of every 16 in the
+    order of :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
