@@ -1,7 +1,8 @@
 """Launches of the FP4 product for many rows of x on Hopper (:mod:`vbcompile.kernels.fp4_linear_wide`)."""
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ _KINDS = {  # type of x: its name in Triton, and of the assembly that decodes to
     torch.float8_e4m3fn: ("float8e4nv", ""),
 }
 _ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
+_TILE_BYTES = TILE * TILE // 2 + TILE * TILE // 16  # codes and scales, of the format that has more of them
+_SHARED_BYTES = 227 * 1024 - 1024  # of an SM, less what barriers take
+_MOST_STAGES = 10
+_TYPICAL_MULTIPROCESSORS = 132
+# a step of 64 columns of one block, as measured on an H200; (block_m, tiles)
+_STEP_MICROSECONDS = {
+    False: {(64, 1): 0.3, (64, 2): 0.45, (128, 1): 0.33, (128, 2): 0.6, (256, 1): 0.6},
+    True: {(64, 1): 0.35, (64, 2): 0.5, (128, 1): 0.33, (128, 2): 0.5, (256, 1): 0.36},
+}
+_SHARING_MICROSECONDS = 2.0  # for each block that shares a tile
 
 
 @dataclass(frozen=True)
@@ -56,29 +67,39 @@ def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str
     return f"takes rows and columns in multiples of {_ALIGNMENT}" if n % _ALIGNMENT or k % _ALIGNMENT else None
 
 
+def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool) -> WideConfig:
+    """A configuration with as many shared buffers as fit; the smallest tiles leave room for two blocks an SM."""
+    blocks = 2 if block_m * tiles <= 64 else 1
+    stage = TILE * block_m * (1 if fp8 else 2) + _CONSUMERS * tiles * _TILE_BYTES
+    results = _CONSUMERS * TILE * block_m * 2
+    return WideConfig(block_m, tiles, min(_MOST_STAGES, (_SHARED_BYTES // blocks - results) // stage), splits, blocks)
+
+
+def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
+    """Configurations worth trying for m rows of x."""
+    for block_m, tiles in _STEP_MICROSECONDS[fp8]:
+        if block_m <= max(64, m) and m <= (128 if block_m == 64 else 16 * block_m):
+            yield from (wide_shape(block_m, tiles, splits, fp8) for splits in (1, 0, 2, 3, 4, 6, 8))
+
+
 @functools.lru_cache(maxsize=256)
 def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> WideConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None:
         return WideConfig(*tuned)
-    if m <= 64:
-        config = WideConfig(64, 1, 7, 1, 2)
-    else:
-        config = WideConfig(128, 2, 7, 1, 1) if m <= 128 else WideConfig(256, 1, 4, 1, 1)
-    items = -(-n // (_CONSUMERS * config.tiles * TILE)) * -(-m // config.block_m)
-    return replace(config, splits=_splits(items, -(-k // TILE), (target.multiprocessors or 132) * config.blocks))
+    multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
 
+    def microseconds(config: WideConfig) -> float:
+        shares = plan(m, n, k, config, multiprocessors)
+        pairs = -(-shares.whole // shares.programs) * shares.pairs + -(-shares.left // shares.programs)
+        sharing = _SHARING_MICROSECONDS * shares.programs * shares.pairs / shares.left if shares.left else 0
+        return 2 * pairs * _STEP_MICROSECONDS[fp8][config.block_m, config.tiles] + sharing
 
-def _splits(items: int, steps: int, resident: int) -> int:
-    """How many blocks share a tile's columns: a tile costs about ten steps beside its own, adding up two a split."""
-    return min(
-        (s for s in (1, 2, 4, 8) if s == 1 or steps // s >= 4),
-        key=lambda s: -(-items * s // resident) * (steps / s + 10) + (2 * s if s > 1 else 0),
-    )
+    return min(wide_candidates(m, fp8), key=microseconds)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How blocks share the work: ``whole`` tiles one after another, then equal shares of ``left`` pairs of steps, of
     which a tile has ``pairs``."""
 
@@ -88,15 +109,17 @@ class _Plan:
     left: int
 
 
-def _plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> _Plan:
+def plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> Plan:
+    """The shares of blocks in ``x [m, k]`` times a weight ``[n, k]``."""
     tiles = -(-n // (_CONSUMERS * config.tiles * TILE)) * -(-m // config.block_m)
     pairs = -(-k // (2 * TILE))
     resident = multiprocessors * config.blocks
-    if config.splits == 1:
-        return _Plan(min(tiles, resident), pairs, tiles, 0)
-    programs = min(resident, tiles * config.splits or resident, tiles * max(1, pairs // 2))
-    whole = tiles // programs * programs
-    return _Plan(programs, pairs, whole, (tiles - whole) * pairs)
+    if config.splits != 1:
+        programs = min(resident, tiles * config.splits or resident, tiles * max(1, pairs // 2))
+        whole = tiles // programs * programs
+        if (left := (tiles - whole) * pairs) >= programs:  # a share is never empty
+            return Plan(programs, pairs, whole, left)
+    return Plan(min(tiles, resident), pairs, tiles, 0)
 
 
 def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_words: int) -> dict[str, Any]:
@@ -173,16 +196,16 @@ def _launch(
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
     (m, k), n = rows.shape, out.shape[1]
-    plan = _plan(m, n, k, config, get_target(out.device).multiprocessors or 1)
+    shares = plan(m, n, k, config, get_target(out.device).multiprocessors or 1)
     partial = arrived = row_scale
-    if plan.left:
+    if shares.left:
         parts = _CONSUMERS * config.tiles
-        size = (2 * plan.programs * parts, TILE * config.block_m)
+        size = (2 * shares.programs * parts, TILE * config.block_m)
         partial = torch.empty(size, dtype=torch.float32, device=out.device)
-        arrived = counters(out.device, (plan.left // plan.pairs) * parts)
-    fp4_wide_kernel[(plan.programs,)](
+        arrived = counters(out.device, (shares.left // shares.pairs) * parts)
+    fp4_wide_kernel[(shares.programs,)](
         *descriptors(rows, codes, block_scales, out, format_name, config), row_scale,
         row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n,
-        -(-m // config.block_m), plan.pairs, plan.whole, plan.left, BIAS=bias is not None,
-        **launch_options(rows.dtype, config, plan.left > 0, 32 // fp4_format(format_name).block_size),
+        -(-m // config.block_m), shares.pairs, shares.whole, shares.left, BIAS=bias is not None,
+        **launch_options(rows.dtype, config, shares.left > 0, 32 // fp4_format(format_name).block_size),
     )  # fmt: skip
