@@ -190,19 +190,13 @@ class _Fp4Pass:
         """Whether the products of a group were measured to be faster with their own weights, which are kept; if so,
         leave them."""
         first, n = group[0], sum(c.n for c in group)
-        kept = all(
-            self._master(c.site.weight) == "keep" and not is_hollow(self.weights[c.site.weight][1]) for c in group
-        )
-        if not (
-            kept
-            and first.rows
-            and isinstance(first.site, LinearSite)
-            and first.dtype in (torch.bfloat16, torch.float16)
-        ):
+        if not first.rows or not isinstance(first.site, LinearSite) or first.dtype == torch.float32:
+            return False
+        if any(self._master(c.site.weight) != "keep" or is_hollow(self.weights[c.site.weight][1]) for c in group):
             return False
         case = self._case(first, n, first.key.layout)
         name = _choose(self.context.target, case).implementation.name
-        cost = relative_cost(self.context.target, name, case.format_name, n, case.k, case.m)
+        cost = relative_cost(self.context.target, name, case.format_name, n, case.k, first.rows)
         if cost is None or cost <= SLOWEST_BESIDE_ITS_MASTER:
             return False
         for candidate in group:

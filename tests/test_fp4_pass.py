@@ -275,7 +275,7 @@ def test_slow_cases_are_left(reports):
 
 @pytest.mark.parametrize("master", ["keep", "drop"])
 def test_what_was_measured_to_be_slower_is_left_beside_its_master(reports, monkeypatch, master):
-    monkeypatch.setattr(fp4, "relative_cost", lambda target, name, format_name, n, k, m: 1.2 if m == 256 else 0.8)
+    monkeypatch.setattr(fp4, "relative_cost", lambda target, name, format_name, n, k, m: 1.2 if m > 100 else 0.8)
     model = nn.Linear(192, 192, bias=False).bfloat16()
     monkeypatch.setattr(fp4, "SLOWEST", 100.0)
     with torch.no_grad():
