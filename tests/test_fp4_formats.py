@@ -214,7 +214,7 @@ def test_concatenated_rows_keep_their_values():
 # --- quantizing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("format_name", "method"), METHODS)
+@pytest.mark.parametrize(("format_name", "method"), [m for m in METHODS if m != ("nvfp4", "fp8")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_codes_are_the_nearest_for_their_scale(format_name, method, dtype):
     weight = (torch.randn(37, 75) * 0.02).to(dtype)
