@@ -249,17 +249,17 @@ def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, 
     last = gl.atomic_add(arrived, 1, sem="acq_rel") == final - first
     if last:
         gl.store(arrived, 0)
-        in_order = final - first > 1  # that of two makes no difference
-        if BLOCK_M == 256:  # no registers for another branch
-            in_order = True
-        if in_order:
+        begun = first
+        if BLOCK_M < 256:  # larger tiles leave no registers for this
+            if final - first == 1:  # the order of two makes no difference
+                there = _place(first + final - own, begin, left, programs)
+                mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
+                begun = final + 1
+        if begun == first:
             mine = gl.zeros_like(mine)
             for program in range(first, final + 1):
                 there = _place(program, begin, left, programs)
                 mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
-        else:
-            there = _place(first + final - own, begin, left, programs)
-            mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
     total = mine.reshape([4, 8, 4, BLOCK_M // 8, 2, 2]).permute((0, 4, 1, 3, 2, 5))
     return gl.convert_layout(total.reshape([64, BLOCK_M]), LAYOUT, assert_trivial=True), last
 
