@@ -250,7 +250,7 @@ def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, 
     if last:
         gl.store(arrived, 0)
         begun = first
-        if BLOCK_M < 256:  # larger tiles leave no registers for this
+        if BLOCK_M < 256:  # noqa: SIM102 - larger tiles leave no registers for this
             if final - first == 1:  # the order of two makes no difference
                 there = _place(first + final - own, begin, left, programs)
                 mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
