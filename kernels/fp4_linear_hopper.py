@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
@@ -122,7 +123,9 @@ def plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> Pl
     return Plan(min(tiles, resident), pairs, tiles, 0)
 
 
-def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_words: int) -> dict[str, Any]:
+def launch_options(
+    kind: torch.dtype, config: WideConfig, split: bool, scale_words: int, epilogue: str = "none"
+) -> dict[str, Any]:
     """Constants and compiler options of a launch; ``scale_words``: words of scale bytes a thread has of a tile."""
     from triton.experimental.gluon import language as gl
 
@@ -135,67 +138,71 @@ def launch_options(kind: torch.dtype, config: WideConfig, split: bool, scale_wor
         "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
         "WORD": word, "SPLIT": split, "REGISTERS": registers, "num_warps": 4,
         "maxnreg": 168 if config.blocks == 1 else 80,
-    }  # fmt: skip
+    } | epilogue_options(epilogue)  # fmt: skip
 
 
 def descriptors(
-    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, config: WideConfig
-) -> tuple[Any, ...]:
+    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, config: WideConfig,
+    epilogue: str = "none",
+) -> tuple[Any, ...]:  # fmt: skip
     """What the copy engine reads and writes: x, codes, scales, results."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    def swizzled(tensor: Tensor) -> Any:
-        return gl.NVMMASharedLayout.get_default_for([block_m, TILE], getattr(gl, _KINDS[tensor.dtype][0]))
+    def swizzled(tensor: Tensor, width: int = TILE) -> Any:
+        return gl.NVMMASharedLayout.get_default_for([block_m, width], getattr(gl, _KINDS[tensor.dtype][0]))
 
     block_m, parts, tiles = config.block_m, _CONSUMERS * config.tiles, codes.shape[0]
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
     words = 1024 // fp4_format(format_name).block_size
+    width = out_features(TILE, epilogue)
     return (
         TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled(rows)),
         TensorDescriptor.from_tensor(codes.view(torch.int32).view(tiles, -1, 256), [parts, 2, 256], flat),
         TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(tiles, -1, words), [parts, 1, words], flat),
-        TensorDescriptor.from_tensor(out, [block_m, TILE], swizzled(out)),
+        TensorDescriptor.from_tensor(out, [block_m, width], swizzled(out, width)),
     )
 
 
 def product_wide(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: WideConfig | None = None,
+    layout: str, config: WideConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t``."""
+    """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x; weight ``[n, k]`` in the layout ``fragments2t``."""
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1 or rows.stride(0) % _ALIGNMENT or rows.data_ptr() % 16:
         rows = rows.contiguous()
-    out = torch.empty(rows.shape[0], row_scale.shape[0], dtype=x.dtype, device=x.device)
-    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), out.shape[1], k)
-    _launch(rows, None, codes, block_scales, row_scale, bias, out, format_name, config)
+    n = row_scale.shape[0]
+    out = torch.empty(rows.shape[0], out_features(n, epilogue), dtype=x.dtype, device=x.device)
+    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), n, k)
+    _launch(rows, None, codes, block_scales, row_scale, bias, out, format_name, config, epilogue)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
 def product_wide_fp8(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: WideConfig | None = None,
+    layout: str, config: WideConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
     """The same with x and the decoded weight rounded to E4M3."""
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     rounded, scale = quantize_rows(rows, paired=True)
-    out = torch.empty(rows.shape[0], row_scale.shape[0], dtype=x.dtype, device=x.device)
-    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), out.shape[1], k, True)
-    _launch(rounded, scale, codes, block_scales, row_scale, bias, out, format_name, config)
+    n = row_scale.shape[0]
+    out = torch.empty(rows.shape[0], out_features(n, epilogue), dtype=x.dtype, device=x.device)
+    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), n, k, True)
+    _launch(rounded, scale, codes, block_scales, row_scale, bias, out, format_name, config, epilogue)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
 def _launch(
     rows: Tensor, x_scale: Tensor | None, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None,
-    out: Tensor, format_name: str, config: WideConfig,
+    out: Tensor, format_name: str, config: WideConfig, epilogue: str,
 ) -> None:  # fmt: skip
     from vbcompile.kernels.fp4_linear_triton import counters
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
-    (m, k), n = rows.shape, out.shape[1]
+    (m, k), n = rows.shape, row_scale.shape[0]
     shares = plan(m, n, k, config, get_target(out.device).multiprocessors or 1)
     partial = arrived = row_scale
     if shares.left:
@@ -204,8 +211,10 @@ def _launch(
         partial = torch.empty(size, dtype=torch.float32, device=out.device)
         arrived = counters(out.device, (shares.left // shares.pairs) * parts)
     fp4_wide_kernel[(shares.programs,)](
-        *descriptors(rows, codes, block_scales, out, format_name, config), row_scale,
+        *descriptors(rows, codes, block_scales, out, format_name, config, epilogue), row_scale,
         row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n,
         -(-m // config.block_m), shares.pairs, shares.whole, shares.left, BIAS=bias is not None,
-        **launch_options(rows.dtype, config, shares.left > 0, 32 // fp4_format(format_name).block_size),
+        **launch_options(
+            rows.dtype, config, shares.left > 0, 32 // fp4_format(format_name).block_size, epilogue
+        ),
     )  # fmt: skip
