@@ -163,9 +163,10 @@ def _untile_scales(tiles: Tensor, groups: int) -> Tensor:
     return tiles.view(n, k, 4, 8, groups, 2).permute(0, 2, 5, 3, 1, 4).reshape(n * TILE, k * groups)
 
 
-# where sign and magnitude bits (high, middle, low) of the code of each pair lie within 16 bits: pair 0 is in place,
-# pairs 1 and 2 are shifted by three and six, pair 3 takes what is left
-_BIT_PLACES = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
+# where sign and magnitude bits (high, middle, low) of the code of each pair lie within 16 bits: pair 2 is in place,
+# pairs 1 and 0 are shifted by three and six, pair 3 takes what is left. Shifted by at most two, the magnitudes of pair
+# n are the n-th of four bits each, as selectors of bytes want them.
+_BIT_PLACES = ((9, 2, 1, 0), (12, 5, 4, 3), (15, 8, 7, 6), (14, 13, 11, 10))
 
 
 def _interleave(flat: Tensor) -> Tensor:

@@ -179,7 +179,8 @@ def _multiply(
         mbarrier.wait(full.index(next_slot), next_phase)
         codes = code_smem.index(next_slot).slice(OWN, 1)
         pairs = _decode(codes, scale_smem.index(next_slot).slice(OWN, 1), WORD)
-        mbarrier.wait(full.index(next_slot), next_phase)  # or the assembler would decode after the product
+        if TYPE.primitive_bitwidth == 16:  # or the assembler would decode after the product, as suits FP8
+            mbarrier.wait(full.index(next_slot), next_phase)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])

@@ -43,6 +43,7 @@ def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
 
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
     "not.b32": np.bitwise_not,

@@ -150,7 +150,9 @@ def test_table_look_up_rounds_every_code_and_scale_to_nearest_even(scale_words):
     scale_bytes = torch.randint(56, 149, (n, 4))
     text, _, _, _ = pair_assembly(scale_words)
     packed = scale_bytes.to(torch.uint8).numpy().view(np.uint32)[:, 0].copy()
-    out = run_ptx(text, {"$4": words[:, 0], "$5": words[:, 1], "$6": packed, "$7": packed})
+    out = run_ptx(
+        text, {"$4": words[:, 0], "$5": words[:, 1], "$6": packed, "$7": packed, "%nctaid.y": np.ones_like(packed)}
+    )
     scales = (1 + scale_bytes % 8 / 8).double() * torch.exp2((scale_bytes // 8 - 9).double())
     for word, row in itertools.product(range(2), range(2)):
         scale = scales[:, (2 * word if scale_words == 2 else 0) + row, None]
