@@ -35,7 +35,7 @@ from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
 from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
 from vbcompile.tune import calls, copies, microseconds  # noqa: E402
 
-SHAPES = [(28672, 4096), (4096, 14336)]
+SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
 ROWS = [1, 4, 16, 64, 256, 2048]
 
 
@@ -97,7 +97,7 @@ def bandwidth() -> float:
     return 2 * source.nbytes / (microseconds([lambda: torch.neg(source, out=target)] * 4) * 1e-6)
 
 
-def table(formats: list[str]) -> list[dict[str, Any]]:
+def table(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
     target, speed = get_target("cuda"), bandwidth()
     fp4_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
     rows: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ def table(formats: list[str]) -> list[dict[str, Any]]:
         weights = copies(n, k, name)
         dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         floor = weights[0].nbytes / speed * 1e6
-        for m in ROWS:
+        for m in counts:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             row = {
                 "n": n, "k": k, "m": m, "format": name, "copy_tb_s": speed / 1e12, "floor": floor,
@@ -165,6 +165,7 @@ def cpu_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["check", "table", "cpu"])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of x, in the table")
     parser.add_argument("--formats", nargs="+", default=["nvfp4", "mxfp4"], choices=["nvfp4", "mxfp4"])
     arguments = parser.parse_args()
     for what in arguments.what:
@@ -175,7 +176,7 @@ def main() -> None:
         elif what == "cpu":
             cpu_table()
         else:
-            table(arguments.formats)
+            table(arguments.formats, arguments.rows)
         print(f"{what}: {time.time() - started:.0f} s", flush=True)
 
 

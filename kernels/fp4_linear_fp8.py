@@ -14,6 +14,8 @@ from vbcompile.kernels import fp4_linear_triton
 NEEDS = "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
 _OLDEST = (8, 9)
 _ALIGNMENT = 16
+_ROW_BLOCK = 4096
+_ENOUGH_ROWS = 512  # that blocks of few warps fill the device
 _WEIGHT_FACTOR = 8.0  # what fp4_linear_triton.dequantize leaves out in FP8
 
 
@@ -49,7 +51,8 @@ def quantize_rows(x: Tensor, paired: bool = False, factor: float = 1.0) -> tuple
     m, k = x.shape
     out = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    block = min(16384, 1 << (k - 1).bit_length())  # most rows are read once
+    most = _ROW_BLOCK if m >= _ENOUGH_ROWS else 16384  # the longest rows are read twice, which keeps more in flight
+    block = min(most, 1 << (k - 1).bit_length())
     fp8_rows_kernel[(m,)](
         x,
         out,

@@ -46,6 +46,7 @@ class WideConfig:
         splits: blocks that share the columns of one tile; 0: the tiles that would not fill the device are shared evenly
             by all blocks.
         blocks: blocks that an SM holds at a time.
+        in_turns: whether the warpgroups' products take turns at the tensor cores.
     """
 
     block_m: int
@@ -53,6 +54,7 @@ class WideConfig:
     stages: int
     splits: int
     blocks: int = 1
+    in_turns: bool = True
 
 
 def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str) -> str | None:
@@ -136,7 +138,7 @@ def launch_options(
     registers = 232 if config.blocks == 1 else 104
     return {
         "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
-        "WORD": word, "SPLIT": split, "REGISTERS": registers, "num_warps": 4,
+        "WORD": word, "SPLIT": split, "IN_TURNS": config.in_turns, "REGISTERS": registers, "num_warps": 4,
         "maxnreg": 168 if config.blocks == 1 else 80,
     } | epilogue_options(epilogue)  # fmt: skip
 

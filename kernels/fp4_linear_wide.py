@@ -109,7 +109,7 @@ def _produce(descriptors, buffers, barriers, shape, TILES: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
     x_desc, code_desc, scale_desc = descriptors
     x_smem, code_smem, scale_smem = buffers
-    full, empty = barriers
+    full, empty = barriers[0], barriers[1]
     STAGES: gl.constexpr = x_smem.shape[0]
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_smem.shape[1]
@@ -136,15 +136,18 @@ def _produce(descriptors, buffers, barriers, shape, TILES: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    buffers, barriers, slot, phase, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr
-):
+    buffers, barriers, slot, phase, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr,
+    IN_TURNS: gl.constexpr,
+):  # fmt: skip
     """Sums ``[64, BLOCK_M]`` of consumer ``w``'s tiles over ``steps`` steps; the second is the first for TILES = 1.
 
-    Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. ``slot``
+    Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. With
+    IN_TURNS the consumers' products go to the tensor cores in turns too: left alone, they come to decode at the same
+    time. ``slot``
     and ``phase``: the first step's buffer and the parity of its barrier; those of the step after the last come back.
     """
     x_smem, code_smem, scale_smem = buffers
-    full, empty = barriers
+    full, empty, turns = barriers
     STAGES: gl.constexpr = x_smem.shape[0]
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     OWN: gl.constexpr = w * TILES
@@ -157,7 +160,11 @@ def _multiply(
     sum_b = sum_a
     for j in range(0, steps, 3 - TILES):
         a = _operand(pairs, TYPE, LAYOUT)
+        if IN_TURNS:
+            mbarrier.wait(turns.index(w), 1 - w)
         sum_a = warpgroup_mma(a, x_smem.index(slot).permute((1, 0)), sum_a, is_async=True)
+        if IN_TURNS:
+            mbarrier.arrive(turns.index(1 - w))
         other_slot, other_phase = slot, phase
         if TILES == 1:
             other_slot, other_phase = _advance(slot, phase, STAGES)
@@ -166,12 +173,18 @@ def _multiply(
         other_pairs = _decode(codes, scale_smem.index(other_slot).slice(OTHER, 1), WORD)
         b = _operand(other_pairs, TYPE, LAYOUT)
         x = x_smem.index(other_slot).permute((1, 0))
+        if IN_TURNS:
+            mbarrier.wait(turns.index(w), w)
         if TILES == 1:
             sum_a = warpgroup_mma(b, x, sum_a, is_async=True)
+            if IN_TURNS:
+                mbarrier.arrive(turns.index(1 - w))
             sum_a, pairs = warpgroup_mma_wait(1, [sum_a, pairs])
             mbarrier.arrive(empty.index(slot))
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
+            if IN_TURNS:
+                mbarrier.arrive(turns.index(1 - w))
             sum_a, sum_b, pairs = warpgroup_mma_wait(1, [sum_a, sum_b, pairs])
         slot, phase = _advance(other_slot, other_phase, STAGES)
         more = j + 3 - TILES < steps  # after the last step, that step again
@@ -179,7 +192,7 @@ def _multiply(
         mbarrier.wait(full.index(next_slot), next_phase)
         codes = code_smem.index(next_slot).slice(OWN, 1)
         pairs = _decode(codes, scale_smem.index(next_slot).slice(OWN, 1), WORD)
-        if TYPE.primitive_bitwidth == 16:  # or the assembler would decode after the product, as suits FP8
+        if IN_TURNS or TYPE.primitive_bitwidth == 16:  # or the assembler would decode after the product
             mbarrier.wait(full.index(next_slot), next_phase)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
@@ -194,6 +207,7 @@ def _multiply(
 def _consume(
     buffers, barriers, out_smem, results, shape, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
     WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
+    IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
@@ -203,7 +217,7 @@ def _consume(
     pair, end = _share(gl.program_id(0), shape)
     while (turn < shape[2]) | (pair < end):
         tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
-        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, pairs * 2, w, TILES, TYPE, WORD)
+        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, pairs * 2, w, TILES, TYPE, WORD, IN_TURNS)
         split = (number - shape[2] * shape[4], pairs)
         tile = (tile_n * CONSUMERS + w) * TILES
         _finish(
@@ -324,7 +338,7 @@ def fp4_wide_kernel(
     x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n,
     tiles_m, pairs_each, whole, left, TILES: gl.constexpr, STAGES: gl.constexpr,
     TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
-    FUNCTION: gl.constexpr, GATED: gl.constexpr,
+    FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * row_scale + bias)``.
 
@@ -347,25 +361,58 @@ def fp4_wide_kernel(
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    turns = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
-    shape = (tiles_m, pairs_each, turns, left, gl.num_programs(0))
+    rounds = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
+    shape = (tiles_m, pairs_each, rounds, left, gl.num_programs(0))
     results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
-    barriers = (full, empty)
+    barriers = (full, empty, turns)
     descriptors = (x_desc, code_desc, scale_desc)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (buffers, barriers, out_smem, results, shape, 0, TILES, TYPE, WORD, BIAS, SPLIT, FUNCTION, GATED),
+                (
+                    buffers,
+                    barriers,
+                    out_smem,
+                    results,
+                    shape,
+                    0,
+                    TILES,
+                    TYPE,
+                    WORD,
+                    BIAS,
+                    SPLIT,
+                    FUNCTION,
+                    GATED,
+                    IN_TURNS,
+                ),
             ),
             (
                 _consume,
-                (buffers, barriers, out_smem, results, shape, 1, TILES, TYPE, WORD, BIAS, SPLIT, FUNCTION, GATED),
+                (
+                    buffers,
+                    barriers,
+                    out_smem,
+                    results,
+                    shape,
+                    1,
+                    TILES,
+                    TYPE,
+                    WORD,
+                    BIAS,
+                    SPLIT,
+                    FUNCTION,
+                    GATED,
+                    IN_TURNS,
+                ),
             ),
             (_produce, (descriptors, buffers, barriers, shape, TILES)),
         ],
