@@ -94,23 +94,15 @@ def _opening(kind: str) -> str:
     return f"{{ .reg .b16 h, g; .reg .b32 t, u, n, k, e, s<2>, p<4>, q<4>; mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"
 
 
-def word_assembly(kind: str) -> tuple[str, str, int]:
-    """PTX that decodes one word of codes of the layout ``fragments2t``, its constraints, and how many results it has.
+def word_assembly(kind: str) -> tuple[str, str, int, int]:
+    """PTX that decodes one word of codes of the layout ``fragments2t``, its constraints, how many results it has, and
+    how many words it takes (one).
 
-    Operands: four pairs of 16-bit floats, or with kind ``fp8`` two words of four E4M3 (the halves of 16 columns of one
-    row together); the word; the scale bytes of the thread's two rows in its low half.
+    Operands: four pairs of 16-bit floats; the word; the scale bytes of the thread's two rows in its low half.
     """
-    results, halves = (2, "half") if kind == "fp8" else (4, kind)
-    scale = f"${results + 1}"
-    text = [_opening(halves), _decode(halves, f"${results}", [(scale, "0x4040"), (scale, "0x4141")])]
-    if kind == "fp8":
-        text += [".reg .b16 h<4>;", "mov.b32 k, 0x50005000;"]  # 32: what comes is at most 10.5, E4M3 goes up to 448
-        for i in range(4):
-            text.append(_MULTIPLY["half"].format(f"p{i}", "k") + f"cvt.rn.satfinite.e4m3x2.f16x2 h{i}, p{i};")
-        text += [f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};" for i in range(2)]
-    else:
-        text += [f"mov.b32 ${i}, p{i};" for i in range(4)]
-    return "\n".join(text) + "\n}", ",".join(["=r"] * results + ["r", "r"]), results
+    text = [_opening(kind), _decode(kind, "$4", [("$5", "0x4040"), ("$5", "0x4141")])]
+    text += [f"mov.b32 ${i}, p{i};" for i in range(4)]
+    return "\n".join(text) + "\n}", "=r,=r,=r,=r,r,r", 4, 1
 
 
 def strip_assembly(kind: str, blocks: int, scale_words: int, wide: bool) -> tuple[str, str]:

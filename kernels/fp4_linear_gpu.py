@@ -130,8 +130,7 @@ def _refuses_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
     if reason := refuses_triton(target):
         return reason
     if case is None:
-        capability = target.compute_capability
-        return None if capability and capability >= (8, 9) else "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
+        return None if fp4_linear_fp8.multiplies_fp8(target) else fp4_linear_fp8.NEEDS
     return fp4_linear_fp8.refuses_fp8(target, case.dtype, case.n, case.k, case.layout, case.activations)
 
 

@@ -29,12 +29,14 @@ def add_to_product(kind: str) -> Callable[..., np.ndarray]:
 
 
 def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
-    """prmt without its sign bit: each nibble of ``select`` names a byte of ``b a``."""
+    """prmt: each nibble of ``select`` names a byte of ``b a``; its highest bit asks for copies of the byte's sign."""
     both = b.astype(np.uint64) << np.uint64(32) | a
     picked = np.zeros_like(a)
     for place in range(4):
         index = (select >> np.uint32(4 * place)) & np.uint32(7)
         byte = (both >> (index.astype(np.uint64) * np.uint64(8))) & np.uint64(255)
+        sign = (select >> np.uint32(4 * place + 3)) & np.uint32(1)
+        byte = np.where(sign == 1, (byte >> np.uint64(7)) * np.uint64(255), byte)
         picked |= byte.astype(np.uint32) << np.uint32(8 * place)
     return picked
 
@@ -59,7 +61,10 @@ def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
     "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "not.b32": np.bitwise_not,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
     "lop3.b32": or_of_and,
@@ -69,6 +74,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "dp4a.u32.u32": add_products_of_bytes,
     "max.NaN.xorsign.abs.bf16x2": larger_magnitudes,
     "fma.rn.f32": multiply_add,
+    "sub.u32": np.subtract,
     **{f"mul.rn.{kind}": lambda a, b, kind=kind: multiply_halves(kind, a, b) for kind in TYPES},
     **{f"fma.rn.{kind}": add_to_product(kind) for kind in TYPES},
 }
@@ -87,7 +93,7 @@ def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if operand.startswith("{"):
             low, high = (state[name] for name in operand[1:-1].replace(" ", "").split(","))
             return low | high << np.uint32(16)
-        constant = re.fullmatch(r"0[xf][0-9A-F]+|\d+", operand)
+        constant = re.fullmatch(r"0[xf][0-9A-Fa-f]+|\d+", operand)
         return np.full(size, int(operand.replace("0f", "0x"), 0), np.uint32) if constant else state[operand]
 
     body = re.sub(r"\.reg[^;]*;", "", text.strip()[1:-1])

@@ -88,9 +88,11 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
         yield "triton_diagonal", fp4_linear_few.product_diagonal, few
     for few in _few_candidates(m):
         yield "triton_few", fp4_linear_few.product_few, few
-    for wide in _wide_candidates(m):
-        yield "hopper", fp4_linear_hopper.product_wide, wide
-        yield "hopper_fp8", fp4_linear_hopper.product_wide_fp8, wide
+    if m > 16:
+        for wide in fp4_linear_hopper.wide_candidates(m, False):
+            yield "hopper", fp4_linear_hopper.product_wide, wide
+        for wide in fp4_linear_hopper.wide_candidates(m, True):
+            yield "hopper_fp8", fp4_linear_hopper.product_wide_fp8, wide
     shape = fp4_linear_triton.tile_config(target, m, n, k)
     yield "triton", fp4_linear_triton.product, shape
     yield "triton_dequantize", fp4_linear_gpu.dequantize_product, None
@@ -127,19 +129,6 @@ _FEW_MORE = (  # for more than 16 rows: others run out of registers
 def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
     if m <= fp4_linear_few.MOST_ROWS:
         yield from (fp4_linear_few.FewConfig(*shape) for shape in (_FEW if m <= 16 else _FEW_MORE))
-
-
-def _wide_candidates(m: int) -> Iterator[fp4_linear_hopper.WideConfig]:
-    kind = fp4_linear_hopper.WideConfig
-    if m <= 16:
-        return
-    for splits in (1, 2, 4, 8) if m <= 256 else (1, 2):
-        if m <= 64:
-            yield kind(64, 1, 7, splits, 2)
-            yield kind(64, 2, 8, splits, 1)
-        else:
-            yield kind(128, 2, 7, splits, 1)
-            yield kind(256, 1, 4, splits, 1)
 
 
 def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int]) -> Iterator[list[Any]]:
