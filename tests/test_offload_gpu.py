@@ -73,7 +73,7 @@ def test_generate():
     ids = torch.randint(0, 4096, (1, 20), device=DEVICE)
     twin = copy.deepcopy(model).to(DEVICE)
     expected = twin.generate(ids, max_new_tokens=8, do_sample=False)
-    vbcompile.offload(model, DEVICE, {0: 160 * MIB, "cpu": "4GiB"}, progress=False)
+    vbcompile.offload(model, DEVICE, {0: 136 * MIB, "cpu": "4GiB"}, progress=False)
     model.forward = compiled(model.forward)
     got = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert (got == expected).float().mean() > 0.9  # near ties of random logits may fall otherwise
