@@ -157,7 +157,9 @@ def figures(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        compiled = torch.compile(model, backend="vblackwell", options={"mode": mode, "strict": True}, dynamic=False)
+        own, _, inductor = mode.partition(":")
+        how = {"mode": own, "inductor_mode": inductor or "default", "strict": True}
+        compiled = torch.compile(model, backend="vblackwell", options=how, dynamic=False)
         begin = time.perf_counter()
         with torch.no_grad():
             logits = compiled(tokens).logits.clone()
@@ -264,7 +266,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--budget", default="6GiB")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--modes", nargs="+", default=["memory", "full"])
+    parser.add_argument("--modes", nargs="+", default=["memory", "full", "full:reduce-overhead"])
     parser.add_argument("--everything", action="store_true", help="also with the smallest budget that works")
     parser.add_argument("--fits", action="store_true", help="only a budget in which the model fits, against Inductor")
     parser.add_argument("--profile", action="store_true", help="print what the host does in a step")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import SymInt, Tensor, fx
 
-from vbcompile.compat import copy_graph, fake_mode_of_compile, own_tracing_context
+from vbcompile.compat import copy_graph, declare_static_inputs, fake_mode_of_compile, own_tracing_context
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_payload import Payload
 from vbcompile.handles_store import Part, WeightStore, store_of
@@ -170,7 +170,8 @@ class StreamedGraph:
         assert self.plan is not None
         one = self.plan.declined
         if one not in self.pieces:
-            self.pieces[one] = self._compiled([whole(self.graph, self.cutting)] if one else self.cutting.segments)
+            segments = [whole(self.graph, self.cutting)] if one else self.cutting.segments
+            self.pieces[one] = self._compiled(segments, stays=one and not self.training)
         index = store_of(self.key).index_of
         written = frozenset(node for node, reason in self.cutting.fixed.items() if reason == WRITTEN)
         places = {node: index(payload) for node, payload in self.weights.items()}
@@ -178,8 +179,13 @@ class StreamedGraph:
         layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last, self.training)
         self.outer = emit(self.graph, self.arguments, self.pieces[one], self.cutting.returned, layout)
 
-    def _compiled(self, segments: Sequence[Segment]) -> list[Piece]:
-        """Compile each distinct segment once."""
+    def _compiled(self, segments: Sequence[Segment], stays: bool) -> list[Piece]:
+        """Compile each distinct segment once.
+
+        Args:
+            stays: Whether the weights stay where they are from step to step, as CUDA graphs want it. A graph would copy
+                every streamed weight into memory of its own.
+        """
         assert self.compile is not None
         known: dict[Any, Callable[..., Any]] = {}
         pieces = []
@@ -191,9 +197,11 @@ class StreamedGraph:
                 node.meta["example_value"] = value
             same = shape_of_graph(module, describe)
             if same is None or same not in known:
+                if stays:
+                    placeholders = module.graph.find_nodes(op="placeholder")
+                    declare_static_inputs(module, placeholders[: len(segment.weights)])
                 with own_tracing_context(self.fake_mode):
-                    # a CUDA graph would copy every streamed weight into memory of its own
-                    compiled = self.compile(module, inputs, cudagraphs=False)
+                    compiled = self.compile(module, inputs, cudagraphs=stays)
                 known[same if same is not None else object()] = compiled
             else:
                 compiled = known[same]

@@ -299,7 +299,8 @@ def build(root: fx.GraphModule, segment: Segment, extra: Iterable[fx.Node] = ())
     known: dict[fx.Node, fx.Node] = {}
     for node in (*segment.inputs, *extra):
         known[node] = graph.placeholder(node.name)
-        known[node].meta = {key: value for key, value in node.meta.items() if key == "example_value"}
+        kept = ("example_value", "tensor_dict")  # Dynamo notes in the latter which inputs stay where they are
+        known[node].meta = {key: value for key, value in node.meta.items() if key in kept}
     for node in segment.autocast:
         known[node] = graph.node_copy(node)
     for node in segment.nodes:

@@ -62,6 +62,26 @@ def test_training_gives_the_gradients_of_the_ordinary_model():
     assert found.planned_bytes > 0 and found.steps == 4 and found.runtime["fetched_bytes"] == 0
 
 
+def test_cuda_graphs_where_everything_fits_once_packed():
+    model = blocks(1024, 12).eval().requires_grad_(False)
+    vbcompile.offload(model, DEVICE, {0: 240 * MIB, "cpu": "4GiB"}, progress=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, graphs = (
+        torch.compile(model, backend="vblackwell", options={"mode": "full", "strict": True, "inductor_mode": mode})
+        for mode in ("default", "reduce-overhead")
+    )
+    with torch.no_grad():
+        for step in range(8):  # warm-up, recording, replays
+            if step == 5:  # packed and loaded anew, to another place
+                model[3].down.weight.mul_(0.5)
+            x = torch.randn(2, 1024, device=DEVICE)
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(graphs(x).clone(), plain(x))
+    assert vbcompile.stats(model)[0].planned_bytes == 0
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
 def test_generate():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -75,6 +75,31 @@ def test_identical_segments_are_compiled_once(monkeypatch):
     assert found.planned_bytes > 0 and len(contexts) <= 4  # the first, the last, and the two kinds between
 
 
+def test_cuda_graphs_only_where_all_weights_stay(monkeypatch):
+    from vbcompile import backend
+
+    asked = []
+
+    def compile_it(gm, example_inputs, options, key):
+        static = [node.meta.get("tensor_dict", {}) for node in gm.graph.find_nodes(op="placeholder")]
+        asked.append((options["triton.cudagraphs"], [bool(d.get("_dynamo_static_input_type")) for d in static]))
+        return gm.forward
+
+    monkeypatch.setattr(backend.compat, "compile_with_inductor", compile_it)
+    for budget, graphs in (("170KiB", True), ("72KiB", False)):
+        asked.clear()
+        model, x = blocks(), torch.randn(3, 32)
+        expected = model(x)
+        offload(model, budget)
+        torch._dynamo.reset()
+        options = {"mode": "memory", "strict": True, "inductor_mode": "reduce-overhead"}
+        run = torch.compile(model, backend="vblackwell", options=options)
+        torch.testing.assert_close(run(x), expected)
+        assert {wanted for wanted, _ in asked} == {graphs}
+        if graphs:  # all but the input
+            assert len(asked) == 1 and asked[0][1].count(False) == 1
+
+
 def test_a_model_that_fits_is_not_cut(reports):
     model, x = blocks(), torch.randn(3, 32)
     expected = model(x)
