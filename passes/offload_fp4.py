@@ -1,18 +1,21 @@
 """FP4 weights that are elsewhere: packed one by one on the device, and streamed packed.
 
 At no time are two weights in high precision on the device. The packed copy is a master of its own in host memory, made
-once for all graphs of a model; when the weight is written to, it is packed again before the next step.
+once for all graphs of a model, or a file with checksums where a model that is partly on disk leaves no room in host
+memory; when the weight is written to, it is packed again before the next step.
 """
 
+import logging
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from vbcompile.handles_memory import host_bundle, refill
+from vbcompile.handles_memory import bundle, refill
 from vbcompile.handles_payload import Bundle, Payload
 from vbcompile.handles_store import WeightStore
 from vbcompile.kernels.fp4_formats import fp4_format
@@ -29,6 +32,8 @@ from vbcompile.passes.fp4_sites import (
 )
 from vbcompile.passes.graph_ops import value_of
 from vbcompile.report import Decision
+
+log = logging.getLogger(__name__)
 
 _PASS = "fp4"
 _SMALLEST = 2**15  # elements: below, launching the product takes longer than reading the weight
@@ -176,9 +181,21 @@ class Packer:
             return str(problem)
         if linear.layout != "plain":
             prepare(payload.device)
-        bundle = host_bundle(f"{payload.name} packed", linear.tensors, payload.device, self.store.host)
-        self.store.add(bundle)
-        return _Form(bundle, linear.k, linear.layout, error, payload.version)
+        made = bundle(f"{payload.name} packed", linear.tensors, payload.device, self.store.host, self._folder(linear))
+        self.store.add(made)
+        return _Form(made, linear.k, linear.layout, error, payload.version)
+
+    def _folder(self, linear: LinearWeight) -> Path | None:
+        """Where a packed copy goes that host memory has no room for; None: to host memory."""
+        room = self.store.host_room
+        if room is None or sum(part.nbytes for part in linear.tensors) <= room:
+            return None
+        if self.store.folder is None and "full" not in self.store.forms:
+            self.store.forms["full"] = True
+            log.warning(
+                "packed weights take more than max_memory['cpu'], beside the weights themselves: no disk is used"
+            )
+        return self.store.folder
 
     def _packed(self, payload: Payload, transposed: bool, layout: str) -> tuple[LinearWeight, float]:
         self.store.stop()  # resident weights and the ring leave room for the work on this one

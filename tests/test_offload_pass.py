@@ -11,6 +11,7 @@ from torch import nn
 
 import vbcompile
 from vbcompile.compat import own_tracing_context
+from vbcompile.runtime_disk import StorageError
 from vbcompile.vgpu_plan import PlanError
 
 SMALLEST = 1024
@@ -295,6 +296,39 @@ def test_packed_weights_are_what_is_streamed(reports):
         for each in (model, twin):
             each[1].up.weight.mul_(2)
     assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+
+
+def test_packed_weights_that_host_memory_has_no_room_for_are_files_with_checksums(tmp_path):
+    model, x = blocks(128), torch.randn(2, 128)
+    twin = copy.deepcopy(model)
+    offload(model, "200KiB", cpu="700KiB", disk=str(tmp_path))
+    before = len(list(tmp_path.iterdir()))
+    run = compiled(model, mode="full")
+    packed = compiled(twin, mode="speed")(x)
+    assert torch.equal(run(x), packed) and torch.equal(run(x), packed)
+    store = model[0].up.weight.payload.residence
+    on_disk = [p for p in store.payloads.values() if p.name.endswith("packed") and p.place == "ssd"]
+    assert on_disk and len(list(tmp_path.iterdir())) == before + len(on_disk)
+    assert store.masters()["cpu"] <= 700 << 10
+    assert vbcompile.stats(model)[0].runtime["links"]["disk"]["bytes"] > 0
+    held = next(p for p in model.parameters() if getattr(p, "payload", None) and p.payload.place == "cpu")
+    with torch.no_grad():  # packed again, into a file where it was one
+        held.mul_(2)
+        dict(twin.named_parameters())[held.payload.name].mul_(2)
+    assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+    file = on_disk[0].source.file
+    data = bytearray(file.read_bytes())
+    data[on_disk[0].source.offset + 10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StorageError):
+        on_disk[0].load()
+
+
+def test_packed_weights_beyond_the_limit_are_told(caplog):
+    model = blocks(128)
+    offload(model, "200KiB", cpu="2100KiB")
+    compiled(model, mode="full")(torch.randn(2, 128))
+    assert sum("max_memory['cpu']" in record.message for record in caplog.records) == 1
 
 
 def test_plain_models_are_left_alone(reports):
