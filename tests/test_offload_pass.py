@@ -298,6 +298,36 @@ def test_packed_weights_are_what_is_streamed(reports):
     assert torch.equal(run(x), compiled(twin, mode="speed")(x))
 
 
+def test_packed_weights_that_share_their_input_are_one_product(reports):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = nn.Linear(128, 512), nn.Linear(128, 512)
+            self.down = nn.Linear(512, 128, bias=False)
+
+        def forward(self, x):
+            return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Gated() for _ in range(3))).eval().requires_grad_(False), torch.randn(2, 128)
+    twin = copy.deepcopy(model)
+    packed = compiled(twin, mode="speed")(x)
+    offload(model, "250KiB")
+    run = compiled(model, mode="full")
+    assert torch.equal(run(x), packed) and torch.equal(run(x), packed)
+    found = [d for d in reports[-1].decisions if d.pass_name == "fp4"]
+    assert [len(d.details["fused_with"]) for d in found] == [1, 1, 0] * 3
+    assert vbcompile.stats(model)[0].planned_bytes > 0
+    with torch.no_grad():
+        for each in (model, twin):
+            each[1].up.weight.mul_(2)
+    assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+    torch._dynamo.reset()
+    options = {"mode": "full", "strict": True, "downstream": "eager", "fp4_fuse": False}
+    alone = torch.compile(model, backend="vblackwell", options=options)
+    torch.testing.assert_close(alone(x), run(x))
+
+
 def test_packed_weights_that_host_memory_has_no_room_for_are_files_with_checksums(tmp_path):
     model, x = blocks(128), torch.randn(2, 128)
     twin = copy.deepcopy(model)
