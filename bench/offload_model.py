@@ -164,7 +164,8 @@ def figures(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         with torch.no_grad():
             logits = compiled(tokens).logits.clone()
             torch.cuda.synchronize()
-        row = {"what": f"{options.shape} {options.layers} layers {options.budget} {mode}", "setup_seconds": setup}
+        what = f"{options.shape}, {options.layers} layers, {options.budget}, {own}"
+        row = {"what": f"{what}, CUDA graphs" if inductor else what, "setup_seconds": setup}
         row["compile_seconds"] = time.perf_counter() - begin
         row |= measure(partial(compiled, tokens), store, options.steps, link) | {"link_gbps": link / 1e9}
         with torch.no_grad(), store.everything_fetched():
@@ -199,7 +200,7 @@ def everything(call: Callable[[], Any], store: WeightStore, row: dict[str, Any],
         store.replan(error.minimum_budget or budget)
     found = measure(call, store, 2, link)
     store.replan(budget)
-    return {"what": "everything streamed"} | found | {"speed_over_this": found["ms"] / row["ms"]}
+    return {"what": f"{row['what']}, everything streamed"} | found | {"speed_over_this": found["ms"] / row["ms"]}
 
 
 def fits(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
