@@ -21,7 +21,7 @@ from vbcompile.passes.offload_costs import Rates, bytes_of, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
 from vbcompile.passes.offload_inputs import describe, missing_sizes, plain_fake
 from vbcompile.passes.offload_outer import Layout, Piece, emit
-from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, shape_of_graph, whole
+from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, joined, shape_of_graph, whole
 from vbcompile.report import Decision
 from vbcompile.vgpu_plan import DEVICE, Plan
 
@@ -113,7 +113,7 @@ class StreamedGraph:
         largest = largest_segment([*sizes.values()])
         self.cutting: Cutting = cut(self.graph, self.fakes, largest, lookups=not context.training)
         self.compile: Compile | None = None
-        self.pieces: dict[bool, list[Piece]] = {}  # as one piece or not
+        self.pieces: dict[str, list[Piece]] = {}  # by how the graph is cut
         self.outer: Callable[..., Any] | None = None
         self.plan: Plan | None = None
         self.start = 0
@@ -168,16 +168,22 @@ class StreamedGraph:
     def _prepare(self) -> None:
         """Make the outer graph for the plan as it is now."""
         assert self.plan is not None
-        one = self.plan.declined
-        if one not in self.pieces:
-            segments = [whole(self.graph, self.cutting)] if one else self.cutting.segments
-            self.pieces[one] = self._compiled(segments, stays=one and not self.training)
+        stays = not self.plan.copies and not self.training
+        form = "whole" if self.plan.declined else "joined" if stays else "cut"
+        if form not in self.pieces:
+            self.pieces[form] = self._compiled(self._segments(form), stays)
         index = store_of(self.key).index_of
         written = frozenset(node for node, reason in self.cutting.fixed.items() if reason == WRITTEN)
         places = {node: index(payload) for node, payload in self.weights.items()}
         last = self.start + len(self.part.operators) - 1
         layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last, self.training)
-        self.outer = emit(self.graph, self.arguments, self.pieces[one], self.cutting.returned, layout)
+        self.outer = emit(self.graph, self.arguments, self.pieces[form], self.cutting.returned, layout)
+
+    def _segments(self, form: str) -> Sequence[Segment]:
+        """The graph as one piece where everything stays on the device, as few where only embeddings do not."""
+        if form == "whole":
+            return [whole(self.graph, self.cutting)]
+        return joined(self.graph, self.cutting, self.fakes) if form == "joined" else self.cutting.segments
 
     def _compiled(self, segments: Sequence[Segment], stays: bool) -> list[Piece]:
         """Compile each distinct segment once.

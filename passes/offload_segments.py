@@ -281,6 +281,18 @@ def _connect(graph: fx.Graph, segments: Sequence[Segment], weights: Mapping[fx.N
         ]  # fmt: skip
 
 
+def joined(graph: fx.Graph, cutting: Cutting, weights: Mapping[fx.Node, Tensor]) -> list[Segment]:
+    """The segments as few as possible: embeddings whose rows are read on the host stay apart."""
+    found: list[Segment] = []
+    for segment in cutting.segments:
+        if found and segment.lookup is None and found[-1].lookup is None:
+            found[-1].nodes += segment.nodes
+        else:
+            found.append(Segment(list(segment.nodes), autocast=list(segment.autocast), lookup=segment.lookup))
+    _connect(graph, found, weights)
+    return found
+
+
 def whole(graph: fx.Graph, cutting: Cutting) -> Segment:
     """The graph as one segment."""
     apart = set(cutting.returned)

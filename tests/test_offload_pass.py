@@ -87,9 +87,14 @@ def test_cuda_graphs_only_where_all_weights_stay(monkeypatch):
         return gm.forward
 
     monkeypatch.setattr(backend.compat, "compile_with_inductor", compile_it)
-    for budget, graphs in (("170KiB", True), ("72KiB", False)):
+    named = nn.Sequential(nn.Embedding(8192, 32), *blocks()).eval().requires_grad_(False)
+    cases = (
+        (blocks(), torch.randn(3, 32), "170KiB", True),
+        (blocks(), torch.randn(3, 32), "72KiB", False),
+        (named, torch.arange(3), "180KiB", True),  # rows of the embedding are read on the host
+    )
+    for model, x, budget, graphs in cases:
         asked.clear()
-        model, x = blocks(), torch.randn(3, 32)
         expected = model(x)
         offload(model, budget)
         torch._dynamo.reset()
@@ -98,7 +103,8 @@ def test_cuda_graphs_only_where_all_weights_stay(monkeypatch):
         torch.testing.assert_close(run(x), expected)
         assert {wanted for wanted, _ in asked} == {graphs}
         if graphs:  # all but the input
-            assert len(asked) == 1 and asked[0][1].count(False) == 1
+            assert len(asked) == (2 if model is named else 1) and asked[-1][1].count(False) == 1
+            assert vbcompile.stats(model)[0].planned_bytes == 0
 
 
 def test_a_model_that_fits_is_not_cut(reports):

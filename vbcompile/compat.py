@@ -119,9 +119,14 @@ def partitioner_options(partitioner: Callable[..., Any], key: str) -> dict[str, 
     """Inductor's options that put ``partitioner`` in the place of its own; ``key`` enters the compile cache's key.
 
     Inductor then keeps the order of the graph that it gets: its search for less memory knows nothing of memory that
-    leaves the device, and would move the waits.
+    leaves the device, and would move the waits. It gives memory back at once: kept for a later tensor of the same size,
+    it would be missing to what returns meanwhile.
     """
-    return {"custom_partitioner_fn": _Partitioner(partitioner, key), "reorder_for_peak_memory": False}
+    return {
+        "custom_partitioner_fn": _Partitioner(partitioner, key),
+        "reorder_for_peak_memory": False,
+        "allow_buffer_reuse": False,
+    }
 
 
 class _Partitioner(CustomPartitionerFn):
