@@ -381,6 +381,6 @@ def test_a_budget_is_kept_on_a_card(reports):
     (kept, planned_kept, expected), (peak, planned, found) = results
     print(f"kept {kept}, planned {planned_kept}; with a budget {peak}, planned {planned}")
     assert peak <= 3e9 < kept
-    assert abs(peak - planned) < 0.1 * planned
+    assert 0.8 * planned < peak <= planned and 0.8 * planned_kept < kept <= planned_kept
     for one, other in zip(found, expected, strict=True):
         assert (one - other).float().norm() <= 2e-2 * other.float().norm()
