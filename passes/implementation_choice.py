@@ -1,5 +1,7 @@
-"""Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass."""
+"""Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass, and hands
+the option ``implementations`` to the operators' calls."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +11,25 @@ import torch.fx as fx
 from vbcompile.compat import size_hint
 from vbcompile.device import Target
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.registry import operator
+from vbcompile.kernels.registry import as_text, operator
 from vbcompile.passes.graph_ops import module_graphs
 from vbcompile.report import Decision
+
+
+def _operators() -> tuple[Any, ...]:
+    """Those whose calls carry the option."""
+    ours = torch.ops.vblackwell
+    return ours.attention.default, ours.fp4_linear.default, ours.fp4_grouped_linear.default
+
+
+def name_implementations(graph: fx.Graph, implementations: Mapping[str, str]) -> None:
+    """Have the operators of a graph follow the option, in place."""
+    if not implementations:
+        return
+    text, operators = as_text(implementations), _operators()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in operators:
+            node.kwargs = {**node.kwargs, "implementations": text}
 
 
 def explain_choices(gm: fx.GraphModule, target: Target, training: bool, decisions: list[Decision]) -> list[Decision]:
