@@ -4,8 +4,8 @@ An operator (``attention``) has one meaning and several implementations. Each st
 a user who asks why a kernel does not run gets an answer. The reference refuses nothing, so a choice always exists.
 
 Users override the choice of one compile with the option ``implementations``, and of a process with :func:`force` or
-``VB_IMPLEMENTATION=attention=triton,attention_backward=reference``. The option goes with the graph: its operators' calls
-carry it as text, so it holds in the backward, in other threads and in every cache.
+``VB_IMPLEMENTATION=attention=triton,attention_backward=reference``. The option goes with the graph: the calls of its
+operators carry it as text, so it holds in the backward, in other threads and in every cache.
 Other packages add implementations by an entry point in the group ``vbcompile.implementations`` that names a function;
 it is called without arguments when a choice is first asked for, and calls ``operator(name).register(...)``.
 """
@@ -114,7 +114,7 @@ class Operator:
             ConfigError: the implementation that the user forced does not exist or refuses the case.
         """
         option = _pairs(asked) if asked else _option.get()
-        return _choose(self.name, target, case, option.get(self.name) or forced_implementation(self.name))
+        return _choose(self.name, target, case, (option or {}).get(self.name) or forced_implementation(self.name))
 
 
 _OPERATORS = {name: Operator(name) for name in MODULES}
@@ -153,7 +153,7 @@ def forced_implementation(name: str) -> str | None:
     return _forced().get(name)
 
 
-_option: ContextVar[Mapping[str, str]] = ContextVar("implementations", default={})
+_option: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", default=None)
 
 
 @contextmanager

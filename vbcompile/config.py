@@ -57,7 +57,7 @@ class Config:
         slowdown: share of a training step's time that less memory may cost where no budget is given.
         strict: raise where a pass fails, instead of running the unrewritten graph.
         downstream: compiler of the rewritten graph: ``inductor``, ``aot_eager`` or ``eager``.
-        implementations: which implementation runs an operator, whatever it costs: ``{"attention": "triton"}``; the names
+        implementations: which implementation runs an operator, whatever it costs: ``{"attention": "triton"}``; names
             are those of ``vbcompile doctor --kernels``. One that cannot run a case is an error with its reason.
         inductor_mode: one of ``torch.compile``'s own modes, ``default``, ``reduce-overhead``, ``max-autotune``,
             ``max-autotune-no-cudagraphs``.
