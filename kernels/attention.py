@@ -20,7 +20,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, following, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -208,8 +208,9 @@ def attention(
     """
     check(q, k, v, captured, dropout_p, seed)
     case = make_case(q, k, v, captured, scale, dropout_p, score_function)
-    choice = operator("attention").choose(get_target(q.device), case, implementations)
-    return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
+    with following(implementations):
+        choice = operator("attention").choose(get_target(q.device), case)
+        return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
 
 
 @attention.register_fake
@@ -239,10 +240,11 @@ def attention_backward(
 ) -> list[Tensor]:
     """Gradients of ``(q, k, v, *captured)``; an empty tensor where ``needs`` is False."""
     case = make_case(q, k, v, captured, scale, dropout_p, score_function, needs, grad_lse is not None)
-    choice = operator("attention_backward").choose(get_target(q.device), case, implementations)
-    grads = choice.implementation.run(
-        grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
-    )
+    with following(implementations):
+        choice = operator("attention_backward").choose(get_target(q.device), case)
+        grads = choice.implementation.run(
+            grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
+        )
     inputs = (q, k, v, *captured)
     found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
     return _apart(found)

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -40,6 +40,7 @@ _FP4_LINEAR = tuple(
 MODULES = {
     "attention": _ATTENTION,
     "attention_backward": _ATTENTION,
+    "attention_training": tuple(f"vbcompile.kernels.{m}" for m in ("attention_training", "vendor_hpu_training")),
     "fp4_linear": _FP4_LINEAR,
     "fp4_linear_backward": _FP4_LINEAR,
     "fp4_grouped_linear": ("vbcompile.kernels.fp4_grouped", "vbcompile.kernels.fp4_grouped_cpu"),
@@ -113,8 +114,8 @@ class Operator:
         Raises:
             ConfigError: the implementation that the user forced does not exist or refuses the case.
         """
-        option = _pairs(asked) if asked else _option.get()
-        return _choose(self.name, target, case, (option or {}).get(self.name) or forced_implementation(self.name))
+        with following(asked):
+            return _choose(self.name, target, case, forced_implementation(self.name))
 
 
 _OPERATORS = {name: Operator(name) for name in MODULES}
@@ -150,7 +151,7 @@ def force(**implementations: str) -> Iterator[None]:
 
 def forced_implementation(name: str) -> str | None:
     """The implementation that the user wants for an operator, None where the choice is free."""
-    return _forced().get(name)
+    return (_option.get() or {}).get(name) or _forced().get(name)
 
 
 _option: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", default=None)
@@ -158,7 +159,7 @@ _option: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", de
 
 @contextmanager
 def option(implementations: Mapping[str, str]) -> Iterator[None]:
-    """Within it, choices that no graph carries yet follow the option ``implementations`` of a compile."""
+    """Within it, choices follow the option ``implementations`` of a compile."""
     token = _option.set(implementations)
     try:
         yield
@@ -180,6 +181,14 @@ def check_option(implementations: Mapping[str, str], target: Target) -> None:
 def as_text(implementations: Mapping[str, str]) -> str:
     """The option as calls in a graph carry it, ``attention=triton,attention_backward=reference``."""
     return ",".join(f"{name}={implementation}" for name, implementation in sorted(implementations.items()))
+
+
+def following(asked: str) -> AbstractContextManager[None]:
+    """:func:`option` from the text that a call in a graph carries; empty: nothing changes."""
+    return option(_pairs(asked)) if asked else _FREE
+
+
+_FREE = nullcontext()
 
 
 @lru_cache(maxsize=256)

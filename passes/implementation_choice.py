@@ -11,7 +11,10 @@ import torch.fx as fx
 from vbcompile.compat import size_hint
 from vbcompile.device import Target
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.registry import as_text, operator
+from vbcompile.kernels.attention_training import NAME as BY_OPERATORS
+from vbcompile.kernels.attention_training import training_case
+from vbcompile.kernels.registry import Choice, as_text, operator
+from vbcompile.passes.attention_training import has_training_kernel, reads_more
 from vbcompile.passes.graph_ops import module_graphs
 from vbcompile.report import Decision
 
@@ -55,12 +58,28 @@ def _explain(node: fx.Node, target: Target, training: bool) -> str:
     case = _case(node)
     if case is None:
         return "chosen at the first call"
+    together = _in_training(node, target) if training else None
+    if together is not None and together.implementation.name != BY_OPERATORS:
+        return together.explain()
     text = operator("attention").choose(target, case).explain()
     if not training:
         return text
+    if together is not None:
+        text = f"{text}; together with its backward: {together.explain()}"
     needs = (True, True, True, *(dtype.is_floating_point for _, dtype in case.captured))
     backward = operator("attention_backward").choose(target, replace(case, needs=needs))
     return f"{text}; backward: {backward.explain()}"
+
+
+def _in_training(node: fx.Node, target: Target) -> Choice | None:
+    """What trains a call where the target has something that does both directions."""
+    if not has_training_kernel(target) or reads_more(node):
+        return None
+    arguments: tuple[Any, ...] = node.args
+    q, k, v, captured, _, dropout_p, _, function = arguments
+    values = [t.meta["example_value"] for t in (q, k, v, *captured)]
+    dropout = isinstance(dropout_p, fx.Node) or dropout_p > 0
+    return operator("attention_training").choose(target, training_case(*values[:3], values[3:], dropout, function))
 
 
 def _case(node: fx.Node) -> AttentionCase | None:

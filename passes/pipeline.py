@@ -12,6 +12,7 @@ from vbcompile.config import Config, ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels.registry import describe, option
 from vbcompile.passes.attention import fuse_attention
+from vbcompile.passes.attention_training import use_training_kernels
 from vbcompile.passes.fp4 import quantize_weights
 from vbcompile.passes.graph_ops import module_graphs
 from vbcompile.passes.implementation_choice import explain_choices, name_implementations
@@ -164,6 +165,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
             report.failures.append((pass_.name, reason))
             log.warning("pass %s failed, the graph runs without it: %s", pass_.name, reason)
             log.debug("pass %s failed", pass_.name, exc_info=True)
+    if context.training and not context.elsewhere:
+        use_training_kernels(gm, context.target)
 
 
 Backup = list[tuple[fx.GraphModule, fx.Graph]]

@@ -32,6 +32,7 @@ class Machine:
         shared_keys: whether it takes heads that share keys.
         four_bits: whether MXFP4 weights have a kernel.
         autograd: on how many cards autograd works.
+        training: the implementation that a training graph's report names.
     """
 
     attention: str
@@ -39,11 +40,12 @@ class Machine:
     shared_keys: bool = True
     four_bits: bool = True
     autograd: int = 2
+    training: str = ""
 
 
 MACHINES = {
     "npu": Machine("npu_fusion_attention", autograd=1),
-    "hpu": Machine("sdpa_recomp_fwd"),
+    "hpu": Machine("sdpa_recomp_fwd", training="hpu_fused_sdpa"),
     "xpu": Machine("_scaled_dot_product_flash_attention", torch.bfloat16, False, False),
 }
 
@@ -202,6 +204,7 @@ def problems(kind: str, answers: dict[str, Any]) -> list[str]:
         "the block differs": max(blocks["inference"], blocks["training"]) < rounding,
         "its gradient differs": blocks["gradient"] < 10 * rounding,
         "attention is not the vendor's": blocks["calls"][0] == [machine.attention],
+        "training is not the vendor's": blocks["decisions"][0].startswith(machine.training),
         "FP4 is wrong": answers["four_bits"] is None or answers["four_bits"]["error"] < 0.25,
         "two cards differ": cards["error"] < 1e-5 and (cards["gradient"] is None or cards["gradient"] < 1e-4),
     }
