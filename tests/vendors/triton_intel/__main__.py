@@ -26,8 +26,9 @@ def inside(options: argparse.Namespace) -> int:
 
     wrong = []
     if "compile" in options.what:
+        driver = kernels.CompilingDriver()
         for arch in ARCHITECTURES:
-            wrong += kernels.compile_all(arch)
+            wrong += kernels.compile_all(arch, driver)
     if "run" in options.what:
         wrong += kernels.run_all(tuple(options.form or kernels.FORMS))
     print("\n".join(["wrong:", *wrong]) if wrong else "triton-xpu: all right")

@@ -42,10 +42,9 @@ def intel_gpu(driver: CompilingDriver, arch: str = "pvc") -> Iterator[Target]:
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
-def compile_all(arch: str) -> list[str]:
+def compile_all(arch: str, driver: CompilingDriver) -> list[str]:
     """Compile every kernel with the tiles that ship for ``arch``; prints a row each, returns what is wrong."""
     wrong = []
-    driver = CompilingDriver()
     with intel_gpu(driver, arch) as target:
         for name, run in _jobs(target):
             start, before = time.perf_counter(), len(driver.launched)
