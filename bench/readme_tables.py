@@ -98,8 +98,23 @@ TABLES: dict[str, tuple[str, Columns]] = {
         ],
     ),
     "fp4_model": (
-        "One decode step of a Llama-3-8B shape, batch 1, random weights",
-        [("what", _column("name")), ("time per step", _column("ms", " ms"))],
+        "Llama-3-8B shape, batch 1, random weights: a decode step, and a prompt of 2048 tokens",
+        [
+            ("what", _column("what")),
+            ("backend and weights", _column("name")),
+            ("time", lambda row: f"{row['ms']:.2f} ms"),
+        ],
+    ),
+    "fp4_peers": (
+        "A linear layer with 4-bit weights beside other libraries, microseconds",
+        [
+            ("weight", lambda row: f"{row['n']} x {row['k']}"),
+            ("rows", _column("m")),
+            ("library", _column("way")),
+            ("time", lambda row: f"{row['us']:.1f}" if "us" in row else row["absent"]),
+            ("over cuBLAS bfloat16", _optional("over_bf16", "{:.2f}")),
+            ("relative error", _optional("error", "{:.3f}")),
+        ],
     ),
     "cpu_mlp": (
         "MLP 4096-14336-4096 on a processor, one row, mode `speed`",

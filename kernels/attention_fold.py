@@ -10,7 +10,7 @@ from vbcompile.kernels.attention_results import sum_to
 
 def grouped(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the last leading axis of k and v is shared by a group of query heads."""
-    return q.dim() == 5 and k.shape[-3] == v.shape[-3] == 1 and q.shape[-3] > 1
+    return q.dim() >= 4 and k.shape[-3] == v.shape[-3] == 1 and q.shape[-3] > 1
 
 
 def fold(t: Tensor, lead: Sequence[int], heads: int) -> Tensor:

@@ -178,3 +178,15 @@ def concat_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
         shape=(*first.shape[:-2], sum(p.shape[-2] for p in parts), first.shape[-1]),
         scale_divides=uniform and first.scale_divides,
     )
+
+
+def take_rows(packed: PackedWeight, rows: Tensor) -> PackedWeight:
+    """The rows of a matrix in another order, each with its own scales."""
+    scale = packed.tensor_scale
+    return replace(
+        packed,
+        codes=packed.codes[rows],
+        block_scales=packed.block_scales[rows],
+        tensor_scale=scale if scale.shape[-1] == 1 else scale[rows],
+        shape=(rows.shape[0], packed.shape[1]),
+    )

@@ -1,11 +1,12 @@
 """The logical operator ``vblackwell::fp4_linear``: a linear layer whose weight is packed FP4.
 
-    out = x @ weight.T + bias,   weight[n, k] = code[n, k] * block_scale[n, k // block] * row_scale[n]
+    out = epilogue(x @ weight.T + bias),   weight[n, k] = code[n, k] * block_scale[n, k // block] * row_scale[n]
 
 ``x [..., K]`` in float16, bfloat16, float32 or float64; the weight in one of the layouts of
 :mod:`vbcompile.kernels.fp4_layout`; ``out [..., N]`` in the dtype of x, contiguous, accumulated in float32 (float64 for
-float64). The weight is frozen: gradients are with respect to x and bias, exact ones of the decoded weight, and nothing
-but the packed weight is kept for them.
+float64). The epilogue is an activation or the gate of a SwiGLU (:mod:`vbcompile.kernels.fp4_epilogue`). The weight is
+frozen: gradients are with respect to x and bias, exact ones of the decoded weight, and nothing but the packed weight is
+kept for them; there is none through an epilogue.
 """
 
 import math
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from vbcompile.config import FP4_ACTIVATIONS
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
 from vbcompile.kernels.registry import Choice, Implementation, operator
-from vbcompile.kernels.triton_target import on_device
+from vbcompile.kernels.triton_target import interpreted, on_device, refuses_triton
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def fp4_linear(
     format_name: str,
     layout: str,
     activations: str = "same",
+    epilogue: str = "none",
     *,
     implementations: str = "",
 ) -> Tensor:
@@ -100,6 +103,7 @@ def fp4_linear(
         layout: one of :data:`vbcompile.kernels.fp4_layout.LAYOUTS`.
         activations: ``same`` multiplies x as it is; ``fp8`` allows implementations that round x and the decoded weight
             to E4M3 with a scale a row (about 0.6 dB of the weight's own error), where that is faster.
+        epilogue: one of :data:`vbcompile.kernels.fp4_epilogue.EPILOGUES`; gated ones want the weight's rows in turns.
         implementations: the option of that name, for the gradient too; see :mod:`vbcompile.kernels.registry`.
 
     Raises:
@@ -109,15 +113,33 @@ def fp4_linear(
     if activations not in FP4_ACTIVATIONS:
         raise ValueError(f"unknown activations {activations!r}; valid: {', '.join(FP4_ACTIVATIONS)}")
     n = row_scale.shape[0]
+    check_epilogue(n, epilogue)
     case = make_case(x.dtype, math.prod(x.shape[:-1]), n, k, format_name, layout, activations)
-    run = choose(get_target(x.device), case, implementations).implementation.run
+    chosen = choose(get_target(x.device), case, implementations).implementation
+    arguments = (x, codes, block_scales, row_scale, bias, k, format_name, layout)
     with on_device(x.device):
-        return run(x, codes, block_scales, row_scale, bias, k, format_name, layout).contiguous()
+        if epilogue == "none":
+            return chosen.run(*arguments).contiguous()
+        if "epilogue" in chosen.options:
+            return chosen.run(*arguments, epilogue=epilogue).contiguous()
+        return _apply(chosen.run(*arguments).contiguous(), epilogue)
+
+
+def _apply(y: Tensor, epilogue: str) -> Tensor:
+    """The epilogue of a product that came without it."""
+    if refuses_triton(get_target(y.device)) or y.dtype in (torch.float64, torch.bfloat16 if interpreted() else None):
+        return apply_epilogue(y, epilogue)
+    from vbcompile.kernels.fp4_epilogue_kernels import epilogue_alone
+
+    return epilogue_alone(y, epilogue)
 
 
 @fp4_linear.register_fake
-def _(x, codes, block_scales, row_scale, bias, k, format_name, layout, activations="same", *, implementations=""):
-    return x.new_empty([*x.shape[:-1], row_scale.shape[0]])
+def _(
+    x, codes, block_scales, row_scale, bias, k, format_name, layout, activations="same", epilogue="none", *,
+    implementations="",
+):  # fmt: skip
+    return x.new_empty([*x.shape[:-1], out_features(row_scale.shape[0], epilogue)])
 
 
 @torch.library.custom_op("vblackwell::fp4_linear_backward", mutates_args=())
@@ -139,8 +161,10 @@ def _(grad, codes, block_scales, row_scale, k, format_name, layout, *, implement
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    _, codes, block_scales, row_scale, bias, ctx.k, ctx.format_name, ctx.layout, _ = inputs
+    _, codes, block_scales, row_scale, bias, ctx.k, ctx.format_name, ctx.layout, _, epilogue = inputs
     ctx.implementations = keyword_only_inputs["implementations"]
+    if epilogue != "none":
+        raise NotImplementedError(f"fp4_linear has no gradient through its epilogue {epilogue}")
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(codes, block_scales, row_scale)
 
@@ -154,7 +178,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = fp4_linear_backward(grad, *weight, *arguments, implementations=ctx.implementations)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 fp4_linear.register_autograd(_backward, setup_context=_setup_context)

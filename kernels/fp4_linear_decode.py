@@ -14,8 +14,10 @@ import re
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from vbcompile.kernels import fp4_epilogue_kernels
 from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
+activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
 _UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
@@ -162,13 +164,14 @@ def fp4_decode_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, k_tiles, x_stride, column_tiles,
     STRIPS: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr, BLOCKS: gl.constexpr, WORDS: gl.constexpr,
     WIDE: gl.constexpr, LOAD: gl.constexpr, LOAD_X: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr,
+    FUNCTION: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """``out = x @ weight.T * row_scale + bias`` for up to 8 * BLOCKS rows of x and 16 * STRIPS rows of the weight.
+    """``out = epilogue(x @ weight.T * row_scale + bias)`` of 8 * BLOCKS rows of x and 16 * STRIPS of the weight.
 
     x ``[m, 64 * k_tiles]``, 16-bit floats, rows ``x_stride`` elements apart; codes ``[n tiles, column_tiles, 2048]``
     bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t`` or (WIDE)
-    ``fragments8t``, WORDS words of scales of a pair of rows for 64 columns; row_scale, bias ``[n]``; out ``[m, n]``.
-    LOAD, LOAD_X, MULTIPLY: assembly and its constraints.
+    ``fragments8t``, WORDS words of scales of a pair of rows for 64 columns; row_scale, bias ``[n]``; out ``[m, n]``,
+    or (GATED) ``[m, n / 2]``, after FUNCTION. LOAD, LOAD_X, MULTIPLY: assembly and its constraints.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
@@ -204,7 +207,11 @@ def fp4_decode_kernel(
         scale_at += WARPS * UNROLL * 128 * WORDS
         x_at += WARPS * UNROLL * 128
         left -= WARPS * UNROLL
-    _finish(sums, row_scale_ptr, bias_ptr, out_ptr, m, n, strip * 16, STRIPS, WARPS, BLOCKS, BIAS)
+    total = _summed(sums, 4 * STRIPS * BLOCKS, WARPS)
+    if GATED:
+        _finish_gated(total, row_scale_ptr, bias_ptr, out_ptr, m, n, strip * 16, WARPS, BLOCKS, BIAS, FUNCTION)
+    else:
+        _finish(total, row_scale_ptr, bias_ptr, out_ptr, m, n, strip * 16, WARPS, BLOCKS, BIAS, FUNCTION)
 
 
 @gluon.jit
@@ -230,12 +237,8 @@ def _strip_operands(
 
 
 @gluon.jit
-def _finish(
-    sums, row_scale_ptr, bias_ptr, out_ptr, m, n, first_row,
-    STRIPS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr,
-):  # fmt: skip
-    """Add the warps' sums, scale them, add the bias in float32, round once and store."""
-    COUNT: gl.constexpr = 4 * STRIPS * BLOCKS
+def _summed(sums, COUNT: gl.constexpr, WARPS: gl.constexpr):
+    """The warps' sums added up: ``[32, COUNT]``, by lane."""
     sums = _halve(_halve(sums, COUNT), COUNT // 2)
     if COUNT >= 8:
         sums = _halve(sums, COUNT // 4)
@@ -245,7 +248,16 @@ def _finish(
         sums = _halve(sums, COUNT // 16)
     if COUNT >= 64:
         sums = _halve(sums, COUNT // 32)
-    total = gl.sum(gl.reshape(sums[0], [WARPS, 32, COUNT]), 0)
+    return gl.sum(gl.reshape(sums[0], [WARPS, 32, COUNT]), 0)
+
+
+@gluon.jit
+def _finish(
+    total, row_scale_ptr, bias_ptr, out_ptr, m, n, first_row,
+    WARPS: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, FUNCTION: gl.constexpr,
+):  # fmt: skip
+    """Scale the sums, add the bias in float32, apply the epilogue, round once and store."""
+    COUNT: gl.constexpr = total.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, WARPS], [1, 0])
     total = gl.convert_layout(total, LAYOUT)
     lane = gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))[:, None]
@@ -257,5 +269,33 @@ def _finish(
     total = total * (gl.load(row_scale_ptr + rows_n, mask=known, other=0.0) * 256.0)
     if BIAS:
         total += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
+    total = activate(total, FUNCTION)
     out_at = out_ptr + rows_m.to(gl.int64) * n + rows_n
+    gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))
+
+
+@gluon.jit
+def _finish_gated(
+    total, row_scale_ptr, bias_ptr, out_ptr, m, n, first_row,
+    WARPS: gl.constexpr, BLOCKS: gl.constexpr, BIAS: gl.constexpr, FUNCTION: gl.constexpr,
+):  # fmt: skip
+    """The same where rows come in turns of eight: a lane's sums are of row ``r`` of the gate and of up."""
+    COUNT: gl.constexpr = total.shape[1] // 2
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, WARPS], [1, 0])
+    gate, up = gl.split(total.reshape([32, COUNT // 2, 2, 2]).permute((0, 1, 3, 2)))
+    gate = gl.convert_layout(gate.reshape([32, COUNT]), LAYOUT)
+    up = gl.convert_layout(up.reshape([32, COUNT]), LAYOUT)
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    entry = gl.arange(0, COUNT, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    part = entry // 2
+    rows_n = first_row + part // BLOCKS * 16 + lane // 4
+    rows_m = part % BLOCKS * 8 + lane % 4 * 2 + entry % 2
+    known = rows_n < n
+    gate = gate * (gl.load(row_scale_ptr + rows_n, mask=known, other=0.0) * 256.0)
+    up = up * (gl.load(row_scale_ptr + rows_n + 8, mask=known, other=0.0) * 256.0)
+    if BIAS:
+        gate += gl.load(bias_ptr + rows_n, mask=known, other=0.0).to(gl.float32)
+        up += gl.load(bias_ptr + rows_n + 8, mask=known, other=0.0).to(gl.float32)
+    total = activate(gate, FUNCTION) * up
+    out_at = out_ptr + rows_m.to(gl.int64) * (n // 2) + first_row // 2 + part // BLOCKS * 8 + lane // 4
     gl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=known & (rows_m < m))

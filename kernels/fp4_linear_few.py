@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_tuning import tuned_config
@@ -82,8 +83,9 @@ def _assembly(
 
 
 def launch_options(
-    target: Target, dtype: torch.dtype, m: int, format_name: str, layout: str, config: FewConfig
-) -> dict[str, Any]:
+    target: Target, dtype: torch.dtype, m: int, format_name: str, layout: str, config: FewConfig,
+    epilogue: str = "none",
+) -> dict[str, Any]:  # fmt: skip
     """Constants and compiler options of a launch."""
     blocks = max(1, (1 << (m - 1).bit_length()) // 8)
     scale_words = 32 // fp4_format(format_name).block_size
@@ -93,15 +95,15 @@ def launch_options(
     registers = {"maxnreg": config.registers} if config.registers else {}
     return {
         "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "BLOCKS": blocks, "WORDS": scale_words,
-        "WIDE": wide, "num_warps": config.warps,
+        "WIDE": wide, "num_warps": config.warps, **epilogue_options(epilogue),
     } | registers | _assembly(kind, blocks, scale_words, wide, config.strips, config.unroll)  # fmt: skip
 
 
 def product_few(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: FewConfig | None = None,
+    layout: str, config: FewConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in a fragment layout of NVIDIA's."""
+    """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x; weight in a fragment layout of NVIDIA's."""
     from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
 
     rows = x.reshape(-1, k)
@@ -110,9 +112,10 @@ def product_few(
     m, n = rows.shape[0], row_scale.shape[0]
     target = get_target(x.device)
     config = config or few_config(target, 1 << (m - 1).bit_length(), n, k)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     fp4_decode_kernel[(-(-n // (16 * config.strips)),)](
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, k // TILE, rows.stride(0),
-        codes.shape[1], BIAS=bias is not None, **launch_options(target, x.dtype, m, format_name, layout, config),
+        codes.shape[1], BIAS=bias is not None,
+        **launch_options(target, x.dtype, m, format_name, layout, config, epilogue),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], out.shape[1])

@@ -150,15 +150,16 @@ def dequantize_backward(
     return grad @ fp4_linear_triton.dequantize(codes, block_scales, row_scale, k, format_name, layout, grad.dtype)
 
 
-for _name, _run, _refuses, _cost in (
-    ("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost),
-    ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _hopper_cost),
-    ("hopper_fp8", fp4_linear_hopper.product_wide_fp8, _refuses_hopper_fp8, _hopper_fp8_cost),
-    ("triton", fp4_linear_triton.product, _refuses_product, _product_cost),
-    ("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost),
-    ("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost),
+_OWN_EPILOGUE = frozenset({"epilogue"})
+for _name, _run, _refuses, _cost, _options in (
+    ("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost, _OWN_EPILOGUE),
+    ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _hopper_cost, _OWN_EPILOGUE),
+    ("hopper_fp8", fp4_linear_hopper.product_wide_fp8, _refuses_hopper_fp8, _hopper_fp8_cost, _OWN_EPILOGUE),
+    ("triton", fp4_linear_triton.product, _refuses_product, _product_cost, _OWN_EPILOGUE),
+    ("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost, frozenset()),
+    ("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost, frozenset()),
 ):
-    operator("fp4_linear").register(Implementation(_name, _run, _refuses, _measured_or(_name, _cost)))
+    operator("fp4_linear").register(Implementation(_name, _run, _refuses, _measured_or(_name, _cost), _options))
 operator("fp4_linear_backward").register(
     Implementation("triton_dequantize", dequantize_backward, _refuses_dequantize, _dequantize_cost),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
@@ -76,7 +77,7 @@ def _splits(items: int, steps: int, resident: int) -> int:
     )
 
 
-def launch_options(kind: torch.dtype, config: WideConfig, split: bool) -> dict[str, Any]:
+def launch_options(kind: torch.dtype, config: WideConfig, split: bool, epilogue: str = "none") -> dict[str, Any]:
     """Constants and compiler options of a launch."""
     from triton.experimental.gluon import language as gl
 
@@ -87,66 +88,70 @@ def launch_options(kind: torch.dtype, config: WideConfig, split: bool) -> dict[s
         "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
         "WORD": word_assembly(_KINDS[kind][1]), "SPLIT": split, "REGISTERS": registers, "num_warps": 4,
         "maxnreg": 168 if config.blocks == 1 else 80,
-    }  # fmt: skip
+    } | epilogue_options(epilogue)  # fmt: skip
 
 
 def descriptors(
-    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, block_m: int
-) -> tuple[Any, ...]:
+    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, block_m: int,
+    epilogue: str = "none",
+) -> tuple[Any, ...]:  # fmt: skip
     """What the copy engine reads and writes: x, codes, scales, results."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    def swizzled(tensor: Tensor) -> Any:
-        return gl.NVMMASharedLayout.get_default_for([block_m, TILE], getattr(gl, _KINDS[tensor.dtype][0]))
+    def swizzled(tensor: Tensor, width: int = TILE) -> Any:
+        return gl.NVMMASharedLayout.get_default_for([block_m, width], getattr(gl, _KINDS[tensor.dtype][0]))
 
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     words = 1024 // fp4_format(format_name).block_size
+    width = out_features(TILE, epilogue)
     return (
         TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled(rows)),
         TensorDescriptor.from_tensor(codes.view(torch.int32).view(-1, 256), [2, 256], flat),
         TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(-1, words), [1, words], flat),
-        TensorDescriptor.from_tensor(out, [block_m, TILE], swizzled(out)),
+        TensorDescriptor.from_tensor(out, [block_m, width], swizzled(out, width)),
     )
 
 
 def product_wide(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: WideConfig | None = None,
+    layout: str, config: WideConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in the layout ``fragments2t``."""
+    """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x; weight ``[n, k]`` in the layout ``fragments2t``."""
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1 or rows.stride(0) % _ALIGNMENT or rows.data_ptr() % 16:
         rows = rows.contiguous()
-    out = torch.empty(rows.shape[0], row_scale.shape[0], dtype=x.dtype, device=x.device)
-    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), out.shape[1], k)
-    _launch(rows, None, codes, block_scales, row_scale, bias, out, format_name, config)
+    n = row_scale.shape[0]
+    out = torch.empty(rows.shape[0], out_features(n, epilogue), dtype=x.dtype, device=x.device)
+    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), n, k)
+    _launch(rows, None, codes, block_scales, row_scale, bias, out, format_name, config, epilogue)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
 def product_wide_fp8(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: WideConfig | None = None,
+    layout: str, config: WideConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
     """The same with x and the decoded weight rounded to E4M3."""
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     rounded, scale = quantize_rows(rows, paired=True)
-    out = torch.empty(rows.shape[0], row_scale.shape[0], dtype=x.dtype, device=x.device)
-    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), out.shape[1], k, True)
-    _launch(rounded, scale, codes, block_scales, row_scale, bias, out, format_name, config)
+    n = row_scale.shape[0]
+    out = torch.empty(rows.shape[0], out_features(n, epilogue), dtype=x.dtype, device=x.device)
+    config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), n, k, True)
+    _launch(rounded, scale, codes, block_scales, row_scale, bias, out, format_name, config, epilogue)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
 def _launch(
     rows: Tensor, x_scale: Tensor | None, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None,
-    out: Tensor, format_name: str, config: WideConfig,
+    out: Tensor, format_name: str, config: WideConfig, epilogue: str,
 ) -> None:  # fmt: skip
     from vbcompile.kernels.fp4_linear_triton import counters
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
-    (m, k), n = rows.shape, out.shape[1]
+    (m, k), n = rows.shape, row_scale.shape[0]
     k_tiles = -(-k // (2 * TILE)) * 2
     steps_each = -(-k_tiles // (2 * config.splits)) * 2
     splits, tiles_m = -(-k_tiles // steps_each), -(-m // config.block_m)
@@ -158,8 +163,8 @@ def _launch(
         arrived = counters(out.device, tiles)
     programs = min(items, (get_target(out.device).multiprocessors or 1) * config.blocks)
     fp4_wide_kernel[(programs,)](
-        *descriptors(rows, codes, block_scales, out, format_name, config.block_m), row_scale,
+        *descriptors(rows, codes, block_scales, out, format_name, config.block_m, epilogue), row_scale,
         row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n, k_tiles,
         codes.shape[1], tiles_m, splits, steps_each, items, BIAS=bias is not None,
-        **launch_options(rows.dtype, config, splits > 1),
+        **launch_options(rows.dtype, config, splits > 1, epilogue),
     )  # fmt: skip

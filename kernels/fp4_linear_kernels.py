@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vbcompile.kernels.fp4_epilogue_kernels import activate, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
 
 
@@ -12,11 +13,13 @@ def fp4_product_kernel(
     m, n, k, x_stride, column_tiles, steps_each, splits,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     HALF: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """``out = x @ weight.T * row_scale + bias`` for BLOCK_M rows of x and 64 * ROWS rows of the weight.
+    """``out = epilogue(x @ weight.T * row_scale + bias)`` for BLOCK_M rows of x and 64 * ROWS rows of the weight.
 
     x ``[m, k]``, rows ``x_stride`` apart; codes int32 ``[n tiles, column_tiles, 512]`` and scales ``[n tiles,
-    column_tiles, 4096 / BLOCK]`` in a tile layout; row_scale, bias ``[n]``; out ``[m, n]``. Program ``(tile of n, split
+    column_tiles, 4096 / BLOCK]`` in a tile layout; row_scale, bias ``[n]``; out ``[m, n]`` or (GATED, rows
+    of the weight in turns of eight) ``[m, n / 2]``, after FUNCTION. Program ``(tile of n, split
     of k, tile of m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32
     ``[splits, m, n]``) and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero
     again afterwards.
@@ -24,7 +27,6 @@ def fp4_product_kernel(
     tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width: tl.constexpr = 64 * COLUMNS
     rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = tile * 64 * ROWS + tl.arange(0, 64 * ROWS)
     tiles = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * column_tiles
     code_at = codes_ptr + tiles * 512 + tl.arange(0, COLUMNS * 512)[None, :]
     per_tile: tl.constexpr = 4096 // BLOCK
@@ -40,30 +42,57 @@ def fp4_product_kernel(
         x = tl.load(x_at + step * width, mask=live & (columns < k - step * width)[None, :], other=0.0)
         weight = decode_tiles(words, scales, ROWS, COLUMNS, BLOCK, WIDE, HALF, ASM)
         total = tl.dot(weight.to(x.dtype), tl.trans(x), total, input_precision="ieee")
-    keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
-    out_at = rows_m.to(tl.int64)[None, :] * n + rows_n[:, None]
-    if SPLIT:
-        size = tl.cast(m, tl.int64) * n
-        tl.store(partial_ptr + split * size + out_at, total, mask=keep)
-        tl.debug_barrier()
-        counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
-        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
-            total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
-            for part in range(splits):
-                total += tl.load(partial_ptr + part * size + out_at, mask=keep, other=0.0, cache_modifier=".cg")
-            _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIAS)
-            tl.store(counter, 0)
-    else:
-        _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIAS)
+    finish(
+        total, out_ptr, partial_ptr, arrived_ptr, row_scale_ptr, bias_ptr, tile, split, tile_m, splits, m, n,
+        SPLIT, BIAS, FUNCTION, GATED, 256.0,
+    )  # fmt: skip
 
 
 @triton.jit
-def _store(total, out_ptr, out_at, row_scale_ptr, bias_ptr, rows_n, n, keep, BIAS: tl.constexpr):
-    """Scale the sums, add the bias in float32, round once and store."""
+def finish(
+    total, out_ptr, partial_ptr, arrived_ptr, row_scale_ptr, bias_ptr, tile, split, tile_m, splits, m, n,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of one program, FACTOR of them a product, or (SPLIT) add up those of all splits first."""
+    rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
+    rows_m = tile_m * total.shape[1] + tl.arange(0, total.shape[1])
+    if SPLIT:
+        keep = (rows_n < n)[:, None] & (rows_m < m)[None, :]
+        sums_at = partial_ptr + rows_m.to(tl.int64)[None, :] * n + rows_n[:, None]
+        size = tl.cast(m, tl.int64) * n
+        tl.store(sums_at + split * size, total, mask=keep)
+        tl.debug_barrier()
+        counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
+        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+            total = tl.zeros_like(total)
+            for part in range(splits):
+                total += tl.load(sums_at + part * size, mask=keep, other=0.0, cache_modifier=".cg")
+            _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
+            tl.store(counter, 0)
+    else:
+        _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
+
+
+@triton.jit
+def _store(
+    total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS: tl.constexpr, FUNCTION: tl.constexpr,
+    GATED: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Scale the sums, add the bias in float32, apply the epilogue, round once and store."""
+    rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
     scale = tl.load(row_scale_ptr + rows_n, mask=rows_n < n, other=0.0)
-    total = total * (scale * 256.0)[:, None]
+    total = total * (scale * FACTOR)[:, None]
     if BIAS:
         total += tl.load(bias_ptr + rows_n, mask=rows_n < n, other=0.0).to(tl.float32)[:, None]
+    width = n
+    if GATED:
+        width = n // 2
+        total = gate_rows(total, FUNCTION)
+        rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
+    else:
+        total = activate(total, FUNCTION)
+    keep = (rows_n < width)[:, None] & (rows_m < m)[None, :]
+    out_at = rows_m.to(tl.int64)[None, :] * width + rows_n[:, None]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=keep)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.fp4_epilogue import epilogue_options, function_of, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_tuning import tuned_config
@@ -97,6 +98,11 @@ def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
         config = TileConfig(128, 2, 2 if hopper else 1, 1, 8, 3 if hopper else 2)
     else:
         config = TileConfig(256, 2, 2, 1, 8, 3)
+    return with_splits(config, target, m, n, column_tiles)
+
+
+def with_splits(config: TileConfig, target: Target, m: int, n: int, column_tiles: int) -> TileConfig:
+    """The tile shape with as many splits as fill the device."""
     tiles = -(-n // (config.rows * TILE)) * -(-m // config.block_m)
     multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
     return replace(config, splits=_splits(tiles, column_tiles // config.columns, multiprocessors, config))
@@ -117,12 +123,17 @@ def _splits(tiles: int, steps: int, multiprocessors: int, config: TileConfig) ->
     return best
 
 
+def room_for(config: TileConfig, epilogue: str) -> TileConfig:
+    """A tile whose sums leave registers for the error function."""
+    return replace(config, block_m=128) if function_of(epilogue) == "gelu" and config.block_m > 128 else config
+
+
 # ------------------------------------------------------------------------------------------------------------ launches
 def product(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, config: TileConfig | None = None,
+    layout: str, config: TileConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``x [..., k] @ weight.T + bias``, ``[..., n]`` in the dtype of x; weight in a tile layout."""
+    """``epilogue(x [..., k] @ weight.T + bias)``, ``[..., n]`` in the dtype of x; weight in a tile layout."""
     from vbcompile.kernels.fp4_linear_kernels import fp4_product_kernel
 
     target = get_target(x.device)
@@ -131,7 +142,8 @@ def product(
         rows = rows.contiguous()
     m, n = rows.shape[0], row_scale.shape[0]
     config = config or tile_config(target, min(1 << (m - 1).bit_length(), 2 * MOST_ROWS), n, k)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    config = room_for(config, epilogue)
+    out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     column_tiles = codes.shape[1]
     steps = column_tiles // config.columns
     steps_each = -(-steps // config.splits)
@@ -146,8 +158,9 @@ def product(
         arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
         BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
         STAGES=config.stages, num_warps=config.warps, **decoding(target, format_name, layout, x.dtype),
+        **epilogue_options(epilogue),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 def dequantize(

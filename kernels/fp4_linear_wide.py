@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vbcompile.kernels.fp4_linear_decode import activate
+
 CONSUMERS = gl.constexpr(2)
 
 
@@ -172,7 +174,7 @@ def _multiply(
 @gluon.jit
 def _consume(
     buffers, barriers, out_smem, results, shape, items, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
-    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
+    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
@@ -183,18 +185,21 @@ def _consume(
         tile_n, tile_m, split, _, steps = _locate(item, shape)
         sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, steps, w, TILES, TYPE, WORD)
         tile = (tile_n * CONSUMERS + w) * TILES
-        _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
+        _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT, FUNCTION, GATED)
         if TILES == 2:
-            _finish(sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT)
+            _finish(
+                sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT, FUNCTION, GATED
+            )
         item += gl.num_programs(0)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _finish(
-    total, tile, tile_m, split, results, out_tile, shape, FP8: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr
-):
-    """Store a tile; SPLIT: store its sums, and who comes last adds those of all splits in order."""
+    total, tile, tile_m, split, results, out_tile, shape, FP8: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
+    FUNCTION: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Store a tile, after the epilogue; SPLIT: store its sums, and who comes last adds those of all splits in order."""
     out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
     LAYOUT: gl.constexpr = total.type.layout
     BLOCK_M: gl.constexpr = total.shape[1]
@@ -229,12 +234,24 @@ def _finish(
             total = total * (scale * 256.0)[:, None]
         if BIAS:
             total += gl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
+        result = _after(total, FUNCTION, GATED)
         tma.store_wait(0)
         gl.thread_barrier()  # only the thread that issued the last store waited for it
-        out_tile.permute((1, 0)).store(total.to(out_tile.dtype))
+        out_tile.permute((1, 0)).store(result.to(out_tile.dtype))
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(out_desc, [tile_m * BLOCK_M, tile * 64], out_tile)
+        tma.async_copy_shared_to_global(out_desc, [tile_m * BLOCK_M, tile * result.shape[0]], out_tile)
+
+
+@gluon.jit
+def _after(total, FUNCTION: gl.constexpr, GATED: gl.constexpr):
+    """The epilogue; a thread holds a row of the gate and, eight rows further on, of up."""
+    if GATED:
+        BLOCK_M: gl.constexpr = total.shape[1]
+        gate, up = gl.split(total.reshape([4, 2, 8, BLOCK_M]).permute((0, 2, 3, 1)))
+        return (activate(gate, FUNCTION) * up).reshape([32, BLOCK_M])
+    else:
+        return activate(total, FUNCTION)
 
 
 @gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles", "tiles_m", "splits", "steps_each", "items"])
@@ -242,14 +259,16 @@ def fp4_wide_kernel(
     x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n,
     k_tiles, column_tiles, tiles_m, splits, steps_each, items, TILES: gl.constexpr, STAGES: gl.constexpr,
     TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
+    FUNCTION: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """``out = x @ weight.T * row_scale + bias``.
+    """``out = epilogue(x @ weight.T * row_scale + bias)``.
 
     x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
     ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
-    in blocks ``[BLOCK_M, 64]``. A work item is ``steps_each`` (even) steps of 64 columns of ``128 * TILES`` rows of the
-    weight and BLOCK_M rows of x; programs take items in rounds. TYPE E4M3: x has a scale a row, x_scale ``[m]``, and
-    the columns of every 16 in the order of :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
+    in blocks ``[BLOCK_M, 64]``, or (GATED) half as wide, after FUNCTION. A work item is ``steps_each`` (even) steps of
+    64 columns of ``128 * TILES`` rows of the weight and BLOCK_M rows of x; programs take items in rounds. TYPE E4M3: x
+    has a scale a row, x_scale ``[m]``, and the columns of every 16 in the order of
+    :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
@@ -257,7 +276,8 @@ def fp4_wide_kernel(
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
     code_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 2, 256], code_desc.layout)
     scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 1, WORDS], scale_desc.layout)
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, 64], out_desc.layout)
+    WIDTH: gl.constexpr = out_desc.block_type.shape[1]
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -271,8 +291,44 @@ def fp4_wide_kernel(
     descriptors = (x_desc, code_desc, scale_desc)
     gl.warp_specialize(
         [
-            (_consume, (buffers, barriers, out_smem, results, shape, items, 0, TILES, TYPE, WORD, BIAS, SPLIT)),
-            (_consume, (buffers, barriers, out_smem, results, shape, items, 1, TILES, TYPE, WORD, BIAS, SPLIT)),
+            (
+                _consume,
+                (
+                    buffers,
+                    barriers,
+                    out_smem,
+                    results,
+                    shape,
+                    items,
+                    0,
+                    TILES,
+                    TYPE,
+                    WORD,
+                    BIAS,
+                    SPLIT,
+                    FUNCTION,
+                    GATED,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    buffers,
+                    barriers,
+                    out_smem,
+                    results,
+                    shape,
+                    items,
+                    1,
+                    TILES,
+                    TYPE,
+                    WORD,
+                    BIAS,
+                    SPLIT,
+                    FUNCTION,
+                    GATED,
+                ),
+            ),
             (_produce, (descriptors, buffers, barriers, shape, items, column_tiles, TILES)),
         ],
         [4, 1],

@@ -35,7 +35,7 @@ _VENDORS = ("vendor_npu_attention", "vendor_npu_decode", "vendor_hpu_attention",
 _ATTENTION = tuple(f"vbcompile.kernels.{m}" for m in ("attention", "attention_sdpa", "attention_gpu", *_VENDORS))
 _FP4_LINEAR = tuple(
     f"vbcompile.kernels.{m}"
-    for m in ("fp4_linear", "fp4_linear_gpu", "fp4_linear_cpu", "vendor_npu_fp4", "vendor_hpu_fp4")
+    for m in ("fp4_linear", "fp4_linear_gpu", "fp4_native", "fp4_linear_cpu", "vendor_npu_fp4", "vendor_hpu_fp4")
 )
 MODULES = {
     "attention": _ATTENTION,
@@ -56,12 +56,14 @@ class Implementation:
         run: called with the operator's arguments.
         refuses: ``(target, case) -> reason`` or None where it can run; ``case`` None asks about the target alone.
         cost: ``(target, case) -> relative time``; the lowest that does not refuse is chosen, ties by registration.
+        options: keyword arguments that ``run`` takes beyond those; what it leaves out, the operator does afterwards.
     """
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[[Target, Any], str | None]
     cost: Callable[[Target, Any], float]
+    options: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

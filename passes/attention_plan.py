@@ -13,6 +13,7 @@ from vbcompile.kernels.score_function import Builder, Instruction, ScoreFunction
 from vbcompile.passes.attention_expression import Expression
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import conjunction
+from vbcompile.passes.attention_order import reads_rows_first
 from vbcompile.passes.attention_rows import EmptyRows
 from vbcompile.passes.attention_site import Operand, Retry, Site
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_input
@@ -70,7 +71,7 @@ def plan(site: Site, effects: Effects) -> Plan:
     if made.dtype != tensor_of(site.out).dtype or made.dtype != site.score_dtype:
         _use_low_precision(made, peeler)
     builder = _ProgramBuilder(made)
-    made.lead = _leading(site, builder.tensors())
+    made.lead = _with_batch_of_one(made, _leading(site, builder.tensors()), builder.tensors())
     made.function = builder.build()
     made.captured = builder.captured
     _check_arrangement(made)
@@ -261,6 +262,20 @@ def _leading(site: Site, captured: list[Dims]) -> list[Dim]:
         else:
             raise Retry(f"more than {MAX_LEADING} leading axes")
     return lead
+
+
+def _with_batch_of_one(made: Plan, lead: list[Dim], captured: list[Dims]) -> list[Dim]:
+    """The leading dimensions, behind one of size one where readers then get the result rows first, without a copy.
+
+    Not where a tensor of scores is captured: heads that share it are told by the first leading dimension.
+    """
+    site, space = made.site, made.site.space
+    scores = any(_set(space.resolve_all(dims)) >= {*made.rows, *made.keys} for dims in captured)
+    if not made.rows or scores or len(lead) >= MAX_LEADING:
+        return lead
+    longer: list[Dim] = [(), *lead]
+    dims = space.resolve_all(site.out_dims)
+    return longer if reads_rows_first(site.out, dims, longer, made.rows, space.resolve(site.values)) else lead
 
 
 def _set(dims: Dims) -> set[Any]:

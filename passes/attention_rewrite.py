@@ -12,10 +12,11 @@ import vbcompile.kernels.attention  # noqa: F401  registers the operator
 from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.score_function import accumulation_dtype
 from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.attention_order import reads_rows_first
 from vbcompile.passes.attention_plan import Plan
 from vbcompile.passes.attention_rows import EmptyRows, EmptyRowsOfGraph, emit_empty_rows
 from vbcompile.passes.attention_site import Operand
-from vbcompile.passes.graph_axes import Dim, Dims, permutation, product
+from vbcompile.passes.graph_axes import Dim, Dims, product
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, reads_metadata_only, shape_of, tensor_of
@@ -73,7 +74,8 @@ def _emit_call(
     lead = plan.lead or [()]
     features, values = space.resolve(site.features), space.resolve(site.values)
     out_dims = space.resolve_all(site.out_dims)
-    plan.function = replace(plan.function, rows_first=_reads_rows_first(site.out, out_dims, plan))
+    rows_first = reads_rows_first(site.out, out_dims, plan.lead, plan.rows, values)
+    plan.function = replace(plan.function, rows_first=rows_first)
     q = _operand(emitter, plan, plan.q, [*lead, plan.rows, features])
     k = _operand(emitter, plan, plan.k, [*lead, plan.keys, features])
     v = _operand(emitter, plan, plan.v, [*lead, plan.keys, values])
@@ -196,34 +198,6 @@ def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> l
             lse = emitter.method("to", lse, tensor_of(node).dtype)
         found.append((node, lse))
     return found
-
-
-# -------------------------------------------------------------------------------------------------- memory order
-def _reads_rows_first(out: fx.Node, dims: Dims, plan: Plan) -> bool:
-    """Whether everybody reads the result as ``[lead[0], rows, other leads, features]`` in a row."""
-    if len(plan.lead) < 2:
-        return False
-    values = plan.site.space.resolve(plan.site.values)
-    wanted = [*plan.lead[0], *plan.rows, *(a for dim in plan.lead[1:] for a in dim), *values]
-    users = [u for u in out.users if not reads_metadata_only(u)]
-    return bool(users) and all(_packs(user, dims, wanted) for user in users)
-
-
-def _packs(user: fx.Node, dims: Dims, wanted: list[Any]) -> bool:
-    """Whether ``user`` (of a tensor with ``dims``) makes a contiguous tensor in the wanted order of axes."""
-    call = call_of(user)
-    if call is None or call.in_place:
-        return False
-    if call.name in ("contiguous", "reshape", "flatten"):
-        if user.op == "call_method" and user.target == "view":
-            return False
-        return [a for dim in dims for a in dim] == wanted
-    order = permutation(call, len(dims))
-    if order is None:
-        return False
-    moved = tuple(dims[d] for d in order)
-    users = [u for u in user.users if not reads_metadata_only(u)]
-    return bool(users) and all(_packs(u, moved, wanted) for u in users)
 
 
 # -------------------------------------------------------------------------------------------------------- erasing

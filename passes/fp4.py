@@ -19,11 +19,22 @@ from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, make_case
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
+from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import refuse_weight
 from vbcompile.kernels.registry import Choice, operator
+from vbcompile.kernels.triton_target import refuses_triton
+from vbcompile.passes.fp4_epilogues import Epilogue, find_epilogues
 from vbcompile.passes.fp4_experts import ExpertSite, expert_sites, rewrite_experts
 from vbcompile.passes.fp4_feed import FedWeight, WeightFeed
-from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
+from vbcompile.passes.fp4_groups import (
+    Candidate,
+    in_turns,
+    put_in_place,
+    shared_bias,
+    split_result,
+    with_epilogues,
+    with_shared_inputs,
+)
 from vbcompile.passes.fp4_progress import progress
 from vbcompile.passes.fp4_sites import (
     LinearSite,
@@ -81,6 +92,7 @@ class _Fp4Pass:
         self.autocast = autocast_dtypes(self.graph, context.target.device_type)
         self.packings: dict[tuple[tuple[fx.Node, ...], PackKey], _Packing] = {}
         self.decisions: dict[fx.Node, Decision] = {}
+        self.apart: set[fx.Node] = set()  # layers whose activation the product could do, were no gradient wanted
 
     def run(self) -> list[Decision]:
         experts = list(expert_sites(self.graph, self.weights))
@@ -113,8 +125,22 @@ class _Fp4Pass:
     def _groups(self, candidates: list[Candidate]) -> list[list[Candidate]]:
         """The candidates, those together that will be one product."""
         linear = [c for c in candidates if isinstance(c.site, LinearSite)]
-        groups = with_shared_inputs(linear, self.graph) if self.config.fp4_fuse else [[c] for c in linear]
-        return groups + [[c] for c in candidates if isinstance(c.site, ExpertSite)]
+        experts = [[c] for c in candidates if isinstance(c.site, ExpertSite)]
+        if not self.config.fp4_fuse:
+            return [[c] for c in linear] + experts
+        with_more = with_epilogues(linear, self.graph, self._epilogues(linear))
+        taken = {c.site.node for group in with_more for c in group}
+        return with_shared_inputs([c for c in linear if c.site.node not in taken], self.graph) + with_more + experts
+
+    def _epilogues(self, linear: list[Candidate]) -> list[Epilogue]:
+        """What follows the products that they can do; where gradients are wanted, those need its input."""
+        if refuses_triton(self.context.target):
+            return []
+        found = find_epilogues(c.site for c in linear)
+        if self.context.training:
+            self.apart = {layer for epilogue in found for layer in epilogue.layers}
+            return []
+        return found
 
     def _leave(self, node: fx.Node, reason: str) -> None:
         self.decisions[node] = Decision(PASS_NAME, describe_site(node), "left", reason)
@@ -133,9 +159,16 @@ class _Fp4Pass:
         dtype, rows = self._dtype(site), _rows(site.x)
         n, k = reversed(weight.shape[-2:]) if site.transposed else weight.shape[-2:]
         format_name = adopted_format(weight) or self.config.fp4_format
-        key = PackKey(format_name, preferred_layout(self.context.target), site.transposed)
+        key = PackKey(format_name, self._layout(site, format_name), site.transposed)
         candidate = Candidate(site, key, dtype, rows, int(n), int(k))
         return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
+
+    def _layout(self, site: LinearSite | ExpertSite, format_name: str) -> str:
+        """Tiles, but for hardware that reads FP4 as it is; gradients are made from tiles."""
+        target, native = self.context.target, None
+        if isinstance(site, LinearSite) and not self.context.training:
+            native = native_layout(target, format_name, self.config.fp4_activations)
+        return native or preferred_layout(target)
 
     def _refuses(self, site: LinearSite | ExpertSite) -> str | None:
         """Why a site stays as it is, as far as that shows without reading the weight's data."""
@@ -205,8 +238,8 @@ class _Fp4Pass:
         try:
             packed = pack(weights, group[0].key, names, self.config.fp4_watch, keep="keep" not in master)
         except ValueError:
-            return self._packed(good) if (good := [c for c in group if self._can_be_packed(c)]) else []
-        good = [c for c, error in zip(group, packed.errors, strict=True) if self._accepts(c, error)]
+            return self._packed(good) if (good := [c.alone() for c in group if self._can_be_packed(c)]) else []
+        good = [c.alone() for c, error in zip(group, packed.errors, strict=True) if self._accepts(c, error)]
         if len(good) < len(group):
             return self._packed(good) if good else []
         return [(group, self._supply(group, packed, master))]
@@ -228,8 +261,7 @@ class _Fp4Pass:
 
     def _supply(self, group: list[Candidate], packed: Packed, master: tuple[str, ...]) -> _Packing:
         """Placeholders for the tensors of a packed copy."""
-        if packed.linear.layout != "plain":
-            prepare(packed.linear.codes.device)
+        prepare(packed.linear.codes.device)
         nodes = tuple(c.site.weight for c in group)
         placeholders = tuple(
             self._placeholder(f"{nodes[0].name}_{part}", tensor)
@@ -266,14 +298,19 @@ class _Fp4Pass:
             if first.node in self.autocast:
                 x = self.graph.call_method("to", (x, dtype))
                 x.meta["example_value"] = value_of(first.x).to(dtype)
-            bias = shared_bias(self.graph, sites)
+            epilogue, gate = group[0].epilogue, group[0].key.gate
+            bias = in_turns(self.graph, shared_bias(self.graph, sites), gate)
             arguments = (linear.k, linear.format_name, linear.layout, self.config.fp4_activations)
+            arguments += () if epilogue is None else (epilogue.name,)
             new = self.graph.call_function(
                 torch.ops.vblackwell.fp4_linear.default, (x, *packing.nodes, bias, *arguments)
             )
         new.meta = dict(first.node.meta)
         for candidate, error in zip(group, packing.fed.packed.errors, strict=True):
             self.decisions[candidate.site.node] = self._rewritten(candidate, error, group, packing)
+        if epilogue is not None:
+            put_in_place(self.graph, new, epilogue)
+            return
         if len(group) == 1:
             first.node.replace_all_uses_with(new)
             self.graph.erase_node(first.node)
@@ -293,6 +330,11 @@ class _Fp4Pass:
     def _rewritten(self, candidate: Candidate, error: float, group: list[Candidate], packing: _Packing) -> Decision:
         linear, weight = packing.fed.packed.linear, self.weights[candidate.site.weight][1]
         others = [c.name for c in group if c is not candidate]
+        then = "" if candidate.epilogue is None else candidate.epilogue.name
+        more = [f"one product with {', '.join(others)}"] if others else []
+        more += [f"does {then} too"] if then else []
+        if candidate.site.node in self.apart:
+            more.append("the activation behind it stays apart: gradients need what it reads")
         n, k, total = candidate.n, candidate.k, sum(c.n for c in group)
         shape = [*weight.shape[:-2], n, k]
         reason = f"{linear.format_name} weight {shape}, relative error {error:.4f}"
@@ -300,7 +342,7 @@ class _Fp4Pass:
             PASS_NAME,
             candidate.site.name,
             "rewritten",
-            reason + (f", one product with {', '.join(others)}" if others else ""),
+            ", ".join([reason, *more]),
             _explain(self.context.target, self._case(candidate, total, linear.layout), candidate.rows),
             {
                 "shape": [int(size) for size in shape],
@@ -309,6 +351,7 @@ class _Fp4Pass:
                 "packed_bytes": linear.nbytes * n // total,
                 "layout": linear.layout,
                 "fused_with": others,
+                "epilogue": then,
                 "master": {"keep": "kept", "host": "in host memory", "drop": "dropped"}[
                     self._master(candidate.site.weight)
                 ],

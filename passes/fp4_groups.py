@@ -5,12 +5,14 @@ The packed rows lie below one another, each with its own scale, so every weight 
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from vbcompile.kernels.fp4_epilogue import TURN
+from vbcompile.passes.fp4_epilogues import Epilogue
 from vbcompile.passes.fp4_sites import LinearSite
 from vbcompile.passes.fp4_weights import PackKey
 from vbcompile.passes.graph_effects import Effects, written_tensors
@@ -33,6 +35,7 @@ class Candidate:
         dtype: that it computes in.
         rows: of its input; None where symbolic.
         n, k: rows and columns of the weight as a linear layer has them.
+        epilogue: what the product does to its sums; the same for all members of a group.
     """
 
     site: Any
@@ -41,6 +44,13 @@ class Candidate:
     rows: int | None
     n: int
     k: int
+    epilogue: Epilogue | None = None
+
+    def alone(self) -> "Candidate":
+        """The same without the partner that an epilogue needs."""
+        if self.epilogue is None or len(self.epilogue.layers) == 1:
+            return self
+        return replace(self, key=replace(self.key, gate=""), epilogue=None)
 
     @property
     def name(self) -> str:
@@ -61,6 +71,22 @@ def with_shared_inputs(candidates: Sequence[Candidate], graph: fx.Graph) -> list
             continue
         groups.append([candidate])
         open_groups[kind] = groups[-1]
+    return groups
+
+
+def with_epilogues(
+    candidates: Sequence[Candidate], graph: fx.Graph, epilogues: Sequence[Epilogue]
+) -> list[list[Candidate]]:
+    """Groups of the candidates whose products can do what follows them; the gate before up."""
+    found = {candidate.site.node: candidate for candidate in candidates}
+    groups = []
+    for epilogue in epilogues:
+        members = [found[layer] for layer in epilogue.layers if layer in found]
+        if len(members) < len(epilogue.layers) or members[0].dtype != value_of(epilogue.result).dtype:
+            continue
+        if len(members) == 2 and len(with_shared_inputs([c for c in candidates if c in members], graph)) > 1:
+            continue
+        groups.append([replace(c, key=replace(c.key, gate=epilogue.gate), epilogue=epilogue) for c in members])
     return groups
 
 
@@ -96,6 +122,30 @@ def shared_bias(graph: fx.Graph, sites: Sequence[LinearSite]) -> fx.Node | None:
     node = graph.call_function(torch.cat, (biases,))
     node.meta["example_value"] = torch.cat([value_of(bias) for bias in biases])
     return node
+
+
+def in_turns(graph: fx.Graph, bias: fx.Node | None, gate: str) -> fx.Node | None:
+    """A bias in the order of the rows of a gated weight; emits at the graph's insertion point."""
+    if bias is None or not gate:
+        return bias
+    node = graph.call_method("view", (bias, 2, -1, TURN))
+    node.meta["example_value"] = value = value_of(bias).view(2, -1, TURN)
+    if gate == "second":
+        node = graph.call_method("flip", (node, 0))
+        node.meta["example_value"] = value = value.flip(0)
+    node = graph.call_method("transpose", (node, 0, 1))
+    node.meta["example_value"] = value = value.transpose(0, 1)
+    node = graph.call_method("reshape", (node, -1))
+    node.meta["example_value"] = value.reshape(-1)
+    return node
+
+
+def put_in_place(graph: fx.Graph, fused: fx.Node, epilogue: Epilogue) -> None:
+    """Let ``fused`` take the place of an epilogue's result, and erase what led there."""
+    fused.meta = dict(epilogue.result.meta)
+    epilogue.result.replace_all_uses_with(fused)
+    for node in (epilogue.result, *epilogue.between, *epilogue.layers):
+        graph.erase_node(node)
 
 
 def split_result(graph: fx.Graph, fused: fx.Node, sites: Sequence[LinearSite], sizes: Sequence[int]) -> None:

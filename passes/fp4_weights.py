@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from vbcompile.kernels.fp4 import PackedWeight, concat_rows, row_ranges, row_scales
+from vbcompile.kernels.fp4 import PackedWeight, concat_rows, row_ranges, row_scales, take_rows
+from vbcompile.kernels.fp4_epilogue import turns
 from vbcompile.kernels.fp4_grouped import to_grouped_layout
 from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
@@ -35,11 +36,14 @@ class PackKey:
     Attributes:
         layout: the layout to use where it can hold the weights, else ``plain``.
         transposed: the parameter is ``[K, N]``.
+        gate: which half of the rows is a gate's, ``first`` or ``second``, to be packed in turns with the other half
+            (:mod:`vbcompile.kernels.fp4_epilogue`); empty for rows as they are.
     """
 
     format_name: str
     layout: str
     transposed: bool
+    gate: str = ""
 
 
 @dataclass(eq=False)
@@ -208,6 +212,8 @@ def _pack(
             if keep:
                 state.canonical[key.format_name, key.transposed] = (part.to("cpu"), error)
         packed = concat_rows(parts) if len(parts) > 1 else parts[0]
+        if key.gate:
+            packed = take_rows(packed, turns(packed.shape[0], key.gate == "first", packed.device))
         return Packed(list(zip(states, seen, strict=True)), _in_layout(packed, key.layout), errors)
 
 

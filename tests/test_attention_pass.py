@@ -62,6 +62,28 @@ def test_heads_folded_into_features_are_read_rows_first():
     assert not any(n.target == "contiguous" for n in run.graphs[0].graph.nodes)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_grouped_heads_are_read_rows_first_with_one_sequence_too(batch):
+    """As Transformers writes it: a reshape that does nothing, then heads folded into features."""
+
+    def function(q, k, v):
+        k, v = (t[:, :, None].expand(batch, 2, 3, 7, 8).reshape(batch, 6, 7, 8) for t in (k, v))
+        out = attend(q, k, v).reshape(batch, -1, 5, 8)
+        return out.transpose(1, 2).contiguous().reshape(batch, 5, -1)
+
+    q = torch.randn(batch, 6, 5, 8, requires_grad=True)
+    run = check(function, q, *(torch.randn(batch, 2, 7, 8, requires_grad=True) for _ in range(2)))
+    (call,) = run.calls()
+    assert list(call.args[0].meta["example_value"].shape) == [batch, 2, 3, 5, 8]
+    assert list(call.args[1].meta["example_value"].shape) == [batch, 2, 1, 7, 8]
+    assert run.function().rows_first
+
+
+def test_a_merge_of_heads_and_rows_is_not_read_rows_first():
+    run = check(lambda q, k, v: attend(q, k, v).reshape(2, 24, 8).transpose(0, 1).contiguous(), *qkv())
+    assert not run.function().rows_first
+
+
 def test_returned_result_keeps_its_strides():
     def function(q, k, v):
         return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k), -1), v)

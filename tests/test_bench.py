@@ -9,6 +9,7 @@ from vbcompile import bench, bench_cases
 from vbcompile.__main__ import main
 from vbcompile.bench import Result, Row, load
 from vbcompile.bench_cases import Case, attention_case, copy_case, linear_case, quantize_case
+from vbcompile.bench_peers import Peer, prepared
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,30 @@ def test_linear_case_is_checked_against_the_decoded_weights():
         case = linear_case(CPU, torch.float32, 3, 128, 512)
         assert case.error <= case.allowed and set(case.runs) == {"vblackwell", "eager"}
         assert len(case.runs["vblackwell"]) == len(case.runs["eager"]) == 4
+
+
+def test_peers_that_cannot_run_say_why():
+    def broken(weight):
+        raise RuntimeError("no kernel for this card\nmore lines")
+
+    peers = {
+        "right": Peer("", lambda weight: lambda x: x @ weight.T),
+        "wrong": Peer("", lambda weight: lambda x: 2 * (x @ weight.T)),
+        "broken": Peer("", broken),
+        "elsewhere": Peer("no_such_package", broken),
+    }
+    weight, x = torch.randn(8, 16), torch.randn(3, 16)
+    error = lambda run: float((run(x) - x @ weight.T).norm() / (x @ weight.T).norm())
+    working, absent = prepared(peers, weight, error, 0.1)
+    assert set(working) == {"right"}
+    assert absent == {
+        "wrong": "its relative error is 1",
+        "broken": "RuntimeError: no kernel for this card",
+        "elsewhere": "no_such_package is not installed",
+    }
+    row = Row("a", {"vblackwell": 1.0}, 0.5, 0.5, 0.1, 0.2, "triton", absent)
+    table = Result({"device": "x"}, [row]).__rich__()
+    assert "no broken: RuntimeError: no kernel for this card" in str(table.columns[2]._cells)
 
 
 def test_floor_counts_bytes_and_operations():

@@ -16,6 +16,7 @@ from triton_aot import Launch, Report, compile_launch
 from vbcompile.device import Target
 from vbcompile.kernels import fp4_linear_triton, fp4_tiles
 from vbcompile.kernels.fp4 import PackedWeight
+from vbcompile.kernels.fp4_epilogue import epilogue_options
 from vbcompile.kernels.fp4_formats import E2M1_VALUES, NVFP4
 from vbcompile.kernels.fp4_layout import _interleave, _untile_scales, to_layout
 from vbcompile.kernels.fp4_linear_kernels import fp4_dequantize_kernel, fp4_product_kernel
@@ -33,10 +34,10 @@ def target(arch: str) -> Target:
     return Target(vendor, "cuda", arch, multiprocessors=132, features=frozenset({"triton", "bf16"}))
 
 
-def product_launch(arch: str, m: int, dtype: torch.dtype, format_name: str = "nvfp4") -> Launch:
+def product_launch(arch: str, m: int, dtype: torch.dtype, format_name: str = "nvfp4", epilogue: str = "none") -> Launch:
     """What a launch of the shipped configuration passes for the weight ``[N, K]``."""
     device = target(arch)
-    config = fp4_linear_triton.tile_config(device, m, N, K)
+    config = fp4_linear_triton.room_for(fp4_linear_triton.tile_config(device, m, N, K), epilogue)
     layout = fp4_linear_triton.preferred_layout(device)
     x, scales, row_scale = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.uint8), torch.empty(16)
     codes = counters = torch.empty(16, dtype=torch.int32)
@@ -44,7 +45,7 @@ def product_launch(arch: str, m: int, dtype: torch.dtype, format_name: str = "nv
     options = {
         "BLOCK_M": config.block_m, "ROWS": config.rows, "COLUMNS": config.columns, "SPLIT": config.splits > 1,
         "BIAS": True, "STAGES": config.stages, "num_warps": config.warps,
-        **fp4_linear_triton.decoding(device, format_name, layout, dtype),
+        **fp4_linear_triton.decoding(device, format_name, layout, dtype), **epilogue_options(epilogue),
     }  # fmt: skip
     return Launch(fp4_product_kernel, arguments, options)
 
@@ -61,6 +62,13 @@ def test_products_compile_without_spills(arch, m):
 @pytest.mark.parametrize(("dtype", "format_name"), [(torch.float16, "nvfp4"), (torch.bfloat16, "mxfp4")])
 def test_other_types_and_formats_compile_without_spills(arch, dtype, format_name):
     assert compile_launch(product_launch(arch, 16, dtype, format_name), arch).spills == 0
+
+
+@pytest.mark.parametrize("epilogue", ["gated_silu", "gelu"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_epilogues_compile_without_spills(arch, epilogue):
+    for m in (16, 256):
+        assert compile_launch(product_launch(arch, m, torch.bfloat16, epilogue=epilogue), arch).spills == 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -8,6 +8,7 @@ from test_fp4_aot import K, N, hot_loop, target
 from triton_aot import Launch, compile_launch
 
 from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton
+from vbcompile.kernels.fp4_epilogue import out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear_few import FewConfig
 from vbcompile.kernels.fp4_linear_hopper import WideConfig
@@ -17,13 +18,13 @@ pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
 
-def few_launch(arch, m, config, dtype=BF16, format_name="nvfp4"):
+def few_launch(arch, m, config, dtype=BF16, format_name="nvfp4", epilogue="none"):
     from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
 
     x, words, floats = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.uint8), torch.empty(16)
     arguments = (x, words, words, floats, x, x, m, N, K // 64, K, K // 64)
     layout = fp4_linear_triton.preferred_layout(target(arch))
-    options = fp4_linear_few.launch_options(target(arch), dtype, m, format_name, layout, config)
+    options = fp4_linear_few.launch_options(target(arch), dtype, m, format_name, layout, config, epilogue)
     return Launch(fp4_decode_kernel, arguments, {"BIAS": True, **options})
 
 
@@ -50,17 +51,18 @@ def test_few_rows_go_from_memory_to_registers():
     assert len(loop) / (16 * config.strips * 64 * config.unroll / 32) <= 3.0  # instructions a weight
 
 
-def wide_launch(config, kind, format_name="nvfp4"):
+def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
     m, n, k = 256, 512, 1024
-    x, out = torch.empty(m, k, dtype=kind), torch.empty(m, n, dtype=FP16 if kind == FP16 else BF16)
+    width = out_features(n, epilogue)
+    x, out = torch.empty(m, k, dtype=kind), torch.empty(m, width, dtype=FP16 if kind == FP16 else BF16)
     codes = torch.empty(n // 64, k // 64, 2048, dtype=torch.uint8)
     scales = torch.empty(n // 64, k // 64, 4096 // fp4_format(format_name).block_size, dtype=torch.uint8)
-    read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config.block_m)
+    read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config.block_m, epilogue)
     floats, counters = torch.empty(n), torch.empty(16, dtype=torch.int32)
     arguments = (*read, floats, floats, floats, floats, counters, m, n, k // 64, k // 64, 1, config.splits, 16, 4)
-    options = fp4_linear_hopper.launch_options(kind, config, config.splits > 1)
+    options = fp4_linear_hopper.launch_options(kind, config, config.splits > 1, epilogue)
     return Launch(fp4_wide_kernel, arguments, {"BIAS": True, **options})
 
 
@@ -83,3 +85,20 @@ def test_hopper_kernel_runs_asynchronously_without_spills(config, kind):
     assert sum(i.startswith("WARPGROUP") for i in loop) == 4
     weights = 2 * 64 * 64 / 128
     assert len(loop) / weights <= {BF16: 4.2, FP16: 5.0, FP8: 6.5}[kind], len(loop) / weights
+
+
+@pytest.mark.parametrize("epilogue", ["silu", "gelu", "gated_silu", "gated_gelu_tanh"])
+def test_epilogues_take_no_spills_and_leave_the_loop_alone(epilogue):
+    plain, launch = (wide_launch(WideConfig(256, 1, 4, 1, 1), BF16, epilogue=e) for e in ("none", epilogue))
+    with_it = compile_launch(launch, "sm_90")
+    assert with_it.spills == 0
+    plain_loop = hot_loop(compile_launch(plain, "sm_90"), innermost=True)
+    assert len(hot_loop(with_it, innermost=True)) <= len(plain_loop) + 4
+    config = fp4_linear_few.few_config(target("sm_90"), 1, N, K)
+    for m in (1, 32):
+        assert compile_launch(few_launch("sm_90", m, config, epilogue=epilogue), "sm_90").spills == 0
+
+
+@pytest.mark.parametrize(("config", "kind"), [(WideConfig(64, 1, 7, 4, 2), FP8), (WideConfig(128, 2, 7, 1, 1), BF16)])
+def test_gates_in_other_shapes_take_no_spills(config, kind):
+    assert compile_launch(wide_launch(config, kind, epilogue="gated_silu"), "sm_90").spills == 0

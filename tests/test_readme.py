@@ -14,6 +14,10 @@ def test_tables_are_generated_from_the_results():
     subprocess.run([sys.executable, ROOT / "bench" / "readme_tables.py", "--check"], check=True)
 
 
+def test_picture_is_drawn_from_the_results():
+    subprocess.run([sys.executable, ROOT / "bench" / "readme_picture.py", "--check"], check=True)
+
+
 def test_commands_exist():
     text = (ROOT / "README.md").read_text()
     known = set(_parser()._subparsers._group_actions[0].choices)

@@ -7,7 +7,7 @@ from torch import nn
 from vendors.packages import HPU_RELEASES, NPU_RELEASES
 from vendors.trial import vendor
 
-from vbcompile.config import FP4_ACTIVATIONS, resolve_config
+from vbcompile.config import resolve_config
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_formats import E2M1_VALUES, pack_nibbles
@@ -111,7 +111,6 @@ def test_fp4_activations_on_ascend(version):
     assert 0.05 < float((rounded - exact).norm() / exact.norm()) < 0.16  # a Gaussian in MXFP4: 0.11 to 0.13
 
 
-@pytest.mark.skipif("fp4" not in FP4_ACTIVATIONS, reason="the option does not have fp4 yet")
 def test_fp4_activations_by_the_operator():
     packed, x = packed_weight(48, 128), torch.randn(300, 128).bfloat16()
     with vendor("npu", arch=ARCH["npu"]) as package:

@@ -28,7 +28,7 @@ _PRODUCT = {"cpu": 1024}
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case. Times in microseconds; ``share`` is floor over ours."""
+    """One measured case. Times in microseconds; ``share`` is floor over ours; ``absent``: peer -> why it has none."""
 
     name: str
     times: dict[str, float]
@@ -37,6 +37,7 @@ class Row:
     error: float
     allowed: float
     implementation: str
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
@@ -94,7 +95,7 @@ def _measure(case: Case, device: torch.device, bandwidth: float, rate: float, ro
     times = {name: seconds * 1e6 for name, seconds in _times(case.runs, device, rounds).items()}
     floor = max(case.nbytes / bandwidth, case.flops / rate) * 1e6
     ours = next(iter(times.values()))
-    return Row(case.name, times, floor, floor / ours, case.error, case.allowed, case.implementation)
+    return Row(case.name, times, floor, floor / ours, case.error, case.allowed, case.implementation, case.absent)
 
 
 def _times(runs: dict[str, Sequence[Callable[[], object]]], device: torch.device, rounds: int) -> dict[str, float]:
@@ -166,9 +167,10 @@ def _table(result: Result) -> "Table":
         table.add_column(column, overflow="fold")
     for row in result.rows:
         (_, ours), *peers = row.times.items()
-        beside = "\n".join(f"{name} {_microseconds(t)} ({t / ours:.2f}x)" for name, t in peers)
+        beside = [f"{name} {_microseconds(t)} ({t / ours:.2f}x)" for name, t in peers]
+        beside += [f"no {name}: {reason}" for name, reason in row.absent.items()]
         error = f"{row.error:.2e} ({row.allowed:.2e}){'' if row.right else ' WRONG'}" if row.allowed else ""
-        table.add_row(row.name, _microseconds(ours), beside, f"{row.share:.0%}", error, row.implementation)
+        table.add_row(row.name, _microseconds(ours), "\n".join(beside), f"{row.share:.0%}", error, row.implementation)
     return table
 
 

@@ -7,7 +7,7 @@ that the operators are what is measured.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vbcompile import bench_peers
 from vbcompile.backend import collected_reports
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
@@ -22,6 +23,7 @@ from vbcompile.kernels.fp4_quantize import quantize, relative_error
 Tensor = torch.Tensor
 _SETS = 4
 _GAUSSIAN_ERROR = 0.0835  # relative error of NVFP4 on Gaussian weights, with room for a small sample
+_LARGEST_FOUR_BIT_ERROR = 0.2  # of a product with 4-bit weights, whatever their format: 0.08 to 0.15
 _COPY_BYTES = {"cpu": 2**26}
 _OPTIONS = {"downstream": "eager"}
 
@@ -37,6 +39,7 @@ class Case:
         error, allowed: relative error of ours, and its limit: twice that of plain PyTorch in the same dtype, or the
             format's own.
         implementation: what the registry chose, and why.
+        absent: peer -> why it has no run here.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Case:
     error: float = 0.0
     allowed: float = 0.0
     implementation: str = ""
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 def makers(device: torch.device, quick: bool) -> list[Callable[[], Case]]:
@@ -83,14 +87,18 @@ def attention_case(device: torch.device, dtype: torch.dtype, shape: Sequence[int
     ours, implementation = _compiled(formula, sets[0], "balanced")
     sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     exact = formula(*(t.double() for t in sets[0]))
+    allowed = 2 * _error(formula(*sets[0]), exact)
+    known = bench_peers.ATTENTION if device.type == "cuda" else {}
+    peers, absent = bench_peers.prepared(known, causal, lambda run: _error(run(*sets[0]), exact), 2 * allowed)
     return Case(
         name=f"attention {b}x{h}x{s}x{d}{' causal' if causal else ''}, {_name(dtype)}",
-        runs={name: _each(run, sets) for name, run in (("vblackwell", ours), ("sdpa", sdpa), ("eager", formula))},
+        runs={k: _each(run, sets) for k, run in {"vblackwell": ours, "sdpa": sdpa, "eager": formula, **peers}.items()},
         flops=4.0 * b * h * s * s * d * (0.5 if causal else 1.0),
         nbytes=4.0 * b * h * s * d * dtype.itemsize,
         error=_error(ours(*sets[0]), exact),
-        allowed=2 * _error(formula(*sets[0]), exact),
+        allowed=allowed,
         implementation=implementation,
+        absent=absent,
     )
 
 
@@ -105,17 +113,24 @@ def linear_case(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: 
     exact = inputs[0].double() @ dequantize(packed, torch.float64).T
     plain = F.linear(inputs[0], dequantize(packed, dtype))
     pairs = list(zip(ours, layers, inputs, strict=True))
+    dense = inputs[0].double() @ layers[0].weight.double().T
+    known = bench_peers.LINEAR if device.type == "cuda" else {}
+    works = lambda run: _error(run(inputs[0]), dense)
+    peers, absent = bench_peers.prepared(known, layers[0].weight.detach(), works, _LARGEST_FOUR_BIT_ERROR)
+    sets = {k: [run, *(known[k].prepare(layer.weight.detach()) for layer in layers[1:])] for k, run in peers.items()}
     return Case(
         name=f"FP4 linear, {rows} rows, weight {n}x{k}, {_name(dtype)}",
         runs={
             "vblackwell": [partial(run, x) for run, _, x in pairs],
             "eager": [partial(layer, x) for _, layer, x in pairs],
+            **{k: [partial(run, x) for run, x in zip(each, inputs, strict=True)] for k, each in sets.items()},
         },
         flops=2.0 * rows * n * k,
         nbytes=float(packed.nbytes + rows * (n + k) * dtype.itemsize),
         error=_error(ours[0](inputs[0]), exact),
         allowed=2 * _error(plain, exact),
         implementation=implementation[0],
+        absent=absent,
     )
 
 
