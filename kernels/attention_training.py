@@ -65,11 +65,16 @@ def training_case(
     q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], dropout: bool, score_function: str
 ) -> AttentionCase:
     """The case of tensors that may be fake, with hints for symbolic sizes."""
-    shapes = [tuple(map(size_hint, t.shape)) for t in (q, k, v, *captured)]
+
+    def shape(t: Tensor) -> tuple[int, ...]:
+        return tuple(map(size_hint, t.shape))
+
     return AttentionCase(
         q.dtype,
-        *shapes[:3],
-        tuple((shape, t.dtype) for shape, t in zip(shapes[3:], captured, strict=True)),
+        shape(q),
+        shape(k),
+        shape(v),
+        tuple((shape(t), t.dtype) for t in captured),
         dropout,
         score_function,
         needs=(True, True, True, *(t.requires_grad for t in captured)),
