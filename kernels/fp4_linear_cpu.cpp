@@ -4,9 +4,15 @@
 // The caller passes the 256 values of the scale byte, so one code path serves every format.
 
 #include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -17,14 +23,24 @@
 namespace {
 
 constexpr int kGroup = 32;  // elements that are decoded together: two NVFP4 blocks, one MXFP4 block
+constexpr int kLanes = 16;  // elements that one vector operation takes
 constexpr int64_t kRowsEach = 16;
+constexpr int64_t kLeastWork = 1 << 17;  // products that are worth another thread
 constexpr int64_t kAhead = 2048;  // bytes of codes to ask memory for in advance; addresses past the end do no harm
 alignas(64) constexpr float kE2M1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                                          -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
 
+}  // namespace
+
+#if defined(__AVX512F__)
+#include "fp4_linear_cpu_avx512.h"
+#endif
+
+namespace {
+
 // Sixteen floats, and the same operations for each kind of vector: decode() takes 16 bytes of codes and gives the even
-// elements of a group of 32 and the odd ones; two_scales() is `a` in the first eight lanes and `b` in the others;
-// interleave() puts even and odd elements back in order.
+// elements of a group of 32 and the odd ones (AVX2: those of even bytes and those of odd ones); two_scales() is `a` in
+// the first eight lanes and `b` in the others; interleave() puts elements back in order.
 #if defined(__AVX512F__)
 
 struct Lanes {
@@ -59,16 +75,20 @@ struct Lanes {
 };
 inline Lanes zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
 inline Lanes load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
-inline __m256 look_up(__m256i codes) {
-  const __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_load_ps(kE2M1), codes);  // takes the low three bits
-  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
-  return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(sign));
-}
-inline void decode(const uint8_t* p, Lanes& even, Lanes& odd) {
+inline void decode(const uint8_t* p, Lanes& first, Lanes& second) {
+  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0,
+                                                                64, -128, -64));
+  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64,
+                                                                 -64, -64, -64));
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i shifted = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  const __m256i codes = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+  // the upper half of each float, in two bytes
+  const __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
+  const __m256i halves[2] = {_mm256_unpacklo_epi8(lows, highs), _mm256_unpackhi_epi8(lows, highs)};
   for (int i = 0; i < 2; ++i) {
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i)));
-    even.v[i] = look_up(bytes);
-    odd.v[i] = look_up(_mm256_srli_epi32(bytes, 4));
+    first.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(halves[i], 16));
+    second.v[i] = _mm256_castsi256_ps(_mm256_and_si256(halves[i], _mm256_set1_epi32(-65536)));
   }
 }
 inline Lanes two_scales(const float* a, const float* b) { return {{_mm256_broadcast_ss(a), _mm256_broadcast_ss(b)}}; }
@@ -86,13 +106,19 @@ inline float sum(Lanes a) {
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
-inline void interleave(Lanes even, Lanes odd, float* p) {
+inline void interleave(Lanes first, Lanes second, float* p) {
   for (int i = 0; i < 2; ++i) {
-    const __m256 low = _mm256_unpacklo_ps(even.v[i], odd.v[i]), high = _mm256_unpackhi_ps(even.v[i], odd.v[i]);
-    _mm256_storeu_ps(p + 16 * i, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(p + 16 * i + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    const __m256 even = _mm256_permute2f128_ps(first.v[i], second.v[i], 0x20);
+    const __m256 odd = _mm256_permute2f128_ps(first.v[i], second.v[i], 0x31);
+    const __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(even, odd));   // bytes 0, 2 and 1, 3
+    const __m256d high = _mm256_castps_pd(_mm256_unpackhi_ps(even, odd));  // bytes 4, 6 and 5, 7
+    _mm256_storeu_ps(p + 16 * i, _mm256_castpd_ps(_mm256_permute4x64_pd(low, 0xD8)));
+    _mm256_storeu_ps(p + 16 * i + 8, _mm256_castpd_ps(_mm256_permute4x64_pd(high, 0xD8)));
   }
 }
+// Where decode() puts element `i` of a group: `first` has the even bytes, of each eight their low codes and then their
+// high ones.
+constexpr int position(int i) { return i / 2 % 2 * kLanes + i / 16 * 8 + i % 2 * 4 + i / 4 % 4; }
 
 #elif defined(__ARM_NEON)
 
@@ -138,6 +164,7 @@ inline float sum(Lanes a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]
 inline void interleave(Lanes even, Lanes odd, float* p) {
   for (int i = 0; i < 4; ++i) vst2q_f32(p + 8 * i, (float32x4x2_t{{even.v[i], odd.v[i]}}));
 }
+constexpr int position(int i) { return i % 2 * kLanes + i / 2; }  // where decode() puts element `i` of a group
 
 #else
 
@@ -184,6 +211,7 @@ inline void interleave(Lanes even, Lanes odd, float* p) {
     p[2 * i + 1] = odd.v[i];
   }
 }
+constexpr int position(int i) { return i % 2 * kLanes + i / 2; }  // where decode() puts element `i` of a group
 
 #endif
 
@@ -221,25 +249,90 @@ struct Row {
   }
 };
 
-// Sums of R rows of x with one row of the weight; rows of x hold `groups` groups in decoded order.
+#if defined(__AVX512F__)
+
+constexpr int kStep = wide::kStep;  // x is arranged in steps of so many elements, zeros past the end
+constexpr int kFew = 2, kMany = 4;  // rows of the weight in one pass over fewer than four rows of x, or more
+constexpr int position(int i) { return wide::position(i); }
+
+#else
+
+constexpr int kStep = kGroup;
+constexpr int kFew = 1, kMany = 1;
+
+#endif
+
+// Where the elements of a step are, of the first of R rows of x that are multiplied together: vectors of them in turn.
 template <int R>
-void dot_rows(const Weight& w, int64_t row, const float* x, int64_t groups, float* sums) {
+constexpr std::array<int, kStep> kPlaces = [] {
+  std::array<int, kStep> places{};
+  for (int i = 0; i < kStep; ++i) places[i] = position(i) / kLanes * kLanes * R + position(i) % kLanes;
+  return places;
+}();
+
+template <int R, typename T>
+void arrange(const T* x, int64_t k, float* to) {
+  for (int r = 0; r < R; ++r)
+    for (int64_t first = 0; first < k; first += kStep) {
+      const T* from = x + r * k + first;
+      float* step = to + first * R + r * kLanes;
+      const int count = static_cast<int>(std::min<int64_t>(kStep, k - first));
+      for (int i = 0; i < count; ++i) step[kPlaces<R>[i]] = static_cast<float>(from[i]);
+    }
+}
+
+#if defined(__AVX512F__)
+
+// One sum with row `r` of x from the table of scale values: for scales that are NaN or have a sign.
+template <int R>
+float dot_any(const Weight& w, int64_t row, const float* x, int r) {
+  const uint8_t* codes = w.codes + row * w.padded_k / 2;
+  const uint8_t* scales = w.block_scales + row * w.padded_k / w.block;
+  float total = 0.f;
+  for (int64_t first = 0; first < w.padded_k; first += w.block) {
+    float part = 0.f;
+    for (int64_t i = first; i < first + w.block; ++i)
+      part += kE2M1[codes[i / 2] >> i % 2 * 4 & 15] * x[i / kStep * kStep * R + kPlaces<R>[i % kStep] + r * kLanes];
+    total += part * w.scale_values[scales[first / w.block]];
+  }
+  return total;
+}
+
+// sums[i][r] = row `row + i` of the weight times row `r` of x.
+template <int W, int R>
+void dot_rows(const Weight& w, int64_t row, const float* x, float (*sums)[R]) {
+  const uint8_t* codes = w.codes + row * w.padded_k / 2;
+  const uint8_t* scales = w.block_scales + row * w.padded_k / w.block;
+  const auto run = w.block == wide::E4M3::kBlock ? wide::dot<wide::E4M3, W, R> : wide::dot<wide::E8M0, W, R>;
+  const int64_t ahead = std::clamp(W * w.padded_k / 2, kAhead, 4 * kAhead);  // the next rows, or what the row has next
+  const bool ordinary = run(codes, scales, w.padded_k, x, ahead, sums);
+  for (int i = 0; i < W; ++i)
+    for (int r = 0; r < R; ++r) {
+      if (!ordinary) sums[i][r] = dot_any<R>(w, row + i, x, r);
+      sums[i][r] *= w.row_scale[row + i];
+    }
+}
+
+#else
+
+// sums[0][r] = row `row` of the weight times row `r` of x.
+template <int W, int R>
+void dot_rows(const Weight& w, int64_t row, const float* x, float (*sums)[R]) {
   const Row weight(w, row);
-  const int64_t whole = w.padded_k / kGroup, x_stride = groups * kGroup;
+  const int64_t whole = w.padded_k / kGroup, groups = (w.padded_k + kGroup - 1) / kGroup;
   Lanes even_sum[R], odd_sum[R];
   for (int r = 0; r < R; ++r) even_sum[r] = odd_sum[r] = zero();
   auto add = [&](int64_t g, Lanes scale, Lanes even, Lanes odd) {
+    const float* at = x + g * kGroup * R;
     if constexpr (R == 1) {
-      const float* at = x + g * kGroup;
       Lanes& total = g % 2 ? odd_sum[0] : even_sum[0];
-      total = add_product(total, scale, add_product(multiply(even, load(at)), odd, load(at + kGroup / 2)));
+      total = add_product(total, scale, add_product(multiply(even, load(at)), odd, load(at + kLanes)));
     } else {
       even = multiply(even, scale);
       odd = multiply(odd, scale);
       for (int r = 0; r < R; ++r) {
-        const float* at = x + r * x_stride + g * kGroup;
-        even_sum[r] = add_product(even_sum[r], even, load(at));
-        odd_sum[r] = add_product(odd_sum[r], odd, load(at + kGroup / 2));
+        even_sum[r] = add_product(even_sum[r], even, load(at + r * kLanes));
+        odd_sum[r] = add_product(odd_sum[r], odd, load(at + (R + r) * kLanes));
       }
     }
   };
@@ -257,7 +350,55 @@ void dot_rows(const Weight& w, int64_t row, const float* x, int64_t groups, floa
     const Lanes scale = g < whole ? weight.group(g, even, odd) : weight.half_group(g, even, odd);
     add(g, scale, even, odd);
   }
-  for (int r = 0; r < R; ++r) sums[r] = (sum(even_sum[r]) + sum(odd_sum[r])) * w.row_scale[row];
+  for (int r = 0; r < R; ++r) sums[0][r] = (sum(even_sum[r]) + sum(odd_sum[r])) * w.row_scale[row];
+}
+
+#endif
+
+// Calls run.operator()<R>(first) for rows `first` to `first + R` of x until all `m` are done.
+template <typename F>
+void in_parts(int64_t m, const F& run) {
+  int64_t first = 0;
+  for (; first + 4 <= m; first += 4) run.template operator()<4>(first);
+  if (m - first >= 2) {
+    run.template operator()<2>(first);
+    first += 2;
+  }
+  if (first < m) run.template operator()<1>(first);
+}
+
+// As many rows of the weight as make whole parts of W, from `row` to `end`, with all rows of x; gives the first row left.
+template <int W, typename T>
+int64_t product_rows(const Weight& w, int64_t row, int64_t end, const float* x, int64_t stride, const T* bias, T* y,
+                     int64_t m) {
+  for (; row + W <= end; row += W)
+    in_parts(m, [&]<int R>(int64_t first) {
+      float sums[W][R];
+      dot_rows<W, R>(w, row, x + first * stride, sums);
+      for (int i = 0; i < W; ++i)
+        for (int r = 0; r < R; ++r)
+          y[(first + r) * w.n + row + i] = static_cast<T>(sums[i][r] + (bias ? static_cast<float>(bias[row + i]) : 0.f));
+    });
+  return row;
+}
+
+template <typename T>
+void product(const Weight& w, const T* x, const T* bias, T* y, int64_t m, int64_t k) {
+  const int64_t stride = (w.padded_k + kStep - 1) / kStep * kStep;
+  std::vector<float> buffer(m * stride + kLanes);
+  float* arranged = buffer.data() + (-(reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float)) & (kLanes - 1));
+  in_parts(m, [&]<int R>(int64_t first) { arrange<R>(x + first * k, k, arranged + first * stride); });
+  // Each thread takes the next rows when it is done: cores are not all as fast, nor all free.
+  std::atomic<int64_t> next{0};
+  const int64_t useful = w.n * w.padded_k * m / kLeastWork + 1;
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), useful), 1, [&](int64_t, int64_t) {
+    for (int64_t row; (row = next.fetch_add(kRowsEach)) < w.n;) {
+      const int64_t end = std::min(row + kRowsEach, w.n);
+      if (m >= 4) row = product_rows<kMany>(w, row, end, arranged, stride, bias, y, m);
+      row = product_rows<kFew>(w, row, end, arranged, stride, bias, y, m);
+      product_rows<1>(w, row, end, arranged, stride, bias, y, m);
+    }
+  });
 }
 
 inline uint16_t to_bfloat16(float value) {  // finite values, ties to even
@@ -296,34 +437,21 @@ void dequantize(const Weight& w, T* out, int64_t k) {
 
 extern "C" {
 
-// y [m, n] = x @ weight.T + bias. x has m rows of ceil(padded_k / 32) groups: its even columns, then its odd ones, zeros
-// past the end. bias may be null. All float32.
-void vblackwell_fp4_product(const float* x, const uint8_t* codes, const uint8_t* block_scales, const float* row_scale,
-                            const float* scale_values, const float* bias, float* y, int64_t m, int64_t n,
-                            int64_t padded_k, int64_t block) {
+// y [m, n] = x [m, k] @ weight.T + bias, summed in float32. x, bias and y are float32 (type 0), bfloat16 (1) or float16
+// (2); bias may be null. `block` is 16 for E4M3 scales and 32 for E8M0.
+void vblackwell_fp4_product(const void* x, const uint8_t* codes, const uint8_t* block_scales, const float* row_scale,
+                            const float* scale_values, const void* bias, void* y, int64_t type, int64_t m, int64_t n,
+                            int64_t k, int64_t padded_k, int64_t block) {
   const Weight w{codes, block_scales, row_scale, scale_values, n, padded_k, block};
-  const int64_t groups = (padded_k + kGroup - 1) / kGroup;
-  at::parallel_for(0, n, kRowsEach, [&](int64_t begin, int64_t end) {
-    float sums[4];
-    for (int64_t row = begin; row < end; ++row) {
-      const float add = bias ? bias[row] : 0.f;
-      for (int64_t i = 0; i < m;) {
-        const float* at = x + i * groups * kGroup;
-        int taken = 1;
-        if (m - i >= 4) {
-          dot_rows<4>(w, row, at, groups, sums);
-          taken = 4;
-        } else if (m - i >= 2) {
-          dot_rows<2>(w, row, at, groups, sums);
-          taken = 2;
-        } else {
-          dot_rows<1>(w, row, at, groups, sums);
-        }
-        for (int r = 0; r < taken; ++r) y[(i + r) * n + row] = sums[r] + add;
-        i += taken;
-      }
-    }
-  });
+  auto run = [&]<typename T>(T*) {
+    product(w, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), m, k);
+  };
+  if (type == 0)
+    run(static_cast<float*>(nullptr));
+  else if (type == 1)
+    run(static_cast<c10::BFloat16*>(nullptr));
+  else
+    run(static_cast<c10::Half*>(nullptr));
 }
 
 // out [n, k] = the weight in float32, or in bfloat16 where `half` is not zero.

@@ -24,12 +24,13 @@ from vbcompile.kernels.registry import Implementation, operator
 
 log = logging.getLogger(__name__)
 MOST_ROWS = 64  # of x; beyond, decoding once and PyTorch's product is faster
-_GROUP = 32
+_SOURCES = ("fp4_linear_cpu.cpp", "fp4_linear_cpu_avx512.h")
+_THREADS = ("-fopenmp",)  # without it PyTorch's parallel loops run on one thread
 _FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # their numbers in the C++ source
 
 
 class Unavailable(RuntimeError):
@@ -59,46 +60,58 @@ def library() -> ctypes.CDLL:
     Raises:
         Unavailable: no compiler, no build tool, or the compiler failed.
     """
-    source = (resources.files("vbcompile.kernels") / "fp4_linear_cpu.cpp").read_text()
+    sources = {name: (resources.files("vbcompile.kernels") / name).read_text() for name in _SOURCES}
     if reason := _no_compiler():
         raise Unavailable(reason)
     compiler = os.environ.get("CXX", "c++")
     flags = compile_flags()
-    key = hashlib.sha256("\0".join((source, torch.__version__, compiler, *flags)).encode()).hexdigest()[:16]
+    parts = (*sources.values(), torch.__version__, compiler, *flags, *_THREADS)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = cache_folder() / f"fp4_linear_cpu_{key}"
     try:
-        path = _build(source, folder, key, flags)
+        path = _build(sources, folder, key, flags)
         return _declare(ctypes.CDLL(str(path)))
     except (OSError, RuntimeError) as error:
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise Unavailable(f"compiling it in {folder} failed: {last}") from error
 
 
-def _build(source: str, folder: Path, key: str, flags: tuple[str, ...]) -> Path:
+def _build(sources: dict[str, str], folder: Path, key: str, flags: tuple[str, ...]) -> Path:
     name = f"vblackwell_fp4_{key}"
     path = folder / f"{name}.so"
     if path.exists():
         return path
-    from torch.utils.cpp_extension import load
-
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / f"build_{os.getpid()}"
     own.mkdir(exist_ok=True)
     try:
-        text = own / "fp4_linear_cpu.cpp"
-        text.write_text(source)
+        for file, text in sources.items():
+            (own / file).write_text(text)
         log.info("compiling the FP4 kernels for this CPU into %s", folder)
-        built = load(name, [str(text)], extra_cflags=[*flags], build_directory=str(own), is_python_module=False)
-        found = Path(built) if isinstance(built, str) else own / f"{name}.so"
-        os.replace(found, path)  # in one step: other processes see all of it or nothing
+        try:
+            built = _compile(name, own, flags, _THREADS)
+        except RuntimeError as error:  # Apple's compiler has no OpenMP
+            log.info("not with OpenMP, so on one thread: %s", str(error).strip().splitlines()[-1:])
+            built = _compile(name, own, flags, ())
+        os.replace(built, path)  # in one step: other processes see all of it or nothing
     finally:
         shutil.rmtree(own, ignore_errors=True)
     return path
 
 
+def _compile(name: str, folder: Path, flags: tuple[str, ...], threads: tuple[str, ...]) -> Path:
+    from torch.utils.cpp_extension import load
+
+    built = load(
+        name, [str(folder / _SOURCES[0])], extra_cflags=[*flags, *threads], extra_ldflags=[*threads],
+        build_directory=str(folder), is_python_module=False,
+    )  # fmt: skip
+    return Path(built) if isinstance(built, str) else folder / f"{name}.so"
+
+
 def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    kernels.vblackwell_fp4_product.argtypes = [pointer] * 7 + [size] * 4
+    kernels.vblackwell_fp4_product.argtypes = [pointer] * 7 + [size] * 6
     kernels.vblackwell_fp4_product.restype = None
     kernels.vblackwell_fp4_dequantize.argtypes = [pointer] * 5 + [size] * 5
     kernels.vblackwell_fp4_dequantize.restype = None
@@ -126,21 +139,16 @@ def product(
     layout: str,
 ) -> Tensor:  # fmt: skip
     """``x [..., k] @ weight.T + bias`` for a few rows, summed in float32; the weight in the plain layout."""
-    padded_k, n = codes.shape[1] * 2, row_scale.shape[0]
-    rows = x.reshape(-1, k).float()
-    if k % _GROUP:
-        rows = F.pad(rows, (0, -k % _GROUP))
-    # even columns of each group, then odd ones: the order in which a byte's two codes decode
-    rows = rows.view(rows.shape[0], -1, _GROUP // 2, 2).transpose(2, 3).contiguous()
-    out = torch.empty(rows.shape[0], n)
-    added = None if bias is None else bias.float().contiguous()
+    rows, n = x.reshape(-1, k).contiguous(), row_scale.shape[0]
+    out = torch.empty(rows.shape[0], n, dtype=x.dtype)
+    added = None if bias is None else bias.to(x.dtype).contiguous()
     codes, block_scales, row_scale = codes.contiguous(), block_scales.contiguous(), row_scale.contiguous()
     library().vblackwell_fp4_product(
         rows.data_ptr(), codes.data_ptr(), block_scales.data_ptr(), row_scale.data_ptr(),
         _scale_values(format_name).data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
-        rows.shape[0], n, padded_k, fp4_format(format_name).block_size,
+        _DTYPES.index(x.dtype), rows.shape[0], n, k, codes.shape[1] * 2, fp4_format(format_name).block_size,
     )  # fmt: skip
-    return out.to(x.dtype).view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], n)
 
 
 def dequantize(
@@ -177,7 +185,7 @@ def dequantize_backward(
 # ------------------------------------------------------------------------------------------------------ implementations
 # Milliseconds for 4096 x 4096 on one core with AVX-512 (and AMX, which PyTorch uses for bfloat16); costs are in units
 # of PyTorch's product of the same shape, so only the ratios matter.
-_ROW, _FEWEST = 1.2, 1.0  # one row of x in our product, and its floor
+_WEIGHT, _ROW = 0.5, 0.45  # our product: decoding, and each row of x
 _DECODE = {torch.bfloat16: 40.0, torch.float32: 80.0, torch.float16: 100.0}
 _DENSE = {torch.bfloat16: (2.7, 0.1), torch.float32: (6.5, 1.6), torch.float16: (6.5, 1.6)}  # floor, and one row
 
@@ -188,7 +196,7 @@ def _dense(case: Fp4LinearCase) -> float:
 
 
 def _product_cost(target: Target, case: Fp4LinearCase) -> float:
-    return max(_FEWEST, _ROW * case.m) / _dense(case)
+    return (_WEIGHT + _ROW * case.m) / _dense(case)
 
 
 def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import fp4_linear_cpu, fp4_linear_triton
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
+from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import LAYOUTS, dequantize_weight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_linear import choose, fp4_linear, fp4_linear_backward, fp4_linear_reference, make_case
 from vbcompile.kernels.fp4_linear_few import product_few
@@ -108,6 +109,60 @@ def test_cpu_decoding_is_exact(dtype, format_name):
     w = weight(37, 208 if format_name == "nvfp4" else 224, format_name)
     got = fp4_linear_cpu.dequantize(*w.tensors, w.k, format_name, dtype)
     assert torch.equal(got, decoded(w, torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_cpu_product_of_every_code_and_scale_is_exact(format_name):
+    """Rows of the unit matrix read the weight out; scales that are NaN or have a sign are no special case."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    block = fp4_format(format_name).block_size
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 512 // block)
+    if format_name == "mxfp4":
+        scales[253:255] = 252  # six times the two largest are infinite in float32
+    packed = PackedWeight(codes, scales, torch.ones(1), format_name, (256, 512))
+    got = fp4_linear_cpu.product(torch.eye(512), codes, scales, torch.ones(256), None, 512, format_name, "plain")
+    torch.testing.assert_close(got.T, dequantize(packed), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_cpu_product_of_every_remainder(format_name):
+    """Ends of a row at each block of a vector's step, even and odd numbers of rows of both operands."""
+    block = fp4_format(format_name).block_size
+    rows = zip(itertools.cycle((1, 2, 3, 5)), itertools.cycle((33, 34, 61)), strict=False)
+    for k, (m, n) in zip(range(block, 640, block), rows, strict=False):
+        columns = max(block, k - k % 3)
+        w, x = weight(n, columns, format_name), torch.randn(m, columns)
+        check_error(fp4_linear_cpu.product(x, *w.tensors, None, w.k, format_name, "plain"), x, w, None)
+
+
+def test_cpu_product_runs_on_every_thread_and_gives_the_same_bits():
+    script = (
+        "import os, torch; from vbcompile.kernels import fp4_linear_cpu as c; torch.set_num_threads(1);"
+        "codes, scales = torch.arange(999 * 256).view(999, 256).byte(), torch.full((999, 32), 40).byte();"
+        "run = lambda: c.product(torch.ones(1, 512), codes, scales, torch.ones(999), None, 512, 'nvfp4', 'plain');"
+        "one = run(); before = len(os.listdir('/proc/self/task')); torch.set_num_threads(3);"
+        "assert torch.equal(one, run()); print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) == 2
+
+
+@pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma")])
+def test_cpu_kernels_of_lesser_processors(monkeypatch, tmp_path, flags):
+    """Plain C++ and AVX2, and a compiler without OpenMP."""
+    if flags and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("needs AVX2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fp4_linear_cpu, "_THREADS", ("--no-such-flag",))
+    monkeypatch.setattr(fp4_linear_cpu, "compile_flags", lambda: ("-O1", "-std=c++20", *flags))
+    kernels = fp4_linear_cpu.library.__wrapped__()
+    monkeypatch.setattr(fp4_linear_cpu, "library", lambda: kernels)
+    for format_name in FORMATS:
+        test_cpu_product_of_every_code_and_scale_is_exact(format_name)
+        test_cpu_product_of_every_remainder(format_name)
+        for dtype in DTYPES:
+            test_cpu_decoding_is_exact(dtype, format_name)
 
 
 def test_cpu_kernels_say_why_they_cannot_run(monkeypatch, tmp_path):

@@ -33,8 +33,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     ):
         for path in (ROOT / folder).glob("*.py"):
             assert f"{inside}/{path.name}" in names
-    for path in (ROOT / "kernels").glob("tuned/*.json"):
-        assert f"vbcompile/kernels/tuned/{path.name}" in names
+    for path in (*(ROOT / "kernels").glob("tuned/*.json"), *(ROOT / "kernels").glob("*.[ch]*")):
+        assert f"vbcompile/kernels/{path.relative_to(ROOT / 'kernels')}" in names
     assert "vbcompile/py.typed" in names
     assert all(name.startswith(("vbcompile/", "vbcompile-")) for name in names)
 
