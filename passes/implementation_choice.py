@@ -77,9 +77,9 @@ def _in_training(node: fx.Node, target: Target) -> Choice | None:
         return None
     arguments: tuple[Any, ...] = node.args
     q, k, v, captured, _, dropout_p, _, function = arguments
-    values = [t.meta["example_value"] for t in (q, k, v, *captured)]
+    q, k, v, *captured = (t.meta["example_value"] for t in (q, k, v, *captured))
     dropout = isinstance(dropout_p, fx.Node) or dropout_p > 0
-    return operator("attention_training").choose(target, training_case(*values[:3], values[3:], dropout, function))
+    return operator("attention_training").choose(target, training_case(q, k, v, captured, dropout, function))
 
 
 def _case(node: fx.Node) -> AttentionCase | None:

@@ -121,8 +121,8 @@ def run_all(forms: tuple[str, ...]) -> list[str]:
     with intel_gpu(OpenClDriver()) as target:
         for number, name in enumerate(forms):
             wrong += _compare_attention(name, torch.float32)
-            if not number:  # the runtime takes minutes to compile what it has no instructions for
-                wrong += _compare_attention(name, torch.bfloat16)
+            if not number:  # in bfloat16 the runtime compiles for minutes: processors have no instructions for it
+                wrong += _compare_attention(name, torch.float16)
         for kind in FORMATS:
             for rows in (1, 40):
                 wrong += _compare_product(target, kind, rows)
