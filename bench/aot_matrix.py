@@ -1,14 +1,17 @@
 """Every shipped Triton kernel, compiled ahead of time for every target: registers, spills, shared memory, instructions.
 
-    python bench/aot_matrix.py [--jobs N] [--arch ARCH ...]
+    python bench/aot_matrix.py [--jobs N] [--arch ARCH ...] [--family FAMILY ...]
 
-Needs no GPU. Writes bench/results/aot_matrix.json; docs/targets.md is made from it by bench/readme_tables.py.
+Needs no GPU. Writes bench/results/aot_matrix.json; docs/targets.md is made from it by bench/readme_tables.py. With
+``--family`` the rows of other families stay as an earlier run left them.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,12 @@ import record  # noqa: E402
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 ATTENTION = [(128, "bfloat16"), (64, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")]
 FP4_ROWS = (1, 16, 64, 256)
-MARKS = ("wgmma", "cp.async.bulk.tensor", "tcgen05", "mma.sync", "v_mfma_scale", "v_mfma", "v_wmma")
+FP4_NATIVE = {"sm_100": ("nvfp4", "mxfp4"), "sm_120": ("nvfp4", "mxfp4"), "gfx950": ("mxfp4", "mxfp4, bf16 x")}
+MARKS = (
+    "wgmma", "cp.async.bulk.tensor", "tcgen05", "kind::mxf4nvf4", "kind::mxf4.", "mma.sync", "v_mfma_scale",
+    "v_cvt_scalef32_pk", "v_mfma", "v_wmma",
+)  # fmt: skip
+FAMILIES = ("attention", "fp4_linear", "fp4_native")
 
 
 def compile_one(job: tuple[str, str, int, Any]) -> list[dict[str, Any]]:
@@ -29,7 +37,8 @@ def compile_one(job: tuple[str, str, int, Any]) -> list[dict[str, Any]]:
     from triton_aot import compile_launch
 
     family, arch, size, kind = job
-    launches, refused = _attention(arch, size, kind) if family == "attention" else _fp4(arch, size, kind)
+    make = {"attention": _attention, "fp4_linear": _fp4, "fp4_native": _fp4_native}[family]
+    launches, refused = make(arch, size, kind)
     same = {"family": family, "arch": arch, "size": size, "kind": kind}
     rows = [{**same, "kernel": name, "refused": reason} for name, reason in refused.items()]
     for launch in launches:
@@ -71,13 +80,36 @@ def _fp4(arch: str, rows: int, format_name: str) -> tuple[list[Any], dict[str, s
     return [product_launch(arch, rows, torch.bfloat16, format_name)], {}
 
 
+def _fp4_native(arch: str, rows: int, kind: str) -> tuple[list[Any], dict[str, str]]:
+    from test_fp4_native import native_launch
+
+    format_name, _, x = kind.partition(", ")
+    return [native_launch(arch, rows, format_name, "bf16" if x else "e2m1")], {}
+
+
+def jobs_of(architectures: Sequence[str]) -> list[tuple[str, str, int, Any]]:
+    """Every kernel with its sizes and types."""
+    jobs: list[tuple[str, str, int, Any]] = []
+    jobs += [("attention", arch, size, kind) for arch in architectures for size, kind in ATTENTION]
+    jobs += [("fp4_linear", arch, m, kind) for arch in architectures for m in FP4_ROWS for kind in ("nvfp4", "mxfp4")]
+    native = [arch for arch in architectures if arch in FP4_NATIVE]
+    return jobs + [("fp4_native", arch, m, kind) for arch in native for m in FP4_ROWS for kind in FP4_NATIVE[arch]]
+
+
+def earlier_rows(families: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of an earlier run that are not of these families."""
+    path = record.folder() / "aot_matrix.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["family"] not in families]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--family", nargs="+", default=FAMILIES, choices=FAMILIES)
     options = parser.parse_args()
-    jobs = [("attention", arch, size, kind) for arch in options.arch for size, kind in ATTENTION]
-    jobs += [("fp4_linear", arch, m, kind) for arch in options.arch for m in FP4_ROWS for kind in ("nvfp4", "mxfp4")]
+    jobs = [job for job in jobs_of(options.arch) if job[0] in options.family]
     start, rows = time.perf_counter(), []
     with ProcessPoolExecutor(options.jobs) as pool:
         for found in pool.map(compile_one, jobs):
@@ -89,7 +121,7 @@ def main() -> int:
     failed, refused = (sum(what in row for row in rows) for what in ("error", "refused"))
     seconds = time.perf_counter() - start
     print(f"{len(rows) - failed - refused} compiled, {refused} refused, {failed} failed in {seconds:.0f} s")
-    print(record.write("aot_matrix", rows))
+    print(record.write("aot_matrix", sorted(earlier_rows(options.family) + rows, key=lambda row: row["family"])))
     return int(failed > 0)
 
 

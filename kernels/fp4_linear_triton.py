@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
-from vbcompile.kernels.fp4_epilogue import epilogue_options, function_of, out_features
+from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_tuning import tuned_config
@@ -124,8 +124,8 @@ def _splits(tiles: int, steps: int, multiprocessors: int, config: TileConfig) ->
 
 
 def room_for(config: TileConfig, epilogue: str) -> TileConfig:
-    """A tile whose sums leave registers for the error function."""
-    return replace(config, block_m=128) if function_of(epilogue) == "gelu" and config.block_m > 128 else config
+    """A tile whose sums leave registers for the epilogue."""
+    return replace(config, block_m=128) if epilogue != "none" and config.block_m > 128 else config
 
 
 # ------------------------------------------------------------------------------------------------------------ launches

@@ -180,9 +180,12 @@ def product(
     return out.view(*x.shape[:-1], out.shape[1])
 
 
-def product_fp4(*arguments: Any, epilogue: str = "none") -> Tensor:
+def product_fp4(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, epilogue: str = "none",
+) -> Tensor:  # fmt: skip
     """:func:`product` with x rounded to FP4."""
-    return product(*arguments, rounded=True, epilogue=epilogue)
+    return product(x, codes, block_scales, row_scale, bias, k, format_name, layout, True, epilogue)
 
 
 # ------------------------------------------------------------------------------------------------------ implementations

@@ -300,8 +300,8 @@ class _Fp4Pass:
                 x.meta["example_value"] = value_of(first.x).to(dtype)
             epilogue, gate = group[0].epilogue, group[0].key.gate
             bias = in_turns(self.graph, shared_bias(self.graph, sites), gate)
-            arguments = (linear.k, linear.format_name, linear.layout, self.config.fp4_activations)
-            arguments += () if epilogue is None else (epilogue.name,)
+            arguments = [linear.k, linear.format_name, linear.layout, self.config.fp4_activations]
+            arguments += [] if epilogue is None else [epilogue.name]
             new = self.graph.call_function(
                 torch.ops.vblackwell.fp4_linear.default, (x, *packing.nodes, bias, *arguments)
             )

@@ -21,7 +21,7 @@ from vbcompile.kernels.fp4_epilogue import TURN, gated
 from vbcompile.passes.fp4_sites import LinearSite
 from vbcompile.passes.graph_ops import call_of, value_of
 
-_FUNCTIONS = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
+_FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def _cuts_in_half(node: fx.Node, width: int) -> bool:
     if arguments.get("dim", 0) not in (-1, getattr(value_of(node.args[0]), "ndim", 0) - 1):
         return False
     if call == "chunk":
-        return size == 2
-    half = width // 2
-    return call == "split" and width % 2 == 0 and (size == half or size in ((half, half), [half, half]))
+        return isinstance(size, int) and size == 2
+    sizes = [size] * (width // size) if isinstance(size, int) and size > 0 else size
+    return call == "split" and isinstance(sizes, (list, tuple)) and list(sizes) == [width // 2] * 2
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -118,7 +118,7 @@ def _function(node: fx.Node, source: fx.Node) -> str | None:
         return None
     if node.op == "call_method":
         return "relu" if node.target in ("relu", "relu_") else None
-    name = _FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
+    name = _FUNCTIONS.get(node.target) if callable(node.target) else None
     if name != "gelu":
         return name
     approximate = node.args[1] if len(node.args) > 1 else node.kwargs.get("approximate", "none")

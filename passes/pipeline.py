@@ -92,8 +92,8 @@ _OWN_KERNELS = {
 
 def _missing_kernels(target: Target, operator: str) -> str | None:
     """Why no kernel for an operator runs on a target, from the implementations made for it; None where one does."""
-    found = [(how, reason) for name, how, reason in describe(target) if name == operator]
-    rows = [(how, reason) for how, reason in found if not how.startswith("reference")]
+    rows = [(how, reason) for name, how, reason in describe(target) if name == operator]
+    rows = [row for row in rows if not row[0].startswith("reference")]
     if any(not reason for _, reason in rows):
         return None
     own = _OWN_KERNELS[target.vendor]

@@ -12,6 +12,7 @@ from fp4_compiling import Feed, compiled
 from triton_aot import Launch, compile_launch
 
 from vbcompile.device_catalog import catalog_target
+from vbcompile.explainer import explain
 from vbcompile.kernels import fp4_native, fp4_quantize
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_layout import to_layout
@@ -126,6 +127,15 @@ def test_the_pass_takes_the_option(reports):
         torch._dynamo.reset()
         assert torch.equal(got, compiled(model)(x))  # a CPU has no FP4 products
     assert reports[0].count("rewritten", "fp4") == 3
+
+
+@pytest.mark.parametrize(("arch", "name"), [("sm_100", "native"), ("sm_120", "native"), ("sm_90", "hopper")])
+def test_explain_names_what_would_run(arch, name):
+    model, x = Feed(256, 512).requires_grad_(False).bfloat16(), torch.randn(256, 256, dtype=torch.bfloat16)
+    options = {"mode": "speed", "strict": True, "fp4_activations": "fp4"}
+    found = explain(model, x, options=options, as_device=arch).to_dict()
+    text = [d["implementation"] for g in found["graphs"] for d in g["decisions"] if d["pass_name"] == "fp4"]
+    assert len(text) == 3 and all(t.startswith(f"{name} ") for t in text), text
 
 
 # ------------------------------------------------------------------------------------------------------------- numerics
