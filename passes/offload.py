@@ -17,6 +17,7 @@ from vbcompile.handles_payload import Payload
 from vbcompile.handles_store import Part, WeightStore, store_of
 from vbcompile.passes.fp4_sites import weight_inputs
 from vbcompile.passes.graph_ops import describe_site, value_of
+from vbcompile.passes.implementation_choice import name_implementations
 from vbcompile.passes.offload_costs import Rates, bytes_of, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
 from vbcompile.passes.offload_inputs import describe, missing_sizes, plain_fake
@@ -108,6 +109,7 @@ class StreamedGraph:
         self.arguments, self.training = len(twins), context.training
         self.packer = Packer(self.graph, self.weights, self.fakes, self.fake_mode, store, context)
         self.packed = self.packer.run()
+        name_implementations(self.graph, context.implementations)
         self.parts = self.packer.parts
         sizes = {payload: payload.nbytes for payload in self.weights.values()}
         largest = largest_segment([*sizes.values()])

@@ -167,6 +167,8 @@ class Packer:
         rows, key = candidate.rows, candidate.key
         case = make_case(candidate.dtype, rows or 1, candidate.n, candidate.k, key.format_name, key.layout)
         choice = choose(self.context.target, case)
+        if choice.asked:
+            return None
         if choice.implementation.name == "reference":
             return f"no kernel for this case: {choice.explain()}"
         cost = choice.implementation.cost(self.context.target, case)
