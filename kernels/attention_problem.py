@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import get_target
+from vbcompile.kernels.attention_case import lead_shape
 from vbcompile.kernels.attention_layout import RowView, broadcast_strides, pad_lead, row_view, tile_strides
 from vbcompile.kernels.attention_program import TileProgram, compile_program
 from vbcompile.kernels.attention_tuning import TileConfig, tile_config
@@ -220,7 +221,7 @@ def describe(
     wanted: tuple[int, ...] = (),
 ) -> Problem:
     """Analyse a call; ``wanted``: numbers of the captured tensors whose gradient is wanted."""
-    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v, *captured)))
+    lead = lead_shape(q, k, v, captured)
     precise = q.dtype == torch.float32
     patterns = tuple(map(CapturedPattern.of, captured))
     program = compile_program(with_padded_lead(function, len(lead)), patterns, precise, wanted)

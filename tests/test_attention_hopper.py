@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from attention_compare import compare, compare_forward
-from attention_forms import make_forms
+from attention_forms import causal, make_forms, make_function, softcap
 
 from vbcompile.device import get_target
 from vbcompile.kernels import attention_gpu, attention_problem
@@ -112,6 +112,40 @@ def test_cubic_of_exp2_is_close():
     source = (Path(hopper.__file__).parent / "attention_hopper_tiles.py").read_text()
     for constant in (0.055171654, 0.24261113, 0.69326097, 0.99992806, 12582912.0, -125.0):
         assert f"0f{np.float32(constant).view(np.uint32):08X}" in source
+
+
+# ------------------------------------------------------------------------------------------- capped scores, masks
+def test_polynomial_of_tanh_is_close():
+    from vbcompile.kernels import attention_hopper_tiles as tiles
+
+    limit, a, b, c = (x.value for x in (tiles.TANH_LIMIT, tiles.TANH_A, tiles.TANH_B, tiles.TANH_C))
+    u = np.linspace(-limit, limit, 10_001)[:5000]
+    square = u * u
+    assert np.max(np.abs(u * (a + square * (b + square * c)) / np.tanh(u) - 1)) < 2.3e-4  # half of the instruction's
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [("softcap", torch.bfloat16, 0.0), ("softcap", torch.float16, None), ("bias", torch.bfloat16, None)],
+)
+def test_capped_scores_are_recognised(name, dtype, expected):
+    (q, k, _), captured = make_forms(256, 512, 64, 64)[name].inputs(dtype)
+    call = describe_call(q, k, captured, (2, 2), 0.1, make_forms(256, 512, 64, 64)[name].function)
+    assert call.program.cap == expected
+
+
+def test_weights_of_capped_scores_fit_the_range():
+    caps = [compile_hopper(make_function(softcap(c)), (), True, False, False).cap for c in (30.0, 50.0, 51.0)]
+    assert caps[0] == 0.0 and 0 < caps[1] < 60 and caps[2] is None
+
+
+def test_keys_of_a_lane_below_a_bound():
+    """The bit pattern of ``bits_below``: a lane holds keys ``8 a + c`` after its first one."""
+    numbers = [8 * (n // 2) + n % 2 for n in range(32)]
+    for bound in range(-20, 150):
+        count = max(2 * (bound >> 3) + min(bound & 7, 2), 0)
+        bits = (1 << 32) - 1 if count > 31 else (1 << count) - 1
+        assert [bool(bits >> n & 1) for n in range(32)] == [key < bound for key in numbers]
 
 
 # ------------------------------------------------------------------------------------------- compiled for sm_90a
@@ -465,6 +499,38 @@ def test_gradients_of_score_functions_match_float64(hopper_gpu, name):
     run = (attention_gpu._hopper_forward, attention_gpu._hopper_backward)
     rows = compare(form, torch.bfloat16, range(2), run, with_captured)
     assert not [row for row in rows if not row[1] <= row[2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize("size", [1.0, 8.0, 100.0, -100.0])
+@pytest.mark.parametrize("causal_mask", [False, True])
+def test_capped_scores_of_any_size(hopper_gpu, dim, size, causal_mask):
+    """Scores within the polynomial's limit, partly beyond it, far beyond it, and all of them near the lower bound."""
+    q, k, v = (torch.randn(1, 4, 700, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q = -k.abs() if size < 0 else q * size
+    k = k.abs() * 4 if size < 0 else k
+    function = make_function(softcap(50.0), mask=causal() if causal_mask else None)
+    out, lse = attention_gpu._hopper_forward(q, k, v, [], dim**-0.5, 0.0, None, function.dumps())
+
+    def reference(dtype):
+        logits = 50 * torch.tanh((q.to(dtype) @ k.to(dtype).mT * dim**-0.5) / 50)
+        if causal_mask:
+            logits = logits.masked_fill(torch.ones(700, 700, device="cuda").triu(1).bool(), -math.inf)
+        return logits.softmax(-1) @ v.to(dtype), logits.double().logsumexp(-1)
+
+    (exact, exact_lse), (plain, plain_lse) = reference(torch.float64), reference(torch.bfloat16)
+    assert error(out, exact) <= 2 * error(plain, exact)
+    assert error(lse, exact_lse) <= 2 * error(plain_lse, exact_lse)
+
+
+@pytest.mark.gpu
+def test_nan_key_reaches_its_rows_only_under_a_cap(hopper_gpu):
+    q, k, v = (torch.randn(1, 1, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    k[0, 0, 200] = math.nan
+    function = make_function(softcap(30.0), mask=causal()).dumps()
+    out, _ = attention_gpu._hopper_forward(q, k, v, [], 0.125, 0.0, None, function)
+    assert out[0, 0, 200:].isnan().all() and out[0, 0, :200].isfinite().all()
 
 
 @pytest.mark.gpu
