@@ -20,7 +20,8 @@ from vbcompile.kernels.triton_target import refuses_triton
 
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
-_DIAGONAL_MEMORY_SHARE, _STREAM_MEMORY_SHARE = 0.9, 0.82
+_DIAGONAL_MEMORY_SHARE = 0.9
+_STREAM_MEMORY_SHARE, _STREAM_COMPUTE_SHARE = 0.82, 0.3
 _FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.08
 _HOPPER_SHARE = 0.75
 _HOPPER_FP8_SHARE = 0.6
@@ -111,7 +112,9 @@ def _refuses_stream(target: Target, case: Fp4LinearCase | None) -> str | None:
 
 
 def _stream_cost(target: Target, case: Fp4LinearCase) -> float:
-    return bits_per_weight(case.format_name) / 8 / _STREAM_MEMORY_SHARE / _dense(case.m, 2)
+    stored = bits_per_weight(case.format_name) / 8
+    ours = max(stored / _STREAM_MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _STREAM_COMPUTE_SHARE)
+    return ours / _dense(case.m, 2)
 
 
 def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
