@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-vendors lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/ready
@@ -25,6 +25,12 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Opt-in: our kernels through compilers of Intel's and Ascend's, and the real torch-npu; see docs/vendors/README.md
+test-vendors: setup
+	cd tests && ../$(BIN)/python -m vendors.software_ascend
+	cd tests && ../$(BIN)/python -m vendors.triton_ascend
+	cd tests && ../$(BIN)/python -m vendors.triton_intel
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

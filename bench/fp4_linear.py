@@ -1,7 +1,7 @@
 """The FP4 linear layer on a GPU: checks against float64, a table beside the vendor's product.
 
     python bench/fp4_linear.py check   signal to noise, a compiled model; the rest is in tests/test_fp4_linear.py
-    python bench/fp4_linear.py table   microseconds beside bfloat16
+    python bench/fp4_linear.py table   microseconds beside bfloat16; with --rows others' results of today stay
     python bench/fp4_linear.py cpu     the same on this machine's processor, in milliseconds
 
 Times are those of ``vbcompile tune``: medians of CUDA-graph replays that go round copies of the weight, so that none is
@@ -11,6 +11,7 @@ found in cache. The floor is the packed bytes at the bandwidth that a device-to-
 import argparse
 import copy
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -118,8 +119,21 @@ def table(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
             row |= {"of_floor": floor / row["fp4"], "speedup": row["bf16"] / row["fp4"]}
             rows.append(row)
             print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-        record.write("fp4_linear", rows)
+        record.write("fp4_linear", _in_order(rows + _others(formats, counts)))
     return rows
+
+
+def _others(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
+    """Results of other formats and counts of rows, of the same day, device and versions."""
+    path = record.folder() / "fp4_linear.json"
+    content = json.loads(path.read_text()) if path.exists() else {"environment": None}
+    if content["environment"] != record.environment():
+        return []
+    return [row for row in content["rows"] if row["format"] not in formats or row["m"] not in counts]
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (SHAPES.index((row["n"], row["k"])), row["format"] != "nvfp4", row["m"]))
 
 
 def _choice(target: Any, m: int, n: int, k: int, name: str, activations: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, following, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -195,20 +195,26 @@ def attention(
     dropout_p: float,
     seed: Tensor | None,
     score_function: str,
+    *,
+    implementations: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Run the cheapest implementation that takes this case; see the module's docstring for the meaning.
+
+    Args:
+        implementations: the option of that name, for the gradient too; see :mod:`vbcompile.kernels.registry`.
 
     Raises:
         ValueError: ranks, devices, dtypes or shapes that do not fit together.
     """
     check(q, k, v, captured, dropout_p, seed)
     case = make_case(q, k, v, captured, scale, dropout_p, score_function)
-    choice = operator("attention").choose(get_target(q.device), case)
-    return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
+    with following(implementations):
+        choice = operator("attention").choose(get_target(q.device), case)
+        return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
 
 
 @attention.register_fake
-def _(q, k, v, captured, scale, dropout_p, seed, score_function):
+def _(q, k, v, captured, scale, dropout_p, seed, score_function, *, implementations=""):
     lead = lead_shape(q, k, v, captured)
     out = empty_output(lead, q.shape[-2], v.shape[-1], ScoreFunction.loads(score_function).rows_first, q)
     return out, q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
@@ -229,13 +235,16 @@ def attention_backward(
     seed: Tensor | None,
     score_function: str,
     needs: Sequence[bool],
+    *,
+    implementations: str = "",
 ) -> list[Tensor]:
     """Gradients of ``(q, k, v, *captured)``; an empty tensor where ``needs`` is False."""
     case = make_case(q, k, v, captured, scale, dropout_p, score_function, needs, grad_lse is not None)
-    choice = operator("attention_backward").choose(get_target(q.device), case)
-    grads = choice.implementation.run(
-        grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
-    )
+    with following(implementations):
+        choice = operator("attention_backward").choose(get_target(q.device), case)
+        grads = choice.implementation.run(
+            grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
+        )
     inputs = (q, k, v, *captured)
     found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
     return _apart(found)
@@ -262,14 +271,18 @@ def _like(gradient: Tensor | None, t: Tensor) -> Tensor:
 
 
 @attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+def _(
+    grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs, *,
+    implementations="",
+):  # fmt: skip
     return [
         torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((q, k, v, *captured), needs, strict=True)
     ]
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
     q, k, v, captured, ctx.scale, ctx.dropout_p, seed, ctx.score_function = inputs
+    ctx.implementations = keyword_only_inputs["implementations"]
     ctx.captured_count = len(captured)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *captured, *output, *([] if seed is None else [seed]))
@@ -294,6 +307,7 @@ def _backward(ctx, grad_out, grad_lse):
         seed[0] if seed else None,
         ctx.score_function,
         needs,
+        implementations=ctx.implementations,
     )
     grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *grads[:3], grads[3:], None, None, None, None

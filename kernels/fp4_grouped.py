@@ -61,7 +61,7 @@ def to_grouped_layout(packed: PackedWeight, layout: str) -> LinearWeight:
 @torch.library.custom_op("vblackwell::fp4_grouped_linear", mutates_args=())
 def fp4_grouped_linear(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, ends: Tensor, k: int, format_name: str,
-    layout: str,
+    layout: str, *, implementations: str = "",
 ) -> Tensor:  # fmt: skip
     """Run the cheapest implementation that takes this case; see the module's docstring for the meaning.
 
@@ -70,18 +70,20 @@ def fp4_grouped_linear(
         codes, block_scales: uint8, shaped as the layout says, with an axis E in front.
         row_scale: float32 ``[E, N]``.
         ends: int32 ``[E]``.
+        implementations: the option of that name; see :mod:`vbcompile.kernels.registry`.
 
     Raises:
         ValueError: unknown format or layout; shapes, dtypes or devices that do not fit together.
     """
     _check(x, codes, block_scales, row_scale, ends, k, format_name, layout)
-    choice = operator("fp4_grouped_linear").choose(get_target(x.device), _case(x, row_scale, k, format_name, layout))
+    case = _case(x, row_scale, k, format_name, layout)
+    choice = operator("fp4_grouped_linear").choose(get_target(x.device), case, implementations)
     with on_device(x.device):
         return choice.implementation.run(x, codes, block_scales, row_scale, ends, k, format_name, layout).contiguous()
 
 
 @fp4_grouped_linear.register_fake
-def _(x, codes, block_scales, row_scale, ends, k, format_name, layout):
+def _(x, codes, block_scales, row_scale, ends, k, format_name, layout, *, implementations=""):
     return x.new_empty([x.shape[0], row_scale.shape[1]])
 
 
@@ -105,6 +107,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(codes, block_scales, row_scale, ends)
 
 
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    _setup_context(ctx, inputs, output)  # the gradient is one operation, which leaves no choice
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _gradient(fp4_grouped_linear_backward, ctx, grad)
 
@@ -117,7 +123,7 @@ def _gradient(function: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return function(grad, *ctx.saved_tensors, ctx.k, ctx.format_name, ctx.layout), *[None] * 7
 
 
-fp4_grouped_linear.register_autograd(_backward, setup_context=_setup_context)
+fp4_grouped_linear.register_autograd(_backward, setup_context=_setup_forward)
 fp4_grouped_linear_backward.register_autograd(_double_backward, setup_context=_setup_context)
 
 

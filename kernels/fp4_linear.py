@@ -53,9 +53,9 @@ def make_case(
     return Fp4LinearCase(dtype, 1 << (rows - 1).bit_length() if rows else 0, n, k, format_name, layout, activations)
 
 
-def choose(target: Target, case: Fp4LinearCase) -> Choice:
+def choose(target: Target, case: Fp4LinearCase, asked: str = "") -> Choice:
     """The implementation that runs a case on a target."""
-    return operator("fp4_linear").choose(target, case)
+    return operator("fp4_linear").choose(target, case, asked)
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -88,6 +88,8 @@ def fp4_linear(
     layout: str,
     activations: str = "same",
     epilogue: str = "none",
+    *,
+    implementations: str = "",
 ) -> Tensor:
     """Run the cheapest implementation that takes this case; see the module's docstring for the meaning.
 
@@ -102,6 +104,7 @@ def fp4_linear(
         activations: ``same`` multiplies x as it is; ``fp8`` allows implementations that round x and the decoded weight
             to E4M3 with a scale a row (about 0.6 dB of the weight's own error), where that is faster.
         epilogue: one of :data:`vbcompile.kernels.fp4_epilogue.EPILOGUES`; gated ones want the weight's rows in turns.
+        implementations: the option of that name, for the gradient too; see :mod:`vbcompile.kernels.registry`.
 
     Raises:
         ValueError: unknown format, layout or kind of activations; shapes, dtypes or devices that do not fit together.
@@ -112,7 +115,7 @@ def fp4_linear(
     n = row_scale.shape[0]
     check_epilogue(n, epilogue)
     case = make_case(x.dtype, math.prod(x.shape[:-1]), n, k, format_name, layout, activations)
-    chosen = choose(get_target(x.device), case).implementation
+    chosen = choose(get_target(x.device), case, implementations).implementation
     arguments = (x, codes, block_scales, row_scale, bias, k, format_name, layout)
     with on_device(x.device):
         if epilogue == "none":
@@ -132,29 +135,34 @@ def _apply(y: Tensor, epilogue: str) -> Tensor:
 
 
 @fp4_linear.register_fake
-def _(x, codes, block_scales, row_scale, bias, k, format_name, layout, activations="same", epilogue="none"):
+def _(
+    x, codes, block_scales, row_scale, bias, k, format_name, layout, activations="same", epilogue="none", *,
+    implementations="",
+):  # fmt: skip
     return x.new_empty([*x.shape[:-1], out_features(row_scale.shape[0], epilogue)])
 
 
 @torch.library.custom_op("vblackwell::fp4_linear_backward", mutates_args=())
 def fp4_linear_backward(
-    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str
-) -> Tensor:
+    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str,
+    *, implementations: str = "",
+) -> Tensor:  # fmt: skip
     """Gradient with respect to x, ``[..., K]``, of ``grad [..., N]`` through the decoded weight."""
     n = row_scale.shape[0]
     case = make_case(grad.dtype, math.prod(grad.shape[:-1]), n, k, format_name, layout)
-    choice = operator("fp4_linear_backward").choose(get_target(grad.device), case)
+    choice = operator("fp4_linear_backward").choose(get_target(grad.device), case, implementations)
     with on_device(grad.device):
         return choice.implementation.run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
 
 
 @fp4_linear_backward.register_fake
-def _(grad, codes, block_scales, row_scale, k, format_name, layout):
+def _(grad, codes, block_scales, row_scale, k, format_name, layout, *, implementations=""):
     return grad.new_empty([*grad.shape[:-1], k])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     _, codes, block_scales, row_scale, bias, ctx.k, ctx.format_name, ctx.layout, _, epilogue = inputs
+    ctx.implementations = keyword_only_inputs["implementations"]
     if epilogue != "none":
         raise NotImplementedError(f"fp4_linear has no gradient through its epilogue {epilogue}")
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -165,7 +173,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, block_scales, row_scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = fp4_linear_backward(grad, codes, block_scales, row_scale, ctx.k, ctx.format_name, ctx.layout)
+        weight = codes, block_scales, row_scale
+        arguments = ctx.k, ctx.format_name, ctx.layout
+        grad_x = fp4_linear_backward(grad, *weight, *arguments, implementations=ctx.implementations)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
@@ -174,15 +184,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 fp4_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     _, codes, block_scales, row_scale, ctx.k, ctx.format_name, ctx.layout = inputs
+    ctx.implementations = keyword_only_inputs["implementations"]
     ctx.save_for_backward(codes, block_scales, row_scale)
 
 
 def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient is linear in ``grad``, so its own gradient is the product without bias."""
     codes, block_scales, row_scale = ctx.saved_tensors
-    twice = fp4_linear(grad, codes, block_scales, row_scale, None, ctx.k, ctx.format_name, ctx.layout)
+    twice = fp4_linear(
+        grad, codes, block_scales, row_scale, None, ctx.k, ctx.format_name, ctx.layout,
+        implementations=ctx.implementations,
+    )  # fmt: skip
     return twice, None, None, None, None, None, None
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vbcompile.kernels.fp4_epilogue_kernels import activate, gate_rows
+from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
 
 
@@ -65,8 +65,10 @@ def finish(
         counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
             total = tl.zeros_like(total)
-            for part in range(splits):
-                total += tl.load(sums_at + part * size, mask=keep, other=0.0, cache_modifier=".cg")
+            for part in range(0, splits, 4):
+                for i in tl.static_range(4):  # loads of four parts at a time
+                    there = keep & (part + i < splits)
+                    total += tl.load(sums_at + (part + i) * size, mask=there, other=0.0, cache_modifier=".cg")
             _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
             tl.store(counter, 0)
     else:
@@ -90,7 +92,7 @@ def _store(
         total = gate_rows(total, FUNCTION)
         rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
     else:
-        total = activate(total, FUNCTION)
+        total = activation(total, FUNCTION, "quick")
     keep = (rows_n < width)[:, None] & (rows_m < m)[None, :]
     out_at = rows_m.to(tl.int64)[None, :] * width + rows_n[:, None]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=keep)

@@ -3,16 +3,20 @@
 An operator (``attention``) has one meaning and several implementations. Each states its refusals as sentences, so that
 a user who asks why a kernel does not run gets an answer. The reference refuses nothing, so a choice always exists.
 
-Users override the choice with :func:`force` or ``VB_IMPLEMENTATION=attention=triton,attention_backward=reference``.
+Users override the choice of one compile with the option ``implementations``, and of a process with :func:`force` or
+``VB_IMPLEMENTATION=attention=triton,attention_backward=reference``. The option goes with the graph: the calls of its
+operators carry it as text, so it holds in the backward, in other threads and in every cache.
 Other packages add implementations by an entry point in the group ``vbcompile.implementations`` that names a function;
 it is called without arguments when a choice is first asked for, and calls ``operator(name).register(...)``.
 """
 
+import difflib
 import logging
 import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module, metadata
@@ -36,6 +40,7 @@ _FP4_LINEAR = tuple(
 MODULES = {
     "attention": _ATTENTION,
     "attention_backward": _ATTENTION,
+    "attention_training": tuple(f"vbcompile.kernels.{m}" for m in ("attention_training", "vendor_hpu_training")),
     "fp4_linear": _FP4_LINEAR,
     "fp4_linear_backward": _FP4_LINEAR,
     "fp4_grouped_linear": ("vbcompile.kernels.fp4_grouped", "vbcompile.kernels.fp4_grouped_cpu"),
@@ -68,11 +73,13 @@ class Choice:
     Attributes:
         refused: ``(name, reason)`` of those that run on the target but not this case, or not as fast.
         elsewhere: ``(name, reason)`` of those that do not run on the target at all.
+        asked: whether the user named the implementation.
     """
 
     implementation: Implementation
     refused: tuple[tuple[str, str], ...]
     elsewhere: tuple[tuple[str, str], ...] = ()
+    asked: bool = False
 
     def explain(self) -> str:
         """The choice and what was refused on this target, in one line."""
@@ -100,13 +107,17 @@ class Operator:
         self.implementations.append(implementation)
         _choose.cache_clear()
 
-    def choose(self, target: Target, case: Hashable) -> Choice:
+    def choose(self, target: Target, case: Hashable, asked: str = "") -> Choice:
         """The cheapest implementation that takes ``case`` on ``target``, or the forced one; remembered per case.
+
+        Args:
+            asked: the option ``implementations`` of the compile as :func:`as_text` writes it.
 
         Raises:
             ConfigError: the implementation that the user forced does not exist or refuses the case.
         """
-        return _choose(self.name, target, case, forced_implementation(self.name))
+        with following(asked):
+            return _choose(self.name, target, case, forced_implementation(self.name))
 
 
 _OPERATORS = {name: Operator(name) for name in MODULES}
@@ -142,7 +153,49 @@ def force(**implementations: str) -> Iterator[None]:
 
 def forced_implementation(name: str) -> str | None:
     """The implementation that the user wants for an operator, None where the choice is free."""
-    return _forced().get(name)
+    return (_option.get() or {}).get(name) or _forced().get(name)
+
+
+_option: ContextVar[Mapping[str, str] | None] = ContextVar("implementations", default=None)
+
+
+@contextmanager
+def option(implementations: Mapping[str, str]) -> Iterator[None]:
+    """Within it, choices follow the option ``implementations`` of a compile."""
+    token = _option.set(implementations)
+    try:
+        yield
+    finally:
+        _option.reset(token)
+
+
+def check_option(implementations: Mapping[str, str], target: Target) -> None:
+    """Raise ConfigError where the option names no operator, no implementation, or one that the target does not run."""
+    for name, implementation in implementations.items():
+        if name not in _OPERATORS:
+            raise ConfigError(f"option 'implementations': unknown operator {_unknown(name, [*_OPERATORS])}")
+        _OPERATORS[name].load()
+        reason = _named(name, implementation).refuses(target, None)
+        if reason:
+            raise ConfigError(_refusal(name, implementation, reason))
+
+
+def as_text(implementations: Mapping[str, str]) -> str:
+    """The option as calls in a graph carry it, ``attention=triton,attention_backward=reference``."""
+    return ",".join(f"{name}={implementation}" for name, implementation in sorted(implementations.items()))
+
+
+def following(asked: str) -> AbstractContextManager[None]:
+    """:func:`option` from the text that a call in a graph carries; empty: nothing changes."""
+    return option(_pairs(asked)) if asked else _FREE
+
+
+_FREE = nullcontext()
+
+
+@lru_cache(maxsize=256)
+def _pairs(text: str) -> Mapping[str, str]:
+    return dict(part.split("=", 1) for part in text.split(","))
 
 
 @cache
@@ -200,13 +253,28 @@ def _choose(name: str, target: Target, case: Any, forced: str | None) -> Choice:
 
 
 def _forced_choice(name: str, target: Target, case: Any, forced: str) -> Choice:
-    found = {i.name: i for i in _OPERATORS[name].implementations}
-    if forced not in found:
-        raise ConfigError(f"operator {name} has no implementation {forced!r}; it has {', '.join(found)}")
-    reason = found[forced].refuses(target, None) or found[forced].refuses(target, case)
+    chosen = _named(name, forced)
+    reason = chosen.refuses(target, None) or chosen.refuses(target, case)
     if reason:
-        raise ConfigError(f"implementation {forced!r} of {name} was asked for and refuses: {reason}")
-    return Choice(found[forced], tuple((other, "another was asked for") for other in found if other != forced))
+        raise ConfigError(_refusal(name, forced, reason))
+    others = (i.name for i in _OPERATORS[name].implementations if i is not chosen)
+    return Choice(chosen, tuple((other, "another was asked for") for other in others), asked=True)
+
+
+def _named(name: str, wanted: str) -> Implementation:
+    found = {i.name: i for i in _OPERATORS[name].implementations}
+    if wanted not in found:
+        raise ConfigError(f"operator {name} has no implementation {_unknown(wanted, [*found])}")
+    return found[wanted]
+
+
+def _refusal(name: str, wanted: str, reason: str) -> str:
+    return f"implementation {wanted!r} of {name} was asked for and refuses: {reason}"
+
+
+def _unknown(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"{name!r}; valid: {', '.join(valid)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def describe(target: Target) -> list[tuple[str, str, str]]:

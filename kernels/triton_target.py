@@ -9,6 +9,10 @@ import torch
 from vbcompile.device import Target
 
 _OLDEST_NVIDIA = (8, 0)  # asynchronous copies and bfloat16 products
+_NOT_ASCEND = (  # tests/vendors/triton_ascend asks the compilers
+    "Ascend's Triton (triton-ascend 3.2.0) compiles none of our kernels: it knows no tuples of arguments, which "
+    "attention's take, and FP4's fail in its compiler or do not fit the on-chip memory"
+)
 
 
 def interpreted() -> bool:
@@ -26,6 +30,8 @@ def refuses_triton(target: Target) -> str | None:
     """Why no Triton kernel of ours runs on a target, or None."""
     if target.vendor == "cpu" and interpreted():
         return None
+    if target.vendor == "huawei":
+        return _NOT_ASCEND
     if target.vendor not in ("nvidia", "amd", "intel"):
         return f"no Triton for {target.vendor}"
     if "triton" not in target.features:

@@ -1,9 +1,9 @@
 """Attention on Intel Gaudi by the fused operators under ``FusedSDPA``: ``hpu::sdpa_recomp_fwd`` and ``_bwd``.
 
-They are called themselves, not through ``FusedSDPA.apply``: that is an ``autograd.Function`` of its own, which breaks
-graphs and keeps its statistics to itself, while the operator's backward needs nothing but ``lse``. Their arguments have
-no defaults, so each call passes what this release's schema lists, in its order. Masks are additive; queries that share
-a head of keys come as ``[B, groups, heads / groups, S, D]``.
+Inference calls the first; training calls both where ``FusedSDPA.apply`` (:mod:`vbcompile.kernels.vendor_hpu_training`)
+cannot run: the operator's backward needs nothing but ``lse``. Their arguments have no defaults, so each call passes
+what this release's schema lists, in its order. Masks are additive; queries that share a head of keys come as
+``[B, groups, heads / groups, S, D]``.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from vbcompile.kernels.vendor_attention import FoldedCall, refuses_captured_grad
 from vbcompile.kernels.vendor_operators import VendorOperator
 
 NAME = "hpu_fused"
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 FORWARD = VendorOperator("hpu::sdpa_recomp_fwd", "hpu", "1.15")
 BACKWARD = VendorOperator("hpu::sdpa_recomp_bwd", "hpu", "1.15")
@@ -49,10 +49,10 @@ def _refuses(target: Target, case: AttentionCase | None) -> str | None:
         return None
     if case.dropout:
         return "draws a seed of its own, which the backward of another call could not repeat"
-    return refuses_case(case, _DTYPES) or refuses_captured_gradients(case)
+    return refuses_case(case, DTYPES) or refuses_captured_gradients(case)
 
 
-class _GaudiCall:
+class GaudiCall:
     """Tensors and mask as the operators take them.
 
     Attributes:
@@ -89,7 +89,7 @@ class _GaudiCall:
 
 
 def _forward(q, k, v, captured, scale, dropout_p, seed, score_function):
-    gaudi = _GaudiCall(q, k, v, captured, ScoreFunction.loads(score_function))
+    gaudi = GaudiCall(q, k, v, captured, ScoreFunction.loads(score_function))
     out, largest, inverse_sum, *_ = FORWARD.call_in_order(
         _common(gaudi, scale)
         | dict(zip("qkv", gaudi.tensors, strict=True))
@@ -101,7 +101,7 @@ def _forward(q, k, v, captured, scale, dropout_p, seed, score_function):
 
 
 def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
-    gaudi = _GaudiCall(q, k, v, captured, ScoreFunction.loads(score_function))
+    gaudi = GaudiCall(q, k, v, captured, ScoreFunction.loads(score_function))
     call, scores = gaudi.call, gaudi.scores
     if scores is not None and scores.absorbed:
         return attention_backward_reference(
@@ -126,7 +126,7 @@ def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p,
     return [*found, *call.sink_gradients(grad_out, out, lse, needs)]
 
 
-def _common(gaudi: _GaudiCall, scale: float) -> dict[str, Any]:
+def _common(gaudi: GaudiCall, scale: float) -> dict[str, Any]:
     return {
         "attention_mask": gaudi.mask,
         "p": 0.0,

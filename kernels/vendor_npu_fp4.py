@@ -1,11 +1,14 @@
 """FP4 linear layers on Huawei Ascend 950, whose matrix units read MXFP4 (E2M1 codes, an E8M0 scale every 32 columns).
 
-``npu_weight_quant_batchmatmul`` multiplies activations as they are; with ``activations="fp8"`` they may be rounded to
-MXFP8 by ``npu_dynamic_mx_quant``, for ``npu_quant_matmul``. Weights are read as checkpoints hold them: the operators
-take them transposed, packed along the columns. Older chips have no unit for FP4: weights keep their precision there.
+``npu_weight_quant_batchmatmul`` multiplies activations as they are; with ``activations="fp8"`` or ``"fp4"`` they may be
+rounded to MXFP8 or MXFP4 by ``npu_dynamic_mx_quant``, for ``npu_quant_matmul``. Weights are read as checkpoints hold
+them: the operators take them transposed, packed along the columns. Older chips have no unit for FP4: weights keep their
+precision there.
 """
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +61,13 @@ def _refuses_weight_only(target: Target, case: Fp4LinearCase | None) -> str | No
     return None if case is None else _refuses_case(case)
 
 
-def _refuses_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
+def _refuses_rounding(activations: str, target: Target, case: Fp4LinearCase | None) -> str | None:
     if reason := _refuses_target(target) or QUANTIZE.refuses() or PRODUCT.refuses("x2_dtype", _LATER):
         return reason
     if case is None:
         return None
-    if case.activations != "fp8":
-        return "rounds activations to FP8, which was not asked for"
+    if case.activations != activations:
+        return f"rounds activations to {activations.upper()}, which was not asked for"
     if case.k % (2 * MXFP4.block_size):
         return f"takes columns in multiples of {2 * MXFP4.block_size}"
     return _refuses_case(case)
@@ -89,22 +92,24 @@ def _weight_only(
     return _scaled(out, None if plain else row_scale, None if plain else bias, x)
 
 
-def _with_fp8(
-    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str,
+def _rounding(
+    activations: str, x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int,
+    format_name: str, layout: str,
 ) -> Tensor:  # fmt: skip
-    """``x @ weight.T + bias``, x rounded to E4M3 with a power of two every 32 columns."""
-    rows, scales = QUANTIZE(_padded_rows(x, k, k), dst_type=_FLOAT8_E4M3)
+    """``x @ weight.T + bias``, x rounded to E4M3 (E2M1) with a power of two every 32 columns."""
+    four = activations == "fp4"
+    rows, scales = QUANTIZE(_padded_rows(x, k, k), dst_type=_FLOAT4 if four else _FLOAT8_E4M3)
     out = PRODUCT(
         rows,
         codes.t(),
         block_scales.unflatten(1, (-1, 2)).transpose(0, 1),
         pertoken_scale=scales,
         output_dtype=_OUTPUT_CODES[x.dtype],
+        x1_dtype=_FLOAT4 if four else None,
         x2_dtype=_FLOAT4,
         scale_dtype=_E8M0,
         pertoken_scale_dtype=_E8M0,
-        group_sizes=[0, 0, MXFP4.block_size],
+        group_sizes=[1, 1, MXFP4.block_size] if four else [0, 0, MXFP4.block_size],
     )
     return _scaled(out, None if _is_one(row_scale) else row_scale, bias, x)
 
@@ -141,10 +146,23 @@ def _cost(target: Target, case: Fp4LinearCase) -> float:
     return max(bits_per_weight(case.format_name) / 8, 2 * case.m / _OPERATIONS_A_BYTE) / dense / 0.8
 
 
-def _fp8_cost(target: Target, case: Fp4LinearCase) -> float:
-    dense = max(2.0, 2 * case.m / _OPERATIONS_A_BYTE)
-    return max(bits_per_weight(case.format_name) / 8, case.m / _OPERATIONS_A_BYTE) / dense / 0.7
+def _rounded_cost(faster: float) -> Callable[[Target, Fp4LinearCase], float]:
+    """Units that multiply ``faster`` times as fast as bfloat16's, behind a pass over the activations."""
+
+    def cost(target: Target, case: Fp4LinearCase) -> float:
+        dense = max(2.0, 2 * case.m / _OPERATIONS_A_BYTE)
+        return max(bits_per_weight(case.format_name) / 8, 2 * case.m / _OPERATIONS_A_BYTE / faster) / dense / 0.7
+
+    return cost
 
 
 operator("fp4_linear").register(Implementation("npu_mxfp4", _weight_only, _refuses_weight_only, _cost))
-operator("fp4_linear").register(Implementation("npu_mxfp4_fp8", _with_fp8, _refuses_fp8, _fp8_cost))
+for _activations, _faster in (("fp8", 2.0), ("fp4", 4.0)):
+    operator("fp4_linear").register(
+        Implementation(
+            f"npu_mxfp4_{_activations}",
+            partial(_rounding, _activations),
+            partial(_refuses_rounding, _activations),
+            _rounded_cost(_faster),
+        )
+    )

@@ -1,5 +1,7 @@
-"""Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass."""
+"""Which implementation each rewritten site will run, and why: fills in the decisions of the attention pass, and hands
+the option ``implementations`` to the operators' calls."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +11,28 @@ import torch.fx as fx
 from vbcompile.compat import size_hint
 from vbcompile.device import Target
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.registry import operator
+from vbcompile.kernels.attention_training import NAME as BY_OPERATORS
+from vbcompile.kernels.attention_training import training_case
+from vbcompile.kernels.registry import Choice, as_text, operator
+from vbcompile.passes.attention_training import has_training_kernel, reads_more
 from vbcompile.passes.graph_ops import module_graphs
 from vbcompile.report import Decision
+
+
+def _operators() -> tuple[Any, ...]:
+    """Those whose calls carry the option."""
+    ours = torch.ops.vblackwell
+    return ours.attention.default, ours.fp4_linear.default, ours.fp4_grouped_linear.default
+
+
+def name_implementations(graph: fx.Graph, implementations: Mapping[str, str]) -> None:
+    """Have the operators of a graph follow the option, in place."""
+    if not implementations:
+        return
+    text, operators = as_text(implementations), _operators()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in operators:
+            node.kwargs = {**node.kwargs, "implementations": text}
 
 
 def explain_choices(gm: fx.GraphModule, target: Target, training: bool, decisions: list[Decision]) -> list[Decision]:
@@ -37,12 +58,28 @@ def _explain(node: fx.Node, target: Target, training: bool) -> str:
     case = _case(node)
     if case is None:
         return "chosen at the first call"
+    together = _in_training(node, target) if training else None
+    if together is not None and together.implementation.name != BY_OPERATORS:
+        return together.explain()
     text = operator("attention").choose(target, case).explain()
     if not training:
         return text
+    if together is not None:
+        text = f"{text}; together with its backward: {together.explain()}"
     needs = (True, True, True, *(dtype.is_floating_point for _, dtype in case.captured))
     backward = operator("attention_backward").choose(target, replace(case, needs=needs))
     return f"{text}; backward: {backward.explain()}"
+
+
+def _in_training(node: fx.Node, target: Target) -> Choice | None:
+    """What trains a call where the target has something that does both directions."""
+    if not has_training_kernel(target) or reads_more(node):
+        return None
+    arguments: tuple[Any, ...] = node.args
+    q, k, v, captured, _, dropout_p, _, function = arguments
+    q, k, v, *captured = (t.meta["example_value"] for t in (q, k, v, *captured))
+    dropout = isinstance(dropout_p, fx.Node) or dropout_p > 0
+    return operator("attention_training").choose(target, training_case(q, k, v, captured, dropout, function))
 
 
 def _case(node: fx.Node) -> AttentionCase | None:

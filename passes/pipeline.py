@@ -1,19 +1,21 @@
 """The passes, in their order, and how they run: one at a time, each undone if it fails."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.fx as fx
 
 from vbcompile.compat import copy_graph
-from vbcompile.config import Config
+from vbcompile.config import Config, ConfigError
 from vbcompile.device import Target
-from vbcompile.kernels.registry import describe
+from vbcompile.kernels.registry import describe, option
 from vbcompile.passes.attention import fuse_attention
+from vbcompile.passes.attention_training import use_training_kernels
 from vbcompile.passes.fp4 import quantize_weights
-from vbcompile.passes.implementation_choice import explain_choices
+from vbcompile.passes.graph_ops import module_graphs
+from vbcompile.passes.implementation_choice import explain_choices, name_implementations
 from vbcompile.passes.offload import stream_weights
 from vbcompile.passes.precision import use_mixed_precision
 from vbcompile.report import Decision, GraphReport
@@ -31,7 +33,8 @@ class PassContext:
 
     Attributes:
         config: the resolved configuration.
-        target: the device that the graph runs on.
+        target: the device that kernels are chosen for.
+        elsewhere: whether the graph runs on another device, so that its kernels cannot be those that were chosen.
         training: whether autograd records what the graph computes.
         example_inputs: one for each placeholder; a pass that adds placeholders at the end adds to it.
         wrappers: applied in order to the compiled graph; what comes out is called with the caller's own arguments, so
@@ -42,9 +45,15 @@ class PassContext:
     config: Config
     target: Target
     training: bool
+    elsewhere: bool = False
     example_inputs: list[Any] = field(default_factory=list)
     wrappers: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = field(default_factory=list)
     around: list[Callable[[Compile], Compile]] = field(default_factory=list)
+
+    @property
+    def implementations(self) -> Mapping[str, str]:
+        """The option of that name as far as the graph can follow it here."""
+        return {} if self.elsewhere else self.config.implementations
 
     def undo(self, inputs: int, wrappers: int) -> None:
         """Forget the inputs and wrappers that were added beyond these numbers, and what was put around the compiler."""
@@ -136,12 +145,15 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
         saved = backup = backup or copy_graphs(gm)
         added = len(context.example_inputs), len(context.wrappers)
         try:
-            found = pass_.run(gm, context)
-            report.decisions += explain_choices(gm, context.target, context.training, found)
+            with option(context.config.implementations):
+                found = pass_.run(gm, context)
+                report.decisions += explain_choices(gm, context.target, context.training, found)
+            for module in module_graphs(gm):
+                name_implementations(module.graph, context.implementations)
             if any(d.action == "rewritten" for d in found):
                 backup = None
-        except PlanError:
-            raise  # without a plan the model would not fit: there is nothing to fall back to
+        except (PlanError, ConfigError):
+            raise  # without a plan the model would not fit, and what was asked for is not replaced in silence
         except Exception as error:
             restore_graphs(saved)
             backup = None
@@ -154,6 +166,8 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
             report.failures.append((pass_.name, reason))
             log.warning("pass %s failed, the graph runs without it: %s", pass_.name, reason)
             log.debug("pass %s failed", pass_.name, exc_info=True)
+    if context.training and not context.elsewhere:
+        use_training_kernels(gm, context.target)
 
 
 Backup = list[tuple[fx.GraphModule, fx.Graph]]

@@ -51,6 +51,78 @@ def test_few_rows_go_from_memory_to_registers():
     assert len(loop) / (16 * config.strips * 64 * config.unroll / 32) <= 3.0  # instructions a weight
 
 
+def diagonal_launch(m, config, dtype=BF16, format_name="nvfp4", epilogue="none"):
+    from vbcompile.kernels.fp4_linear_diagonal import fp4_diagonal_kernel
+
+    x, words, floats = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.uint8), torch.empty(16)
+    arguments = (x, words, words, floats, x, x, m, N, 4, K, K // 64)
+    options = fp4_linear_few.diagonal_options(dtype, m, format_name, config, epilogue)
+    return Launch(fp4_diagonal_kernel, arguments, {"BIAS": True, **options})
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096), (1000, 2944)])
+def test_up_to_four_rows_compile_without_spills(arch, m, n, k):
+    """What is shipped, by table or formula."""
+    config = fp4_linear_few.diagonal_config(target(arch), m, n, k)
+    assert k % (128 * config.warps * config.unroll) == 0
+    assert compile_launch(diagonal_launch(m, config), arch).spills == 0
+
+
+@pytest.mark.parametrize(("dtype", "format_name"), [(FP16, "nvfp4"), (BF16, "mxfp4")])
+@pytest.mark.parametrize("m", [1, 4])
+def test_up_to_four_rows_of_other_types_compile_without_spills(m, dtype, format_name):
+    config = fp4_linear_few.diagonal_config(target("sm_90"), m, 28672, 4096)
+    assert compile_launch(diagonal_launch(m, config, dtype, format_name), "sm_90").spills == 0
+
+
+@pytest.mark.parametrize("epilogue", ["silu", "gated_silu", "gated_gelu"])
+def test_epilogues_of_few_rows_compile_without_spills(epilogue):
+    target_90 = target("sm_90")
+    for m in (1, 2, 4):
+        config = fp4_linear_few.diagonal_config(target_90, m, 28672, 4096)
+        assert compile_launch(diagonal_launch(m, config, epilogue=epilogue), "sm_90").spills == 0
+    config = fp4_linear_few.stream_config(target_90, 16, 28672, 4096)
+    assert compile_launch(stream_launch(16, config, epilogue=epilogue), "sm_90").spills == 0
+
+
+def test_up_to_four_rows_take_two_instructions_a_weight():
+    config = FewConfig(2, 2, 2, 128)
+    loop = hot_loop(compile_launch(diagonal_launch(1, config), "sm_90"))
+    weights = 16 * config.strips * 128 * config.unroll / 32
+    assert sum(bool(re.match(r"LDG\S*128", i)) for i in loop) == 8
+    assert not any(i.startswith(("LDS", "STS", "BAR")) for i in loop)
+    multiplied = sum(i.startswith("HMUL2") for i in loop) - 4  # on the way for large x alone
+    assert multiplied == weights / 2 and (len(loop) - multiplied) / 2 <= 2.0 * weights
+
+
+def stream_launch(m, config, dtype=BF16, format_name="nvfp4", epilogue="none"):
+    from vbcompile.kernels.fp4_linear_stream import fp4_stream_kernel
+
+    words, bytes_ = torch.empty(16, dtype=torch.int32), torch.empty(16, dtype=torch.uint8)
+    out, floats = torch.empty(16, dtype=dtype), torch.empty(16)
+    arguments = (words, bytes_, bytes_, floats, out, out, floats, words, m, N, K // 2, K // 128, K // 64, 999)
+    options = fp4_linear_few.stream_options(dtype, m, format_name, config, epilogue)
+    return Launch(fp4_stream_kernel, arguments, {"BIAS": True, **options})
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("m", [8, 16, 32])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096)])
+def test_rows_that_share_x_compile_without_spills(arch, m, n, k):
+    """What is shipped, by table or formula."""
+    config = fp4_linear_few.stream_config(target(arch), m, n, k)
+    report = compile_launch(stream_launch(m, config), arch)
+    assert report.spills == 0 and config.warps * 32 * config.blocks * report.registers <= 65536
+
+
+@pytest.mark.parametrize(("dtype", "format_name"), [(FP16, "nvfp4"), (BF16, "mxfp4")])
+def test_rows_that_share_x_compile_in_other_types_without_spills(dtype, format_name):
+    config = fp4_linear_few.stream_config(target("sm_90"), 16, N, K)
+    assert compile_launch(stream_launch(16, config, dtype, format_name), "sm_90").spills == 0
+
+
 def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
@@ -118,8 +190,8 @@ def test_epilogues_take_no_spills_and_leave_the_loop_alone(epilogue):
     assert with_it.spills <= (160 if epilogue == "gelu" else 0)  # the error function of 128 values, once a tile
     plain_loop, loop = (hot_loop(report, innermost=True) for report in (compile_launch(plain, "sm_90"), with_it))
     assert len(loop) <= len(plain_loop) + 4 and not any(i.startswith(("STL", "LDL")) for i in loop)
-    config = fp4_linear_few.few_config(target("sm_90"), 1, N, K)
     for m in (1, 32):
+        config = fp4_linear_few.few_config(target("sm_90"), m, N, K)
         assert compile_launch(few_launch("sm_90", m, config, epilogue=epilogue), "sm_90").spills == 0
 
 

@@ -312,7 +312,7 @@ def test_choice_on_hopper_follows_the_number_of_rows():
         case = make_case(torch.bfloat16, m, 4160, 4096, "nvfp4", "fragments2t", **extra)
         return choose(HOPPER, case).implementation.name
 
-    assert [chosen(m) for m in (1, 64, 256)] == ["triton_few", "hopper", "hopper"]
+    assert [chosen(m) for m in (1, 3, 8, 64, 256)] == ["triton_diagonal"] * 2 + ["triton_stream", "hopper", "hopper"]
     assert chosen(4096) in ("hopper", "triton_dequantize")
     assert chosen(4096, activations="fp8") == "triton_fp8"
     old = Target("nvidia", "cuda", "sm_80", multiprocessors=108, features=frozenset({"triton", "bf16"}))
@@ -351,7 +351,7 @@ def gpu_products(m, n, k, format_name, dtype, activations="same"):
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [1, 2, 8, 16, 27, 33, 64, 100, 300])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 16, 27, 33, 64, 100, 300])
 def test_every_implementation_on_a_gpu(dtype, m, format_name):
     layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
     for n, k in ((1000, 2880), (70, 100), (4096, 4096), (208, 7168)):
@@ -368,7 +368,7 @@ def test_every_implementation_on_a_gpu(dtype, m, format_name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 16, 32, 64, 128, 512])
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 32, 64, 128, 512])
 def test_every_code_and_scale_is_exact_on_a_gpu(rows, dtype, format_name):
     """Rows hold one scale each, columns the codes; products with the identity are sums of one term."""
     layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
@@ -383,9 +383,27 @@ def test_every_code_and_scale_is_exact_on_a_gpu(rows, dtype, format_name):
     want = dequantize_weight(*w.tensors, 512, format_name, layout, torch.float32).to(dtype).t()
     eye = torch.eye(512, device="cuda", dtype=dtype)
     for name, run in gpu_products(rows, len(scales), 512, format_name, dtype):
-        parts = eye.split(rows) if rows > 1 or name == "triton_few" else eye[:4].split(rows)
+        whole = rows > 1 or name in ("triton_few", "triton_diagonal")
+        parts = eye.split(rows) if whole else eye[:4].split(rows)
         got = torch.cat([run(e, *w.tensors, None, 512, format_name, layout) for e in parts])
         assert torch.equal(got, want[: len(got)]), (name, int((got != want[: len(got)]).sum()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 255.0, 300.0, 1e30])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_magnitudes_of_x_on_a_gpu(m, size):
+    """Some elements of x beyond what is multiplied in place of the weights, and all of them far from one."""
+    layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
+    w = to_layout(quantize(torch.randn(70, 1024, device="cuda") * 0.02), layout)
+    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+    for change in (lambda: x.mul_(size), lambda: x.normal_().index_fill_(1, torch.arange(0, 999, 400).cuda(), size)):
+        change()
+        for _, run in gpu_products(m, 70, 1024, "nvfp4", x.dtype):
+            check_error(run(x, *w.tensors, None, 1024, "nvfp4", layout), x, w, None)
+    x[0, 5] = float("inf")
+    for name, run in gpu_products(m, 70, 1024, "nvfp4", x.dtype):
+        assert not run(x, *w.tensors, None, 1024, "nvfp4", layout)[0].isfinite().any(), name
 
 
 @pytest.mark.gpu

@@ -74,7 +74,7 @@ def test_releases(kind, version, name):
 @pytest.mark.parametrize(
     "name", ["plain", "causal_bottom_right", "window", "key_padding", "sink", "grouped", "bias_rows"]
 )
-@pytest.mark.parametrize(("version", "called"), [(NPU_RELEASES[0], ""), (NPU_RELEASES[-1], "_v2")])
+@pytest.mark.parametrize(("version", "called"), [*zip(NPU_RELEASES, ("", "_v2", "_v2"), strict=True)])
 def test_few_queries_on_ascend(version, called, name):
     with vendor("npu", version) as package:
         check(results(FEW[name], torch.bfloat16, all_gradients=False))

@@ -10,10 +10,11 @@ from vendors.trial import vendor
 from vbcompile.config import resolve_config
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
-from vbcompile.kernels.fp4_formats import pack_nibbles
+from vbcompile.kernels.fp4_formats import E2M1_VALUES, pack_nibbles
 from vbcompile.kernels.fp4_layout import to_layout
 from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.fp4_quantize import quantize
+from vbcompile.kernels.registry import operator
 from vbcompile.kernels.vendor_hpu_fp4 import fold_into_fp8
 from vbcompile.vendor_config import for_target
 
@@ -86,6 +87,60 @@ def test_fp8_activations_on_ascend():
     assert package.calls == ["npu_dynamic_mx_quant", "npu_quant_matmul"]
     exact = F.linear(x.double(), dequantize(packed, torch.float64), bias.double())
     assert float((out - exact).norm() / exact.norm()) < 0.04  # E4M3 has three digits after the first
+
+
+def by_four_bits(x, packed, bias=None):
+    weight = to_layout(packed, "plain")
+    (found,) = [i for i in operator("fp4_linear").implementations if i.name == "npu_mxfp4_fp4"]
+    return found.run(x, *weight.tensors, bias, weight.k, weight.format_name, weight.layout)
+
+
+@pytest.mark.parametrize("version", [v for v in NPU_RELEASES if not v.startswith("2.5")])
+def test_fp4_activations_on_ascend(version):
+    """Activations that MXFP4 holds give the exact product; others lose what four bits lose."""
+    packed, bias = packed_weight(48, 128), torch.randn(48)
+    held = torch.tensor(E2M1_VALUES)[torch.randint(0, 8, (300, 128))] * torch.exp2(torch.arange(128) // 32 - 2.0)
+    held = (held * torch.randint(-1, 2, held.shape)).bfloat16()
+    with vendor("npu", version, ARCH["npu"]) as package:
+        out = by_four_bits(held, packed, bias)
+        assert package.calls == ["npu_dynamic_mx_quant", "npu_quant_matmul"]
+        x = torch.randn(300, 128).bfloat16()
+        rounded = by_four_bits(x, packed)
+    assert within_rule(out, held, packed, bias)
+    exact = F.linear(x.double(), dequantize(packed, torch.float64))
+    assert 0.05 < float((rounded - exact).norm() / exact.norm()) < 0.16  # a Gaussian in MXFP4: 0.11 to 0.13
+
+
+def test_fp4_activations_by_the_operator():
+    packed, x = packed_weight(48, 128), torch.randn(300, 128).bfloat16()
+    with vendor("npu", arch=ARCH["npu"]) as package:
+        torch.testing.assert_close(linear(x, packed, None, "fp4"), by_four_bits(x, packed))
+    assert package.calls == ["npu_dynamic_mx_quant", "npu_quant_matmul"] * 2
+
+
+@pytest.mark.parametrize(
+    ("activations", "m", "k", "name"),
+    [
+        ("same", 4096, 4096, "npu_mxfp4"),
+        ("fp8", 4096, 4096, "npu_mxfp4_fp8"),
+        ("fp4", 4096, 4096, "npu_mxfp4_fp4"),
+        ("fp4", 1, 4096, "npu_mxfp4"),  # the weight's bytes decide
+        ("fp4", 4096, 4000, "npu_mxfp4"),  # scales come in pairs
+    ],
+)
+def test_activations_that_were_asked_for(activations, m, k, name):
+    case = make_case(torch.bfloat16, m, 4096, k, "mxfp4", "plain", activations)
+    choice = choose(catalog_target(ARCH["npu"]), case)
+    assert choice.implementation.name == name
+    if activations != "fp4":
+        assert "npu_mxfp4_fp4: rounds activations to FP4, which was not asked for" in choice.explain()
+
+
+def test_fp4_activations_without_the_operator():
+    with vendor("npu", NPU_RELEASES[0], ARCH["npu"]):
+        choice = choose(catalog_target(ARCH["npu"]), make_case(torch.bfloat16, 64, 64, 64, "mxfp4", "plain", "fp4"))
+    reason = "npu::npu_dynamic_mx_quant needs 2.7.1 or later of torch-npu (found 2.5.1.post1); plain PyTorch runs"
+    assert reason in choice.explain()
 
 
 @pytest.mark.parametrize("kind", ["npu", "hpu"])

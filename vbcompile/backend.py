@@ -12,8 +12,9 @@ import torch.fx as fx
 from torch._dynamo.utils import counters
 
 from vbcompile import __version__, compat
-from vbcompile.config import DOWNSTREAM, Config, resolve_config
+from vbcompile.config import DOWNSTREAM, Config, ConfigError, resolve_config
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.registry import as_text, check_option
 from vbcompile.passes import activation_partition, pipeline
 from vbcompile.report import GraphReport
 from vbcompile.vendor_compilers import choose_compiler, compile_by_vendor, say_once
@@ -45,11 +46,12 @@ def vblackwell(
         target: choose kernels as for this device; None: the one that the inputs are on.
 
     Raises:
-        ConfigError: unknown mode, option or value.
+        ConfigError: unknown mode, option or value; an implementation that was asked for and cannot run.
     """
     config = resolve_config(mode, options)
-    target = target or get_target(_device_of(example_inputs))
+    elsewhere, target = target is not None, target or get_target(_device_of(example_inputs))
     config = for_target(config, target)
+    check_option(config.implementations, target)
     number = next(_numbers)
     training = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     report = GraphReport(
@@ -62,7 +64,7 @@ def vblackwell(
         graph_break=compat.graph_break_reason(gm),
     )
     original = pipeline.copy_graphs(gm)
-    context = pipeline.PassContext(config, target, training, list(example_inputs))
+    context = pipeline.PassContext(config, target, training, elsewhere, list(example_inputs))
     pipeline.run_passes(gm, context, report, original)
     _warn_of_missing_passes(config, report)
     compiled = _compile(gm, context, report, original, len(example_inputs))
@@ -99,7 +101,7 @@ def _compile(
     except Exception as error:
         if (
             config.strict
-            or isinstance(error, PlanError)
+            or isinstance(error, (PlanError, ConfigError))
             or compat.wants_another_capture(error)
             or not report.count("rewritten")
         ):
@@ -151,7 +153,7 @@ def _sources_hash() -> str:
 def _cache_key(config: Config) -> str:
     """What an artifact depends on beyond its graph: the version and the operators' fakes and gradient formulas."""
     memory = f"{config.recompute}:{config.offload}:{config.budget}:{config.slowdown}"
-    return f"{__version__}:{_sources_hash()}:{config.mode}:{memory}"
+    return f"{__version__}:{_sources_hash()}:{config.mode}:{memory}:{as_text(config.implementations)}"
 
 
 def _warn_of_missing_passes(config: Config, report: GraphReport) -> None:

@@ -38,8 +38,8 @@ class Config:
         fp4_format: ``nvfp4`` (4.5 bits a weight, the smaller error) or ``mxfp4`` (4.25 bits).
         fp4_activations: ``same`` multiplies activations as they are; ``fp8`` also allows rounding them, and the weight,
             to FP8 where that is faster (many rows, sm_89 or later): 21.1 dB for Gaussian layers instead of 21.7;
-            ``fp4`` rounding them to the weight's format on devices that multiply FP4 by FP4 (sm_100, sm_120, gfx950 in
-            MXFP4): 18.0 dB, for any number of rows.
+            ``fp4`` rounding them to the weight's format on devices that multiply FP4 by FP4 (sm_100, sm_120; gfx950 and
+            Ascend 950 in MXFP4): 18.0 dB, for any number of rows.
         fp4_lm_head: also the projection onto the vocabulary; off, because its errors go straight to the logits.
         fp4_max_error: largest relative error ``|W - Q| / |W|`` of a weight that is quantized; those above stay as they
             are and are reported. Gaussian weights have 0.081 in NVFP4 and 0.112 in MXFP4.
@@ -59,6 +59,8 @@ class Config:
         slowdown: share of a training step's time that less memory may cost where no budget is given.
         strict: raise where a pass fails, instead of running the unrewritten graph.
         downstream: compiler of the rewritten graph: ``inductor``, ``aot_eager`` or ``eager``.
+        implementations: which implementation runs an operator, whatever it costs: ``{"attention": "triton"}``; names
+            are those of ``vbcompile doctor --kernels``. One that cannot run a case is an error with its reason.
         inductor_mode: one of ``torch.compile``'s own modes, ``default``, ``reduce-overhead``, ``max-autotune``,
             ``max-autotune-no-cudagraphs``.
         inductor_options: options for Inductor itself.
@@ -83,6 +85,7 @@ class Config:
     slowdown: float = 0.1
     strict: bool = False
     downstream: str = "inductor"
+    implementations: Mapping[str, str] = field(default_factory=dict)
     inductor_mode: str = "default"
     inductor_options: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +111,7 @@ FP4_WATCHES: Final = ("samples", "contents")
 _FLAGS = ("attention", "mixed_precision", "fp4", "fp4_lm_head", "fp4_fuse", "fp4_qat", "recompute", "offload", "strict")
 OPTIONS: Final = (
     "mode", *_FLAGS, "fp4_format", "fp4_activations", "fp4_max_error", "fp4_master", "fp4_watch",
-    "budget", "slowdown", "downstream", "inductor_mode",
+    "budget", "slowdown", "downstream", "implementations", "inductor_mode",
 )  # fmt: skip
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -188,6 +191,12 @@ def _validate(values: Mapping[str, Any]) -> None:
         value = values.get(name, False)
         if not isinstance(value, bool) and not (value is None and name == "mixed_precision"):
             raise ConfigError(f"option {name!r} must be True or False, not {value!r}")
+    named = values.get("implementations", {})
+    if not isinstance(named, Mapping) or not all(isinstance(word, str) for pair in named.items() for word in pair):
+        raise ConfigError(
+            "option 'implementations' must map operators to implementations, as {'attention': 'triton'}, "
+            f"not {named!r}"
+        )
     for name in ("fp4_max_error", "slowdown"):
         share = values.get(name, 0.0)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:

@@ -84,6 +84,8 @@ def calls(x: Tensor, weights: list[LinearWeight], run: Callable[..., Any], **ext
 
 def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Callable[..., Tensor], Any]]:
     """``(implementation, function, configuration or None)`` of every way worth timing."""
+    for few in _diagonal_candidates(m, n, k, target.multiprocessors or 128):
+        yield "triton_diagonal", fp4_linear_few.product_diagonal, few
     for few in _few_candidates(m):
         yield "triton_few", fp4_linear_few.product_few, few
     if m > 16:
@@ -95,6 +97,22 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
     yield "triton", fp4_linear_triton.product, shape
     yield "triton_dequantize", fp4_linear_gpu.dequantize_product, None
     yield "triton_fp8", fp4_linear_fp8.product_fp8, None
+
+
+_DIAGONAL = (  # strips, warps, unroll, registers
+    (2, 2, 2, 128), (2, 2, 1, 80), (1, 8, 2, 96), (1, 8, 4, 128), (1, 8, 1, 64), (1, 4, 2, 96), (1, 4, 4, 128),
+    (2, 8, 1, 80), (2, 8, 2, 128), (2, 4, 2, 128), (1, 16, 1, 64), (1, 16, 2, 96),
+)  # fmt: skip
+
+
+def _diagonal_candidates(m: int, n: int, k: int, multiprocessors: int) -> Iterator[fp4_linear_few.FewConfig]:
+    """Those that divide the columns and keep 5 to 34 warps a multiprocessor busy."""
+    if m > fp4_linear_few.MOST_DIAGONAL_ROWS:
+        return
+    for strips, warps, unroll, registers in _DIAGONAL:
+        busy = n / (16 * strips) * warps / multiprocessors
+        if k % (fp4_linear_few.CHUNK * warps * unroll) == 0 and 5 <= busy <= 34:
+            yield fp4_linear_few.FewConfig(strips, warps, unroll, registers if m == 1 else 128)
 
 
 _FEW = (  # strips, warps, unroll, registers

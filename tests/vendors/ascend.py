@@ -267,6 +267,11 @@ def _decoded(codes: Tensor, scales: Tensor) -> Tensor:
     return values * torch.exp2(scales.double() - 127).repeat_interleave(32, 0)[: values.shape[0]]
 
 
+def _powers(scales: Tensor) -> Tensor:
+    """E8M0 scales of blocks of 32 columns, one a column."""
+    return torch.exp2(scales.double() - 127).repeat_interleave(32, 1)
+
+
 def npu_weight_quant_batchmatmul(x, weight, antiquant_scale, antiquant_offset=None, quant_scale=None, quant_offset=None,
                                  bias=None, antiquant_group_size=0, inner_precise=0, weight_dtype=None):  # fmt: skip
     """The MXFP4 case of Ascend 950."""
@@ -285,12 +290,25 @@ def npu_weight_quant_batchmatmul(x, weight, antiquant_scale, antiquant_offset=No
 
 def npu_dynamic_mx_quant(input, *, axis=-1, round_mode="rint", dst_type=296, block_size=32, scale_alg=0, **unused):
     _check(axis in (-1, input.dim() - 1) and block_size == 32 and round_mode == "rint", "only the default is simulated")
-    _check(dst_type == 292, "only float8_e4m3fn is simulated")
+    _check(dst_type in (292, FLOAT4), "only float8_e4m3fn and float4_e2m1 are simulated")
+    _check(input.shape[-1] % 64 == 0, "scales come in pairs")
     blocks = input.double().unflatten(-1, (-1, 32))
     largest = blocks.abs().amax(-1, keepdim=True)
-    exponent = torch.floor(torch.log2(largest.clamp_min(2.0**-126))) - 8  # the exponent of E4M3's largest number
-    values = (blocks / torch.exp2(exponent)).clamp(-448, 448).flatten(-2).to(torch.float8_e4m3fn)
-    return values, (exponent.flatten(-2) + 127).to(torch.uint8).unflatten(-1, (-1, 2))
+    top = 2 if dst_type == FLOAT4 else 8  # the exponent of the type's largest number
+    exponent = torch.floor(torch.log2(largest.clamp_min(2.0**-120))) - top
+    scales = (exponent.flatten(-2) + 127).to(torch.uint8).unflatten(-1, (-1, 2))
+    values = (blocks / torch.exp2(exponent)).flatten(-2)
+    if dst_type == FLOAT4:
+        return _packed(values), scales
+    return values.clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+
+def _packed(values: Tensor) -> Tensor:
+    """E2M1 codes of ``[..., K]``, rounded to nearest, ties to even, the first of two in the low half of a byte."""
+    steps = values.abs().clamp_max(6.0).unsqueeze(-1)
+    distance = (steps - _E2M1[:8].double()).abs() + torch.arange(8) % 2 * 1e-9  # an odd code loses a tie
+    codes = distance.argmin(-1).to(torch.uint8) | (values < 0).to(torch.uint8) << 3
+    return codes[..., ::2] | codes[..., 1::2] << 4
 
 
 def npu_quant_matmul(
@@ -309,14 +327,18 @@ def npu_quant_matmul(
     group_sizes=None,
     y_scale=None,
 ):
-    """The case of float8_e4m3fn activations and float4_e2m1 weights with E8M0 scales on both."""
-    _check(x1.dtype == torch.float8_e4m3fn and x1_dtype is None and x2_dtype == FLOAT4, "only A8W4 is simulated")
+    """The case of float8_e4m3fn or float4_e2m1 activations and float4_e2m1 weights with E8M0 scales on both."""
+    four = x1.dtype == torch.uint8 and x1_dtype == FLOAT4
+    _check(x2_dtype == FLOAT4, "only W4 is simulated")
+    _check(four or (x1.dtype == torch.float8_e4m3fn and x1_dtype is None), "only A8 and A4 are simulated")
     _check(scale_dtype == E8M0 and pertoken_scale_dtype == E8M0, "scales are float8_e8m0fnu")
-    _check(list(group_sizes) in ([0, 0, 32], [1, 1, 32]), f"group_sizes {group_sizes}")
-    _check(x2.stride(-2) == 1 and x1.shape[1] == 2 * x2.shape[0], "x2 is transposed, packed along K")
-    _check(tuple(scale.shape) == (x1.shape[1] // 64, x2.shape[1], 2), f"scale of shape {tuple(scale.shape)}")
-    _check(tuple(pertoken_scale.shape) == (x1.shape[0], x1.shape[1] // 64, 2), "pertoken_scale is [M, K / 64, 2]")
-    left = x1.double() * torch.exp2(pertoken_scale.flatten(1).double() - 127).repeat_interleave(32, 1)
+    _check(list(group_sizes) == ([1, 1, 32] if four else [0, 0, 32]), f"group_sizes {group_sizes}")
+    k = 2 * x2.shape[0]
+    _check(x2.stride(-2) == 1 and x1.shape[1] * (2 if four else 1) == k, "x2 is transposed, packed along K")
+    _check(tuple(scale.shape) == (k // 64, x2.shape[1], 2), f"scale of shape {tuple(scale.shape)}")
+    _check(tuple(pertoken_scale.shape) == (x1.shape[0], k // 64, 2), "pertoken_scale is [M, K / 64, 2]")
+    scales = pertoken_scale.flatten(1)
+    left = _decoded(x1.t(), scales.t()).t() if four else x1.double() * _powers(scales)
     out = left @ _decoded(x2, scale.transpose(0, 1).flatten(1).t())
     return out.to(_DTYPES[output_dtype])
 

@@ -19,7 +19,10 @@ def main(kind: str) -> int:
     with ExitStack() as stack:
         if kind == "hpu":
             kernels = device.kernels(gaudi.kernels("1.19.0"))
-            calls = stack.enter_context(release("habana-torch-plugin", "1.19.0", kernels, "HPU")).calls
+            package = stack.enter_context(release("habana-torch-plugin", "1.19.0", kernels, "HPU"))
+            package.add_shapes(gaudi.SHAPES)
+            stack.enter_context(gaudi.python_package(gaudi.fused_sdpa("1.19.0")))
+            calls = package.calls
         else:
             calls = stack.enter_context(intel.flash_kernels(device.kernels, ("XPU",)))
         answers = session(kind, calls)

@@ -1,0 +1,1 @@
+"""Our Triton kernels through Ascend's compilers (triton-ascend, ascendnpu-ir): to linalg, then into on-chip memory."""
