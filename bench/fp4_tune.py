@@ -44,8 +44,8 @@ def _compile(job: tuple[tuple[int, int], int, int, int]) -> None:
 
 
 def compile_ahead(shapes: list[tuple[int, int]], rows: list[int], shares: int = 3) -> None:
-    # all up to 8 rows run the same kernels, and so do all from 512 on
-    distinct = sorted({min(max(m, 8), 512) for m in rows}, reverse=True)
+    # 5 to 8 rows run the same kernels, and so do all from 512 on
+    distinct = sorted({m if m <= 4 else min(max(m, 8), 512) for m in rows}, reverse=True)
     jobs = [(shape, m, share, shares) for m in distinct for share in range(shares) for shape in shapes[:2]]
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs))

@@ -220,7 +220,9 @@ def diagonal_options(
     """Constants and compiler options of a launch for up to four rows."""
     rows, half = 1 << (m - 1).bit_length(), dtype == torch.float16
     scale_words, kind = 32 // fp4_format(format_name).block_size, "half" if half else "bf16"
-    registers = {"maxnreg": config.registers} if config.registers else {}
+    # float16 takes more registers to decode than what is tuned for bfloat16
+    most = min(224, 2048 // config.warps) if half else config.registers
+    registers = {"maxnreg": most} if most else {}
     return {
         "ROWS": rows, "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "WORDS": scale_words,
         "FACTOR": 16.0 if half else 0.25, "num_warps": config.warps, "launch_pdl": True,

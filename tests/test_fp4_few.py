@@ -8,7 +8,7 @@ from ptx_words import run_warp
 from vbcompile.device import Target
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
 from vbcompile.kernels.fp4_linear_decode import load_assembly, load_x_assembly, strip_assembly
-from vbcompile.kernels.fp4_linear_few import refuses_few
+from vbcompile.kernels.fp4_linear_few import _may_overlap, refuses_diagonal, refuses_few, refuses_stream
 from vbcompile.kernels.fp4_quantize import quantize
 
 KINDS = {"half": torch.float16, "bf16_sm80": torch.bfloat16, "bf16_sm90": torch.bfloat16}
@@ -90,3 +90,33 @@ def test_refusals_name_the_reason():
     assert "1 to 32 rows" in refusal(m=33)
     assert "multiples of 64" in refusal(k=100)
     assert "layout" in refusal(layout="plain")
+
+
+def test_kernels_for_fragments2t_name_the_reason():
+    def refusal(refuses, arch="sm_90", dtype=torch.bfloat16, m=4, k=4096, layout="fragments2t"):
+        target = Target("nvidia", "cuda", arch, features=frozenset({"triton"}))
+        return refuses(target, dtype, m, k, layout)
+
+    assert refusal(refuses_diagonal) is None and refusal(refuses_stream, m=32) is None
+    assert "1 to 4 rows" in refusal(refuses_diagonal, m=5)
+    assert "5 to 32 rows" in refusal(refuses_stream, m=4) and "1 to 32 rows" in refusal(refuses_stream, m=33)
+    for refuses, m in ((refuses_diagonal, 1), (refuses_stream, 8)):
+        assert "multiples of 128" in refusal(refuses, m=m, k=4160)
+        assert "sm_90" in refusal(refuses, "sm_80", m=m) and "fragments2t" in refusal(
+            refuses, m=m, layout="fragments8t"
+        )
+        assert "float32" in refusal(refuses, m=m, dtype=torch.float32)
+
+
+def test_products_overlap_only_with_kernels_that_do_not_write_their_weight():
+    codes, scales = torch.zeros(8, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+    for written in (None, codes, scales[:2]):
+        if written is not None:
+            written.zero_()
+        assert not _may_overlap(codes, scales)
+        assert _may_overlap(codes, scales) and _may_overlap(codes.detach(), scales)
+    with torch.inference_mode():
+        unversioned = torch.zeros(8, dtype=torch.uint8)
+    assert not any(_may_overlap(unversioned, scales) for _ in range(3))
+    del codes, written
+    assert not _may_overlap(torch.zeros(8, dtype=torch.uint8), scales)  # in the same place, perhaps

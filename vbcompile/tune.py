@@ -86,6 +86,9 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
     """``(implementation, function, configuration or None)`` of every way worth timing."""
     for few in _diagonal_candidates(m, n, k, target.multiprocessors or 128):
         yield "triton_diagonal", fp4_linear_few.product_diagonal, few
+    for stream in _STREAM:
+        if fp4_linear_few.MOST_DIAGONAL_ROWS < m <= fp4_linear_few.MOST_ROWS:
+            yield "triton_stream", fp4_linear_few.product_stream, fp4_linear_few.StreamConfig(*stream)
     for few in _few_candidates(m):
         yield "triton_few", fp4_linear_few.product_few, few
     if m > 16:
@@ -115,6 +118,9 @@ def _diagonal_candidates(m: int, n: int, k: int, multiprocessors: int) -> Iterat
             yield fp4_linear_few.FewConfig(strips, warps, unroll, registers if m == 1 else 128)
 
 
+_STREAM = (  # strips, warps, blocks, registers
+    (2, 8, 2, 128), (1, 4, 4, 96), (1, 8, 2, 80), (2, 4, 2, 128), (1, 4, 2, 128), (1, 8, 2, 128),
+)  # fmt: skip
 _FEW = (  # strips, warps, unroll, registers
     (1, 4, 4, 128), (1, 8, 4, 128), (1, 8, 2, 128), (2, 4, 2, 128), (2, 8, 2, 128), (2, 4, 4, 128), (4, 4, 1, 128),
     (4, 4, 2, 168), (1, 8, 4, 80), (1, 16, 4, 80), (1, 16, 2, 128), (1, 4, 2, None), (1, 8, 4, None), (2, 4, 2, None),
