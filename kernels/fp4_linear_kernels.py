@@ -65,8 +65,10 @@ def finish(
         counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
             total = tl.zeros_like(total)
-            for part in range(0, splits, 4):
-                for i in tl.static_range(4):  # loads of four parts at a time
+            # loads of four parts at a time, where there are registers for them
+            together: tl.constexpr = 4 if total.shape[0] * total.shape[1] <= 4096 else 1
+            for part in range(0, splits, together):
+                for i in tl.static_range(together):
                     there = keep & (part + i < splits)
                     total += tl.load(sums_at + (part + i) * size, mask=there, other=0.0, cache_modifier=".cg")
             _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
