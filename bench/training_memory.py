@@ -193,9 +193,14 @@ def run(names: list[str], small: bool, repeats: int, seconds: float, folder: Pat
         if done.exists():
             rows[name] = json.loads(done.read_text())
             print(rows[name], flush=True)
+            _write([rows[n] for n in names if n in rows], small)
     for process in [*workers.values(), reference]:
         process.kill()
     return [rows[name] for name in names if name in rows]
+
+
+def _write(rows: list[dict], small: bool) -> Path:
+    return write("training_memory_small" if small else "training_memory", rows)
 
 
 def _file(folder: Path, variant: Variant, suffix: str) -> Path:
@@ -233,7 +238,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--small", action="store_true", help="a tiny model on CPU, to try the script")
-    parser.add_argument("--variants", nargs="+", default=names, metavar="NAME", help=", ".join(names))
+    usual = ["inductor", "memory 6GB"]
+    parser.add_argument("--variants", nargs="+", default=usual, metavar="NAME", help=", ".join(names))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=900, help="time for everything")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -247,7 +253,7 @@ def main() -> None:
         return work(variant, small, repeats, arguments.folder)
     with tempfile.TemporaryDirectory() as folder:
         rows = run(arguments.variants, small, repeats, arguments.seconds, Path(folder))
-    print(write("training_memory_small" if small else "training_memory", rows))
+    print(_write(rows, small))
     if problems := wrong(rows) + (
         [] if len(rows) == len(arguments.variants) else ["not all variants were done in time"]
     ):

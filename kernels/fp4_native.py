@@ -122,10 +122,10 @@ def native_config(target: Target, m: int, n: int, k: int, rounded: bool) -> Tile
     stages = 2 if target.vendor == "amd" else 3
     if m <= 16:
         config = TileConfig(16, 2, 4 if rounded else 2, 1, 4, stages)
-    elif m <= 64:
+    elif m <= 128:
         config = TileConfig(64, 2, 2, 1, 8, stages)
-    else:
-        config = TileConfig(128, 2, 2, 1, 8, stages)
+    else:  # enough tiles; adding up splits of this one takes more registers than sm_120 has
+        return TileConfig(128, 2, 2, 1, 8, stages)
     return with_splits(config, target, m, n, -(-k // (config.columns * TILE)) * config.columns)
 
 

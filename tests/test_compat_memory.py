@@ -52,6 +52,7 @@ def test_inductor_uses_the_partitioner_and_puts_its_key_into_the_cache_key():
         return compat.partition(joint, inputs, **options)
 
     options = compat.partitioner_options(split, "key 1")
+    assert not options["reorder_for_peak_memory"] and not options["allow_buffer_reuse"]
 
     def backend(gm, example_inputs):
         return compat.compile_with_inductor(gm, example_inputs, {**options, "fx_graph_cache": False}, "key 1")

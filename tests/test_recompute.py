@@ -156,6 +156,18 @@ def test_a_budget_is_kept_and_least_memory_costs_no_more_than_allowed():
     assert free.step_ns == free.kept_step_ns and least.peak_bytes <= free.peak_bytes
 
 
+def test_results_that_one_kernel_makes_are_there_together():
+    made = planner(Limits(2**40), blocks=1)
+    wide = 512 * 256 * 4
+    births = {node: at for node, at in made._kernels._births.items() if node_bytes(node) == wide}
+    # the gated product again, and the gradients of both halves: behind the gradient that comes in from the last layer
+    assert len(births) == 3 and len(set(births.values())) == 1
+    at = next(iter(births.values()))
+    assert made._reserved[at] >= 4 * wide and made._reserved[at - 1] < 4 * wide
+    readers = {made._kernels.end(reader) for node in births for reader in made._kernels._products(node)}
+    assert min(readers) >= at
+
+
 def test_a_slow_link_is_left_alone_and_a_fast_one_used():
     slow = planner(Limits(slowdown=0.2), rates=Rates(10**12, 10**11, 10**5, 10**5, 2**40)).plan()
     assert not slow.chosen("offload") and slow.chosen("recompute")
