@@ -41,6 +41,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128256},
 }
 
+FILES = {"1b": "offload_model_1b", "8b": "offload_model", "70b": "offload_model_70b"}
+
 
 def llama(shape: str, layers: int) -> nn.Module:
     """A Llama with memory that nothing has written to yet."""
@@ -174,17 +176,17 @@ def figures(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 row["bit_equal"] = torch.equal(compiled(tokens).logits, logits)
         row["finite"] = bool(logits.isfinite().all())
         torch.cuda.empty_cache()
-        add(rows, row)
+        add(rows, row, FILES[options.shape])
         if options.also and own == "full":
             budget = store.budget
             store.replan(parse_size("--also", options.also))
             row = {"what": f"{options.shape}, {options.layers} layers, {options.also}, {own}"}
-            add(rows, row | measure(partial(compiled, tokens), store, options.steps, link))
+            add(rows, row | measure(partial(compiled, tokens), store, options.steps, link), FILES[options.shape])
             store.replan(budget)
         if options.profile:
             profile(partial(compiled, tokens))
         if options.everything and mode == "memory":
-            add(rows, everything(partial(compiled, tokens), store, row, link))
+            add(rows, everything(partial(compiled, tokens), store, row, link), FILES[options.shape])
 
 
 def profile(call: Callable[[], Any]) -> None:
@@ -260,7 +262,7 @@ def taking_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict
     )
 
 
-def add(rows: list[dict[str, Any]], row: dict[str, Any], file: str = "offload_model") -> None:
+def add(rows: list[dict[str, Any]], row: dict[str, Any], file: str) -> None:
     """Print a row and write all so far."""
     rows.append(row)
     for key, value in row.items():
@@ -283,7 +285,8 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="add to the rows of the file that is there")
     options = parser.parse_args()
     torch.manual_seed(0)
-    file = record.folder() / f"{'offload_fits' if options.fits else 'offload_model'}.json"
+    name = "offload_fits" if options.fits else FILES[options.shape]
+    file = record.folder() / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if options.append and file.exists() else []
     if options.fits:
         fits(options, rows)

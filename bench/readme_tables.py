@@ -79,7 +79,6 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("way", _column("variant")),
             ("time per step", _column("ms", " ms")),
             ("peak memory", _column("peak_gb", " GB")),
-            ("planned", _optional("planned_gb", "{} GB")),
             ("made again", _optional("recompute_mb", "{} MB")),
             ("moved", _optional("offload_mb", "{} MB")),
             ("gradient error", _optional("gradient_error")),
@@ -129,7 +128,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
         ],
     ),
     "offload_model": (
-        "One decode step of Llama-3 shapes, batch 1, weights in host memory, with so much device memory",
+        "One decode step of a Llama-3-8B shape in bfloat16 with 6 GiB of device memory, weights in host memory",
         [
             ("what", _column("what")),
             ("time", lambda row: f"{row['ms']:.1f} ms"),
@@ -137,6 +136,21 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("streamed", lambda row: f"{row['streamed_bytes'] / 1e9:.2f} GB"),
             ("peak memory", lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} GB"),
             ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
+        ],
+    ),
+    "offload_model_70b": (
+        "One decode step of a Llama-3-70B shape in bfloat16 with 20 GiB of device memory, weights in host memory",
+        [
+            ("what", _column("what")),
+            ("time", lambda row: f"{row['ms']:.0f} ms"),
+            ("predicted", lambda row: f"{row['predicted_ms']:.0f} ms"),
+            ("streamed", lambda row: f"{row['streamed_bytes'] / 1e9:.1f} GB"),
+            (
+                "peak memory",
+                lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} of {row['budget_bytes'] / 1e9:.2f} GB",
+            ),
+            ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
+            ("share of the link", lambda row: f"{row['link_share']:.3f}"),
         ],
     ),
     "offload_fits": (
