@@ -234,18 +234,6 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("share of the bandwidth of a large copy", lambda row: f"{row['share']:.3f}"),
         ],
     ),
-    "fp4_epilogues": (
-        "A product with an NVFP4 weight of 28672 x 4096 and what follows it, microseconds",
-        [
-            ("rows", _column("m")),
-            ("activations", _column("activations")),
-            ("product", lambda row: f"{row['us']['none']:.1f}"),
-            ("and SwiGLU in one more kernel", lambda row: f"{row['us']['apart']:.1f}"),
-            ("SwiGLU by the product", lambda row: f"{row['us']['gated_silu']:.1f}"),
-            ("and GELU in one more kernel", lambda row: f"{row['us']['gelu apart']:.1f}"),
-            ("GELU by the product", lambda row: f"{row['us']['gelu']:.1f}"),
-        ],
-    ),
     "aot_matrix": (
         "Every shipped Triton kernel compiled ahead of time, the most that any size and type of it needs",
         [
