@@ -44,8 +44,9 @@ CASES = [  # B, H, Hk, Q, K, causal offset, rows first, dtype
 def variants(name: str) -> list[tuple[str, int, list]]:
     """(direction, head dimension, configurations to try)."""
     from vbcompile.kernels import attention_hopper as hopper
+    from vbcompile.kernels import attention_hopper_gradients as gradients
 
-    tables = {"forward": hopper.FORWARD_CONFIGS, "backward": hopper.BACKWARD_CONFIGS}
+    tables = {"forward": hopper.FORWARD_CONFIGS, "backward": gradients.BACKWARD_CONFIGS}
     if name == "shipped":
         pick = lambda table, d: sorted({table[d, c] for c in (False, True)}, key=repr)
         return [(way, d, pick(table, d)) for way, table in tables.items() for d in (128, 64)]
@@ -53,7 +54,7 @@ def variants(name: str) -> list[tuple[str, int, list]]:
     causal = narrow[1]
     narrow += [replace(causal, group=64), replace(causal, ping_pong=False), replace(causal, group=64, q_stages=3)]
     wide = list(dict.fromkeys(hopper.FORWARD_CONFIGS[128, c] for c in (False, True)))
-    back = hopper.BackwardConfig()
+    back = gradients.BackwardConfig()
     half = replace(back, block_k=64)
     if name == "narrow":
         return [("forward", 64, narrow)]
@@ -116,7 +117,8 @@ def check_forward(q, k, v, g, case, config) -> list[float]:
 def check_backward(q, k, v, g, case, config) -> list[float]:
     import torch
 
-    from vbcompile.kernels.attention_hopper import backward, forward
+    from vbcompile.kernels.attention_hopper import forward
+    from vbcompile.kernels.attention_hopper_gradients import backward
 
     scale, offset = q.shape[-1] ** -0.5, case[5]
     grad_lse = torch.randn(q.shape[:3], device="cuda") if case[6] else None
@@ -141,7 +143,8 @@ def measure(way: str, shape, configs: list) -> dict:
     import torch
     from attention_scores import rounds
 
-    from vbcompile.kernels.attention_hopper import backward, forward
+    from vbcompile.kernels.attention_hopper import forward
+    from vbcompile.kernels.attention_hopper_gradients import backward
     from vbcompile.kernels.attention_sdpa import fused_backward, fused_forward
     from vbcompile.kernels.score_function import ScoreFunction
 
@@ -177,7 +180,8 @@ def measure(way: str, shape, configs: list) -> dict:
 
 def worker() -> None:
     """Child process: reads jobs (JSON lines), writes results (JSON lines)."""
-    from vbcompile.kernels.attention_hopper import BackwardConfig, ForwardConfig
+    from vbcompile.kernels.attention_hopper import ForwardConfig
+    from vbcompile.kernels.attention_hopper_gradients import BackwardConfig
 
     for line in sys.stdin:
         job = json.loads(line)
@@ -244,8 +248,9 @@ def main() -> None:
 def summary(results: list[dict]) -> list[dict]:
     """Shipped configurations beside cuDNN, TFLOP/s of medians over the rounds."""
     from vbcompile.kernels import attention_hopper as hopper
+    from vbcompile.kernels import attention_hopper_gradients as gradients
 
-    tables = {"forward": hopper.FORWARD_CONFIGS, "backward": hopper.BACKWARD_CONFIGS}
+    tables = {"forward": hopper.FORWARD_CONFIGS, "backward": gradients.BACKWARD_CONFIGS}
     rows = []
     for result in results:
         if not result.get("times"):
@@ -283,7 +288,11 @@ def show(result: dict) -> None:
     )
     for times, c in rows:
         rates = [flops / t / 1e9 for t in (statistics.median(times), max(times), min(times))]
-        name = "cuDNN" if c is None else " ".join(f"{key[:4]}{int(value)}" for key, value in c.items())
+        name = (
+            "cuDNN"
+            if c is None
+            else " ".join(f"{key[:4]}{value if isinstance(value, str) else int(value)}" for key, value in c.items())
+        )
         print(f"  {name:70s} {rates[0]:6.1f} ({rates[1]:5.1f} .. {rates[2]:5.1f}) TFLOP/s", flush=True)
 
 

@@ -151,20 +151,21 @@ def inputs(shape: tuple) -> list[torch.Tensor]:
 
 def configs(shape: tuple, case: str, explore: bool) -> list[Any]:
     """Configurations of the Hopper kernel to try; None is the shipped one."""
-    from vbcompile.kernels.attention_hopper import SCORED_CONFIGS
+    from vbcompile.kernels.attention_hopper import CAPPED_CONFIG, SCORED_CONFIGS
 
     if not explore or case in ("plain", "causal"):
         return [None]
-    base = SCORED_CONFIGS[shape[3], case == "bias"]
     narrow = shape[3] == 64
+    base = CAPPED_CONFIG if narrow and case == "softcap" else SCORED_CONFIGS[shape[3], case == "bias"]
+    tries = [replace(base, rounding=r) for r in ("next", "early", "halfway") if r != base.rounding]
     if case == "softcap":
-        tries = [replace(base, poly=n) for n in (2, 4)]
+        tries.append(replace(base, poly=2))
     elif case == "alibi_causal":
-        tries = [replace(base, ping_pong=False, pack=True), replace(base, group=64 if narrow else 8, pack=not narrow)]
+        tries.append(replace(base, ping_pong=False))
     elif case == "bias":
-        tries = [replace(base, t_stages=2)] if narrow else [replace(base, pack=True)]
+        tries += [replace(base, t_stages=2)] * narrow
     else:
-        tries = [replace(base, group=n, pack=True) for n in (1, 8)]
+        tries += [replace(base, group=n) for n in (1, 8)]
     return [None, *tries]
 
 
@@ -379,7 +380,7 @@ def row_of(kind: str, shape: tuple, case: str, config: Any, ms: float) -> dict[s
 
 def show(row: dict[str, Any]) -> None:
     config = row["config"] or {}
-    name = " ".join(f"{k[:4]}{int(v)}" for k, v in config.items()) or "shipped"
+    name = " ".join(f"{k[:4]}{v if isinstance(v, str) else int(v)}" for k, v in config.items()) or "shipped"
     print(row["shape"], row["case"], row["kind"], name if row["kind"] == "hopper" else "",
           f"{row['ms']:.3f} ms {row['tflops']:.0f} (elements {row['elements']:.0f})", flush=True)  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The FP4 linear layer on a GPU: checks against float64, a table beside the vendor's product.
 
     python bench/fp4_linear.py check   signal to noise, a compiled model; the rest is in tests/test_fp4_linear.py
-    python bench/fp4_linear.py table   microseconds beside bfloat16
+    python bench/fp4_linear.py table   microseconds beside bfloat16; with --rows others' results of today stay
     python bench/fp4_linear.py cpu     the same on this machine's processor, in milliseconds
 
 Times are those of ``vbcompile tune``: medians of CUDA-graph replays that go round copies of the weight, so that none is
@@ -11,6 +11,7 @@ found in cache. The floor is the packed bytes at the bandwidth that a device-to-
 import argparse
 import copy
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import record  # noqa: E402
 
 from vbcompile.device import get_target  # noqa: E402
-from vbcompile.kernels import fp4_linear_fp8, fp4_linear_gpu  # noqa: E402
+from vbcompile.kernels import fp4_linear_fp8, fp4_linear_gpu, fp4_linear_hopper  # noqa: E402
 from vbcompile.kernels import fp4_linear_triton as fp4_triton  # noqa: E402
 from vbcompile.kernels.fp4 import PackedWeight  # noqa: E402
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout  # noqa: E402
@@ -35,21 +36,25 @@ from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
 from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
 from vbcompile.tune import calls, copies, microseconds  # noqa: E402
 
-SHAPES = [(28672, 4096), (4096, 14336)]
+SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
 ROWS = [1, 4, 16, 64, 256, 2048]
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
 def check_fp8() -> dict[str, float]:
-    """Signal to noise in dB of Gaussian layers: exact products of FP4 weights, and products in FP8."""
+    """Signal to noise in dB of Gaussian layers: exact products of FP4 weights, and products in FP8; of weights packed
+    for either."""
     found = {}
-    for name in ("nvfp4", "mxfp4"):
+    kinds = {"W4A16": fp4_linear_gpu.dequantize_product, "W4A8": fp4_linear_fp8.product_fp8}
+    if get_target("cuda").arch == "sm_90":
+        kinds["W4A8 fused"] = fp4_linear_hopper.product_wide_fp8
+    for name, method in itertools.product(("nvfp4", "mxfp4"), ("mse", "fp8")):
         dense, x = torch.randn(4096, 4096, device="cuda"), torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)
-        weight = to_layout(quantize(dense * 0.02, name), preferred_layout(get_target("cuda")))
+        weight = to_layout(quantize(dense * 0.02, name, method=method), preferred_layout(get_target("cuda")))
         exact = x.double() @ (dense * 0.02).double().T
-        for kind, run in (("W4A16", fp4_linear_gpu.dequantize_product), ("W4A8", fp4_linear_fp8.product_fp8)):
+        for kind, run in kinds.items():
             got = run(x, *weight.tensors, None, 4096, name, weight.layout).double()
-            found[f"{name} {kind}"] = float(20 * torch.log10(exact.norm() / (got - exact).norm()))
+            found[f"{name} {method} {kind}"] = float(20 * torch.log10(exact.norm() / (got - exact).norm()))
     return found
 
 
@@ -93,7 +98,7 @@ def bandwidth() -> float:
     return 2 * source.nbytes / (microseconds([lambda: torch.neg(source, out=target)] * 4) * 1e-6)
 
 
-def table(formats: list[str]) -> list[dict[str, Any]]:
+def table(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
     target, speed = get_target("cuda"), bandwidth()
     fp4_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
     rows: list[dict[str, Any]] = []
@@ -101,7 +106,7 @@ def table(formats: list[str]) -> list[dict[str, Any]]:
         weights = copies(n, k, name)
         dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         floor = weights[0].nbytes / speed * 1e6
-        for m in ROWS:
+        for m in counts:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             row = {
                 "n": n, "k": k, "m": m, "format": name, "copy_tb_s": speed / 1e12, "floor": floor,
@@ -114,8 +119,21 @@ def table(formats: list[str]) -> list[dict[str, Any]]:
             row |= {"of_floor": floor / row["fp4"], "speedup": row["bf16"] / row["fp4"]}
             rows.append(row)
             print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-        record.write("fp4_linear", rows)
+        record.write("fp4_linear", _in_order(rows + _others(formats, counts)))
     return rows
+
+
+def _others(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
+    """Results of other formats and counts of rows, of the same day, device and versions."""
+    path = record.folder() / "fp4_linear.json"
+    content = json.loads(path.read_text()) if path.exists() else {"environment": None}
+    if content["environment"] != record.environment():
+        return []
+    return [row for row in content["rows"] if row["format"] not in formats or row["m"] not in counts]
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (SHAPES.index((row["n"], row["k"])), row["format"] != "nvfp4", row["m"]))
 
 
 def _choice(target: Any, m: int, n: int, k: int, name: str, activations: str) -> str:
@@ -161,6 +179,7 @@ def cpu_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=["check", "table", "cpu"])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of x, in the table")
     parser.add_argument("--formats", nargs="+", default=["nvfp4", "mxfp4"], choices=["nvfp4", "mxfp4"])
     arguments = parser.parse_args()
     for what in arguments.what:
@@ -171,7 +190,7 @@ def main() -> None:
         elif what == "cpu":
             cpu_table()
         else:
-            table(arguments.formats)
+            table(arguments.formats, arguments.rows)
         print(f"{what}: {time.time() - started:.0f} s", flush=True)
 
 

@@ -123,12 +123,13 @@ def main() -> None:
     model = build(arguments.layers, "cuda")
     rows = []
     for what in arguments.what:
-        if arguments.peers:
-            rows.append(measure(model, what, "inductor bfloat16", None, arguments.tokens))
         for activations in arguments.activations if what == "prefill" else ["same"]:
             options = {"mode": "speed", "strict": True, "fp4_activations": activations}
             rows.append(measure(model, what, f"vblackwell nvfp4, activations {activations}", options, arguments.tokens))
-        record.write(f"fp4_model_{'_'.join(arguments.what)}", rows)
+            record.write(f"fp4_model_{'_'.join(arguments.what)}", rows)
+        if arguments.peers:
+            rows.append(measure(model, what, "inductor bfloat16", None, arguments.tokens))
+            record.write(f"fp4_model_{'_'.join(arguments.what)}", rows)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ device memory at the peak. ``everything`` streams every weight in every step, as
 """
 
 import argparse
-import copy
 import cProfile
 import gc
 import json
 import pstats
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -32,9 +32,11 @@ import vbcompile  # noqa: E402
 from vbcompile import handles_model  # noqa: E402
 from vbcompile.handles_model import offloaded_tensors  # noqa: E402
 from vbcompile.handles_store import WeightStore  # noqa: E402
+from vbcompile.vgpu_size import parse_size  # noqa: E402
 
 GIB = 1 << 30
 SHAPES: dict[str, dict[str, int]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "vocab_size": 32000},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128256},
 }
@@ -156,19 +158,29 @@ def figures(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        compiled = torch.compile(model, backend="vblackwell", options={"mode": mode, "strict": True}, dynamic=False)
+        own, _, inductor = mode.partition(":")
+        how = {"mode": own, "inductor_mode": inductor or "default", "strict": True}
+        compiled = torch.compile(model, backend="vblackwell", options=how, dynamic=False)
         begin = time.perf_counter()
         with torch.no_grad():
             logits = compiled(tokens).logits.clone()
             torch.cuda.synchronize()
-        row = {"what": f"{options.shape} {options.layers} layers {options.budget} {mode}", "setup_seconds": setup}
+        what = f"{options.shape}, {options.layers} layers, {options.budget}, {own}"
+        row = {"what": f"{what}, CUDA graphs" if inductor else what, "setup_seconds": setup}
         row["compile_seconds"] = time.perf_counter() - begin
         row |= measure(partial(compiled, tokens), store, options.steps, link) | {"link_gbps": link / 1e9}
-        with torch.no_grad(), store.everything_fetched():
-            row["bit_equal"] = torch.equal(compiled(tokens).logits, logits)
+        if sum(store.masters().values()) < torch.cuda.mem_get_info()[0] - 8 * GIB:
+            with torch.no_grad(), store.everything_fetched():
+                row["bit_equal"] = torch.equal(compiled(tokens).logits, logits)
         row["finite"] = bool(logits.isfinite().all())
         torch.cuda.empty_cache()
         add(rows, row)
+        if options.also and own == "full":
+            budget = store.budget
+            store.replan(parse_size("--also", options.also))
+            row = {"what": f"{options.shape}, {options.layers} layers, {options.also}, {own}"}
+            add(rows, row | measure(partial(compiled, tokens), store, options.steps, link))
+            store.replan(budget)
         if options.profile:
             profile(partial(compiled, tokens))
         if options.everything and mode == "memory":
@@ -196,37 +208,65 @@ def everything(call: Callable[[], Any], store: WeightStore, row: dict[str, Any],
         store.replan(error.minimum_budget or budget)
     found = measure(call, store, 2, link)
     store.replan(budget)
-    return {"what": "everything streamed"} | found | {"speed_over_this": found["ms"] / row["ms"]}
+    return {"what": f"{row['what']}, everything streamed"} | found | {"speed_over_this": found["ms"] / row["ms"]}
 
 
-def fits(options: argparse.Namespace) -> dict[str, Any]:
-    """A budget in which the model fits: nothing is rewritten, with the attention pass off."""
+def fits(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A budget in which the model fits, so that nothing is rewritten: beside Inductor, steps taking turns."""
     model = llama(options.shape, options.layers)
-    vbcompile.offload(model, "cuda", {0: "60GiB", "cpu": "200GiB"}, progress=False)
+    vbcompile.offload(model, "cuda", {0: "100GiB"}, progress=False)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    tokens = torch.randint(0, 1000, (1, 1), device="cuda")
-    found: dict[str, list[float]] = {"vblackwell": [], "inductor": []}
-    calls = {}
-    for name in found:
-        torch._dynamo.reset()  # each has code of its own; what is compiled stays callable
-        forward = copy.copy(model)
-        extra = {"options": {"mode": "memory", "attention": False}} if name == "vblackwell" else {}
-        calls[name] = torch.compile(forward, backend=name, dynamic=False, **extra)
+    reason = vbcompile.stats(model)[0].declined
+    for shape in ((1, 1), (4, 512)):
+        tokens = torch.randint(0, 1000, shape, device="cuda")
+        torch._dynamo.reset()
+        calls = {name: partial(torch.compile(model, dynamic=False, **how), tokens) for name, how in FITTING.items()}
         with torch.no_grad():
-            found[name] += [seconds(partial(calls[name], tokens), 30) for _ in range(3)]
-    ours, theirs = (min(found[name]) * 1e3 for name in ("vblackwell", "inductor"))
-    (stats,) = vbcompile.stats(model)
-    return {"what": "fits", "ms": ours, "inductor_ms": theirs, "slowdown": ours / theirs - 1, "reason": stats.declined}
+            for call in calls.values():
+                call()
+        wall, host = taking_turns(calls, options.steps)
+        row: dict[str, Any] = {"what": f"{options.shape} {options.layers} layers, {shape[0]} x {shape[1]} tokens"}
+        for name in FITTING:
+            row |= {f"{name}_ms": wall[name] * 1e3, f"{name}_host_ms": host[name] * 1e3}
+            row[f"{name}_slowdown"] = wall[name] / wall["inductor"] - 1
+        add(rows, row | {"reason": reason}, "offload_fits")
 
 
-def add(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+FITTING: dict[str, dict[str, Any]] = {
+    "inductor": {"backend": "inductor"},
+    "memory": {"backend": "vblackwell", "options": {"mode": "memory", "attention": False}},
+    "memory_attention": {"backend": "vblackwell", "options": {"mode": "memory"}},
+}
+
+
+def taking_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds per step, and until the host is done with it; each round runs every call, ten steps in a row."""
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    host: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for turn in range(rounds):
+            for name in (*calls,) if turn % 2 else (*reversed(calls),):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for _ in range(10):
+                    calls[name]()
+                host[name].append((time.perf_counter() - begin) / 10)
+                torch.cuda.synchronize()
+                wall[name].append((time.perf_counter() - begin) / 10)
+    return (
+        {name: statistics.median(found) for name, found in wall.items()},
+        {name: statistics.median(found) for name, found in host.items()},
+    )
+
+
+def add(rows: list[dict[str, Any]], row: dict[str, Any], file: str = "offload_model") -> None:
     """Print a row and write all so far."""
     rows.append(row)
     for key, value in row.items():
         print(f"{key:24} {value}", flush=True)
     print(flush=True)
-    record.write("offload_model", rows)
+    record.write(file, rows)
 
 
 def main() -> None:
@@ -235,17 +275,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--budget", default="6GiB")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--modes", nargs="+", default=["memory", "full"])
+    parser.add_argument("--modes", nargs="+", default=["memory", "full:reduce-overhead"])
     parser.add_argument("--everything", action="store_true", help="also with the smallest budget that works")
+    parser.add_argument("--also", metavar="BUDGET", help="mode full with this budget too, in which it streams")
     parser.add_argument("--fits", action="store_true", help="only a budget in which the model fits, against Inductor")
     parser.add_argument("--profile", action="store_true", help="print what the host does in a step")
     parser.add_argument("--append", action="store_true", help="add to the rows of the file that is there")
     options = parser.parse_args()
     torch.manual_seed(0)
-    file = record.folder() / "offload_model.json"
+    file = record.folder() / f"{'offload_fits' if options.fits else 'offload_model'}.json"
     rows = json.loads(file.read_text())["rows"] if options.append and file.exists() else []
     if options.fits:
-        add(rows, fits(options))
+        fits(options, rows)
     else:
         figures(options, rows)
 

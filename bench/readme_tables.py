@@ -79,6 +79,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("way", _column("variant")),
             ("time per step", _column("ms", " ms")),
             ("peak memory", _column("peak_gb", " GB")),
+            ("planned", _optional("planned_gb", "{} GB")),
             ("made again", _optional("recompute_mb", "{} MB")),
             ("moved", _optional("offload_mb", "{} MB")),
             ("gradient error", _optional("gradient_error")),
@@ -128,7 +129,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
         ],
     ),
     "offload_model": (
-        "One decode step of a Llama-3-8B shape in bfloat16 with 6 GiB of device memory, weights in host memory",
+        "One decode step of Llama-3 shapes, batch 1, weights in host memory, with so much device memory",
         [
             ("what", _column("what")),
             ("time", lambda row: f"{row['ms']:.1f} ms"),
@@ -136,6 +137,17 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("streamed", lambda row: f"{row['streamed_bytes'] / 1e9:.2f} GB"),
             ("peak memory", lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} GB"),
             ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
+        ],
+    ),
+    "offload_fits": (
+        "A model that fits: Llama shape of hidden size 2048, median time per step beside Inductor, steps taking turns",
+        [
+            ("what", _column("what")),
+            ("Inductor", lambda row: f"{row['inductor_ms']:.3f} ms"),
+            ("`memory`, attention pass off", lambda row: f"{row['memory_ms']:.3f} ms"),
+            ("slower", lambda row: f"{100 * row['memory_slowdown']:.1f} %"),
+            ("`memory`", lambda row: f"{row['memory_attention_ms']:.3f} ms"),
+            ("slower", lambda row: f"{100 * row['memory_attention_slowdown']:.1f} %"),
         ],
     ),
     "offload_host": (
@@ -196,6 +208,18 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("batch", _column("batch")),
             ("time", lambda row: f"{row['ms'] * 1e3:.1f} us"),
             ("share of the bandwidth of a large copy", lambda row: f"{row['share']:.3f}"),
+        ],
+    ),
+    "fp4_epilogues": (
+        "A product with an NVFP4 weight of 28672 x 4096 and what follows it, microseconds",
+        [
+            ("rows", _column("m")),
+            ("activations", _column("activations")),
+            ("product", lambda row: f"{row['us']['none']:.1f}"),
+            ("and SwiGLU in one more kernel", lambda row: f"{row['us']['apart']:.1f}"),
+            ("SwiGLU by the product", lambda row: f"{row['us']['gated_silu']:.1f}"),
+            ("and GELU in one more kernel", lambda row: f"{row['us']['gelu apart']:.1f}"),
+            ("GELU by the product", lambda row: f"{row['us']['gelu']:.1f}"),
         ],
     ),
     "aot_matrix": (

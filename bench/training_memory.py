@@ -120,12 +120,15 @@ def _measured(step: training_step.Step, repeats: int) -> dict:
 
 
 def _chosen(reports: list) -> dict:
-    """Megabytes by fate, and what failed."""
+    """Megabytes by fate, the peak and time that the plan expects, and what failed."""
     found: dict[str, float] = {}
     problems = []
     for report in reports:
         problems += [f"{name}: {reason}" for name, reason in report.failures]
         for decision in report.decisions:
+            if "peak_bytes" in decision.details:
+                found["planned_gb"] = _gb(decision.details["peak_bytes"])
+                found["planned_ms"] = round(decision.details["step_ns"] / 1e6, 1)
             if "choice" in decision.details:
                 key = f"{decision.details['choice']}_mb"
                 found[key] = round(found.get(key, 0) + decision.details["bytes"] / 1e6, 1)

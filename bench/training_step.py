@@ -42,7 +42,8 @@ def build(small: bool, attention: str) -> torch.nn.Module:
         attn_implementation=attention,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to("cpu" if small else "cuda", torch.bfloat16)
+    with torch.device("cpu" if small else "cuda"):  # drawing a billion random numbers takes a processor long
+        return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
 class Step:

@@ -21,13 +21,27 @@ from vbcompile.kernels.attention_blocks import (
 
 
 @triton.jit
+def let_next_start():
+    """Let a kernel that was launched to start early do so; NVIDIA's, from sm_90 on."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def wait_for_previous():
+    """In a kernel that may have started early: wait for the end of the one before, and for what it wrote."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def attention_decode_kernel(
     q, k, v, part_out, part_lse, captured, lead_sizes, outer_sizes, group_sizes,
     q_strides, k_strides, v_strides, captured_strides, scale, q_length, k_length, group, splits, total_rows,
     LOGITS: tl.constexpr, MASK: tl.constexpr, SINK: tl.constexpr, KEY_RANGE: tl.constexpr,
     PLAIN: tl.constexpr, UNBOUNDED: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_Q`` of the ``group * q_length`` rows of one head of k and v, one of ``splits`` parts.
 
@@ -37,7 +51,10 @@ def attention_decode_kernel(
         part_out: float32 ``[splits, total_rows, DV]``, normalised; part_lse: float32 ``[splits, total_rows]``; rows are
             those of ``[*lead, Q]``.
         outer_sizes: leading sizes of k and v; group_sizes: those along which both are broadcast, elsewhere 1.
+        EARLY: the merging kernel may be launched while this one runs; it waits for the end by itself.
     """
+    if EARLY:
+        let_next_start()
     scale = tl.cast(scale, tl.float32)
     split = tl.program_id(0)
     tiles = tl.cdiv(group * q_length, BLOCK_Q)
@@ -101,8 +118,11 @@ def attention_decode_kernel(
 def attention_merge_kernel(
     part_out, part_lse, out, lse, lead_sizes, out_strides, q_length, splits, total_rows,
     EMPTY_IS_ZERO: tl.constexpr, SPLITS_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of one row. The grid is ``[total_rows]``; arguments as for ``attention_decode_kernel``."""
+    if EARLY:
+        wait_for_previous()
     row = tl.program_id(0)
     parts = tl.arange(0, SPLITS_PADDED)
     place = parts * tl.cast(total_rows, tl.int64) + row

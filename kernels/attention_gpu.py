@@ -6,10 +6,11 @@ from functools import partial
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels import attention_hopper, attention_triton
+from vbcompile.kernels import attention_hopper, attention_hopper_gradients, attention_problem, attention_triton
 from vbcompile.kernels.attention import arrange
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
+from vbcompile.kernels.attention_gradients import Backward
 from vbcompile.kernels.attention_hopper_call import describe_call, refuses_call
 from vbcompile.kernels.attention_problem import with_padded_lead
 from vbcompile.kernels.registry import Implementation, operator
@@ -68,10 +69,20 @@ def _hopper_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dro
     q4, k4, v4 = _addressable(*fold_inputs(q, k, v, lead))
     out4, grad4 = fold(out, lead, heads), fold(grad_out, lead, heads)
     lse3 = lse.reshape(-1, heads, lse.shape[-1])
-    grad3 = None if grad_lse is None else grad_lse.reshape(lse3.shape)
     offset = causal_offset(function, q.shape[-2], k.shape[-2])
-    grads = attention_hopper.backward(grad4, grad3, q4, k4, v4, out4, lse3, scale, offset)
-    return unfold_gradients(grads, (q, k, v), lead, captured)
+    if _takes_plain(function, offset) and scale > 0:
+        grad3 = None if grad_lse is None else grad_lse.reshape(lse3.shape)
+        grads = attention_hopper_gradients.backward(grad4, grad3, q4, k4, v4, out4, lse3, scale, offset)
+        return unfold_gradients(grads, (q, k, v), lead, captured)
+    wanted = tuple(n for n, c in enumerate(captured) if needs[3 + n] and c.is_floating_point())
+    problem = attention_problem.describe(q, k, v, captured, scale, dropout_p, function, wanted)
+    rows = Backward(problem, q, k, v, captured, wanted, grad_out, lse, scale, dropout_p, seed, function)
+    with attention_problem.on_device(q):
+        rows.rows(grad_lse, out)
+    call = describe_call(q4, k4, captured, lead, scale, function, wanted)
+    grads = attention_hopper_gradients.backward_scored(grad4, q4, k4, v4, lse3, scale, call, rows)
+    found = unfold_gradients(grads, (q, k, v), lead, ())
+    return [*found, *rows.captured_gradients()]
 
 
 def _is_plain(case: AttentionCase) -> bool:
@@ -83,10 +94,9 @@ def _is_plain(case: AttentionCase) -> bool:
 def _refuses_hopper_scores(case: AttentionCase) -> str | None:
     if _is_plain(case):
         return None
-    if case.needs:
-        return "the backward knows no bias, mask or score function"
     function = with_padded_lead(case.score_function, len(case.q) - 2)
-    return refuses_call(case.captured, case.q_length, case.k_length, function)
+    wanted = tuple(n for n, needed in enumerate(case.needs[3:]) if needed and case.captured[n][1].is_floating_point)
+    return refuses_call(case.captured, case.q_length, case.k_length, function, wanted)
 
 
 def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:

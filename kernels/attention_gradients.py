@@ -78,12 +78,12 @@ class Backward:
         self._inputs, self._wanted = captured, wanted
         self._scale, self._dropout_p, self._seed = float(scale), float(dropout_p), seed if problem.dropout else None
         self._function = function
-        self._gradients = tuple(self._captured_buffer(captured[n]) for n in wanted)
-        self._gradient_strides = tuple(map(broadcast_strides, self._gradients))
+        self.gradients = tuple(self._captured_buffer(captured[n]) for n in wanted)
+        self.gradient_strides = tuple(map(broadcast_strides, self.gradients))
         per_row = [*problem.lead, problem.q_length]
-        self._delta = q.new_empty(per_row, dtype=torch.float32)
-        self._low = q.new_empty(per_row, dtype=torch.float32) if problem.unbounded else None
-        self._empty = q.new_zeros([problem.heads], dtype=torch.int32) if self._may_poison() else None
+        self.delta = q.new_empty(per_row, dtype=torch.float32)
+        self.low = q.new_empty(per_row, dtype=torch.float32) if problem.unbounded else None
+        self.empty = q.new_zeros([problem.heads], dtype=torch.int32) if self._may_poison() else None
         self._summary = functools.cache(problem.mask_summary)
 
     def _may_poison(self) -> bool:
@@ -114,10 +114,10 @@ class Backward:
         refine_above = _REFINE_FLOAT32 if problem.element_size == 4 else _REFINE_HALF
         problems.launch(
             attention_rows_kernel, (problem.heads * -(-problem.q_length // tiles.block_q),),
-            self._q, self._k, out, self._grad_out, grad_lse, self._lse, self._delta, self._low, self._empty,
-            problem.captured, self._gradients, pad_lead(problem.lead),
+            self._q, self._k, out, self._grad_out, grad_lse, self._lse, self.delta, self.low, self.empty,
+            problem.captured, self.gradients, pad_lead(problem.lead),
             tile_strides(self._q), tile_strides(self._k), tile_strides(out), tile_strides(self._grad_out),
-            problem.captured_strides, self._gradient_strides, self._scale, problem.q_length, problem.k_length,
+            problem.captured_strides, self.gradient_strides, self._scale, problem.q_length, problem.k_length,
             program.logits, program.mask, program.sink, program.sink_step,
             REFINE_ABOVE=refine_above if problem.unbounded else None, PRECISION=problem.precision, **problem.widths,
             BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -141,9 +141,9 @@ class Backward:
         seen = summary is not None
         problems.launch(
             attention_grad_q_kernel, (problem.heads * -(-problem.q_length // tiles.block_q),),
-            *sources, target, self._lse, self._delta, self._low, problem.captured, self._gradients, self._seed, summary,
+            *sources, target, self._lse, self.delta, self.low, problem.captured, self.gradients, self._seed, summary,
             pad_lead(problem.lead), *strides, (0,) * (LEAD_AXES + 2) if target is None else tile_strides(target),
-            problem.captured_strides, self._gradient_strides, summary_strides,
+            problem.captured_strides, self.gradient_strides, summary_strides,
             self._scale, self._dropout_p, problem.q_length, problem.k_length,
             program.logits, program.mask, None if seen else program.opaque, program.key_range,
             program.row_step, program.row_finish, program.row_sums,
@@ -172,9 +172,9 @@ class Backward:
         seen = summary is not None
         problems.launch(
             attention_grad_kv_kernel, (math.prod(outer) * -(-problem.k_length // tiles.block_k),),
-            *sources, grad_k, grad_v, self._lse, self._delta, self._low, self._empty, problem.captured, self._gradients,
+            *sources, grad_k, grad_v, self._lse, self.delta, self.low, self.empty, problem.captured, self.gradients,
             self._seed, summary, pad_lead(problem.lead), pad_lead(outer), pad_lead(group),
-            *strides, tile_strides(grad_k), tile_strides(grad_v), problem.captured_strides, self._gradient_strides,
+            *strides, tile_strides(grad_k), tile_strides(grad_v), problem.captured_strides, self.gradient_strides,
             summary_strides, self._scale, self._dropout_p, problem.q_length, problem.k_length,
             program.logits, program.mask, None if seen else program.query_opaque, program.query_range,
             program.column_step, program.column_finish, program.column_sums,
@@ -187,7 +187,7 @@ class Backward:
     def captured_gradients(self) -> list[Tensor | None]:
         """Gradients of the captured tensors in their shapes and dtypes."""
         found: list[Tensor | None] = [None] * len(self._inputs)
-        for n, gradient in zip(self._wanted, self._gradients, strict=True):
+        for n, gradient in zip(self._wanted, self.gradients, strict=True):
             found[n] = sum_to(gradient, self._inputs[n].shape, self._inputs[n].dtype)
         return found
 

@@ -1,4 +1,4 @@
-"""Attention for Hopper (sm_90a): forward with any score function, backward of scaled products, causal or not.
+"""Attention for Hopper (sm_90a): what its kernels take, and the forward. Backward: ``attention_hopper_gradients``.
 
     out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h // (H / Hk), j]) v[b, h // (H / Hk), j]
     lse[b, h, i] = log sum_j exp(scale * q[b, h, i] . k[..., j])      natural logarithm
@@ -34,8 +34,8 @@ class ForwardConfig:
     """Shape of one forward launch.
 
     consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages, q_stages: K and V tiles, query
-    tiles in flight; ping_pong: two consumers take turns at the tensor cores; overlap: exponentials run under P V; pack:
-    weights rounded before the loop's edge, fewer registers; poly: eighths of the exponentials on the FMA units;
+    tiles in flight; ping_pong: two consumers take turns at the tensor cores; rounding: when weights
+    are rounded (``attention_hopper_step.advance``); poly: eighths of the exponentials on the FMA units;
     group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds; t_stages:
     tiles of a captured tensor in flight per consumer.
     """
@@ -45,8 +45,7 @@ class ForwardConfig:
     stages: int = 2
     q_stages: int = 1
     ping_pong: bool = True
-    overlap: bool = True
-    pack: bool = False
+    rounding: str = "next"
     poly: int = 0
     group: int = 8
     dynamic: bool = False
@@ -60,19 +59,22 @@ class ForwardConfig:
 
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, pack=True, group=1),
+    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=1),
     (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
-    (128, False): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
-    (128, True): ForwardConfig(q_stages=2, ping_pong=False, pack=True, group=8, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
+    (128, True): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
 }
 
 
 def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     """The configuration for a score function."""
     config = SCORED_CONFIGS[dim, call.tile is not None]
+    if call.program.cap is not None and dim == 64:  # little to wait for: a third warpgroup fills the gaps
+        config = CAPPED_CONFIG
     if dim == 128:  # weights are rounded early where anything else takes registers
         others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
-        config = replace(config, pack=causal or call.planned or others)
+        config = replace(config, rounding="early" if causal or call.planned or others else config.rounding)
+        config = config if call.program.cap is None else replace(config, rounding="halfway")
     if call.planned:  # along a plan of 128 queries a tile
         config = replace(config, consumers=2)
     if call.tile is None or call.tile.element_size() < 4:
@@ -83,44 +85,11 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
 SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
-    (64, True): ForwardConfig(consumers=3, ping_pong=False, pack=True, dynamic=True),
+    (64, True): ForwardConfig(consumers=3, ping_pong=False, rounding="halfway", dynamic=True),
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
     (128, True): ForwardConfig(dynamic=True),
 }
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Shape of one backward launch.
-
-    block_q: queries per tile (64 or 128); block_k: keys of one block (64 or 128); stages: Q and dO tiles in flight;
-    group: key heads whose longest key tiles start together; late: row statistics loaded when needed, fewer registers.
-    """
-
-    block_q: int = 64
-    block_k: int = 128
-    stages: int = 2
-    group: int = 1
-    late: bool = False
-
-    @property
-    def warps(self) -> int:
-        """Computing warps: one warpgroup per 64 keys."""
-        return self.block_k // 16
-
-    @property
-    def registers(self) -> int:
-        """Registers per thread at entry: one block per multiprocessor with 128 keys, two with 64."""
-        return {64: 128, 128: 168}[self.block_k]
-
-
-BACKWARD_CONFIGS: dict[tuple[int, bool], BackwardConfig] = {
-    (64, False): BackwardConfig(block_k=64, stages=3, group=16),
-    (64, True): BackwardConfig(block_k=64, stages=3, group=16),
-    (128, False): BackwardConfig(late=True),
-    (128, True): BackwardConfig(late=True, group=8),
-}
-PAD = 128  # query rows of the backward's float32 buffers are padded to multiples of this
+CAPPED_CONFIG = ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=32, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -300,8 +269,7 @@ def forward(
             GROUP=batch if call and call.shared else config.group,
             CAUSAL=causal,
             PING_PONG=config.ping_pong and config.consumers == 2,
-            OVERLAP=config.overlap,
-            PACK=config.pack,
+            ROUNDING=config.rounding,
             POLY=config.poly,
             DYNAMIC=config.dynamic,
             **score_operands(q, k, scale, config, call),
@@ -326,7 +294,7 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
     if call is None:
         nothing: dict[str, Any] = dict.fromkeys(("t_desc", "plan", *_FUNCTIONS))
         tuples = {"captured": (), "captured_strides": (), "lead_sizes": (1, 1, 1, 1), "plan_strides": (0,) * 4}
-        flags = {"SHARED": False, "TILED": 0, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
+        flags = {"SHARED": False, "TILED": 0, "CAP": None, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
         values = {"inner": 1.0, "outer": float(scale), "tile_steps": (0,) * 8, "counter": work_counter(q, config, None)}
         return {**nothing, **tuples, **flags, **values}
     program = call.program
@@ -346,95 +314,7 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         "SHARED": call.shared,
         "TILED": program.tiled,
         **{name: getattr(program, name.lower()) for name in _FUNCTIONS},
+        "CAP": program.cap,
         "UNBOUNDED": program.unbounded,
         "EMPTY_IS_ZERO": call.empty_is_zero,
     }
-
-
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal_offset: int | None,
-    config: BackwardConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward``.
-
-    Args:
-        grad_out: ``[B, H, Q, D]``, gradient of out, any strides. grad_lse: ``[B, H, Q]`` gradient of lse, or None.
-        q, k, v, scale, causal_offset: as in ``forward``; out, lse: what it returned.
-        config: shape of the launch; the shipped one by default.
-
-    Returns:
-        dq, dk, dv, shapes and dtypes of q, k, v. dq is summed in float32 in no fixed order: repeated runs may differ
-        in the last bit of it.
-
-    Raises:
-        ValueError: what ``refuses`` names.
-    """
-    reason = refuses(q, k, v, scale, causal_offset)
-    if reason:
-        raise ValueError(f"Hopper attention: {reason}")
-    from vbcompile.kernels.attention_hopper_backward import attention_backward, finish_backward, prepare_backward
-
-    batch, heads, queries, dim = q.shape
-    k_heads, keys = k.shape[1], k.shape[2]
-    causal = causal_offset is not None and causal_offset < keys - 1
-    config = config or BACKWARD_CONFIGS[dim, causal]
-    grad_out = grad_out if refuses_layout("grad_out", grad_out) is None else grad_out.contiguous()
-    out = out if out.stride(-1) == 1 else out.contiguous()
-    padded = -(-queries // PAD) * PAD
-    dq_sum = q.new_empty(batch * heads * padded, dim, dtype=torch.float32)
-    lse_log2, delta = q.new_empty(2, batch * heads, padded, dtype=torch.float32)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    rows = (padded // 64, batch * heads)
-    with torch.cuda.device(q.device):
-        prepare_backward[rows](
-            out,
-            grad_out,
-            lse.contiguous(),
-            None if grad_lse is None else grad_lse.contiguous(),
-            lse_log2,
-            delta,
-            dq_sum,
-            queries,
-            padded,
-            heads,
-            *out.stride()[:3],
-            *grad_out.stride()[:3],
-            HAS_GRAD_LSE=grad_lse is not None,
-            D=dim,
-            ROWS=64,
-        )
-        attention_backward[(-(-keys // config.block_k) * batch * k_heads,)](
-            describe(q, config.block_q),
-            describe(k, config.block_k),
-            describe(v, config.block_k),
-            describe(grad_out, config.block_q),
-            describe_float32(lse_log2, [1, config.block_q], 0),
-            describe_float32(delta, [1, config.block_q], 0),
-            describe_float32(dq_sum, [config.block_q, dim], 128),
-            describe(dk, config.block_k),
-            describe(dv, config.block_k),
-            scale,
-            scale * math.log2(math.e),
-            queries,
-            keys,
-            k_heads,
-            heads // k_heads,
-            causal_offset if causal_offset is not None and causal else NO_CAUSAL_BOUND,
-            batch * k_heads,
-            padded,
-            STAGES=config.stages,
-            GROUP=config.group,
-            LATE=config.late,
-            num_warps=config.warps,
-            maxnreg=config.registers,
-        )
-        finish_backward[rows](dq_sum, dq, scale, queries, padded, heads, *dq.stride()[:3], D=dim, ROWS=64)
-    return dq, dk, dv

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_hopper_program import HopperProgram, compile_hopper, refuses
+from vbcompile.kernels.attention_hopper_program import HopperProgram, compile_hopper, refuses, refuses_gradients
 from vbcompile.kernels.attention_hopper_source import MAX_LENGTH
 from vbcompile.kernels.attention_layout import broadcast_strides, row_view
 from vbcompile.kernels.attention_tuning import TileConfig
@@ -28,6 +28,7 @@ class ScoreCall:
         captured: captured tensors, booleans as bytes; strides: six for each, zero where broadcast.
         planned: whether the program masks, along a plan of tiles that ``plan`` makes.
         empty_is_zero: what a row without keys gives, else NaN.
+        wanted: captured tensors whose gradients are wanted.
     """
 
     program: HopperProgram
@@ -39,6 +40,7 @@ class ScoreCall:
     empty_is_zero: bool
     function: ScoreFunction
     originals: tuple[Tensor, ...]
+    wanted: tuple[int, ...]
 
     @property
     def tile(self) -> Tensor | None:
@@ -50,24 +52,34 @@ class ScoreCall:
         """Whether heads that differ in their first leading index alone read the same part of that tensor."""
         return self.tile is not None and self.strides[self.program.tile or 0][LEAD_AXES - len(self.lead)] == 0
 
-    def plan(self, q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[Tensor | None, tuple[int, ...]]:
-        """The plan of tiles with its leading strides, or None where the program does not mask."""
+    def plan(
+        self, q: Tensor, k: Tensor, block_q: int, block_k: int, by_keys: bool = False
+    ) -> tuple[Tensor | None, tuple[int, ...]]:
+        """The plan of tiles with its leading strides, ``by_keys`` that of the backward; None where the program does not
+        mask."""
         if not self.planned:
             return None, (0,) * LEAD_AXES
         q, k = q.reshape(*self.lead, *q.shape[-2:]), k[:1, :1].reshape(*(1 for _ in self.lead), *k.shape[-2:])
         problem = problems.describe(q, k, k, self.originals, 1.0, 0.0, self.function)
-        return problem.tile_plan(q, TileConfig(block_q, block_k, 4, 1), self.program.exact)
+        return problem.tile_plan(q, TileConfig(block_q, block_k, 4, 1), self.program.exact, by_keys)
 
 
 def describe_call(
-    q: Tensor, k: Tensor, captured: Sequence[Tensor], lead: Sequence[int], scale: float, function: ScoreFunction
+    q: Tensor,
+    k: Tensor,
+    captured: Sequence[Tensor],
+    lead: Sequence[int],
+    scale: float,
+    function: ScoreFunction,
+    wanted: tuple[int, ...] | None = None,
 ) -> ScoreCall:
-    """Analyse a call that ``refuses_call`` takes; ``lead``: leading sizes of the canonical space."""
+    """Analyse a call that ``refuses_call`` takes; ``lead``: leading sizes of the canonical space; ``wanted``: for the
+    backward, the captured tensors whose gradients are wanted."""
     patterns = tuple(map(CapturedPattern.of, captured))
     function = problems.with_padded_lead(function, len(lead))
     offset = _own_bound(function, q.shape[-2], k.shape[-2])
     masked = function.mask is not None and offset is None
-    program = compile_hopper(function, patterns, q.dtype == torch.bfloat16, masked, scale <= 0)
+    program = compile_hopper(function, patterns, q.dtype == torch.bfloat16, masked, scale <= 0, wanted)
     return ScoreCall(
         program=program,
         causal_offset=offset,
@@ -78,13 +90,19 @@ def describe_call(
         empty_is_zero=function.empty_rows == "zero",
         function=function,
         originals=tuple(captured),
+        wanted=wanted or (),
     )
 
 
 def refuses_call(
-    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], q_length: int, k_length: int, function: ScoreFunction
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    q_length: int,
+    k_length: int,
+    function: ScoreFunction,
+    wanted: tuple[int, ...] = (),
 ) -> str | None:
-    """Why a score function with captured tensors of these shapes and dtypes is refused, or None."""
+    """Why a score function with captured tensors of these shapes and dtypes is refused, or None; ``wanted``: those
+    whose gradients are wanted."""
     if max(q_length, k_length) > MAX_LENGTH:
         return f"a sequence is longer than {MAX_LENGTH}, positions are computed in float32"
     patterns = tuple(CapturedPattern.of(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes)
@@ -95,7 +113,7 @@ def refuses_call(
                 return f"captured tensor {number} has rows and columns of {dtype}"
             if shape[-1] * dtype.itemsize % 16:
                 return f"rows of captured tensor {number} are no multiple of 16 bytes"
-    return refuses(function, patterns)
+    return refuses(function, patterns) or refuses_gradients(function, patterns, wanted)
 
 
 def _own_bound(function: ScoreFunction, q_length: int, k_length: int) -> int | None:
@@ -119,5 +137,7 @@ def tile_operand(t: Tensor | None, block_k: int) -> tuple[Any, tuple[int, ...]]:
         t = t.contiguous()
         view = row_view(t, any_width=True)
         assert view is not None
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * t.element_size(), rank=2)
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=min(128, block_k * t.element_size()), element_bitwidth=8 * t.element_size(), rank=2
+    )
     return TensorDescriptor(t, [view.rows, view.columns], [view.pitch, 1], [64, block_k], layout), view.steps

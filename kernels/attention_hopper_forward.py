@@ -26,21 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vbcompile.kernels.attention_hopper_producer import next_item, place_item, produce, produce_tiles
-from vbcompile.kernels.attention_hopper_scores import (
-    describe_rows,
-    key_tiles,
-    mask_scores,
-    per_row,
-    place_tile,
-    score_tile,
-)
+from vbcompile.kernels.attention_hopper_scores import describe_rows, key_tiles, per_row, place_tile
+from vbcompile.kernels.attention_hopper_step import advance, refer, weigh
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
     carry_weights,
-    finish_first,
     larger,
     pass_turn,
-    softmax_step,
     sum_within_lane,
     use_weights,
     wait_turn,
@@ -48,110 +40,6 @@ from vbcompile.kernels.attention_hopper_tiles import (
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def to_logits(
-    s,
-    number,
-    tiles,
-    place,
-    context,
-    program,
-    sizes,
-    w: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    BOUNDED: gl.constexpr,
-    TILED: gl.constexpr,
-    PLANNED: gl.constexpr,
-    BOUNDS: gl.constexpr,
-    LOGITS: gl.constexpr,
-    MASK: gl.constexpr,
-):
-    """Products of queries and keys -> logits. ``number`` counts key tiles; ``place`` as in ``score_tile``. BOUNDED: the
-    causal bound and the end of the keys are checked where the place says so."""
-    if LOGITS is not None or PLANNED:
-        s = score_tile(
-            s, number, tiles, place, context, program, sizes, w, CONSUMERS, TILED, BOUNDS, LOGITS, MASK
-        )  # fmt: skip
-    if BOUNDED and not PLANNED:  # noqa: SIM102 - known at compile time, the place is not
-        if place[2]:
-            s = mask_scores(s, place[0], place[1], sizes)
-    return s
-
-
-@gluon.jit
-def advance(
-    state,
-    taken,
-    q_tile,
-    k_smem,
-    v_smem,
-    barriers,
-    tiles,
-    place,
-    context,
-    program,
-    sizes,
-    w: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    PACK: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    PING_PONG: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    POLY: gl.constexpr,
-    TILED: gl.constexpr,
-    PLANNED: gl.constexpr,
-    BOUNDS: gl.constexpr,
-    LOGITS: gl.constexpr,
-    MASK: gl.constexpr,
-    UNBOUNDED: gl.constexpr,
-):
-    """One key tile: S of the next tile, P V of the current one, softmax of the next one under P V.
-
-    ``place`` = (first query row, first key of the next tile, ...) of ``place_tile``.
-    """
-    m, total, o, p = state
-    _, _, k_full, k_empty, v_full, v_empty = barriers
-    factor = program[1]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK_K: gl.constexpr = k_smem.shape[3]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
-    D: gl.constexpr = o.shape[1]
-    o_layout: gl.constexpr = o.type.layout
-    slot = taken % STAGES
-    next_slot = (taken + 1) % STAGES
-    mbarrier.wait(k_full.index(next_slot), (taken + 1) // STAGES & 1)
-    if PING_PONG:
-        wait_turn(TURN + w)
-    k_tile = k_smem.index(next_slot).reshape([BLOCK_K, D]).permute((1, 0))
-    zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
-    s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
-    old = p
-    weights = use_weights(old, q_tile.dtype, o_layout)
-    mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
-    o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
-    if PING_PONG:
-        pass_turn(TURN + 1 - w)
-    s = warpgroup_mma_wait(1, [s])
-    mbarrier.arrive(k_empty.index(next_slot))
-    s = to_logits(
-        s, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS, MASK
-    )
-    new_m, alpha, p = softmax_step(s, m, context[3], factor, POLY, UNBOUNDED)
-    part = sum_within_lane(p)
-    if OVERLAP:
-        part = finish_first(part)
-    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
-    if PACK:
-        # The old weights are kept until P V has read them: the new ones must not be rounded into their registers.
-        carried = carry_weights(p, q_tile.dtype, PACK)
-        o, weights, carried = warpgroup_mma_wait(0, [o, old, carried])
-    else:
-        o, carried = warpgroup_mma_wait(0, [o, p])
-    mbarrier.arrive(v_empty.index(slot))
-    o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o.type.layout))[:, None]
-    return new_m, total, o, carried
 
 
 @gluon.jit
@@ -184,8 +72,7 @@ def consume(
     GROUP: gl.constexpr,
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    PACK: gl.constexpr,
+    ROUNDING: gl.constexpr,
     POLY: gl.constexpr,
     DYNAMIC: gl.constexpr,
     PLANNED: gl.constexpr,
@@ -196,6 +83,7 @@ def consume(
     ROWS: gl.constexpr,
     OFFSET: gl.constexpr,
     BOUNDS: gl.constexpr,
+    CAP: gl.constexpr,
     SINK: gl.constexpr,
     UNBOUNDED: gl.constexpr,
     EMPTY_IS_ZERO: gl.constexpr,
@@ -213,7 +101,6 @@ def consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    factor = program[1]
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -244,45 +131,24 @@ def consume(
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(slot))
         place = place_tile(first_row, end - 1, clear, sure, BLOCK_K, PLANNED)
-        s = to_logits(
-            s, taken, tiles, place, context, program, sizes, w, CONSUMERS, True, TILED, PLANNED, BOUNDS, LOGITS, MASK
-        )
         nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
-        m, _decay, p = softmax_step(s, nothing, context[3], factor, POLY, UNBOUNDED)
+        s, m, _decay, own, base = refer(
+            s, nothing, taken, tiles, place, context, program, sizes, w, CONSUMERS, True, TILED, PLANNED, BOUNDS,
+            LOGITS, MASK, CAP, UNBOUNDED,
+        )  # fmt: skip
+        p = weigh(s, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
         state = (
             m,
             sum_within_lane(p),
             gl.full([64, D], 0.0, gl.float32, o_layout),
-            carry_weights(p, q_tile.dtype, PACK),
+            carry_weights(p, q_tile.dtype, ROUNDING),
         )
         for j in range(1, end - first):
             place = place_tile(first_row, end - 1 - j, clear, sure, BLOCK_K, PLANNED)
             state = advance(
-                state,
-                taken,
-                q_tile,
-                k_smem,
-                v_smem,
-                barriers,
-                tiles,
-                place,
-                context,
-                program,
-                sizes,
-                w,
-                CONSUMERS,
-                PACK,
-                CAUSAL,
-                PING_PONG,
-                OVERLAP,
-                POLY,
-                TILED,
-                PLANNED,
-                BOUNDS,
-                LOGITS,
-                MASK,
-                UNBOUNDED,
-            )
+                state, taken, q_tile, k_smem, v_smem, barriers, tiles, place, context, program, sizes, w, CONSUMERS,
+                CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
+            )  # fmt: skip
             taken += 1
         m, total, o, p = state
         mbarrier.arrive(q_empty.index(q_slot))
@@ -292,7 +158,7 @@ def consume(
             first, end, clear, sure = key_tiles(following[0], following[1], sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         slot = taken % STAGES
         mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
-        weights = use_weights(p, q_tile.dtype, o_layout)
+        weights = use_weights(p, q_tile.dtype, o_layout, ROUNDING)
         o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
         row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
         rows = first_row + gl.arange(0, 64, s_rows)
@@ -354,8 +220,7 @@ def attention_forward(
     GROUP: gl.constexpr,
     CAUSAL: gl.constexpr,
     PING_PONG: gl.constexpr,
-    OVERLAP: gl.constexpr,
-    PACK: gl.constexpr,
+    ROUNDING: gl.constexpr,
     POLY: gl.constexpr,
     DYNAMIC: gl.constexpr,
     SHARED: gl.constexpr,
@@ -365,6 +230,7 @@ def attention_forward(
     ROWS: gl.constexpr,
     OFFSET: gl.constexpr,
     BOUNDS: gl.constexpr,
+    CAP: gl.constexpr,
     SINK: gl.constexpr,
     UNBOUNDED: gl.constexpr,
     EMPTY_IS_ZERO: gl.constexpr,
@@ -425,10 +291,10 @@ def attention_forward(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
                 (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
                 (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
             ],
@@ -438,12 +304,12 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, OVERLAP, PACK, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
                 (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
                 (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
             ],

@@ -6,12 +6,14 @@ captured tensor with rows and columns comes as tiles, by the copy engine.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from vbcompile.kernels.attention_hopper_source import SourceWriter, split_mask
 from vbcompile.kernels.score_function import LEAVES, Instruction, ScoreFunction
+from vbcompile.kernels.score_gradient import differentiate
 from vbcompile.kernels.score_triton import CapturedPattern, has_unbounded_terms
 
 _WEIGHTS: Final = {  # instructions of the machine, roughly
@@ -20,6 +22,7 @@ _WEIGHTS: Final = {  # instructions of the machine, roughly
     **dict.fromkeys(("log1p", "sin", "cos", "pow"), 12),
 }
 _MOST_WEIGHT: Final = 24
+_LOWEST, _MOST_CAP = 92, 50.0
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,16 @@ class HopperProgram:
         offset: ``(*row context) -> what is the same for a whole row``; None for nothing.
         bounds: ``(*row context) -> first and end of the keys that a row sees``; None for all.
         mask: ``(score, *context) -> keep``, the part of the mask that ``bounds`` does not cover; None for all.
+        gradient: ``(score, value, upstream, *context) -> upstream * derivative of logits / outer``, for the backward;
+            None where the derivative is 1.
+        captured_gradients: ``(upstream, *context, gradients, their strides)`` adds to those of captured tensors, for
+            the backward; None where none is wanted.
         rows: loads what belongs to rows or heads; None where nothing does. sink: ``(*row context) -> logit``, or None.
         tile: number of the captured tensor with rows and columns, or None; tiled: 1 where the logits read it, 2 where
             the mask alone does, else 0.
         exact: whether ``bounds`` covers all of the mask but terms without any bounds of columns.
+        cap: where the logits are ``tanh`` of the score alone and bounded weights will do: how much less than the
+            largest magnitude of a row its reference is, in powers of two; else None.
         unbounded: whether products of logits with ``log2(e)`` may overflow.
     """
 
@@ -45,11 +54,14 @@ class HopperProgram:
     offset: Callable[..., Any] | None
     bounds: Callable[..., Any] | None
     mask: Callable[..., Any] | None
+    gradient: Callable[..., Any] | None
+    captured_gradients: Callable[..., Any] | None
     rows: Callable[..., Any] | None
     sink: Callable[..., Any] | None
     tile: int | None
     tiled: int
     exact: bool
+    cap: float | None
     unbounded: bool
     source: str
 
@@ -68,6 +80,29 @@ def refuses(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> s
     if any(pattern.wide for pattern in patterns):
         return "a captured tensor needs 64-bit offsets of columns"
     return None
+
+
+def refuses_gradients(
+    function: ScoreFunction, patterns: tuple[CapturedPattern, ...], wanted: tuple[int, ...]
+) -> str | None:
+    """Why these kernels cannot give the gradients of the captured tensors ``wanted``, or None."""
+    function = peel(function)[0]
+    if not set(wanted) & set(function.captured(function.score)):
+        return None
+    found = differentiate(function, function.score)
+    if found.score is None or found.function.program[found.score] != ("upstream",):
+        return "gradients of captured tensors need logits that are the score and an addend"
+    for number, position in found.captured:
+        is_tile = patterns[number].row and patterns[number].column
+        if number in wanted and is_tile and found.function.program[position] != ("upstream",):
+            return f"the gradient of captured tensor {number} is not that of the logits"
+        if number in wanted and _tile_under(found.function, patterns, position):
+            return f"the gradient of captured tensor {number} reads a tensor with rows and columns"
+    return None
+
+
+def _tile_under(function: ScoreFunction, patterns: tuple[CapturedPattern, ...], position: int) -> bool:
+    return any(patterns[n].row and patterns[n].column for n in function.captured(position))
 
 
 def _per_element(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> set[int]:
@@ -159,6 +194,15 @@ def _is_head_factor(instruction: Instruction, patterns: tuple[CapturedPattern, .
     return name == "captured" and not (patterns[arguments[0]].row or patterns[arguments[0]].column)
 
 
+def _cap(function: ScoreFunction, outer: float) -> float | None:
+    """``HopperProgram.cap`` of a peeled function: weights of a row lie in a range of ``2 * outer * log2(e)`` powers of
+    two, of which no more than ``_LOWEST`` may be below one."""
+    name, *arguments = function.program[function.score]
+    if name != "tanh" or function.program[arguments[0]] != ("score",) or function.sink is not None:
+        return None
+    return max(0.0, 2 * outer * math.log2(math.e) - _LOWEST) if outer <= _MOST_CAP else None
+
+
 @functools.lru_cache(maxsize=1024)
 def compile_hopper(
     function: ScoreFunction,
@@ -166,6 +210,7 @@ def compile_hopper(
     fast: bool,
     masked: bool,
     scaled: bool,
+    wanted: tuple[int, ...] | None = None,
 ) -> HopperProgram:
     """Compile a score function that ``refuses`` takes.
 
@@ -173,6 +218,7 @@ def compile_hopper(
         fast: tanh at the precision of bfloat16's products of queries and keys.
         masked: compile the mask; else the kernel's own causal bound covers it.
         scaled: logits are wanted scaled even where they are the scores alone.
+        wanted: for the backward: numbers of the captured tensors whose gradients are wanted.
     """
     function = function if masked else replace(function, mask=None)
     function, inner, outer = peel(function)
@@ -183,6 +229,10 @@ def compile_hopper(
     writer = SourceWriter(function, patterns, fast)
     if scaled:
         writer.logits(lambda position: not _unbounded(function.program, patterns, position))
+    if wanted is not None and scaled:
+        writer.gradient()
+    if wanted:
+        writer.captured_gradients(wanted)
     if exact:
         writer.bounds(exact)
     if opaque:
@@ -194,10 +244,14 @@ def compile_hopper(
     return HopperProgram(
         inner=inner if scaled else 1.0,
         outer=outer if scaled else outer * inner,
-        **{name: names.get(name) for name in ("logits", "offset", "bounds", "mask", "rows", "sink")},
+        **{
+            name: names.get(name)
+            for name in ("logits", "offset", "bounds", "mask", "gradient", "captured_gradients", "rows", "sink")
+        },
         tile=tiles[0] if tiles else None,
         tiled=0 if not tiles else 1 if tiles[0] in function.captured(function.score) else 2,
         exact=is_exact,
+        cap=_cap(function, outer) if fast and not opaque else None,
         unbounded=_unbounded(function.program, patterns, function.score),
         source=writer.source,
     )

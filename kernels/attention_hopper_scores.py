@@ -63,10 +63,10 @@ def place_tile(first_row, tile, clear, sure, BLOCK_K: gl.constexpr, PLANNED: gl.
 
 
 @gluon.jit
-def rows_of(first_row, split: gl.constexpr):
-    """Row numbers ``[64, 1, 1, 1]`` of a tile in the layout ``split``."""
+def rows_of(first_row, split: gl.constexpr, COUNT: gl.constexpr = 64):
+    """Row numbers ``[COUNT, 1, 1, 1]`` of a tile in the layout ``split``."""
     lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, split))
-    rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, lanes))
+    rows = first_row + gl.arange(0, COUNT, gl.SliceLayout(1, lanes))
     return gl.expand_dims(gl.expand_dims(rows[:, None], 1), 3)
 
 
@@ -133,6 +133,29 @@ def describe_rows(
 
 
 @gluon.jit
+def bits_below(bound):
+    """A lane's keys ``8 a + 2 lane + c`` below ``bound + 2 lane``, one bit each: keys of a lane in their order."""
+    count = gl.maximum(2 * (bound >> 3) + gl.minimum(bound & 7, 2), 0)
+    return gl.where(count > 31, -1, (1 << count) - 1)
+
+
+@gluon.jit
+def keep_range(parts, first, end, lanes, other):
+    """``other`` where a key is not in ``[first, end)``; ``first`` may be None. ``lanes`` is each lane's first key,
+    see ``lanes_of``; a lane has 32 keys at most. A test of one bit per element: two comparisons would wait for each
+    other."""
+    split: gl.constexpr = parts.type.layout
+    bits = bits_below(end - lanes)
+    if first is not None:
+        bits = bits & ~bits_below(first - lanes)
+    numbers: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, split))
+    twos = 2 * gl.arange(0, parts.shape[1], gl.SliceLayout(1, numbers))[:, None]
+    number = twos + gl.arange(0, 2, gl.SliceLayout(0, numbers))[None, :]
+    one = gl.expand_dims(gl.expand_dims(1 << number, 0), 2)
+    return gl.where((bits & one) != 0, parts, other)
+
+
+@gluon.jit
 def mask_scores(s, first_row, first_key, sizes):
     """-inf where a key lies past the end or, causal, past the row's own position.
 
@@ -144,6 +167,28 @@ def mask_scores(s, first_row, first_key, sizes):
     bound = gl.minimum(rows_of(first_row, split) + sizes[3], sizes[0] - 1) - first_key - lanes_of(split)
     masked = gl.where(steps_of(s.shape[1], split) <= bound, parts, float("-inf")).reshape(64, s.shape[1])
     return gl.convert_layout(masked, s.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def zero_masked(s, step: gl.constexpr, place, context, program, sizes, BOUNDED: gl.constexpr, BOUNDS: gl.constexpr):
+    """Part of a tile, from its ``step``-th key on, with 0 at masked keys; BOUNDED and BOUNDS are all of the mask."""
+    first_row, first_key, masked, _ = place
+    if BOUNDED:  # noqa: SIM102 - known at compile time, the place is not
+        if masked:
+            parts = s.reshape(64, s.shape[1] // 8, 4, 2)
+            split: gl.constexpr = parts.type.layout
+            i = rows_of(first_row, split)
+            lanes = lanes_of(split) + first_key + step
+            if BOUNDS is not None:
+                rows, lead, queries, _ = context
+                first, end = BOUNDS(
+                    i, i.to(gl.float32), first_row, rows, lead, queries, sizes[0], program[2], program[3]
+                )  # fmt: skip
+                parts = keep_range(parts, first, gl.minimum(end, sizes[0]), lanes, 0.0)
+            else:
+                parts = keep_range(parts, None, gl.minimum(i + sizes[3] + 1, sizes[0]), lanes, 0.0)
+            s = gl.convert_layout(parts.reshape(64, s.shape[1]), s.type.layout, assert_trivial=True)
+    return s
 
 
 @gluon.jit
@@ -217,7 +262,7 @@ def score_tile(
         if masked:
             first, end = BOUNDS(i, fi, first_row, rows, lead, queries, keys, captured, strides)
             end = gl.minimum(end, keys)
-            parts = gl.where((steps >= first - lanes) & (steps < end - lanes), parts, float("-inf"))
+            parts = keep_range(parts, first, end, lanes, float("-inf"))
     if MASK is not None:  # noqa: SIM102
         if unsure:
             seen = tile

@@ -11,11 +11,13 @@ from typing import Any, Final
 
 from vbcompile.kernels.attention_tiles import Bound, Constraint, Interval, RangeEmitter, analyse_mask, linear_form
 from vbcompile.kernels.score_function import LEAVES, ScoreFunction
-from vbcompile.kernels.score_triton import CapturedPattern, Emitter, compile_source, define
+from vbcompile.kernels.score_gradient import differentiate
+from vbcompile.kernels.score_triton import LEAD_AXES, CapturedPattern, Emitter, compile_source, define
 
 MAX_LENGTH: Final = 1 << 21  # positions, their sums and differences are exact in float32
 _ELEMENT: Final = "score, i, j, fi, fj, step, distance, rows, tile, lead, q_length, k_length, captured, strides"
 _ROW: Final = "i, fi, first, rows, lead, q_length, k_length, captured, strides"
+_CAPTURED: Final = _ELEMENT.replace("score,", "upstream,").replace("tile, ", "") + ", gradients, gradient_strides"
 _LOADED: Final = "i, i_ok, lead, captured, strides"
 
 
@@ -183,6 +185,51 @@ class SourceWriter:
         self.source += define("logits", _ELEMENT, elements.lines, _sum(per_element))
         if per_row:
             self.source += define("offset", _ROW, rows.lines, f"fi * 0.0 {' '.join(per_row)}")
+
+    def gradient(self) -> None:
+        """Define ``gradient``, unless the logits change as the score does; what ``logits`` gave comes in as ``value``,
+        -inf where masked. (Where a part of them is left to ``offset`` they are a sum, whose gradient does not read it.)
+        """
+        found = differentiate(self._function, self._function.score)
+        assert found.score is not None
+        if found.function.program[found.score] == ("upstream",):
+            return
+        emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
+        emitter._names[self._function.score] = "value"
+        value = emitter.as_float(found.score)
+        parameters = _ELEMENT.replace("score,", "score, value, upstream,", 1)
+        self.source += define("gradient", parameters, emitter.lines, value)
+
+    def captured_gradients(self, wanted: tuple[int, ...]) -> None:
+        """Define ``captured_gradients``, which adds to the gradients of the captured tensors ``wanted``, if any, but
+        for one with rows and columns; the gradient of the logits comes in."""
+        found = differentiate(self._function, self._function.score)
+        emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
+        values = [
+            (n, emitter.as_float(position)) for n, position in found.captured if n in wanted and not self._is_tile(n)
+        ]
+        if values:
+            body = [*emitter.lines, *(line for n, g in values for line in self._add(n, wanted.index(n), g))]
+            self.source += define("captured_gradients", _CAPTURED, body, None)
+
+    def _is_tile(self, number: int) -> bool:
+        return self._patterns[number].row and self._patterns[number].column
+
+    def _add(self, number: int, place: int, value: str) -> list[str]:
+        """Lines that add a tile's elements to the gradient of a captured tensor, summed where it is broadcast."""
+        pattern, strides = self._patterns[number], f"gradient_strides[{place}]"
+        offset = " + ".join(f"tl.cast(lead[{d}], tl.int64) * {strides}[{d}]" for d in range(LEAD_AXES))
+        pointer = f"gradients[{place}] + ({offset})"
+        pointer += f" + tl.cast(i, tl.int64) * {strides}[{LEAD_AXES}]" if pattern.row else ""
+        pointer += f" + j * {strides}[{LEAD_AXES + 1}]" if pattern.column else ""
+        exists = "(i < q_length)" if pattern.row else "(j < k_length)" if pattern.column else "None"
+        if pattern.row:
+            value = f"tl.sum({value}, 0, keep_dims=True)"
+        else:
+            kept = ", keep_dims=True" * pattern.column
+            for axis in (3, 2, 1) if pattern.column else (3, 2, 1, 0):
+                value = f"tl.sum({value}, {axis}{kept})"
+        return [f'    tl.atomic_add({pointer}, {value}, mask={exists}, sem="relaxed")']
 
     def bounds(self, constraints: list[Constraint]) -> None:
         """Define ``bounds``."""

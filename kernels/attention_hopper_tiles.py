@@ -78,6 +78,19 @@ def larger(a, b):
 
 
 @gluon.jit
+def larger_size(a, b):
+    """Maximum of magnitudes; NaN wins."""
+    return gl.inline_asm_elementwise(
+        "{.reg .f32 s, t; abs.f32 s, $1; abs.f32 t, $2; max.NaN.f32 $0, s, t;}",
+        "=f,f,f",
+        [a, b],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def rounded_product(a, b):
     """a * b, rounded: it is never made part of another instruction."""
     return gl.inline_asm_elementwise(
@@ -86,9 +99,22 @@ def rounded_product(a, b):
 
 
 @gluon.jit
-def row_maximum(s):
-    """Largest element of each row; NaN wins."""
-    return gl.reduce(s, 1, larger)
+def larger_of(x, axis: gl.constexpr, SIZE: gl.constexpr):
+    """Largest element along an axis, or SIZE: largest magnitude; NaN wins."""
+    if SIZE:
+        return gl.reduce(x, axis, larger_size)
+    else:
+        return gl.reduce(x, axis, larger)
+
+
+@gluon.jit
+def row_maximum(s, SIZE: gl.constexpr):
+    """Largest element, or SIZE: magnitude, of each row ``[64]``; NaN wins. Neighbours are compared first, then four
+    parts of what a lane holds side by side: one chain of dependent instructions would be longer than the tile's work.
+    """
+    pairs = larger_of(s.reshape(64, 2, s.shape[1] // 16, 4, 2), 4, SIZE)
+    lanes = larger_of(larger_of(pairs, 2, SIZE), 1, SIZE)
+    return gl.convert_layout(larger_of(lanes, 1, SIZE), gl.SliceLayout(1, s.type.layout))
 
 
 @gluon.jit
@@ -112,28 +138,51 @@ def sum_within_lane(p):
 
 
 @gluon.jit
-def carry_weights(p, dtype: gl.constexpr, PACK: gl.constexpr):
-    """The form in which exponentials ``p`` float32 [64, N] go over the loop's edge: as they are, or PACKed to int32
-    [64, N / 2], two neighbours rounded to ``dtype`` each, which takes half the registers. (Plain 16-bit values would be
-    taken apart and put together again in every iteration.)"""
-    if PACK:
-        bf16: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        fp16: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-        low, high = p.reshape(64, p.shape[1] // 2, 2).split()
-        return gl.inline_asm_elementwise(
-            bf16 if dtype == gl.bfloat16 else fp16, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
-        )
+def halves(s):
+    """Left and right half of a tile's columns."""
+    return s.reshape(64, 2, s.shape[1] // 2).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def pack_weights(p, dtype: gl.constexpr):
+    """Float32 [64, N] -> int32 [64, N / 2], two neighbours rounded to ``dtype`` each: the form in which weights go over
+    the loop's edge. (Plain 16-bit values would be taken apart and put together again in every iteration.)"""
+    bf16: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    fp16: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    low, high = p.reshape(64, p.shape[1] // 2, 2).split()
+    return gl.inline_asm_elementwise(
+        bf16 if dtype == gl.bfloat16 else fp16, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def carry_weights(p, dtype: gl.constexpr, ROUNDING: gl.constexpr):
+    """The form in which weights go over the loop's edge; see ``advance``."""
+    if ROUNDING == "halfway":
+        left, right = halves(p)
+        return (pack_weights(left, dtype), pack_weights(right, dtype))
+    elif ROUNDING == "early":
+        return pack_weights(p, dtype)
     else:
         return p
 
 
 @gluon.jit
-def use_weights(carried, dtype: gl.constexpr, layout: gl.constexpr):
+def unpack_weights(packed, dtype: gl.constexpr):
+    """Inverse of ``pack_weights``."""
+    low = packed.to(gl.int16).to(dtype, bitcast=True)
+    high = (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.join(low, high).reshape(64, packed.shape[1] * 2)
+
+
+@gluon.jit
+def use_weights(carried, dtype: gl.constexpr, layout: gl.constexpr, ROUNDING: gl.constexpr):
     """What ``carry_weights`` gave, as the left operand of a product whose result has ``layout``."""
-    if carried.dtype == gl.int32:
-        low = carried.to(gl.int16).to(dtype, bitcast=True)
-        high = (carried >> 16).to(gl.int16).to(dtype, bitcast=True)
-        weights = gl.join(low, high).reshape(64, carried.shape[1] * 2)
+    if ROUNDING == "halfway":
+        both = gl.join(carried[0], carried[1]).permute((0, 2, 1))
+        weights = unpack_weights(both.reshape(64, carried[0].shape[1] * 2), dtype)
+    elif ROUNDING == "early":
+        weights = unpack_weights(carried, dtype)
     else:
         weights = carried.to(dtype)
     return gl.convert_layout(weights, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
@@ -162,23 +211,117 @@ def finish_first(x):
 
 
 @gluon.jit
-def softmax_step(s, m, offset, factor, POLY: gl.constexpr, UNBOUNDED: gl.constexpr):
-    """(new row maximum, factor of the sums so far, exponentials) of a tile ``s`` of logits less ``offset``.
+def any_row(condition):
+    """Whether a condition ``[64]`` on rows holds for any row of a warp, int32 ``[64]``."""
+    asm: gl.constexpr = """{
+        .reg .pred q;
+        .reg .b32 t;
+        or.b32 t, $2, $3;
+        setp.ne.b32 q, t, 0;
+        vote.sync.any.pred q, q, 0xFFFFFFFF;
+        selp.b32 $0, 1, 0, q;
+        mov.b32 $1, $0;
+    }"""
+    return gl.inline_asm_elementwise(asm, "=r,=r,r,r", [condition.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=2)
+
+
+@gluon.jit
+def next_reference(s, m, offset, factor, UNBOUNDED: gl.constexpr):
+    """What a tile ``s`` of logits less ``offset`` makes of the rows' maximum ``m``, and how its weights are computed.
 
     The maximum is carried times ``factor``, rounded once, so that tiles agree. UNBOUNDED: that product may overflow;
     the maximum is carried alone, and rows that hold nothing but numbers near the least finite one (which masks add) get
     a factor that cannot overflow: their exponentials are ones, as those of equal logits are.
+
+    Returns:
+        new maximum; factor of the sums so far; what logits are multiplied by, and what is then taken away.
     """
     if UNBOUNDED:
-        new_m = larger(m, row_maximum(s) + offset)
+        new_m = larger(m, row_maximum(s, False) + offset)
         base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
         own = gl.where(gl.abs(base) < 1e38, factor, 7.9e-31)
         before = gl.where((gl.abs(m) < 1e38) | (m == float("-inf")), factor, 7.9e-31)
         scaled = rounded_product(base, own)
         alpha = gl.exp2(rounded_product(m, before) - scaled)
-        return new_m, alpha, exp2_mixed(s * own[:, None] - (scaled - rounded_product(offset, own))[:, None], POLY)
+        return new_m, alpha, own, scaled - rounded_product(offset, own)
     else:
         offset = offset * factor
-        new_m = larger(m, row_maximum(s) * factor + offset)
+        new_m = larger(m, row_maximum(s, False) * factor + offset)
         base = gl.where(new_m == float("-inf"), 0.0, new_m)
-        return new_m, gl.exp2(m - base), exp2_mixed(s * factor - (base - offset)[:, None], POLY)
+        return new_m, gl.exp2(m - base), factor, base - offset
+
+
+@gluon.jit
+def exponentials(s, own, base, POLY: gl.constexpr):
+    """Weights of part of a tile, ``own`` and ``base`` from ``next_reference``."""
+    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    base = gl.convert_layout(base, rows)[:, None]
+    if own.type.is_block():
+        own = gl.convert_layout(own, rows)[:, None]
+    return exp2_mixed(s * own - base, POLY)
+
+
+# tanh(u) = u (A + B u^2 + C u^4) for |u| < LIMIT, relative error 2.2e-4 (minimax)
+TANH_LIMIT = gl.constexpr(0.75)
+TANH_A, TANH_B, TANH_C = gl.constexpr(0.99978519), gl.constexpr(-0.32629661), gl.constexpr(0.09735521)
+
+
+def _capped(n: int) -> gl.constexpr:
+    """2 ** (factor * tanh(inner * x) - base) of ``n`` numbers: by the polynomial, or by the special function units
+    where any row of the warp is beyond its limit."""
+    fast = (
+        "mul.rn.ftz.f32 t, {X}, {X}; fma.rn.ftz.f32 w, t, {C}, {B}; fma.rn.ftz.f32 w, w, t, {A};"
+        "fma.rn.ftz.f32 w, w, {X}, {BASE}; ex2.approx.ftz.f32 {OUT}, w;"
+    )
+    slow = (
+        "mul.rn.ftz.f32 t, {X}, {INNER}; tanh.approx.f32 t, t; fma.rn.ftz.f32 w, t, {FACTOR}, {BASE};"
+        "ex2.approx.ftz.f32 {OUT}, w;"
+    )
+    names = ("OUT", "X", "BASE", "OUTSIDE", "A", "B", "C", "INNER", "FACTOR")  # n operands each
+
+    def each(text: str) -> str:
+        operands = [{name: f"${place * n + k}" for place, name in enumerate(names)} for k in range(n)]
+        return "".join("{.reg .f32 t, w;" + text.format(**own) + "}" for own in operands)
+
+    outside = f"${names.index('OUTSIDE') * n}"
+    return gl.constexpr(
+        f"{{.reg .pred q; setp.eq.b32 q, {outside}, 0; @q bra.uni FAST;{each(slow)} bra.uni DONE;"
+        f"FAST: {each(fast)} DONE: }}"
+    )
+
+
+_CAPPED = _capped(32)
+_CAPPED_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64 + ["r"] * 32 + ["f"] * 160))
+
+
+@gluon.jit
+def capped_reference(s, m, inner, factor, SHIFT: gl.constexpr):
+    """As ``next_reference`` for logits ``tanh(inner * s)``, of products ``s`` none of which is masked.
+
+    The reference of a row is that of its largest magnitude less SHIFT: one maximum tells the reference and whether the
+    polynomial will do. Returns new reference, factor of the sums so far, whether it will not do for the warp.
+    """
+    size = row_maximum(s, True) * gl.abs(inner)
+    outside = any_row((size <= TANH_LIMIT) == 0)
+    new_m = larger(m, tanh_fast(size) * factor - SHIFT)
+    return new_m, gl.exp2(m - new_m), outside
+
+
+@gluon.jit
+def capped_exponentials(s, outside, base, inner, factor):
+    """Weights of part of a tile, ``outside`` and ``base`` from ``capped_reference``."""
+    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    base = gl.convert_layout(base, rows)[:, None]
+    outside = gl.convert_layout(outside, rows)[:, None]
+    square = inner * inner
+    a = factor * inner * TANH_A
+    b = factor * inner * TANH_B * square
+    c = factor * inner * TANH_C * square * square
+    arguments = [s, -base, outside, a, b, c, inner, factor]
+    return gl.inline_asm_elementwise(_CAPPED, _CAPPED_REGISTERS, arguments, dtype=gl.float32, is_pure=True, pack=32)
+
+
+@gluon.jit
+def tanh_fast(x):
+    """By NVIDIA's instruction."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

@@ -16,10 +16,11 @@ class IntervalEmitter:
 
     The code runs on ``i`` (row numbers of one tile, all existing), ``j`` (``[tiles, columns of each]``, all existing),
     ``first``, ``last`` (first and last row), ``column_first``, ``column_last`` (of each tile), and the context of
-    :mod:`vbcompile.kernels.score_triton`.
+    :mod:`vbcompile.kernels.score_triton`. ``by_keys``: on the columns of one tile and ``[tiles, rows of each]``.
     """
 
-    def __init__(self, function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> None:
+    def __init__(self, function: ScoreFunction, patterns: tuple[CapturedPattern, ...], by_keys: bool = False) -> None:
+        self._by_keys = by_keys
         self._program = function.program
         self._patterns = patterns
         self._kinds = infer_kinds(function.program, patterns)
@@ -73,7 +74,7 @@ class IntervalEmitter:
         value = self._emitter.value(position)
         if not pattern.row and not pattern.column:
             return value, value
-        axis = 1 if pattern.column else 0
+        axis = int(pattern.column != self._by_keys)
         if pattern.kind == "bool":
             whole = f"tl.cast({value}, tl.int32)"
             return f"tl.max({whole}, {axis}) != 0", f"tl.min({whole}, {axis}) != 0"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import get_target
+from vbcompile.kernels.attention_case import lead_shape
 from vbcompile.kernels.attention_layout import RowView, broadcast_strides, pad_lead, row_view, tile_strides
 from vbcompile.kernels.attention_program import TileProgram, compile_program
 from vbcompile.kernels.attention_tuning import TileConfig, tile_config
@@ -18,7 +19,7 @@ from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import LEAD_AXES, CapturedPattern
 
 SUMMARY_TILES = 64  # tiles of scores per head from which a pass over an opaque mask pays
-_PLAN_TILES = 64  # tiles of keys that one step of a plan looks at
+_PLAN_ELEMENTS = 16384  # positions, in whole tiles, that one step of a plan looks at
 _NO_STRIDES = (0,) * (LEAD_AXES + 2)
 _fitting: dict[tuple[Any, ...], TileConfig] = {}  # tiles made smaller because a device could not hold the table's
 
@@ -165,25 +166,33 @@ class Problem:
             for axis in range(LEAD_AXES)
         ]
 
-    def tile_plan(self, like: Tensor, tiles: TileConfig, exact: bool) -> tuple[Tensor, tuple[int, ...]]:
-        """Which tiles of keys each tile of rows visits, int32 ``[*lead of the mask, tiles of rows, 8]`` (see
-        ``tile_plan_kernel``, where ``exact`` is explained), and its four leading strides, zero where the mask is
-        broadcast."""
+    def tile_plan(
+        self, like: Tensor, tiles: TileConfig, exact: bool, by_keys: bool = False
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """Which tiles of keys each tile of rows visits, or ``by_keys`` which tiles of rows each tile of keys: int32
+        ``[*lead of the mask, tiles, 8]`` (see ``tile_plan_kernel``, where ``exact`` is explained), and its four leading
+        strides, zero where the mask is broadcast."""
         from vbcompile.kernels.attention_summary import tile_plan_kernel
 
-        program, sizes, rows = self.program, self.mask_sizes, -(-self.q_length // tiles.block_q)
-        summary, summary_strides = self.mask_summary(None if program.tile_bounds else program.opaque, tiles)
-        plan = like.new_empty([*sizes, rows, 8], dtype=torch.int32)
+        program, sizes = self.program, self.mask_sizes
+        counts = [-(-self.q_length // tiles.block_q), -(-self.k_length // tiles.block_k)]
+        opaque, bounds, ranges = program.opaque, program.tile_bounds, program.key_range
+        if by_keys:
+            opaque, bounds, ranges = program.query_opaque, program.query_tile_bounds, program.query_range
+        own, other = counts[::-1] if by_keys else counts
+        summary, summary_strides = self.mask_summary(None if bounds else opaque, tiles)
+        plan = like.new_empty([*sizes, own, 8], dtype=torch.int32)
         launch(
-            tile_plan_kernel, (rows, math.prod(sizes)),
+            tile_plan_kernel, (own, math.prod(sizes)),
             plan, summary, self.captured, tuple(sizes), self.captured_strides, summary_strides,
-            self.q_length, self.k_length, program.key_range,
-            SUMMARY=power_of_two(summary.shape[-1]) if summary is not None else None,
-            OPAQUE=summary is None and program.tile_bounds is None and program.opaque is not None,
-            BOUNDS=program.tile_bounds,
+            self.q_length, self.k_length, ranges,
+            SUMMARY=power_of_two(other) if summary is not None else None,
+            OPAQUE=summary is None and bounds is None and opaque is not None,
+            BOUNDS=bounds,
             EXACT=exact,
-            TILES=min(_PLAN_TILES, power_of_two(-(-self.k_length // tiles.block_k))),
-            BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=8 if program.tile_bounds else 1,
+            BY_KEYS=by_keys,
+            TILES=min(_PLAN_ELEMENTS // (tiles.block_q if by_keys else tiles.block_k), power_of_two(other)),
+            BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=8 if bounds else 1,
         )  # fmt: skip
         return plan, broadcast_strides(plan)[:LEAD_AXES]
 
@@ -212,7 +221,7 @@ def describe(
     wanted: tuple[int, ...] = (),
 ) -> Problem:
     """Analyse a call; ``wanted``: numbers of the captured tensors whose gradient is wanted."""
-    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v, *captured)))
+    lead = lead_shape(q, k, v, captured)
     precise = q.dtype == torch.float32
     patterns = tuple(map(CapturedPattern.of, captured))
     program = compile_program(with_padded_lead(function, len(lead)), patterns, precise, wanted)

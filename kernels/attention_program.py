@@ -42,6 +42,7 @@ class TileProgram:
             ``first .. last`` need; ``scattered_key_range`` the same for any set of rows; ``query_range`` rows that
             columns need. None where the mask bounds nothing.
         tile_bounds: what ``opaque`` can be over whole tiles, see ``attention_intervals``; None where that is unknown.
+            query_tile_bounds: the same of ``query_opaque``, for one tile of columns and many of rows.
         key_head, key_tail: whether ``key_range`` may begin after the first column, end before the last one;
             query_head, query_tail: ``query_range`` likewise.
         row_step, row_finish: gradients by tiles of rows, see :func:`_row_gradients`.
@@ -63,6 +64,7 @@ class TileProgram:
     scattered_key_range: Callable[..., Any] | None
     query_range: Callable[..., Any] | None
     tile_bounds: Callable[..., Any] | None
+    query_tile_bounds: Callable[..., Any] | None
     row_step: Callable[..., Any]
     row_finish: Callable[..., Any]
     column_step: Callable[..., Any]
@@ -120,7 +122,7 @@ def compile_program(
 
 _FUNCTIONS: Final = (
     *("logits", "mask", "opaque", "query_opaque", "sink", "key_range", "scattered_key_range", "query_range"),
-    "tile_bounds",
+    *("tile_bounds", "query_tile_bounds"),
     *("row_step", "row_finish", "column_step", "column_finish", "sink_step"),
 )
 
@@ -169,10 +171,11 @@ class _ProgramBuilder:
             self._conjunction("mask", [function.mask])
         if analysis.opaque:
             self._conjunction("opaque", list(analysis.opaque))
-            self._tile_bounds(list(analysis.opaque))
+            self._tile_bounds("tile_bounds", list(analysis.opaque))
         for_columns = analysis.without_rows()
         if for_columns.opaque:
             self._conjunction("query_opaque", list(for_columns.opaque))
+            self._tile_bounds("query_tile_bounds", list(for_columns.opaque), by_keys=True)
         if function.sink is not None:
             emitter = self._emitter()
             self._define("sink", CONTEXT, emitter.lines, emitter.as_float(function.sink))
@@ -187,11 +190,11 @@ class _ProgramBuilder:
         terms = [emitter.value(p) for p in positions if p is not None]
         self._define(name, f"score, {CONTEXT}", emitter.lines, " & ".join(terms))
 
-    def _tile_bounds(self, positions: list[int]) -> None:
-        emitter = IntervalEmitter(self._function, self._patterns)
+    def _tile_bounds(self, name: str, positions: list[int], by_keys: bool = False) -> None:
+        emitter = IntervalEmitter(self._function, self._patterns, by_keys)
         found = emitter.conjunction(positions)
         if found is not None:
-            self._define("tile_bounds", _BOUNDS, emitter.lines, f"({found[0]}, {found[1]})")
+            self._define(name, _BOUNDS, emitter.lines, f"({found[0]}, {found[1]})")
 
     def _range(self, name: str, analysis: MaskAnalysis, rows: bool, scattered: bool = False) -> None:
         emitter = RangeEmitter(self._function.program, self._patterns, scattered)

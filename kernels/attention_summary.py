@@ -38,12 +38,16 @@ def mask_summary_kernel(
 @triton.jit
 def _within_bounds(
     begin, full_begin, full_end, end, first_row, lead, captured, captured_strides, q_length, k_length,
-    BOUNDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    BOUNDS: tl.constexpr, BY_KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A range of tiles of keys narrowed to those where the bounded terms may hold, the first run of tiles in
-    ``[full_begin, full_end)`` where they hold for all elements, and the first such run anywhere."""
-    last_row = tl.minimum(first_row + BLOCK_Q, q_length) - 1
-    i = tl.minimum(first_row + tl.arange(0, BLOCK_Q), last_row)
+    """A range of tiles of keys (BY_KEYS: of queries, of a tile of keys) narrowed to those where the bounded terms may
+    hold, the first run of tiles in ``[full_begin, full_end)`` where they hold for all elements, and the first such run
+    anywhere."""
+    OWN: tl.constexpr = BLOCK_K if BY_KEYS else BLOCK_Q
+    OTHER: tl.constexpr = BLOCK_Q if BY_KEYS else BLOCK_K
+    limit = q_length if BY_KEYS else k_length
+    last_row = tl.minimum(first_row + OWN, k_length if BY_KEYS else q_length) - 1
+    i = tl.minimum(first_row + tl.arange(0, OWN), last_row)
     first = end
     last = begin
     full_first = end
@@ -52,13 +56,19 @@ def _within_bounds(
     sure_last = end
     for start in range(begin, end, TILES):
         tiles = start + tl.arange(0, TILES)
-        column_first = tl.minimum(tiles * BLOCK_K, k_length - 1)
-        column_last = tl.minimum(tiles * BLOCK_K + BLOCK_K, k_length) - 1
-        j = tl.minimum(tiles[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], k_length - 1)
-        some, every = BOUNDS(
-            first_row, last_row, column_first, column_last, i, j, None, None,
-            lead, q_length, k_length, captured, captured_strides,
-        )  # fmt: skip
+        column_first = tl.minimum(tiles * OTHER, limit - 1)
+        column_last = tl.minimum(tiles * OTHER + OTHER, limit) - 1
+        j = tl.minimum(tiles[:, None] * OTHER + tl.arange(0, OTHER)[None, :], limit - 1)
+        if BY_KEYS:
+            some, every = BOUNDS(
+                column_first, column_last, first_row, last_row, j, i, None, None,
+                lead, q_length, k_length, captured, captured_strides,
+            )  # fmt: skip
+        else:
+            some, every = BOUNDS(
+                first_row, last_row, column_first, column_last, i, j, None, None,
+                lead, q_length, k_length, captured, captured_strides,
+            )  # fmt: skip
         some = (tiles < end) & some
         every = (tiles < end) & every
         full = (tiles >= full_begin) & (tiles < full_end) & every
@@ -77,37 +87,43 @@ def _within_bounds(
 @triton.jit
 def tile_plan_kernel(
     plan, summary, captured, lead_sizes, captured_strides, summary_strides, q_length, k_length,
-    KEY_RANGE: tl.constexpr, BOUNDS: tl.constexpr, SUMMARY: tl.constexpr, OPAQUE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    RANGE: tl.constexpr, BOUNDS: tl.constexpr, SUMMARY: tl.constexpr, OPAQUE: tl.constexpr, EXACT: tl.constexpr,
+    BY_KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Write one entry of ``plan``, int32 ``[*lead of the mask, tiles of rows, 8]``: first tile of keys to visit; first
-    and end of those where all elements take part; end; first and end of those where the terms that ``KEY_RANGE`` does
+    and end of those where all elements take part; end; first and end of those where the terms that ``RANGE`` does
     not cover hold; nothing; 0, for kernels that count. Never none to visit: rows without keys get one masked tile.
+    BY_KEYS: the same with rows and keys exchanged.
 
-    The grid is ``[tiles of rows, heads of the mask]``. OPAQUE: the mask has terms that ``KEY_RANGE`` does not cover and
+    The grid is ``[tiles of rows, heads of the mask]``. OPAQUE: the mask has terms that ``RANGE`` does not cover and
     nobody summed up, so that no tile may go without it. BOUNDS: ``tile_bounds`` of the program, TILES at a time.
-    EXACT: whether the caller checks all else that ``KEY_RANGE`` covers row by row.
+    EXACT: whether the caller checks all else that ``RANGE`` covers row by row.
     """
+    OWN: tl.constexpr = BLOCK_K if BY_KEYS else BLOCK_Q
+    OTHER: tl.constexpr = BLOCK_Q if BY_KEYS else BLOCK_K
+    own_length = k_length if BY_KEYS else q_length
+    limit = q_length if BY_KEYS else k_length
     lead = split_index(tl.program_id(1), lead_sizes)
-    first_row = tl.program_id(0) * BLOCK_Q
-    rows = (first_row + tl.arange(0, BLOCK_Q))[:, None]
+    first_row = tl.program_id(0) * OWN
+    rows = (first_row + tl.arange(0, OWN))[:, None]
     entries = summary
     if SUMMARY is not None:
-        entries += offset_of(lead, summary_strides) + tl.program_id(0) * summary_strides[4]
+        entries += offset_of(lead, summary_strides) + tl.program_id(0) * summary_strides[5 if BY_KEYS else 4]
     begin, full_begin, full_end, end = tile_range(
-        KEY_RANGE, first_row, tl.minimum(first_row + BLOCK_Q, q_length) - 1, k_length, rows, rows < q_length,
-        lead, q_length, k_length, captured, captured_strides, entries, summary_strides[5], SUMMARY, BLOCK_K,
+        RANGE, first_row, tl.minimum(first_row + OWN, own_length) - 1, limit, rows, rows < own_length,
+        lead, q_length, k_length, captured, captured_strides,
+        entries, summary_strides[4 if BY_KEYS else 5], SUMMARY, OTHER,
     )  # fmt: skip
-    begin //= BLOCK_K
-    end = tl.cdiv(end, BLOCK_K)
-    full_begin //= BLOCK_K
-    full_end //= BLOCK_K
+    begin = tl.minimum(begin // OTHER, tl.cdiv(limit, OTHER) - 1)
+    end = tl.cdiv(end, OTHER)
+    full_begin //= OTHER
+    full_end //= OTHER
     sure_first = full_begin
     sure_last = full_end
     if BOUNDS is not None:
         begin, full_begin, full_end, end, sure_first, sure_last = _within_bounds(
             begin, full_begin, full_end, end, first_row, lead, captured, captured_strides, q_length, k_length,
-            BOUNDS, BLOCK_Q, BLOCK_K, TILES,
+            BOUNDS, BY_KEYS, BLOCK_Q, BLOCK_K, TILES,
         )  # fmt: skip
     end = tl.maximum(end, begin + 1)
     if not EXACT:

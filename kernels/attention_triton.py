@@ -27,7 +27,9 @@ _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
 _CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
 _DECODE_ROWS = 64  # most rows of a tile there
+_DEPENDENT_LAUNCH = ("sm_90", "sm_100", "sm_120")  # where a kernel may be launched before the one it waits for ends
 _DECODE_PROGRAMS, _MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 2, 128, 128
+_MERGE_WARPS = 4
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -145,6 +147,7 @@ def _decode(
     part_out = q.new_empty([splits, total_rows, problem.dv], dtype=torch.float32)
     part_lse = q.new_empty([splits, total_rows], dtype=torch.float32)
     program = problem.program
+    early = problem.arch in _DEPENDENT_LAUNCH
     problems.launch(
         attention_decode_kernel, (splits, programs),
         q, k, v, part_out, part_lse, problem.captured, pad_lead(problem.lead), pad_lead(outer), pad_lead(group),
@@ -152,13 +155,14 @@ def _decode(
         scale, problem.q_length, problem.k_length, members, splits, total_rows,
         program.logits, program.mask, program.sink, program.scattered_key_range,
         PLAIN=problem.plain, UNBOUNDED=problem.unbounded, PRECISION=problem.precision, **problem.widths,
-        BLOCK_Q=block_q, BLOCK_K=tiles.block_k, num_warps=tiles.warps, num_stages=tiles.stages,
+        BLOCK_Q=block_q, BLOCK_K=tiles.block_k, EARLY=early, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     problems.launch(
         attention_merge_kernel, (total_rows,),
         part_out, part_lse, out, lse, pad_lead(problem.lead), tile_strides(out), problem.q_length, splits, total_rows,
         EMPTY_IS_ZERO=problem.empty_is_zero, SPLITS_PADDED=problems.power_of_two(splits),
-        DV=problem.dv, DV_PADDED=problems.padded(problem.dv), num_warps=4,
+        DV=problem.dv, DV_PADDED=problems.padded(problem.dv), EARLY=early, num_warps=_MERGE_WARPS,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@
 
     Block scales are ordered ``[w 4][r 8][group][rr 2]`` a tile, one byte ``exponent << 3 | mantissa`` each, where the
     scale is ``2**(exponent - 9) * (1 + mantissa / 8)``: every positive E4M3 scale has one, and so has every power of
-    two within ``2**18`` of a row's largest, which goes to the row's scale.
+    two within ``2**18`` of a row's largest. A power of two goes to the row's scale, so that the largest exponent of a
+    row is 17 (NVFP4) or 18: products in FP8 then have all of E4M3's range for each row.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ TILE: Final = 64
 PAIR: Final = 2 * TILE
 LAYOUTS: Final = ("plain", "fragments2", "fragments8", "fragments2t", "fragments8t")
 _LARGEST_EXPONENT = 18
+_LARGEST_NVFP4_EXPONENT = 17  # of 448
 _E4M3_EXPONENT_SHIFT = 9
 
 
@@ -107,7 +109,11 @@ def _byte_scales(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
         codes = torch.where((packed.block_scales == 0).unsqueeze(-1), 0, blocks).flatten(1)
         bits = decode_scales(packed.block_scales, fmt).clamp_min(2.0**-9).view(torch.int32)
         scales = ((bits >> 20) & 7) | ((bits >> 23) - 127 + _E4M3_EXPONENT_SHIFT) << 3
-        return codes, scales, torch.zeros(codes.shape[0], device=codes.device)
+        room = _LARGEST_NVFP4_EXPONENT - (scales.amax(1) >> 3)
+        # not so far that the row's scale becomes subnormal
+        room = torch.minimum(room, (torch.frexp(row_scales(packed)).exponent + 125).clamp_min(0))
+        raised = torch.where(packed.block_scales == 0, 0, scales + (room << 3).unsqueeze(1))
+        return codes, raised, -room.float()
     empty = ((blocks & 7) == 0).all(-1)
     exponents = packed.block_scales.int()
     largest = torch.where(empty, -1, exponents).amax(1, keepdim=True)
@@ -157,9 +163,10 @@ def _untile_scales(tiles: Tensor, groups: int) -> Tensor:
     return tiles.view(n, k, 4, 8, groups, 2).permute(0, 2, 5, 3, 1, 4).reshape(n * TILE, k * groups)
 
 
-# where sign and magnitude bits (high, middle, low) of the code of each pair lie within 16 bits: pair 0 is in place,
-# pairs 1 and 2 are shifted by three and six, pair 3 takes what is left
-_BIT_PLACES = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
+# where sign and magnitude bits (high, middle, low) of the code of each pair lie within 16 bits: pair 2 is in place,
+# pairs 1 and 0 are shifted by three and six, pair 3 takes what is left. Shifted by at most two, the magnitudes of pair
+# n are the n-th of four bits each, as selectors of bytes want them.
+_BIT_PLACES = ((9, 2, 1, 0), (12, 5, 4, 3), (15, 8, 7, 6), (14, 13, 11, 10))
 
 
 def _interleave(flat: Tensor) -> Tensor:

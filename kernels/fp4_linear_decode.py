@@ -18,7 +18,7 @@ from vbcompile.kernels import fp4_epilogue_kernels
 from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
 activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
-_UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
+UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
     "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
@@ -73,36 +73,36 @@ def _decode(kind: str, codes: str, scales: list[tuple[str, str]], name: str = "p
 
     ``scales``: (word, selector of ``prmt`` for its byte) for all four, or for the first two and the others.
     """
-    factor = 128 if kind == "half" else 16  # a scale byte, shifted and added to k, is the scale's bits
-    text = [_UNPACK_BODY.replace("$8", codes) + (TO_HALF if kind == "half" else "")]
+    factor, bias = (
+        (128, 0x3000) if kind == "half" else (16, 0x7600)
+    )  # a scale byte times it, plus bias: the scale's bits
+    text = [UNPACK_BODY.replace("$8", codes) + (TO_HALF if kind == "half" else "")]
     for number, (word, select) in enumerate(scales):
-        text.append(f"prmt.b32 t, {word}, 0, {select}; mad.lo.u32 s{number}, t, {factor}, k;")
+        if select.startswith("0x4") and kind != "bf16_sm80":  # one instruction: the multiplication takes halves
+            text.append(
+                f"mov.b32 t, {factor << 8 * int(select[3]):#x}; mov.b32 u, {bias:#x}; dp4a.u32.u32 t, {word}, t, u;"
+            )
+            text.append(f"mov.b32 {{h, g}}, t; mov.b32 s{number}, {{h, h}};")
+        else:
+            text.append(f"prmt.b32 t, {word}, 0, {select}; mad.lo.u32 s{number}, t, {factor}, k;")
     text += [_MULTIPLY[kind].format(f"p{i}", f"s{i * len(scales) // 4}") for i in range(4)]
     return re.sub(r"\bp([0-3])\b", rf"{name}\1", "\n".join(text))
 
 
 def _opening(kind: str) -> str:
     bias = 0x30003000 if kind == "half" else 0x76007600
-    return f"{{ .reg .b32 t, u, n, k, e, s<2>, p<4>, q<4>; mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"
+    return f"{{ .reg .b16 h, g; .reg .b32 t, u, n, k, e, s<2>, p<4>, q<4>; mov.b32 n, 0x80008000; mov.b32 k, {bias:#x};"
 
 
-def word_assembly(kind: str) -> tuple[str, str, int]:
-    """PTX that decodes one word of codes of the layout ``fragments2t``, its constraints, and how many results it has.
+def word_assembly(kind: str) -> tuple[str, str, int, int]:
+    """PTX that decodes one word of codes of the layout ``fragments2t``, its constraints, how many results it has, and
+    how many words it takes (one).
 
-    Operands: four pairs of 16-bit floats, or with kind ``fp8`` two words of four E4M3 (the halves of 16 columns of one
-    row together); the word; the scale bytes of the thread's two rows in its low half.
+    Operands: four pairs of 16-bit floats; the word; the scale bytes of the thread's two rows in its low half.
     """
-    results, halves = (2, "half") if kind == "fp8" else (4, kind)
-    scale = f"${results + 1}"
-    text = [_opening(halves), _decode(halves, f"${results}", [(scale, "0x4040"), (scale, "0x4141")])]
-    if kind == "fp8":
-        text += [".reg .b16 h<4>;", "mov.b32 k, 0x50005000;"]  # 32: what comes is at most 10.5, E4M3 goes up to 448
-        for i in range(4):
-            text.append(_MULTIPLY["half"].format(f"p{i}", "k") + f"cvt.rn.satfinite.e4m3x2.f16x2 h{i}, p{i};")
-        text += [f"mov.b32 ${i}, {{h{2 * i}, h{2 * i + 1}}};" for i in range(2)]
-    else:
-        text += [f"mov.b32 ${i}, p{i};" for i in range(4)]
-    return "\n".join(text) + "\n}", ",".join(["=r"] * results + ["r", "r"]), results
+    text = [_opening(kind), _decode(kind, "$4", [("$5", "0x4040"), ("$5", "0x4141")])]
+    text += [f"mov.b32 ${i}, p{i};" for i in range(4)]
+    return "\n".join(text) + "\n}", "=r,=r,=r,=r,r,r", 4, 1
 
 
 def strip_assembly(kind: str, blocks: int, scale_words: int, wide: bool) -> tuple[str, str]:
@@ -159,6 +159,23 @@ def _halve(tensors, COUNT: gl.constexpr):
     return joined
 
 
+@gluon.jit
+def stack(tensors, COUNT: gl.constexpr):
+    """COUNT tensors, a power of two and at least two, as one with more axes of two, in order."""
+    tensors = _halve(tensors, COUNT)
+    if COUNT >= 4:
+        tensors = _halve(tensors, COUNT // 2)
+    if COUNT >= 8:
+        tensors = _halve(tensors, COUNT // 4)
+    if COUNT >= 16:
+        tensors = _halve(tensors, COUNT // 8)
+    if COUNT >= 32:
+        tensors = _halve(tensors, COUNT // 16)
+    if COUNT >= 64:
+        tensors = _halve(tensors, COUNT // 32)
+    return tensors[0]
+
+
 @gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles"])
 def fp4_decode_kernel(
     x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, m, n, k_tiles, x_stride, column_tiles,
@@ -190,18 +207,18 @@ def fp4_decode_kernel(
     for _ in gl.static_range(STRIPS * BLOCKS * 4):
         sums += (zero,)
     for _ in range(gl.cdiv(k_tiles, WARPS * UNROLL)):
-        codes = _call(LOAD, (code_at, scale_at, left), (4 + WORDS) * STRIPS * UNROLL, True)
+        codes = call_assembly(LOAD, (code_at, scale_at, left), (4 + WORDS) * STRIPS * UNROLL, True, True)
         x = ()
         for b in gl.static_range(BLOCKS):
             there = gl.where(row + 8 * b < m, left, 0)
-            x = x + _call(LOAD_X, (x_at + x_stride * (16 * b), there), 8 * UNROLL, True)
+            x = x + call_assembly(LOAD_X, (x_at + x_stride * (16 * b), there), 8 * UNROLL, True, True)
         for u in gl.static_range(UNROLL):
             after = ()
             for i in gl.static_range(STRIPS):
                 operands = _strip_operands(codes, x, u * STRIPS + i, u, STRIPS, UNROLL, BLOCKS, WORDS)
                 operands += (selector,)
                 operands += sums[4 * BLOCKS * i : 4 * BLOCKS * (i + 1)]
-                after = after + _call(MULTIPLY, operands, 4 * BLOCKS, False)
+                after = after + call_assembly(MULTIPLY, operands, 4 * BLOCKS, False, True)
             sums = after
         code_at += WARPS * UNROLL * 2048
         scale_at += WARPS * UNROLL * 128 * WORDS
@@ -215,12 +232,12 @@ def fp4_decode_kernel(
 
 
 @gluon.jit
-def _call(ASM: gl.constexpr, operands, RESULTS: gl.constexpr, WHOLE: gl.constexpr):
+def call_assembly(ASM: gl.constexpr, operands, RESULTS: gl.constexpr, WHOLE: gl.constexpr, PURE: gl.constexpr):
     """The results of inline assembly, element by element."""
     CODE: gl.constexpr = ASM[0]
     CONSTRAINTS: gl.constexpr = ASM[1]
     TYPES: gl.constexpr = (gl.int32,) * RESULTS if WHOLE else (gl.float32,) * RESULTS
-    return gl.inline_asm_elementwise(CODE, CONSTRAINTS, operands, TYPES, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(CODE, CONSTRAINTS, operands, TYPES, is_pure=PURE, pack=1)
 
 
 @gluon.jit
@@ -239,16 +256,7 @@ def _strip_operands(
 @gluon.jit
 def _summed(sums, COUNT: gl.constexpr, WARPS: gl.constexpr):
     """The warps' sums added up: ``[32, COUNT]``, by lane."""
-    sums = _halve(_halve(sums, COUNT), COUNT // 2)
-    if COUNT >= 8:
-        sums = _halve(sums, COUNT // 4)
-    if COUNT >= 16:
-        sums = _halve(sums, COUNT // 8)
-    if COUNT >= 32:
-        sums = _halve(sums, COUNT // 16)
-    if COUNT >= 64:
-        sums = _halve(sums, COUNT // 32)
-    return gl.sum(gl.reshape(sums[0], [WARPS, 32, COUNT]), 0)
+    return gl.sum(gl.reshape(stack(sums, COUNT), [WARPS, 32, COUNT]), 0)
 
 
 @gluon.jit

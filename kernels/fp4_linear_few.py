@@ -1,4 +1,5 @@
-"""Launches of the FP4 product for few rows of x (:mod:`vbcompile.kernels.fp4_linear_decode`)."""
+"""Launches of the FP4 product for few rows of x: :mod:`vbcompile.kernels.fp4_linear_decode`, and where the layout is
+``fragments2t`` :mod:`vbcompile.kernels.fp4_linear_diagonal` and :mod:`vbcompile.kernels.fp4_linear_stream`."""
 
 import functools
 from dataclasses import dataclass
@@ -6,15 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_linear_triton import counters
 from vbcompile.kernels.fp4_tuning import tuned_config
 from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS = 32
+MOST_DIAGONAL_ROWS = 4
+CHUNK = 128  # columns that the kernel for up to four rows takes at a time
 _REGISTERS = 128  # left to itself the assembler takes fewer, and loads one after the other
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -26,7 +31,7 @@ class FewConfig:
     Attributes:
         strips: 1, 2 or 4 groups of 16 rows of the weight a block of threads takes.
         warps: warps that share them, each with its own columns.
-        unroll: tiles of 64 columns a step.
+        unroll: tiles of 64 columns a step; for up to four rows pairs of tiles.
         registers: most registers a thread, None for the compiler's choice.
     """
 
@@ -34,6 +39,23 @@ class FewConfig:
     warps: int
     unroll: int
     registers: int | None = None
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How one product is cut up.
+
+    Attributes:
+        strips: 1 or 2 groups of 16 rows of the weight a warp takes.
+        warps: of a block of threads, which takes as many times as many rows.
+        blocks: blocks that a multiprocessor holds at a time.
+        registers: most registers a thread.
+    """
+
+    strips: int
+    warps: int
+    blocks: int
+    registers: int
 
 
 def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
@@ -67,6 +89,66 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     while unroll > 1 and k // TILE < unroll * warps:
         unroll //= 2
     return FewConfig(together, warps, unroll, _REGISTERS)
+
+
+_multiplied: dict[int, tuple[StorageWeakRef, tuple[int, int]]] = {}  # while the reference lives, so does the key
+
+
+def _may_overlap(codes: Tensor, block_scales: Tensor) -> bool:
+    """Whether the kernel ahead cannot be the one that wrote these weights: they have been multiplied with, unchanged.
+
+    A kernel that is launched early reads weights while the one ahead of it ends, so a weight that is new or was written
+    to wants another kernel in between.
+    """
+    if codes.is_inference() or block_scales.is_inference():
+        return False  # these do not count their versions
+    storage, versions = codes.untyped_storage(), (codes._version, block_scales._version)
+    known = _multiplied.get(storage._cdata)
+    if known is not None and known[1] == versions:
+        return True
+    for key in [key for key, (reference, _) in _multiplied.items() if reference.expired()]:
+        del _multiplied[key]
+    _multiplied[storage._cdata] = (StorageWeakRef(storage), versions)
+    return False
+
+
+def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
+    """Why the kernel for up to four rows cannot run a case."""
+    if m > MOST_DIAGONAL_ROWS:
+        return f"takes 1 to {MOST_DIAGONAL_ROWS} rows"
+    if layout == "fragments8t" or (target.compute_capability or (9, 0)) < (9, 0):
+        return "written for sm_90 and later, whose layout is fragments2t"
+    return f"takes columns in multiples of {CHUNK}" if k % CHUNK else refuses_few(target, dtype, m, k, layout)
+
+
+@functools.lru_cache(maxsize=256)
+def diagonal_config(target: Target, m: int, n: int, k: int) -> FewConfig:
+    """Like :func:`few_config`: all blocks run at once, with about 14 warps a multiprocessor."""
+    if (tuned := tuned_config(target, "triton_diagonal", n, k, m)) is not None:
+        return FewConfig(*tuned)
+    strips, chunks = -(-n // 16), k // CHUNK
+    together = 2 if strips >= 8 * (target.multiprocessors or 128) else 1
+    wanted = 10 * (target.multiprocessors or 128) * together / strips
+    warps = 1
+    while warps < min(wanted, 16) and chunks % (2 * warps) == 0:
+        warps *= 2
+    unroll = 2 if chunks % (2 * warps) == 0 and (m == 1 or together == 1) else 1
+    return FewConfig(together, warps, unroll, _REGISTERS)
+
+
+def refuses_stream(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
+    """Why the kernel that shares x among warps cannot run a case."""
+    if m <= MOST_DIAGONAL_ROWS:
+        return f"takes {MOST_DIAGONAL_ROWS + 1} to {MOST_ROWS} rows"
+    return refuses_diagonal(target, dtype, 1, k, layout) or refuses_few(target, dtype, m, k, layout)
+
+
+@functools.lru_cache(maxsize=256)
+def stream_config(target: Target, m: int, n: int, k: int) -> StreamConfig:
+    """Like :func:`few_config`."""
+    if (tuned := tuned_config(target, "triton_stream", n, k, m)) is not None:
+        return StreamConfig(*tuned)
+    return StreamConfig(2, 8, 2, _REGISTERS) if m <= 16 else StreamConfig(1, 8, 2, _REGISTERS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -117,5 +199,96 @@ def product_few(
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, k // TILE, rows.stride(0),
         codes.shape[1], BIAS=bias is not None,
         **launch_options(target, x.dtype, m, format_name, layout, config, epilogue),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+@functools.lru_cache(maxsize=64)
+def _diagonal_assembly(kind: str, rows: int, strips: int, unroll: int, scale_words: int) -> dict[str, tuple[str, str]]:
+    from vbcompile.kernels import fp4_linear_diagonal as device
+
+    return {
+        "LOAD": device.load_assembly(rows, strips, unroll, scale_words),
+        "LOAD_X": device.load_x_assembly(rows, unroll),
+        "MULTIPLY": device.chunks_assembly(kind, rows, strips, unroll, scale_words),
+    }
+
+
+def diagonal_options(
+    dtype: torch.dtype, m: int, format_name: str, config: FewConfig, epilogue: str = "none"
+) -> dict[str, Any]:
+    """Constants and compiler options of a launch for up to four rows."""
+    rows, half = 1 << (m - 1).bit_length(), dtype == torch.float16
+    scale_words, kind = 32 // fp4_format(format_name).block_size, "half" if half else "bf16"
+    registers = {"maxnreg": config.registers} if config.registers else {}
+    return {
+        "ROWS": rows, "STRIPS": config.strips, "WARPS": config.warps, "UNROLL": config.unroll, "WORDS": scale_words,
+        "FACTOR": 16.0 if half else 0.25, "num_warps": config.warps, "launch_pdl": True,
+        **epilogue_options(epilogue),
+    } | registers | _diagonal_assembly(kind, rows, config.strips, config.unroll, scale_words)  # fmt: skip
+
+
+def product_diagonal(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: FewConfig | None = None, epilogue: str = "none",
+) -> Tensor:  # fmt: skip
+    """``epilogue(x [..., k] @ weight.T + bias)`` of up to four rows in the dtype of x; layout ``fragments2t``."""
+    from vbcompile.kernels.fp4_linear_diagonal import fp4_diagonal_kernel
+
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % 2 or rows.data_ptr() % 4:
+        rows = rows.contiguous()
+    m, n = rows.shape[0], row_scale.shape[0]
+    config = config or diagonal_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
+    out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
+    if not _may_overlap(codes, block_scales):
+        out.zero_()  # a kernel in between
+    steps = k // (CHUNK * config.warps * config.unroll)
+    fp4_diagonal_kernel[(-(-n // (16 * config.strips)),)](
+        rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, steps, rows.stride(0),
+        codes.shape[1], BIAS=bias is not None, **diagonal_options(x.dtype, m, format_name, config, epilogue),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def stream_options(
+    dtype: torch.dtype, m: int, format_name: str, config: StreamConfig, epilogue: str = "none"
+) -> dict[str, Any]:
+    """Constants and compiler options of a launch of the kernel that shares x among warps."""
+    blocks, scale_words = max(1, (1 << (m - 1).bit_length()) // 8), 32 // fp4_format(format_name).block_size
+    kind = "half" if dtype == torch.float16 else "bf16_sm90"
+    assembly = _assembly(kind, blocks, scale_words, False, config.strips, 2)
+    return {
+        "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words,
+        "LOAD": assembly["LOAD"], "MULTIPLY": assembly["MULTIPLY"], "num_warps": config.warps,
+        "maxnreg": config.registers, "launch_pdl": True, **epilogue_options(epilogue),
+    }  # fmt: skip
+
+
+def product_stream(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, config: StreamConfig | None = None, epilogue: str = "none",
+) -> Tensor:  # fmt: skip
+    """``epilogue(x [..., k] @ weight.T + bias)`` of 5 to 32 rows in the dtype of x; layout ``fragments2t``."""
+    from vbcompile.kernels.fp4_linear_stream import fp4_stream_kernel
+
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
+        rows = rows.contiguous()
+    m, n = rows.shape[0], row_scale.shape[0]
+    target = get_target(x.device)
+    config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)
+    options = stream_options(x.dtype, m, format_name, config, epilogue)
+    out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
+    if not _may_overlap(codes, block_scales):
+        out.zero_()  # a kernel in between
+    tiles, chunks = -(-n // (16 * config.strips * config.warps)), k // CHUNK
+    programs = min(tiles * chunks, (target.multiprocessors or 132) * config.blocks)
+    size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps
+    partial = torch.empty(2 * programs * size, dtype=torch.float32, device=x.device)
+    fp4_stream_kernel[(programs,)](
+        rows.view(torch.int32), codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial,
+        counters(x.device, tiles), m, n, rows.stride(0) // 2, chunks, codes.shape[1], tiles * chunks,
+        BIAS=bias is not None, **options,
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])

@@ -11,18 +11,26 @@ from torch import Tensor
 from vbcompile.device import Target
 from vbcompile.kernels import fp4_linear_triton
 
+NEEDS = "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
 _OLDEST = (8, 9)
 _ALIGNMENT = 16
+_ROW_BLOCK = 4096
+_ENOUGH_ROWS = 512  # that blocks of few warps fill the device
 _WEIGHT_FACTOR = 8.0  # what fp4_linear_triton.dequantize leaves out in FP8
+
+
+def multiplies_fp8(target: Target) -> bool:
+    """Whether a target has NVIDIA's FP8 tensor cores."""
+    capability = target.compute_capability
+    return target.vendor == "nvidia" and capability is not None and capability >= _OLDEST
 
 
 def refuses_fp8(target: Target, dtype: torch.dtype, n: int, k: int, layout: str, activations: str) -> str | None:
     """Why this path cannot run a case."""
     if activations != "fp8":
         return "rounds activations to FP8, which was not asked for"
-    capability = target.compute_capability
-    if target.vendor != "nvidia" or capability is None or capability < _OLDEST:
-        return "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
+    if not multiplies_fp8(target):
+        return NEEDS
     if layout == "plain":
         return "the weight is in the plain layout"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -32,24 +40,26 @@ def refuses_fp8(target: Target, dtype: torch.dtype, n: int, k: int, layout: str,
     return None
 
 
-def quantize_rows(x: Tensor, paired: bool = False) -> tuple[Tensor, Tensor]:
-    """``x [m, k]`` as float8_e4m3fn and scales float32 ``[m, 1]``: the largest of a row becomes 448.
+def quantize_rows(x: Tensor, paired: bool = False, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``x [m, k]`` as float8_e4m3fn and scales float32 ``[m, 1]`` times ``factor``: the largest of a row becomes 448.
 
-    ``paired``: of every 16 columns, ``4 c + 2 h + b`` of the result is ``8 h + 2 c + b`` of x, which puts the columns
-    that a thread holds of the layout ``fragments2t`` side by side.
+    ``paired``: of every 16 columns, ``2 i + h`` of the result is ``8 h + i`` of x, which puts the columns that a thread
+    holds of the layout ``fragments2t`` side by side.
     """
     from vbcompile.kernels.fp4_linear_kernels import fp8_rows_kernel
 
     m, k = x.shape
     out = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    block = min(16384, 1 << (k - 1).bit_length())  # most rows are read once
+    most = _ROW_BLOCK if m >= _ENOUGH_ROWS else 16384  # the longest rows are read twice, which keeps more in flight
+    block = min(most, 1 << (k - 1).bit_length())
     fp8_rows_kernel[(m,)](
         x,
         out,
         scale,
         k,
         x.stride(0),
+        factor,
         BLOCK=block,
         PAIRED=paired,
         num_warps=max(1, min(16, block // 1024)),
@@ -65,11 +75,11 @@ def product_fp8(
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    left, left_scale = quantize_rows(rows)
+    left, left_scale = quantize_rows(rows, factor=_WEIGHT_FACTOR)
     weight = fp4_linear_triton.dequantize(codes, block_scales, row_scale, k, format_name, layout, torch.float8_e4m3fn)
     recipe = F.ScalingType.RowWise
     out = F.scaled_mm(
-        left, weight.t(), left_scale, recipe, (row_scale * _WEIGHT_FACTOR).unsqueeze(0), recipe,
+        left, weight.t(), left_scale, recipe, row_scale.unsqueeze(0), recipe,
         bias=None if bias is None else bias.to(torch.bfloat16), output_dtype=torch.bfloat16, use_fast_accum=True,
     )  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:-1], row_scale.shape[0])

@@ -20,6 +20,7 @@ from vbcompile.kernels.triton_target import refuses_triton
 
 _OPERATIONS_A_BYTE = 260.0
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
+_DIAGONAL_MEMORY_SHARE, _STREAM_MEMORY_SHARE = 0.9, 0.82
 _FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.08
 _HOPPER_SHARE = 0.75
 _HOPPER_FP8_SHARE = 0.6
@@ -93,6 +94,26 @@ def _refuses_few(target: Target, case: Fp4LinearCase | None) -> str | None:
     return fp4_linear_few.refuses_few(target, case.dtype, case.m, case.k, case.layout)
 
 
+def _refuses_diagonal(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := _refuses_few(target, case):
+        return reason
+    return None if case is None else fp4_linear_few.refuses_diagonal(target, case.dtype, case.m, case.k, case.layout)
+
+
+def _diagonal_cost(target: Target, case: Fp4LinearCase) -> float:
+    return bits_per_weight(case.format_name) / 8 / _DIAGONAL_MEMORY_SHARE / _dense(case.m, 2)
+
+
+def _refuses_stream(target: Target, case: Fp4LinearCase | None) -> str | None:
+    if reason := _refuses_few(target, case):
+        return reason
+    return None if case is None else fp4_linear_few.refuses_stream(target, case.dtype, case.m, case.k, case.layout)
+
+
+def _stream_cost(target: Target, case: Fp4LinearCase) -> float:
+    return bits_per_weight(case.format_name) / 8 / _STREAM_MEMORY_SHARE / _dense(case.m, 2)
+
+
 def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
     size = case.dtype.itemsize
     decode = (bits_per_weight(case.format_name) / 8 + size) / _MEMORY_SHARE
@@ -109,8 +130,7 @@ def _refuses_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
     if reason := refuses_triton(target):
         return reason
     if case is None:
-        capability = target.compute_capability
-        return None if capability and capability >= (8, 9) else "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
+        return None if fp4_linear_fp8.multiplies_fp8(target) else fp4_linear_fp8.NEEDS
     return fp4_linear_fp8.refuses_fp8(target, case.dtype, case.n, case.k, case.layout, case.activations)
 
 
@@ -152,6 +172,8 @@ def dequantize_backward(
 
 _OWN_EPILOGUE = frozenset({"epilogue"})
 for _name, _run, _refuses, _cost, _options in (
+    ("triton_diagonal", fp4_linear_few.product_diagonal, _refuses_diagonal, _diagonal_cost, _OWN_EPILOGUE),
+    ("triton_stream", fp4_linear_few.product_stream, _refuses_stream, _stream_cost, _OWN_EPILOGUE),
     ("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost, _OWN_EPILOGUE),
     ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _hopper_cost, _OWN_EPILOGUE),
     ("hopper_fp8", fp4_linear_hopper.product_wide_fp8, _refuses_hopper_fp8, _hopper_fp8_cost, _OWN_EPILOGUE),

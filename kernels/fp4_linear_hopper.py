@@ -1,7 +1,8 @@
 """Launches of the FP4 product for many rows of x on Hopper (:mod:`vbcompile.kernels.fp4_linear_wide`)."""
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,19 @@ _CONSUMERS = 2
 _KINDS = {  # type of x: its name in Triton, and of the assembly that decodes to it
     torch.float16: ("float16", "half"),
     torch.bfloat16: ("bfloat16", "bf16_sm90"),
-    torch.float8_e4m3fn: ("float8e4nv", "fp8"),
+    torch.float8_e4m3fn: ("float8e4nv", ""),
 }
 _ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
+_TILE_BYTES = TILE * TILE // 2 + TILE * TILE // 16  # codes and scales, of the format that has more of them
+_SHARED_BYTES = 227 * 1024 - 1024  # of an SM, less what barriers take
+_MOST_STAGES = 10
+_TYPICAL_MULTIPROCESSORS = 132
+# a step of 64 columns of one block, as measured on an H200; (block_m, tiles)
+_STEP_MICROSECONDS = {
+    False: {(64, 1): 0.3, (64, 2): 0.45, (128, 1): 0.33, (128, 2): 0.6, (256, 1): 0.6},
+    True: {(64, 1): 0.35, (64, 2): 0.5, (128, 1): 0.33, (128, 2): 0.5, (256, 1): 0.36},
+}
+_SHARING_MICROSECONDS = 2.0  # for each block that shares a tile
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,10 @@ class WideConfig:
         block_m: rows of x a block of threads takes.
         tiles: tiles of 64 rows of the weight a warpgroup takes, 1 or 2; a block has two warpgroups.
         stages: shared buffers.
-        splits: blocks that share the columns of one tile.
+        splits: blocks that share the columns of one tile; 0: the tiles that would not fill the device are shared evenly
+            by all blocks.
         blocks: blocks that an SM holds at a time.
+        in_turns: whether the warpgroups' products take turns at the tensor cores.
     """
 
     block_m: int
@@ -41,6 +54,7 @@ class WideConfig:
     stages: int
     splits: int
     blocks: int = 1
+    in_turns: bool = True
 
 
 def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str) -> str | None:
@@ -56,43 +70,81 @@ def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str
     return f"takes rows and columns in multiples of {_ALIGNMENT}" if n % _ALIGNMENT or k % _ALIGNMENT else None
 
 
+def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool) -> WideConfig:
+    """A configuration with as many shared buffers as fit; the smallest tiles leave room for two blocks an SM."""
+    blocks = 2 if block_m * tiles <= 64 else 1
+    stage = TILE * block_m * (1 if fp8 else 2) + _CONSUMERS * tiles * _TILE_BYTES
+    results = _CONSUMERS * TILE * block_m * 2
+    return WideConfig(block_m, tiles, min(_MOST_STAGES, (_SHARED_BYTES // blocks - results) // stage), splits, blocks)
+
+
+def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
+    """Configurations worth trying for m rows of x."""
+    for block_m, tiles in _STEP_MICROSECONDS[fp8]:
+        if block_m <= max(64, m) and m <= (128 if block_m == 64 else 16 * block_m):
+            yield from (wide_shape(block_m, tiles, splits, fp8) for splits in (1, 0, 2, 3, 4, 6, 8))
+
+
 @functools.lru_cache(maxsize=256)
 def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> WideConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None:
         return WideConfig(*tuned)
-    if m <= 64:
-        config = WideConfig(64, 1, 7, 1, 2)
-    else:
-        config = WideConfig(128, 2, 7, 1, 1) if m <= 128 else WideConfig(256, 1, 4, 1, 1)
-    items = -(-n // (_CONSUMERS * config.tiles * TILE)) * -(-m // config.block_m)
-    return replace(config, splits=_splits(items, -(-k // TILE), (target.multiprocessors or 132) * config.blocks))
+    multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
+
+    def microseconds(config: WideConfig) -> float:
+        shares = plan(m, n, k, config, multiprocessors)
+        pairs = -(-shares.whole // shares.programs) * shares.pairs + -(-shares.left // shares.programs)
+        sharing = _SHARING_MICROSECONDS * shares.programs * shares.pairs / shares.left if shares.left else 0
+        return 2 * pairs * _STEP_MICROSECONDS[fp8][config.block_m, config.tiles] + sharing
+
+    return min(wide_candidates(m, fp8), key=microseconds)
 
 
-def _splits(items: int, steps: int, resident: int) -> int:
-    """How many blocks share a tile's columns: a tile costs about ten steps beside its own, adding up two a split."""
-    return min(
-        (s for s in (1, 2, 4, 8) if s == 1 or steps // s >= 4),
-        key=lambda s: -(-items * s // resident) * (steps / s + 10) + (2 * s if s > 1 else 0),
-    )
+@dataclass(frozen=True)
+class Plan:
+    """How blocks share the work: ``whole`` tiles one after another, then equal shares of ``left`` pairs of steps, of
+    which a tile has ``pairs``."""
+
+    programs: int
+    pairs: int
+    whole: int
+    left: int
 
 
-def launch_options(kind: torch.dtype, config: WideConfig, split: bool, epilogue: str = "none") -> dict[str, Any]:
-    """Constants and compiler options of a launch."""
+def plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> Plan:
+    """The shares of blocks in ``x [m, k]`` times a weight ``[n, k]``."""
+    tiles = -(-n // (_CONSUMERS * config.tiles * TILE)) * -(-m // config.block_m)
+    pairs = -(-k // (2 * TILE))
+    resident = multiprocessors * config.blocks
+    if config.splits != 1:
+        programs = min(resident, tiles * config.splits or resident, tiles * max(1, pairs // 2))
+        whole = tiles // programs * programs
+        if (left := (tiles - whole) * pairs) >= programs:  # a share is never empty
+            return Plan(programs, pairs, whole, left)
+    return Plan(min(tiles, resident), pairs, tiles, 0)
+
+
+def launch_options(
+    kind: torch.dtype, config: WideConfig, split: bool, scale_words: int, epilogue: str = "none"
+) -> dict[str, Any]:
+    """Constants and compiler options of a launch; ``scale_words``: words of scale bytes a thread has of a tile."""
     from triton.experimental.gluon import language as gl
 
     from vbcompile.kernels.fp4_linear_decode import word_assembly
+    from vbcompile.kernels.fp4_linear_fp8_words import pair_assembly
 
+    word = pair_assembly(scale_words) if kind == torch.float8_e4m3fn else word_assembly(_KINDS[kind][1])
     registers = 232 if config.blocks == 1 else 104
     return {
         "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
-        "WORD": word_assembly(_KINDS[kind][1]), "SPLIT": split, "REGISTERS": registers, "num_warps": 4,
+        "WORD": word, "SPLIT": split, "IN_TURNS": config.in_turns, "REGISTERS": registers, "num_warps": 4,
         "maxnreg": 168 if config.blocks == 1 else 80,
     } | epilogue_options(epilogue)  # fmt: skip
 
 
 def descriptors(
-    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, block_m: int,
+    rows: Tensor, codes: Tensor, block_scales: Tensor, out: Tensor, format_name: str, config: WideConfig,
     epilogue: str = "none",
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the copy engine reads and writes: x, codes, scales, results."""
@@ -102,13 +154,14 @@ def descriptors(
     def swizzled(tensor: Tensor, width: int = TILE) -> Any:
         return gl.NVMMASharedLayout.get_default_for([block_m, width], getattr(gl, _KINDS[tensor.dtype][0]))
 
-    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    block_m, parts, tiles = config.block_m, _CONSUMERS * config.tiles, codes.shape[0]
+    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
     words = 1024 // fp4_format(format_name).block_size
     width = out_features(TILE, epilogue)
     return (
         TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled(rows)),
-        TensorDescriptor.from_tensor(codes.view(torch.int32).view(-1, 256), [2, 256], flat),
-        TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(-1, words), [1, words], flat),
+        TensorDescriptor.from_tensor(codes.view(torch.int32).view(tiles, -1, 256), [parts, 2, 256], flat),
+        TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(tiles, -1, words), [parts, 1, words], flat),
         TensorDescriptor.from_tensor(out, [block_m, width], swizzled(out, width)),
     )
 
@@ -152,19 +205,18 @@ def _launch(
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
     (m, k), n = rows.shape, row_scale.shape[0]
-    k_tiles = -(-k // (2 * TILE)) * 2
-    steps_each = -(-k_tiles // (2 * config.splits)) * 2
-    splits, tiles_m = -(-k_tiles // steps_each), -(-m // config.block_m)
-    items = -(-n // (_CONSUMERS * config.tiles * TILE)) * splits * tiles_m
+    shares = plan(m, n, k, config, get_target(out.device).multiprocessors or 1)
     partial = arrived = row_scale
-    if splits > 1:
-        tiles = -(-n // TILE) * tiles_m
-        partial = torch.empty(splits, tiles, TILE * config.block_m, dtype=torch.float32, device=out.device)
-        arrived = counters(out.device, tiles)
-    programs = min(items, (get_target(out.device).multiprocessors or 1) * config.blocks)
-    fp4_wide_kernel[(programs,)](
-        *descriptors(rows, codes, block_scales, out, format_name, config.block_m, epilogue), row_scale,
-        row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n, k_tiles,
-        codes.shape[1], tiles_m, splits, steps_each, items, BIAS=bias is not None,
-        **launch_options(rows.dtype, config, splits > 1, epilogue),
+    if shares.left:
+        parts = _CONSUMERS * config.tiles
+        size = (2 * shares.programs * parts, TILE * config.block_m)
+        partial = torch.empty(size, dtype=torch.float32, device=out.device)
+        arrived = counters(out.device, (shares.left // shares.pairs) * parts)
+    fp4_wide_kernel[(shares.programs,)](
+        *descriptors(rows, codes, block_scales, out, format_name, config, epilogue), row_scale,
+        row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n,
+        -(-m // config.block_m), shares.pairs, shares.whole, shares.left, BIAS=bias is not None,
+        **launch_options(
+            rows.dtype, config, shares.left > 0, 32 // fp4_format(format_name).block_size, epilogue
+        ),
     )  # fmt: skip

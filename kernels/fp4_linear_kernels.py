@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vbcompile.kernels.fp4_epilogue_kernels import activate, gate_rows
+from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
 
 
@@ -65,8 +65,10 @@ def finish(
         counter = arrived_ptr + tile_m * tl.num_programs(0) + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
             total = tl.zeros_like(total)
-            for part in range(splits):
-                total += tl.load(sums_at + part * size, mask=keep, other=0.0, cache_modifier=".cg")
+            for part in range(0, splits, 4):
+                for i in tl.static_range(4):  # loads of four parts at a time
+                    there = keep & (part + i < splits)
+                    total += tl.load(sums_at + (part + i) * size, mask=there, other=0.0, cache_modifier=".cg")
             _store(total, out_ptr, row_scale_ptr, bias_ptr, tile, rows_m, m, n, BIAS, FUNCTION, GATED, FACTOR)
             tl.store(counter, 0)
     else:
@@ -90,7 +92,7 @@ def _store(
         total = gate_rows(total, FUNCTION)
         rows_n = tile * total.shape[0] + tl.arange(0, total.shape[0])
     else:
-        total = activate(total, FUNCTION)
+        total = activation(total, FUNCTION, "quick")
     keep = (rows_n < width)[:, None] & (rows_m < m)[None, :]
     out_at = rows_m.to(tl.int64)[None, :] * width + rows_n[:, None]
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=keep)
@@ -125,30 +127,34 @@ def fp4_dequantize_kernel(
 
 
 @triton.jit
-def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
-    """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is x ``[m, k]``, rows ``x_stride`` apart.
+def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, factor, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+    """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is factor times x ``[m, k]``, rows ``x_stride`` apart.
 
-    PAIRED: of every 16 columns, ``4 c + 2 h + b`` of out is ``8 h + 2 c + b`` of x; k is a multiple of 16.
+    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    source = columns
-    if PAIRED:
-        source = columns // 16 * 16 + columns // 2 % 2 * 8 + columns // 4 % 4 * 2 + columns % 2
-    inside = columns < k
-    first = tl.load(x_ptr + row * x_stride + source, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.abs(first)
+    first = tl.load(x_ptr + row * x_stride + columns, mask=columns < k, other=0.0)
+    largest = tl.abs(first.to(tl.float32)).to(tl.int32, bitcast=True)  # as whole numbers NaN is the largest
     for start in range(BLOCK, k, BLOCK):
         x = tl.load(x_ptr + row * x_stride + start + columns, mask=columns < k - start, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    top = tl.max(largest, 0)
+        largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
+    top = tl.max(largest, 0).to(tl.float32, bitcast=True)
     scale = tl.where(top == 0, 1.0, top / 448.0)
-    scale = tl.where(tl.sum((largest != largest).to(tl.int32), 0) > 0, float("nan"), scale)
-    tl.store(scale_ptr + row, scale)
-    first = tl.clamp(first / scale, -448.0, 448.0)
-    tl.store(out_ptr + row * k + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
+    scale = tl.where(scale < 1.2e-38, 1.2e-38, scale)  # the inverse of a smaller one is infinite
+    tl.store(scale_ptr + row, scale * factor)
+    inverse = 1.0 / scale
+    _store_fp8_row(first, inverse, out_ptr + row * k, k, BLOCK, PAIRED)
     for start in range(BLOCK, k, BLOCK):
-        inside = columns < k - start
-        x = tl.load(x_ptr + row * x_stride + start + source, mask=inside, other=0.0).to(tl.float32)
-        x = tl.clamp(x / scale, -448.0, 448.0)
-        tl.store(out_ptr + row * k + start + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
+        x = tl.load(x_ptr + row * x_stride + start + columns, mask=columns < k - start, other=0.0)
+        _store_fp8_row(x, inverse, out_ptr + row * k + start, k - start, BLOCK, PAIRED)
+
+
+@triton.jit
+def _store_fp8_row(x, inverse, out_ptr, columns, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+    """``x [BLOCK]`` times ``inverse`` as E4M3, the first ``columns`` of it, for ``fp8_rows_kernel``."""
+    rounded = tl.clamp(x.to(tl.float32) * inverse, -448.0, 448.0).to(out_ptr.dtype.element_ty)
+    if PAIRED:
+        rounded = tl.reshape(tl.trans(tl.reshape(rounded, (BLOCK // 16, 2, 8)), (0, 2, 1)), (BLOCK,))
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, rounded, mask=at < columns)

@@ -26,23 +26,28 @@ def _decode(codes, scales, WORD: gl.constexpr):
     """A tile ``[64, 64]`` of the weight: int32 ``[128, 4, 2, 2]``, pairs of 16-bit floats, times ``2**-8``; or, if WORD
     has two results, ``[128, 4, 2]``, four E4M3 each, times ``2**-3``.
 
-    codes: shared int32 ``[2, 256]``; scales: shared int32 ``[1, 32 * words of scales]``; WORD: assembly, constraints.
+    codes: shared int32 ``[1, 2, 256]``; scales: shared int32 ``[1, 1, 32 * words of scales]``; WORD: assembly, its
+    constraints, results, words of codes at a time.
     """
-    words = codes.load(gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])).reshape([128, 4])
-    COUNT: gl.constexpr = scales.shape[1] // 32
-    SHARED: gl.constexpr = gl.BlockedLayout([1, COUNT, 1], [1, 8, 4], [1, 4, 1], [2, 1, 0])
-    scale = gl.expand_dims(scales.load(gl.SliceLayout(2, SHARED)), 2)
-    scale, _ = gl.broadcast(scale, gl.full([1, 32 * COUNT, 4], 0, gl.int32, SHARED))
+    words = codes.load(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 2, 2], [2, 1, 0])).reshape([128, 4])
+    COUNT: gl.constexpr = scales.shape[2] // 32
+    SHARED: gl.constexpr = gl.BlockedLayout([1, 1, COUNT, 1], [1, 1, 8, 4], [1, 1, 4, 1], [3, 2, 1, 0])
+    scale = gl.expand_dims(scales.load(gl.SliceLayout(3, SHARED)), 3)
+    scale, _ = gl.broadcast(scale, gl.full([1, 1, 32 * COUNT, 4], 0, gl.int32, SHARED))
     scale = scale.reshape([32, COUNT, 4]).permute((0, 2, 1)).reshape([128, COUNT])
-    scale = gl.join(scale, scale >> 16)
-    if COUNT == 1:
-        scale = gl.join(scale, scale)
-    scale = gl.convert_layout(scale.reshape([128, 4]), words.type.layout, assert_trivial=True)
     CODE: gl.constexpr = WORD[0]
     CONSTRAINTS: gl.constexpr = WORD[1]
     RESULTS: gl.constexpr = WORD[2]
+    PACK: gl.constexpr = WORD[3]
+    if COUNT == PACK:
+        scale = gl.join(scale, scale)  # both words of a pair find their scales in one
+    else:
+        scale = gl.join(scale, scale >> 16)
+    if COUNT == 1:
+        scale = gl.join(scale, scale)
+    scale = gl.convert_layout(scale.reshape([128, 4]), words.type.layout, assert_trivial=True)
     TYPES: gl.constexpr = (gl.int32,) * RESULTS
-    out = gl.inline_asm_elementwise(CODE, CONSTRAINTS, [words, scale], TYPES, is_pure=True, pack=1)
+    out = gl.inline_asm_elementwise(CODE, CONSTRAINTS, [words, scale], TYPES, is_pure=True, pack=PACK)
     if RESULTS == 2:
         return gl.join(out[0], out[1])  # [thread, step of 16 columns, 8 rows further on]
     else:
@@ -71,13 +76,25 @@ def _operand(pairs, TYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _locate(item, shape):
-    """Work item -> (tile of the weight's rows, tile of x, split, first step, steps); neighbours share the weight."""
-    tiles_m, splits, steps_each, k_tiles = shape
-    rest = item // tiles_m
-    split = rest % splits
-    first = split * steps_each
-    return rest // splits, item % tiles_m, split, first, gl.minimum(steps_each, k_tiles - first)
+def _share(program, shape):
+    """A program's share of the tiles that are left over: the first pair of steps, and the one after the last."""
+    _, _, _, left, programs = shape
+    return left * program // programs, left * (program + 1) // programs
+
+
+@gluon.jit
+def _locate(turn, pair, end, shape):
+    """What to do next -> (tile of the weight's rows, tile of x, number of the tile, its first pair of steps, pairs).
+
+    Tiles are ``[tile of the weight's rows, tile of x]``, so that neighbours share the weight. In the first turns every
+    program takes whole tiles; of the tiles that are left, all programs take equal shares.
+    """
+    tiles_m, pairs_each, turns, _, programs = shape
+    whole = turn < turns
+    tile = gl.where(whole, turn * programs + gl.program_id(0), turns * programs + pair // pairs_each)
+    first = gl.where(whole, 0, pair % pairs_each)
+    pairs = gl.where(whole, pairs_each, gl.minimum(pairs_each - first, end - pair))
+    return tile // tiles_m, tile % tiles_m, tile, first, pairs
 
 
 @gluon.jit
@@ -88,80 +105,95 @@ def _advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, shape, items, column_tiles, TILES: gl.constexpr):
+def _produce(descriptors, buffers, barriers, shape, TILES: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
     x_desc, code_desc, scale_desc = descriptors
     x_smem, code_smem, scale_smem = buffers
-    full, empty = barriers
+    full, empty = barriers[0], barriers[1]
     STAGES: gl.constexpr = x_smem.shape[0]
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_smem.shape[1]
-    BYTES: gl.constexpr = x_desc.block_type.nbytes + PARTS * (
-        code_desc.block_type.nbytes + scale_desc.block_type.nbytes
-    )
+    BYTES: gl.constexpr = x_desc.block_type.nbytes + code_desc.block_type.nbytes + scale_desc.block_type.nbytes
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
-    item = gl.program_id(0)
-    while item < items:
-        tile_n, tile_m, _, first, steps = _locate(item, shape)
-        for j in range(steps):
+    turn = gl.to_tensor(0)
+    pair, end = _share(gl.program_id(0), shape)
+    while (turn < shape[2]) | (pair < end):
+        tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
+        first = first * 2
+        for j in range(pairs * 2):
             at = full.index(slot)
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(at, BYTES)
             tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, (first + j) * 64], at, x_smem.index(slot))
-            for t in gl.static_range(PARTS):
-                row = (tile_n * PARTS + t) * column_tiles + first + j
-                tma.async_copy_global_to_shared(code_desc, [row * 2, 0], at, code_smem.index(slot * PARTS + t))
-                tma.async_copy_global_to_shared(scale_desc, [row, 0], at, scale_smem.index(slot * PARTS + t))
+            column = first + j
+            tma.async_copy_global_to_shared(code_desc, [tile_n * PARTS, column * 2, 0], at, code_smem.index(slot))
+            tma.async_copy_global_to_shared(scale_desc, [tile_n * PARTS, column, 0], at, scale_smem.index(slot))
             slot, phase = _advance(slot, phase, STAGES)
-        item += gl.num_programs(0)
+        pair += gl.where(turn < shape[2], 0, pairs)
+        turn += 1
 
 
 @gluon.jit
 def _multiply(
-    buffers, barriers, slot, phase, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr
-):
+    buffers, barriers, slot, phase, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr,
+    IN_TURNS: gl.constexpr,
+):  # fmt: skip
     """Sums ``[64, BLOCK_M]`` of consumer ``w``'s tiles over ``steps`` steps; the second is the first for TILES = 1.
 
-    Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. ``slot``
+    Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. With
+    IN_TURNS the consumers' products go to the tensor cores in turns too: left alone, they come to decode at the same
+    time. ``slot``
     and ``phase``: the first step's buffer and the parity of its barrier; those of the step after the last come back.
     """
     x_smem, code_smem, scale_smem = buffers
-    full, empty = barriers
+    full, empty, turns = barriers
     STAGES: gl.constexpr = x_smem.shape[0]
     BLOCK_M: gl.constexpr = x_smem.shape[1]
-    PARTS: gl.constexpr = CONSUMERS * TILES
     OWN: gl.constexpr = w * TILES
+    OTHER: gl.constexpr = OWN + TILES - 1
     DEPTH: gl.constexpr = 32 if TYPE.primitive_bitwidth == 8 else 16
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, DEPTH])
     mbarrier.wait(full.index(slot), phase)
-    part = slot * PARTS + OWN
-    pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+    pairs = _decode(code_smem.index(slot).slice(OWN, 1), scale_smem.index(slot).slice(OWN, 1), WORD)
     sum_a = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
     sum_b = sum_a
     for j in range(0, steps, 3 - TILES):
         a = _operand(pairs, TYPE, LAYOUT)
+        if IN_TURNS:
+            mbarrier.wait(turns.index(w), 1 - w)
         sum_a = warpgroup_mma(a, x_smem.index(slot).permute((1, 0)), sum_a, is_async=True)
-        other_slot, other_phase, part = slot, phase, slot * PARTS + OWN + 1
+        if IN_TURNS:
+            mbarrier.arrive(turns.index(1 - w))
+        other_slot, other_phase = slot, phase
         if TILES == 1:
             other_slot, other_phase = _advance(slot, phase, STAGES)
-            part = other_slot * PARTS + OWN
-            mbarrier.wait(full.index(other_slot), other_phase)
-        other_pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+        mbarrier.wait(full.index(other_slot), other_phase)
+        codes = code_smem.index(other_slot).slice(OTHER, 1)
+        other_pairs = _decode(codes, scale_smem.index(other_slot).slice(OTHER, 1), WORD)
         b = _operand(other_pairs, TYPE, LAYOUT)
         x = x_smem.index(other_slot).permute((1, 0))
+        if IN_TURNS:
+            mbarrier.wait(turns.index(w), w)
         if TILES == 1:
             sum_a = warpgroup_mma(b, x, sum_a, is_async=True)
+            if IN_TURNS:
+                mbarrier.arrive(turns.index(1 - w))
             sum_a, pairs = warpgroup_mma_wait(1, [sum_a, pairs])
             mbarrier.arrive(empty.index(slot))
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
+            if IN_TURNS:
+                mbarrier.arrive(turns.index(1 - w))
             sum_a, sum_b, pairs = warpgroup_mma_wait(1, [sum_a, sum_b, pairs])
         slot, phase = _advance(other_slot, other_phase, STAGES)
         more = j + 3 - TILES < steps  # after the last step, that step again
-        mbarrier.wait(full.index(gl.where(more, slot, other_slot)), gl.where(more, phase, other_phase))
-        part = gl.where(more, slot, other_slot) * PARTS + OWN
-        pairs = _decode(code_smem.index(part), scale_smem.index(part), WORD)
+        next_slot, next_phase = gl.where(more, slot, other_slot), gl.where(more, phase, other_phase)
+        mbarrier.wait(full.index(next_slot), next_phase)
+        codes = code_smem.index(next_slot).slice(OWN, 1)
+        pairs = _decode(codes, scale_smem.index(next_slot).slice(OWN, 1), WORD)
+        if IN_TURNS or TYPE.primitive_bitwidth == 16:  # or the assembler would decode after the product
+            mbarrier.wait(full.index(next_slot), next_phase)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])
@@ -173,56 +205,103 @@ def _multiply(
 
 @gluon.jit
 def _consume(
-    buffers, barriers, out_smem, results, shape, items, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
+    buffers, barriers, out_smem, results, shape, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
     WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
+    IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    item = gl.program_id(0)
-    while item < items:
-        tile_n, tile_m, split, _, steps = _locate(item, shape)
-        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, steps, w, TILES, TYPE, WORD)
+    turn = gl.to_tensor(0)
+    pair, end = _share(gl.program_id(0), shape)
+    while (turn < shape[2]) | (pair < end):
+        tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
+        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, pairs * 2, w, TILES, TYPE, WORD, IN_TURNS)
+        split = (number - shape[2] * shape[4], pairs)
         tile = (tile_n * CONSUMERS + w) * TILES
-        _finish(sum_a, tile, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT, FUNCTION, GATED)
+        _finish(
+            sum_a, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, TILES, FP8, BIAS, SPLIT, FUNCTION,
+            GATED,
+        )  # fmt: skip
         if TILES == 2:
             _finish(
-                sum_b, tile + 1, tile_m, split, results, out_smem.index(w), shape, FP8, BIAS, SPLIT, FUNCTION, GATED
-            )
-        item += gl.num_programs(0)
+                sum_b, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape, TILES, FP8, BIAS,
+                SPLIT, FUNCTION, GATED,
+            )  # fmt: skip
+        pair += gl.where(turn < shape[2], 0, pairs)
+        turn += 1
     tma.store_wait(0)
 
 
 @gluon.jit
+def _place(program, begin, left, programs):
+    """Where a program keeps its sums of the tile whose first pair of steps is ``begin``."""
+    return program * 2 + gl.where(left * program // programs < begin, 1, 0)
+
+
+@gluon.jit
+def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, PARTS: gl.constexpr):
+    """Store sums over a part of the columns; who comes last gets those over all, added in order -> (sums, if last).
+
+    ``number``: of the work item among those that are shared; ``part``: of its PARTS tiles, the how many-th this is.
+    """
+    _, pairs_each, _, left, programs = shape
+    LAYOUT: gl.constexpr = total.type.layout
+    BLOCK_M: gl.constexpr = total.shape[1]
+    # a thread's values lie in pieces of 16 bytes, those of a warp side by side
+    FLAT: gl.constexpr = gl.BlockedLayout([1, BLOCK_M // 8, 4], [32, 1, 1], [4, 1, 1], [2, 1, 0])
+    PLANE: gl.constexpr = gl.SliceLayout(2, FLAT)
+    thread = gl.arange(0, 128, gl.SliceLayout(1, PLANE))[:, None, None]
+    piece = gl.arange(0, BLOCK_M // 8, gl.SliceLayout(0, PLANE))[None, :, None]
+    value = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FLAT)))[None, None, :]
+    STEP: gl.constexpr = PARTS * 64 * BLOCK_M
+    at = partial_ptr + part * (64 * BLOCK_M) + (piece * 512 + thread * 4) + value
+    mine = total.reshape([4, 2, 8, BLOCK_M // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
+    mine = gl.convert_layout(mine.reshape([128, BLOCK_M // 8, 4]), FLAT, assert_trivial=True)
+    begin = number * pairs_each
+    first = ((begin + 1) * programs - 1) // left
+    final = ((begin + pairs_each) * programs - 1) // left
+    own = gl.program_id(0)
+    gl.store(at + _place(own, begin, left, programs).to(gl.int64) * STEP, mine)
+    gl.thread_barrier()
+    arrived = arrived_ptr + number * PARTS + part
+    last = gl.atomic_add(arrived, 1, sem="acq_rel") == final - first
+    if last:
+        gl.store(arrived, 0)
+        begun = first
+        if BLOCK_M < 256:  # noqa: SIM102 - larger tiles leave no registers for this
+            if final - first == 1:  # the order of two makes no difference
+                there = _place(first + final - own, begin, left, programs)
+                mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
+                begun = final + 1
+        if begun == first:
+            mine = gl.zeros_like(mine)
+            for program in range(first, final + 1):
+                there = _place(program, begin, left, programs)
+                mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
+    total = mine.reshape([4, 8, 4, BLOCK_M // 8, 2, 2]).permute((0, 4, 1, 3, 2, 5))
+    return gl.convert_layout(total.reshape([64, BLOCK_M]), LAYOUT, assert_trivial=True), last
+
+
+@gluon.jit
 def _finish(
-    total, tile, tile_m, split, results, out_tile, shape, FP8: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
-    FUNCTION: gl.constexpr, GATED: gl.constexpr,
+    total, tile, part: gl.constexpr, tile_m, split, results, out_tile, shape, TILES: gl.constexpr, FP8: gl.constexpr,
+    BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """Store a tile, after the epilogue; SPLIT: store its sums, and who comes last adds those of all splits in order."""
+    """Store a tile after the epilogue, with SPLIT once its sums are complete.
+
+    ``part``: of the work item's tiles, the how many-th this is. ``split``: number of the work item among those that are
+    shared, and pairs of steps that were done.
+    """
     out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
     LAYOUT: gl.constexpr = total.type.layout
     BLOCK_M: gl.constexpr = total.shape[1]
     last = tile * 64 < n
     if SPLIT:
-        # whole tiles, one after another: [split, tile of x, tile of the weight, 64, BLOCK_M]
-        tiles_m, splits, _, _ = shape
-        tiles = gl.cdiv(n, 64)
-        place = tile_m * tiles + tile
-        SIZE: gl.constexpr = 64 * BLOCK_M
-        own = partial_ptr + place.to(gl.int64) * SIZE
-        step = (tiles_m * tiles).to(gl.int64) * SIZE
-        within = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None] * BLOCK_M
-        within = within + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))[None, :]
-        if last:
-            gl.store(own + split * step + within, total)
-            gl.thread_barrier()
-            last = gl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == splits - 1
-        if last:
-            total = gl.zeros_like(total)
-            for part in range(splits):
-                total += gl.load(own + part * step + within, cache_modifier=".cg")
-            gl.store(arrived_ptr + place, 0)
+        number, pairs = split
+        if last & (pairs < shape[1]):
+            total, last = _add_up(total, number, part, shape, partial_ptr, arrived_ptr, CONSUMERS * TILES)
     if last:
         rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
         scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
@@ -254,40 +333,46 @@ def _after(total, FUNCTION: gl.constexpr, GATED: gl.constexpr):
         return activate(total, FUNCTION)
 
 
-@gluon.jit(do_not_specialize=["m", "k_tiles", "column_tiles", "tiles_m", "splits", "steps_each", "items"])
+@gluon.jit(do_not_specialize=["m", "tiles_m", "pairs_each", "whole", "left"])
 def fp4_wide_kernel(
     x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n,
-    k_tiles, column_tiles, tiles_m, splits, steps_each, items, TILES: gl.constexpr, STAGES: gl.constexpr,
+    tiles_m, pairs_each, whole, left, TILES: gl.constexpr, STAGES: gl.constexpr,
     TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
-    FUNCTION: gl.constexpr, GATED: gl.constexpr,
+    FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * row_scale + bias)``.
 
-    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles * 2, 256]`` in blocks ``[2, 256]`` and scales int32
-    ``[tiles, words]`` in blocks ``[1, words]``, in the layout ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]``
-    in blocks ``[BLOCK_M, 64]``, or (GATED) half as wide, after FUNCTION. A work item is ``steps_each`` (even) steps of
-    64 columns of ``128 * TILES`` rows of the weight and BLOCK_M rows of x; programs take items in rounds. TYPE E4M3: x
-    has a scale a row, x_scale ``[m]``, and the columns of every 16 in the order of
+    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles, 2 * column tiles, 256]`` in blocks ``[2 * TILES, 2,
+    256]`` and scales int32 ``[tiles, column tiles, words]`` in blocks ``[2 * TILES, 1, words]``, in the layout
+    ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]`` in blocks ``[BLOCK_M, 64]``, or (GATED) half as wide, after
+    FUNCTION. A work item is ``pairs_each`` pairs of steps of 64 columns of ``128 * TILES`` rows of the weight and
+    BLOCK_M rows of x. Programs take the first ``whole`` in turns, then equal shares of the ``left`` pairs of the others
+    (with SPLIT; ``whole`` is a multiple of the number of programs then). TYPE E4M3: x has a scale a row, x_scale
+    ``[m]``, and the columns of every 16 in the order of
     :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
-    WORDS: gl.constexpr = scale_desc.block_type.shape[1]
+    WORDS: gl.constexpr = scale_desc.block_type.shape[2]
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
-    code_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 2, 256], code_desc.layout)
-    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PARTS, 1, WORDS], scale_desc.layout)
+    code_smem = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, 2, 256], code_desc.layout)
+    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, 1, WORDS], scale_desc.layout)
     WIDTH: gl.constexpr = out_desc.block_type.shape[1]
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    shape = (tiles_m, splits, steps_each, k_tiles)
+    rounds = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
+    shape = (tiles_m, pairs_each, rounds, left, gl.num_programs(0))
     results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
-    barriers = (full, empty)
+    barriers = (full, empty, turns)
     descriptors = (x_desc, code_desc, scale_desc)
     gl.warp_specialize(
         [
@@ -299,7 +384,6 @@ def fp4_wide_kernel(
                     out_smem,
                     results,
                     shape,
-                    items,
                     0,
                     TILES,
                     TYPE,
@@ -308,6 +392,7 @@ def fp4_wide_kernel(
                     SPLIT,
                     FUNCTION,
                     GATED,
+                    IN_TURNS,
                 ),
             ),
             (
@@ -318,7 +403,6 @@ def fp4_wide_kernel(
                     out_smem,
                     results,
                     shape,
-                    items,
                     1,
                     TILES,
                     TYPE,
@@ -327,9 +411,10 @@ def fp4_wide_kernel(
                     SPLIT,
                     FUNCTION,
                     GATED,
+                    IN_TURNS,
                 ),
             ),
-            (_produce, (descriptors, buffers, barriers, shape, items, column_tiles, TILES)),
+            (_produce, (descriptors, buffers, barriers, shape, TILES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -7,8 +7,8 @@
 ``native_decode``
     MXFP4 weights times 16-bit activations on gfx950, whose instructions decode E2M1 with its scale.
 ``reference_fp4``
-    The meaning of the first in plain PyTorch, on every device; chosen by nobody, to be asked for by
-    ``VB_IMPLEMENTATION=fp4_linear=reference_fp4``.
+    The meaning of the first in plain PyTorch, on every device; never the cheapest, so that it has to be asked for by
+    ``VB_IMPLEMENTATION=fp4_linear=reference_fp4`` besides.
 """
 
 import math
@@ -89,7 +89,8 @@ def _refuses_case(case: Fp4LinearCase) -> str | None:
 
 
 def _refuses_reference(target: Target, case: Fp4LinearCase | None) -> str | None:
-    return None
+    asked = case is None or case.activations == "fp4"
+    return None if asked else "rounds activations to FP4, which was not asked for"
 
 
 # ------------------------------------------------------------------------------------------------------------ reference

@@ -46,13 +46,13 @@ def user_table() -> Path:
 def lookup(arch: str, format_name: str, n: int, k: int, m: int) -> Measured | None:
     """What was measured for m rows of x and a weight ``[n, k]``, in the other format if not in this one.
 
-    A count of rows between two stands for the larger.
+    A count of rows that was not measured stands for the next larger that was, if that is less than eight times as many.
     """
     table = _tables().get(arch, {})
     rows = table.get((format_name, n, k)) or table.get((_OTHER[format_name], n, k))
     if not rows:
         return None
-    return rows.get(min((have for have in rows if have >= m), default=-1))
+    return rows.get(min((have for have in rows if m <= have < 8 * m), default=-1))
 
 
 def tuned_config(target: Target, implementation: str, n: int, k: int, m: int) -> tuple[Any, ...] | None:

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch.fx as fx
 
+from vbcompile.passes.activation_fusion import FusedKernels
 from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
 from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
 from vbcompile.vgpu_plan import Operator, PlanError, Tier
@@ -30,6 +31,7 @@ class Rates:
         away: From the device to host memory.
         back: From host memory to the device.
         host_bytes: Host memory that activations may take.
+        workspace: Bytes of the device that vendors' libraries take.
     """
 
     matmul: int
@@ -37,6 +39,7 @@ class Rates:
     away: int
     back: int
     host_bytes: int
+    workspace: int = 0
 
     @property
     def tier(self) -> Tier:
@@ -138,6 +141,12 @@ class StepPlanner:
         return found
 
     @cached_property
+    def _kernels(self) -> FusedKernels:
+        index, leaders, _ = self._timeline
+        last = len(leaders) - 1
+        return FusedKernels(self.joint, index, self._is_light, set(self.saved), min(self.first_backward, last))
+
+    @cached_property
     def _needs(self) -> dict[fx.Node, tuple[int, int]]:
         """First and last operator of the backward that may ask for each forward value, also to make others from it."""
         index = self._timeline[0]
@@ -145,7 +154,8 @@ class StepPlanner:
         needs: dict[fx.Node, tuple[int, int]] = {}
         last = len(self._timeline[1]) - 1
         for node in reversed(self.joint.forward):
-            spans = [(index[u], index[u]) for u in node.users if u in index and u not in self.joint.forward]
+            users = [u for u in node.users if u in index and u not in self.joint.forward]
+            spans = [(index[u], self._kernels.end(u)) for u in users]
             spans += [needs[u] for u in node.users if u in self.joint.forward and u not in kept and u in needs]
             spans += [(last, last)] if node in self.joint.gradients else []
             if spans:
@@ -187,22 +197,24 @@ class StepPlanner:
     def _passing(self) -> Iterator[tuple[int, int, int]]:
         """First and last operator, and bytes, of everything that is not planned; what is fused takes no memory."""
         index, leaders, _ = self._timeline
-        planned, saved, last = set(self.planned), set(self.saved), len(leaders) - 1
+        planned, saved, last, kernels = set(self.planned), set(self.saved), len(leaders) - 1, self._kernels
         for node in index:
             if node in planned or self.joint.is_view(node) or not node_bytes(node):
                 continue
             inside = node in self.joint.forward
             readers = self._all_readers(node)
-            again = [index[u] for u in readers if inside and u not in self.joint.forward and not self._is_light(u)]
-            uses = [index[u] for u in readers if (u in self.joint.forward) == inside or node in saved]
+            again = [u for u in readers if inside and u not in self.joint.forward and not self._is_light(u)]
+            uses = [kernels.end(u) for u in readers if (u in self.joint.forward) == inside or node in saved]
             if again and node not in saved:  # made again there
-                yield min(again), max(again), node_bytes(node)
+                begin = kernels.begin(node, min(index[u] for u in again))
+                yield begin, max(kernels.end(u) for u in again), node_bytes(node)
             if not self._is_fused(node, readers):
                 end = last if node in self.joint.results else max(uses, default=index[node])
-                yield index[node], end, node_bytes(node)
+                begin = index[node] if inside else kernels.begin(node, index[node])
+                yield begin, max(begin, end), node_bytes(node)
         for node in self.joint.backward:
             if node.op == "placeholder" and leaders:  # gradients of the results
-                ends = [index[u] for u in self._all_readers(node)]
+                ends = [kernels.end(u) for u in self._all_readers(node)]
                 yield min(self.first_backward, last), max(ends, default=last), node_bytes(node)
 
     def _is_fused(self, node: fx.Node, readers: list[fx.Node]) -> bool:
@@ -249,7 +261,7 @@ class StepPlanner:
     def _search(self, activations: list[Activation]) -> ActivationPlan:
         operators = [Operator(n.name, t) for n, t in zip(self._timeline[1], self._timeline[2], strict=True)]
         tier, limits, resident = self.rates.tier, self.limits, self.resident_bytes
-        resident += (resident + sum(map(node_bytes, self.saved))) // _HEADROOM
+        resident += (resident + sum(map(node_bytes, self.saved))) // _HEADROOM + self.rates.workspace
         reserved = [resident + size for size in self._reserved]
 
         def solve(budget: int) -> ActivationPlan:

@@ -9,6 +9,7 @@ log = logging.getLogger(__name__)
 
 _PLAIN = Rates(matmul=10**11, memory=10**10, away=5 * 10**9, back=5 * 10**9, host_bytes=2**40)
 _REACHED = 0.8
+_WORKSPACE = 96 << 20  # cuBLAS takes 32 MiB on a Hopper card, for each thread that computes
 _LINK_REACHED = 0.85  # a plan that fills the link to the last byte waits wherever an estimate is off
 
 
@@ -35,4 +36,5 @@ def measured_rates(device_type: str) -> Rates:
         away=int(_LINK_REACHED * (found.d2h or _PLAIN.away)),
         back=int(_LINK_REACHED * (found.h2d or _PLAIN.back)),
         host_bytes=free * 4 // 5,
+        workspace=_WORKSPACE,
     )

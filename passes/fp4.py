@@ -18,9 +18,11 @@ from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, make_case
+from vbcompile.kernels.fp4_linear_fp8 import multiplies_fp8
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import refuse_weight
+from vbcompile.kernels.fp4_tuning import relative_cost
 from vbcompile.kernels.registry import Choice, operator
 from vbcompile.kernels.triton_target import refuses_triton
 from vbcompile.passes.fp4_epilogues import Epilogue, find_epilogues
@@ -56,6 +58,8 @@ SMALLEST = 2**15
 """Fewest elements of a weight that is worth packing: below, launching the product takes longer than reading it."""
 SLOWEST = 2.0
 """Most times that a layer may take of its unpacked product's, where the number of rows is known."""
+SLOWEST_BESIDE_ITS_MASTER = 1.03
+"""The same where that was measured and the unpacked weight stays in memory anyway."""
 _WORTH_A_BAR = 2**28  # elements that are packed before a progress bar helps
 _PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +107,7 @@ class _Fp4Pass:
         for node, reason in found.items():
             if isinstance(reason, str):
                 self._leave(node, reason)
-        groups = self._groups(candidates)
+        groups = [group for group in self._groups(candidates) if not self._is_faster_unpacked(group)]
         with progress(groups, "packing FP4 weights", self._reads_weights(candidates)) as packing:
             plans = [plan for group in packing for plan in self._packed(group)]
         trained = self._train([site for site in sites if found[site.node] is None])
@@ -159,7 +163,9 @@ class _Fp4Pass:
         dtype, rows = self._dtype(site), _rows(site.x)
         n, k = reversed(weight.shape[-2:]) if site.transposed else weight.shape[-2:]
         format_name = adopted_format(weight) or self.config.fp4_format
-        key = PackKey(format_name, self._layout(site, format_name), site.transposed)
+        in_fp8 = self.config.fp4_activations == "fp8" and isinstance(site, LinearSite)
+        method = "fp8" if in_fp8 and multiplies_fp8(self.context.target) else "mse"
+        key = PackKey(format_name, self._layout(site, format_name), site.transposed, method)
         candidate = Candidate(site, key, dtype, rows, int(n), int(k))
         return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
 
@@ -214,6 +220,24 @@ class _Fp4Pass:
         if rows and cost > SLOWEST and isinstance(candidate.site, LinearSite):
             return f"with {rows} rows FP4 would take an estimated {cost:.1f} times as long"
         return None
+
+    def _is_faster_unpacked(self, group: list[Candidate]) -> bool:
+        """Whether the products of a group were measured to be faster with their own weights, which are kept; if so,
+        leave them."""
+        first, n = group[0], sum(c.n for c in group)
+        if not first.rows or not isinstance(first.site, LinearSite) or first.dtype == torch.float32:
+            return False
+        if any(self._master(c.site.weight) != "keep" or is_hollow(self.weights[c.site.weight][1]) for c in group):
+            return False
+        case = self._case(first, n, first.key.layout)
+        name = _choose(self.context.target, case).implementation.name
+        cost = relative_cost(self.context.target, name, case.format_name, n, case.k, first.rows)
+        if cost is None or cost <= SLOWEST_BESIDE_ITS_MASTER:
+            return False
+        for candidate in group:
+            reason = f"with {first.rows} rows FP4 takes {cost:.2f} times as long as the unpacked weight, which is kept"
+            self._leave(candidate.site.node, f"{reason}; fp4_master='drop' frees that and packs it")
+        return True
 
     def _dtype(self, site: LinearSite | ExpertSite) -> torch.dtype:
         """The dtype that the product computes in."""

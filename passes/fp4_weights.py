@@ -36,6 +36,7 @@ class PackKey:
     Attributes:
         layout: the layout to use where it can hold the weights, else ``plain``.
         transposed: the parameter is ``[K, N]``.
+        method: of rounding weights that were not packed before, see :mod:`vbcompile.kernels.fp4_quantize`.
         gate: which half of the rows is a gate's, ``first`` or ``second``, to be packed in turns with the other half
             (:mod:`vbcompile.kernels.fp4_epilogue`); empty for rows as they are.
     """
@@ -43,6 +44,7 @@ class PackKey:
     format_name: str
     layout: str
     transposed: bool
+    method: str = "mse"
     gate: str = ""
 
 
@@ -244,7 +246,7 @@ def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) 
             raise ValueError(f"{name}: its high-precision values were dropped, so it cannot be packed another way")
         source = state.master.to(weight.device)
     source = source.transpose(-2, -1) if key.transposed else source
-    packed = quantize(source, key.format_name, name=name)
+    packed = quantize(source, key.format_name, method=key.method, name=name)
     return packed, relative_error(source, packed)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import SymInt, Tensor, fx
 
-from vbcompile.compat import copy_graph, fake_mode_of_compile, own_tracing_context
+from vbcompile.compat import copy_graph, declare_static_inputs, fake_mode_of_compile, own_tracing_context
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_payload import Payload
 from vbcompile.handles_store import Part, WeightStore, store_of
@@ -22,7 +22,7 @@ from vbcompile.passes.offload_costs import Rates, bytes_of, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
 from vbcompile.passes.offload_inputs import describe, missing_sizes, plain_fake
 from vbcompile.passes.offload_outer import Layout, Piece, emit
-from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, shape_of_graph, whole
+from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, joined, shape_of_graph, whole
 from vbcompile.report import Decision
 from vbcompile.vgpu_plan import DEVICE, Plan
 
@@ -115,7 +115,7 @@ class StreamedGraph:
         largest = largest_segment([*sizes.values()])
         self.cutting: Cutting = cut(self.graph, self.fakes, largest, lookups=not context.training)
         self.compile: Compile | None = None
-        self.pieces: dict[bool, list[Piece]] = {}  # as one piece or not
+        self.pieces: dict[str, list[Piece]] = {}  # by how the graph is cut
         self.outer: Callable[..., Any] | None = None
         self.plan: Plan | None = None
         self.start = 0
@@ -170,18 +170,30 @@ class StreamedGraph:
     def _prepare(self) -> None:
         """Make the outer graph for the plan as it is now."""
         assert self.plan is not None
-        one = self.plan.declined
-        if one not in self.pieces:
-            self.pieces[one] = self._compiled([whole(self.graph, self.cutting)] if one else self.cutting.segments)
+        stays = not self.plan.copies and not self.training
+        form = "whole" if self.plan.declined else "joined" if stays else "cut"
+        if form not in self.pieces:
+            self.pieces[form] = self._compiled(self._segments(form), stays)
         index = store_of(self.key).index_of
         written = frozenset(node for node, reason in self.cutting.fixed.items() if reason == WRITTEN)
         places = {node: index(payload) for node, payload in self.weights.items()}
         last = self.start + len(self.part.operators) - 1
         layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last, self.training)
-        self.outer = emit(self.graph, self.arguments, self.pieces[one], self.cutting.returned, layout)
+        self.outer = emit(self.graph, self.arguments, self.pieces[form], self.cutting.returned, layout)
 
-    def _compiled(self, segments: Sequence[Segment]) -> list[Piece]:
-        """Compile each distinct segment once."""
+    def _segments(self, form: str) -> Sequence[Segment]:
+        """The graph as one piece where everything stays on the device, as few where only embeddings do not."""
+        if form == "whole":
+            return [whole(self.graph, self.cutting)]
+        return joined(self.graph, self.cutting, self.fakes) if form == "joined" else self.cutting.segments
+
+    def _compiled(self, segments: Sequence[Segment], stays: bool) -> list[Piece]:
+        """Compile each distinct segment once.
+
+        Args:
+            stays: Whether the weights stay where they are from step to step, as CUDA graphs want it. A graph would copy
+                every streamed weight into memory of its own.
+        """
         assert self.compile is not None
         known: dict[Any, Callable[..., Any]] = {}
         pieces = []
@@ -193,9 +205,11 @@ class StreamedGraph:
                 node.meta["example_value"] = value
             same = shape_of_graph(module, describe)
             if same is None or same not in known:
+                if stays:
+                    placeholders = module.graph.find_nodes(op="placeholder")
+                    declare_static_inputs(module, placeholders[: len(segment.weights)])
                 with own_tracing_context(self.fake_mode):
-                    # a CUDA graph would copy every streamed weight into memory of its own
-                    compiled = self.compile(module, inputs, cudagraphs=False)
+                    compiled = self.compile(module, inputs, cudagraphs=stays)
                 known[same if same is not None else object()] = compiled
             else:
                 compiled = known[same]

@@ -1,34 +1,43 @@
 """FP4 weights that are elsewhere: packed one by one on the device, and streamed packed.
 
 At no time are two weights in high precision on the device. The packed copy is a master of its own in host memory, made
-once for all graphs of a model; when the weight is written to, it is packed again before the next step.
+once for all graphs of a model, or a file with checksums where a model that is partly on disk leaves no room in host
+memory; when the weight is written to, it is packed again before the next step.
 """
 
+import logging
 import math
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from vbcompile.handles_memory import host_bundle, refill
+from vbcompile.handles_memory import bundle, refill
 from vbcompile.handles_payload import Bundle, Payload
 from vbcompile.handles_store import WeightStore
+from vbcompile.kernels.fp4 import PackedWeight, concat_rows
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_quantize import quantize, refuse_weight, relative_error
+from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     autocast_dtypes,
     is_vocabulary_projection,
     is_written,
     linear_sites,
+    rematch,
 )
+from vbcompile.passes.fp4_weights import PackKey
 from vbcompile.passes.graph_ops import value_of
 from vbcompile.report import Decision
+
+log = logging.getLogger(__name__)
 
 _PASS = "fp4"
 _SMALLEST = 2**15  # elements: below, launching the product takes longer than reading the weight
@@ -39,17 +48,29 @@ _PARTS = ("codes", "block_scales", "row_scale")
 
 @dataclass
 class _Form:
-    """The packed form of a weight.
+    """The packed form of some weights, one below the other.
 
     Attributes:
-        version: Of the weight when it was packed.
+        errors: Relative error of each.
+        versions: Of each when it was packed.
     """
 
     bundle: Bundle
     k: int
     layout: str
-    error: float
-    version: int
+    errors: list[float]
+    versions: list[int]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A weight of a group, and whether its parameter is ``[K, N]``."""
+
+    payload: Payload
+    transposed: bool
+
+
+_Quantized = tuple[PackedWeight, float]  # and its relative error
 
 
 class Packer:
@@ -75,8 +96,8 @@ class Packer:
         self.graph, self.weights, self.fakes, self.fake_mode = graph, weights, fakes, fake_mode
         self.store, self.context, self.config = store, context, context.config
         self.parts: dict[fx.Node, int] = {}
-        self._nodes: dict[tuple[fx.Node, bool], tuple[fx.Node, ...]] = {}
-        self._used: list[tuple[Payload, bool]] = []
+        self._nodes: dict[tuple[_Member, ...], tuple[fx.Node, ...]] = {}
+        self._decisions: dict[fx.Node, Decision] = {}
         self._autocast = autocast_dtypes(graph, context.target.device_type)
 
     def run(self) -> list[Decision]:
@@ -84,38 +105,47 @@ class Packer:
         if not self.config.fp4:
             return []
         known = {node: (0, value_of(node)) for node in self.weights}
-        decisions = [self._decide(site) for site in linear_sites(self.graph, known)]
+        sites = list(linear_sites(self.graph, known))
+        names = {site.node: site.name for site in sites}
+        candidates = [candidate for site in sites if (candidate := self._candidate(site)) is not None]
+        together = self.config.fp4_fuse
+        groups = with_shared_inputs(candidates, self.graph) if together else [[c] for c in candidates]
+        for group in groups:
+            fresh: dict[_Member, _Quantized] = {}
+            good = [candidate for candidate in group if self._accepts(candidate, fresh)]
+            if good:
+                self._rewrite(good, self._form(good, fresh))
         for node in [node for node in self.weights if not node.users]:
             self.store.supersede(self.weights.pop(node))
             del self.fakes[node]
-        return decisions
+        return [self._decisions[node] for node in names]
 
     def refresh(self) -> None:
         """Pack again what was written to since."""
-        for payload, transposed in self._used:
-            form = self.store.forms[payload.number, transposed, self.config.fp4_format]
-            if form.version != payload.version:
-                linear, form.error = self._packed(payload, transposed, form.layout)
+        for members in self._nodes:
+            form = self.store.forms[members, self.config.fp4_format]
+            if form.versions != [member.payload.version for member in members]:
+                linear, form.errors = self._packed(members, form.layout, {})
                 refill(form.bundle, linear.tensors)
-                form.version = payload.version
+                form.versions = [member.payload.version for member in members]
 
-    def _decide(self, site: LinearSite) -> Decision:
-        reason = self._refuses(site)
-        form = self._form(site) if reason is None else None
-        if form is None or reason is not None:
-            return Decision(_PASS, site.name, "left", reason or "")
-        if isinstance(form, str):
-            return Decision(_PASS, site.name, "left", form)
-        payload = self.weights[site.weight]
-        self._rewrite(site, form)
-        return Decision(
-            _PASS,
-            site.name,
-            "rewritten",
-            f"{self.config.fp4_format} weight {list(payload.size)}, relative error {form.error:.4f}, streamed packed",
-            "",
-            {"bytes": payload.nbytes, "packed_bytes": form.bundle.nbytes, "layout": form.layout, "error": form.error},
-        )
+    def _leave(self, site: LinearSite, reason: str) -> None:
+        self._decisions[site.node] = Decision(_PASS, site.name, "left", reason)
+
+    def _candidate(self, site: LinearSite) -> Candidate | None:
+        """What a site asks for; None, with a decision, where it stays as it is."""
+        if (reason := self._refuses(site)) is not None:
+            self._leave(site, reason)
+            return None
+        sizes = value_of(site.x).shape[:-1]
+        rows = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+        key = PackKey(self.config.fp4_format, preferred_layout(self.context.target), site.transposed)
+        n, k = self._shape(site)
+        candidate = Candidate(site, key, self._dtype(site), rows, n, k)
+        if (reason := self._too_slow(candidate)) is not None:
+            self._leave(site, reason)
+            return None
+        return candidate
 
     def _refuses(self, site: LinearSite) -> str | None:
         payload = self.weights[site.weight]
@@ -131,14 +161,11 @@ class Packer:
             return f"{math.prod(payload.size)} elements: too small to gain"
         if not isinstance(value_of(site.x), Tensor):
             return "nothing is known about the activation"
-        return self._too_slow(site)
+        return None
 
-    def _too_slow(self, site: LinearSite) -> str | None:
-        n, k = self._shape(site)
-        sizes = value_of(site.x).shape[:-1]
-        rows = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
-        layout = preferred_layout(self.context.target)
-        case = make_case(self._dtype(site), rows or 1, n, k, self.config.fp4_format, layout)
+    def _too_slow(self, candidate: Candidate) -> str | None:
+        rows, key = candidate.rows, candidate.key
+        case = make_case(candidate.dtype, rows or 1, candidate.n, candidate.k, key.format_name, key.layout)
         choice = choose(self.context.target, case)
         if choice.asked:
             return None
@@ -158,72 +185,137 @@ class Packer:
         cast = self._autocast.get(site.node)
         return own if cast is None or own == torch.float64 else cast
 
-    def _form(self, site: LinearSite) -> "_Form | str":
-        """The packed form of a weight, or why it stays as it is."""
-        payload = self.weights[site.weight]
-        key = payload.number, site.transposed, self.config.fp4_format
-        form: _Form | str | None = self.store.forms.get(key)
-        if form is None:
-            form = self.store.forms[key] = self._pack(payload, site.transposed)
-        if isinstance(form, _Form) and form.error > self.config.fp4_max_error:
-            return f"relative error {form.error:.3f} is above fp4_max_error={self.config.fp4_max_error}"
-        if isinstance(form, _Form) and (payload, site.transposed) not in self._used:
-            self._used.append((payload, site.transposed))
-        return form
+    def _member(self, candidate: Candidate) -> _Member:
+        return _Member(self.weights[candidate.site.weight], candidate.site.transposed)
 
-    def _pack(self, payload: Payload, transposed: bool) -> "_Form | str":
-        try:
-            linear, error = self._packed(payload, transposed, preferred_layout(self.context.target))
-        except ValueError as problem:
-            return str(problem)
-        if linear.layout != "plain":
-            prepare(payload.device)
-        bundle = host_bundle(f"{payload.name} packed", linear.tensors, payload.device, self.store.host)
-        self.store.add(bundle)
-        return _Form(bundle, linear.k, linear.layout, error, payload.version)
+    def _accepts(self, candidate: Candidate, fresh: dict[_Member, _Quantized]) -> bool:
+        """Whether a weight loses no more than it may; that is found out once for all graphs."""
+        member = self._member(candidate)
+        known: float | str | None = self.store.forms.get((member, self.config.fp4_format, "error"))
+        if known is None:
+            try:
+                fresh[member] = self._quantized(member)
+                known = fresh[member][1]
+            except ValueError as problem:
+                known = str(problem)
+            self.store.forms[member, self.config.fp4_format, "error"] = known
+        if isinstance(known, float) and known > self.config.fp4_max_error:
+            known = f"relative error {known:.3f} is above fp4_max_error={self.config.fp4_max_error}"
+        if isinstance(known, str):
+            self._leave(candidate.site, known)
+        return isinstance(known, float)
 
-    def _packed(self, payload: Payload, transposed: bool, layout: str) -> tuple[LinearWeight, float]:
+    def _form(self, group: Sequence[Candidate], fresh: dict[_Member, _Quantized]) -> _Form:
+        """The packed form of a group's weights, made once for all graphs."""
+        members = tuple(map(self._member, group))
+        key = members, self.config.fp4_format
+        if key not in self.store.forms:
+            linear, errors = self._packed(members, group[0].key.layout, fresh)
+            device, name = members[0].payload.device, " + ".join(m.payload.name for m in members)
+            if linear.layout != "plain":
+                prepare(device)
+            made = bundle(f"{name} packed", linear.tensors, device, self.store.host, self._folder(linear))
+            self.store.add(made)
+            versions = [member.payload.version for member in members]
+            self.store.forms[key] = _Form(made, linear.k, linear.layout, errors, versions)
+        found: _Form = self.store.forms[key]
+        return found
+
+    def _folder(self, linear: LinearWeight) -> Path | None:
+        """Where a packed copy goes that host memory has no room for; None: to host memory."""
+        room = self.store.host_room
+        if room is None or linear.nbytes <= room:
+            return None
+        if self.store.folder is None and "full" not in self.store.forms:
+            self.store.forms["full"] = True
+            log.warning(
+                "weights and their packed copies together take more than max_memory['cpu'], and no disk is used"
+            )
+        return self.store.folder
+
+    def _packed(
+        self, members: Sequence[_Member], layout: str, fresh: dict[_Member, _Quantized]
+    ) -> tuple[LinearWeight, list[float]]:
+        found = [fresh.get(member) or self._quantized(member) for member in members]
+        parts = [packed for packed, _ in found]
+        whole = concat_rows(parts) if len(parts) > 1 else parts[0]
+        return to_layout(whole, "plain" if refuses_layout(whole, layout) else layout), [error for _, error in found]
+
+    def _quantized(self, member: _Member) -> _Quantized:
+        """A weight packed as checkpoints hold it, on the device, and its relative error.
+
+        Raises:
+            ValueError: it cannot be packed.
+        """
         self.store.stop()  # resident weights and the ring leave room for the work on this one
         with torch.inference_mode(False), torch.no_grad():
-            weight = payload.fetch()
-            weight = weight.t().contiguous() if transposed else weight
+            weight = member.payload.fetch()
+            weight = weight.t().contiguous() if member.transposed else weight
             reason = refuse_weight(weight, fp4_format(self.config.fp4_format))
             if reason is not None:
                 raise ValueError(reason)
-            packed = quantize(weight, self.config.fp4_format, name=payload.name)
-            error = relative_error(weight, packed)
-            return to_layout(packed, "plain" if refuses_layout(packed, layout) else layout), error
+            packed = quantize(weight, self.config.fp4_format, name=member.payload.name)
+            return packed, float(relative_error(weight, packed))
 
-    def _rewrite(self, site: LinearSite, form: _Form) -> None:
-        nodes = self._placeholders(site, form)
-        with self.graph.inserting_before(site.node):
-            x = site.x
-            if site.node in self._autocast:
-                dtype = self._dtype(site)
-                x = self.graph.call_method("to", (x, dtype))
-                x.meta["example_value"] = value_of(site.x).to(dtype)
+    def _rewrite(self, group: Sequence[Candidate], form: _Form) -> None:
+        nodes = self._placeholders(group, form)
+        sites = [rematch(c.site, {c.site.weight: (0, value_of(c.site.weight))}) for c in group]
+        first = sites[0]
+        with self.graph.inserting_before(first.node):
+            x = first.x
+            if first.node in self._autocast:
+                x = self.graph.call_method("to", (x, group[0].dtype))
+                x.meta["example_value"] = value_of(first.x).to(group[0].dtype)
+            bias = shared_bias(self.graph, sites)
             new = self.graph.call_function(
                 torch.ops.vblackwell.fp4_linear.default,
-                (x, *nodes, site.bias, form.k, self.config.fp4_format, form.layout, self.config.fp4_activations),
+                (x, *nodes, bias, form.k, self.config.fp4_format, form.layout, self.config.fp4_activations),
             )
-        new.meta = dict(site.node.meta)
-        site.node.replace_all_uses_with(new)
-        self.graph.erase_node(site.node)
-        for user in list(site.weight.users):  # transposes that nothing reads any more
-            if not user.users and user.op != "output":
-                self.graph.erase_node(user)
+        new.meta = dict(first.node.meta)
+        for candidate, error in zip(group, form.errors, strict=True):
+            self._decisions[candidate.site.node] = self._rewritten(candidate, error, group, form)
+        if len(group) == 1:
+            first.node.replace_all_uses_with(new)
+            self.graph.erase_node(first.node)
+        else:
+            value = value_of(first.node)
+            new.meta["example_value"] = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
+            split_result(self.graph, new, sites, [c.n for c in group])
+        for site in sites:
+            for user in list(site.weight.users):  # transposes that nothing reads any more
+                if not user.users and user.op != "output":
+                    self.graph.erase_node(user)
 
-    def _placeholders(self, site: LinearSite, form: _Form) -> tuple[fx.Node, ...]:
-        known = self._nodes.get((site.weight, site.transposed))
-        if known is None:
-            known = tuple(self._placeholder(site, form, part) for part in range(len(_PARTS)))
-            self._nodes[site.weight, site.transposed] = known
-        return known
+    def _rewritten(self, candidate: Candidate, error: float, group: Sequence[Candidate], form: _Form) -> Decision:
+        payload, total = self.weights[candidate.site.weight], sum(c.n for c in group)
+        others = [c.name for c in group if c is not candidate]
+        reason = f"{self.config.fp4_format} weight {list(payload.size)}, relative error {error:.4f}, streamed packed"
+        return Decision(
+            _PASS,
+            candidate.site.name,
+            "rewritten",
+            reason + (f", one product with {', '.join(others)}" if others else ""),
+            "",
+            {
+                "bytes": payload.nbytes,
+                "packed_bytes": form.bundle.nbytes * candidate.n // total,
+                "layout": form.layout,
+                "error": error,
+                "fused_with": others,
+            },
+        )
 
-    def _placeholder(self, site: LinearSite, form: _Form, part: int) -> fx.Node:
+    def _placeholders(self, group: Sequence[Candidate], form: _Form) -> tuple[fx.Node, ...]:
+        members = tuple(map(self._member, group))
+        if members not in self._nodes:
+            name = group[0].site.weight.name
+            self._nodes[members] = tuple(self._placeholder(name, form, part) for part in range(len(_PARTS)))
+        return self._nodes[members]
+
+    def _placeholder(self, name: str, form: _Form, part: int) -> fx.Node:
         _, shape, dtype = form.bundle.parts[part]
         with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
-            node = self.graph.placeholder(f"{site.weight.name}_{_PARTS[part]}")
+            node = self.graph.placeholder(f"{name}_{_PARTS[part]}")
         with self.fake_mode, torch.inference_mode(False):
             fake = torch.empty(shape, dtype=dtype, device=form.bundle.device)
         node.meta["example_value"] = self.fakes[node] = fake

@@ -281,6 +281,18 @@ def _connect(graph: fx.Graph, segments: Sequence[Segment], weights: Mapping[fx.N
         ]  # fmt: skip
 
 
+def joined(graph: fx.Graph, cutting: Cutting, weights: Mapping[fx.Node, Tensor]) -> list[Segment]:
+    """The segments as few as possible: embeddings whose rows are read on the host stay apart."""
+    found: list[Segment] = []
+    for segment in cutting.segments:
+        if found and segment.lookup is None and found[-1].lookup is None:
+            found[-1].nodes += segment.nodes
+        else:
+            found.append(Segment(list(segment.nodes), autocast=list(segment.autocast), lookup=segment.lookup))
+    _connect(graph, found, weights)
+    return found
+
+
 def whole(graph: fx.Graph, cutting: Cutting) -> Segment:
     """The graph as one segment."""
     apart = set(cutting.returned)
@@ -299,7 +311,8 @@ def build(root: fx.GraphModule, segment: Segment, extra: Iterable[fx.Node] = ())
     known: dict[fx.Node, fx.Node] = {}
     for node in (*segment.inputs, *extra):
         known[node] = graph.placeholder(node.name)
-        known[node].meta = {key: value for key, value in node.meta.items() if key == "example_value"}
+        kept = ("example_value", "tensor_dict")  # Dynamo notes in the latter which inputs stay where they are
+        known[node].meta = {key: value for key, value in node.meta.items() if key in kept}
     for node in segment.autocast:
         known[node] = graph.node_copy(node)
     for node in segment.nodes:

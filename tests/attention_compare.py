@@ -7,18 +7,25 @@ from attention_forms import Form, eager
 from torch import Tensor
 
 from vbcompile.kernels.attention import attention_backward_reference, attention_reference
-from vbcompile.kernels.attention_triton import backward, forward
+from vbcompile.kernels.attention_gpu import _triton_backward, _triton_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([0x1234_5678_9ABC], dtype=torch.int64)
 
 
-def compare(form: Form, dtype: torch.dtype, seeds: Sequence[int] = (0,)) -> list[tuple[str, float, float]]:
+def compare(
+    form: Form,
+    dtype: torch.dtype,
+    seeds: Sequence[int] = (0,),
+    run: tuple[Callable, Callable] = (_triton_forward, _triton_backward),
+    captured_gradients: bool = True,
+) -> list[tuple[str, float, float]]:
     """``(name, error, allowed error)`` of outputs and gradients: twice that of eager PyTorch in the same dtype.
 
-    Errors are root mean squares over the seeds: the error of one number, such as a temperature's gradient, is chance.
+    ``run``: implementations of ``vblackwell::attention`` and of its backward. Errors are root mean squares over the
+    seeds: the error of one number, such as a temperature's gradient, is chance.
     """
-    found = [_compare(form, dtype, seed) for seed in seeds]
+    found = [_compare(form, dtype, seed, run, captured_gradients) for seed in seeds]
     return [
         (rows[0][0], *(sum(row[n] ** 2 for row in rows) ** 0.5 / len(rows) ** 0.5 for n in (1, 2)))
         for rows in zip(*found, strict=True)
@@ -46,17 +53,20 @@ def compare_forward(
     return [(name, ours**0.5, allowed**0.5) for name, (ours, allowed) in totals.items()]
 
 
-def _compare(form: Form, dtype: torch.dtype, seed: int) -> list[tuple[str, float, float]]:
+def _compare(
+    form: Form, dtype: torch.dtype, seed: int, run: tuple[Callable, Callable], captured_gradients: bool
+) -> list[tuple[str, float, float]]:
+    forward, backward = run
     (q, k, v), captured = form.inputs(dtype, seed)
     q, k, v, *captured = (t.to(DEVICE) for t in (q, k, v, *captured))
-    arguments = (form.scale, form.dropout_p, SEED.to(DEVICE))
+    arguments = (form.scale, form.dropout_p, SEED.to(DEVICE), form.function.dumps())
     inputs = [q, k, v, *captured]
-    needs = [t.is_floating_point() for t in inputs]
-    out, lse = forward(q, k, v, captured, *arguments, form.function)
+    needs = [t.is_floating_point() and (n < 3 or captured_gradients) for n, t in enumerate(inputs)]
+    out, lse = forward(q, k, v, captured, *arguments)
     generator = torch.Generator().manual_seed(1000 + seed)
     grad_out = torch.randn(out.shape, generator=generator).to(DEVICE, dtype)
     grad_lse = torch.randn(lse.shape, generator=generator).to(DEVICE)
-    ours = [out, lse, *backward(grad_out, grad_lse, q, k, v, captured, out, lse, *arguments, form.function, needs)]
+    ours = [out, lse, *backward(grad_out, grad_lse, q, k, v, captured, out, lse, *arguments, needs)]
     exact = _exact(form, inputs, grad_out, grad_lse, needs)
     plain = _plain(form, inputs, grad_out, grad_lse, needs)
     names = ["out", "lse", "grad_q", "grad_k", "grad_v", *(f"grad_captured_{n}" for n in range(len(captured)))]

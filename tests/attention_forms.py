@@ -230,6 +230,13 @@ def make_forms(nq: int, nk: int, d: int, dv: int) -> dict[str, Form]:
         "one_axis": shaped(make_function(), (3,), (3,), (3,)),
         "grouped": shaped(make_function(mask=causal()), (2, 2, 3), (2, 2, 1), (2, 2, 1)),
         "grouped_bias": shaped(make_function(plus(0)), (2, 2, 3), (2, 2, 1), (2, 2, 1), (floats(1, 2, 3, nq, nk),)),
+        "grouped_document": shaped(
+            make_function(mask=lambda b: b.emit("and", window(nq // 3)(b), same_document(b))),
+            (2, 2, 3),
+            (2, 2, 1),
+            (2, 2, 1),
+            (documents(2, 1, 3, nq, 1), documents(2, 1, 3, 1, nk)),
+        ),
         "one_kv_head": shaped(make_function(), (2, 3), (2, 1), (2, 1)),
         "shared_keys": shaped(make_function(), (2, 3), (2, 1), (2, 3)),
         "shared_queries": shaped(make_function(), (1, 3), (2, 3), (2, 3)),

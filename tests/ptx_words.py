@@ -29,25 +29,52 @@ def add_to_product(kind: str) -> Callable[..., np.ndarray]:
 
 
 def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
-    """prmt without its sign bit: each nibble of ``select`` names a byte of ``b a``."""
+    """prmt: each nibble of ``select`` names a byte of ``b a``; its highest bit asks for copies of the byte's sign."""
     both = b.astype(np.uint64) << np.uint64(32) | a
     picked = np.zeros_like(a)
     for place in range(4):
         index = (select >> np.uint32(4 * place)) & np.uint32(7)
         byte = (both >> (index.astype(np.uint64) * np.uint64(8))) & np.uint64(255)
+        sign = (select >> np.uint32(4 * place + 3)) & np.uint32(1)
+        byte = np.where(sign == 1, (byte >> np.uint64(7)) * np.uint64(255), byte)
         picked |= byte.astype(np.uint32) << np.uint32(8 * place)
     return picked
 
 
+def add_products_of_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    for place in map(np.uint32, (0, 8, 16, 24)):
+        c = c + ((a >> place) & np.uint32(255)) * ((b >> place) & np.uint32(255))
+    return c
+
+
+def larger_magnitudes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of pairs of 16-bit floats: the larger magnitude, with the sign of the product. NaN is not tried."""
+    x, y = (v.view(np.uint16) for v in (a, b))
+    return (np.maximum(x & 0x7FFF, y & 0x7FFF) | (x ^ y) & 0x8000).view(np.uint32)
+
+
+def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """float32 ``a * b + c``, rounded once more than the device does."""
+    x, y, z = (v.view(np.float32).astype(np.float64) for v in (a, b, c))
+    return (x * y + z).astype(np.float32).view(np.uint32)
+
+
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
     "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "not.b32": np.bitwise_not,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
     "lop3.b32": or_of_and,
     "prmt.b32": pick_bytes,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "add.u32": np.add,
+    "dp4a.u32.u32": add_products_of_bytes,
+    "max.NaN.xorsign.abs.bf16x2": larger_magnitudes,
+    "fma.rn.f32": multiply_add,
+    "sub.u32": np.subtract,
     **{f"mul.rn.{kind}": lambda a, b, kind=kind: multiply_halves(kind, a, b) for kind in TYPES},
     **{f"fma.rn.{kind}": add_to_product(kind) for kind in TYPES},
 }
@@ -66,8 +93,8 @@ def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if operand.startswith("{"):
             low, high = (state[name] for name in operand[1:-1].replace(" ", "").split(","))
             return low | high << np.uint32(16)
-        constant = re.fullmatch(r"0x[0-9A-F]+|\d+", operand)
-        return np.full(size, int(operand, 0), np.uint32) if constant else state[operand]
+        constant = re.fullmatch(r"0[xf][0-9A-Fa-f]+|\d+", operand)
+        return np.full(size, int(operand.replace("0f", "0x"), 0), np.uint32) if constant else state[operand]
 
     body = re.sub(r"\.reg[^;]*;", "", text.strip()[1:-1])
     for instruction in filter(None, (i.strip() for i in body.split(";"))):
@@ -110,18 +137,33 @@ def run_warp(text: str, inputs: dict[str, np.ndarray], memory: np.ndarray) -> di
     state = {name: value.astype(np.uint32) for name, value in inputs.items()}
     predicate = np.ones(32, bool)
     body = re.sub(r"\.reg[^;]*;", "", text.strip()[1:-1])
-    for instruction in filter(None, (i.strip() for i in body.split(";"))):
+    instructions = iter([i.strip() for i in re.sub(r"(?m)^(\w+):$", r"\1:;", body).split(";") if i.strip()])
+    for instruction in instructions:
         groups = [g.replace(" ", "").split(",") for g in re.findall(r"\{([^}]*)\}", instruction)]
-        if instruction.startswith("setp.gt.s32"):
-            _, left, right = re.findall(r"[^,\s]+", instruction.split(" ", 1)[1])
-            predicate = state[left].view(np.int32) > int(right)
-        elif instruction.startswith("@p ld.global"):
+        if instruction.startswith("setp."):
+            name, _, left, right = re.findall(r"[^,\s]+", instruction)
+            predicate = {"setp.gt.s32": np.greater, "setp.ne.u32": np.not_equal}[name](
+                state[left].view(np.int32), int(right)
+            )
+        elif instruction.startswith("vote.sync.any"):
+            predicate = np.full(32, predicate.any())
+        elif "bra " in instruction:
+            if predicate.all() or not instruction.startswith("@"):
+                label = instruction.split()[-1]
+                while next(instructions) != f"{label}:":
+                    pass
+        elif instruction.endswith(":"):
+            continue
+        elif re.match(r"(@p )?ld.global", instruction):
             base, offset = re.search(r"\[(\S+) \+ (\d+)\]", instruction).groups()
-            targets = groups[0] if groups else [instruction.split()[2].rstrip(",")]
+            targets = groups[0] if groups else [instruction.split(" [")[0].split()[-1].rstrip(",")]
+            size = 2 if ".u16" in instruction else 4
+            there = predicate if instruction.startswith("@") else np.ones(32, bool)
             for number, name in enumerate(targets):
-                at = state[base].astype(np.int64) + int(offset) + 4 * number
-                words = memory[np.where(predicate, at, 0)[:, None] + np.arange(4)].copy().view(np.uint32)[:, 0]
-                state[name] = np.where(predicate, words, state[name])
+                at = state[base].astype(np.int64) + int(offset) + size * number
+                parts = memory[np.where(there, at, 0)[:, None] + np.arange(size)].astype(np.uint32)
+                words = (parts << np.arange(0, 8 * size, 8, dtype=np.uint32)).sum(1, dtype=np.uint32)
+                state[name] = np.where(there, words, state.get(name, words))
         elif instruction.startswith("mma.sync.aligned.m16n8k16"):
             a, b, c = ([state[name] for name in group] for group in groups[1:])
             kind = "bf16x2" if ".bf16." in instruction else "f16x2"

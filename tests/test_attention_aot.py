@@ -21,8 +21,6 @@ SHARED_MEMORY = {  # bytes that one program can have
     "gfx942": 65536,
     "gfx950": 163840,
 }
-# Loop-invariant scalars stored once outside the loops: the tiles without them were a sixth slower on an H200.
-ALLOWED_SPILLS = {("sm_90", "grad_kv", 128): 96}
 KERNELS = {"forward", "rows", "grad_q", "grad_kv", "decode", "merge"}
 
 
@@ -38,7 +36,7 @@ def check(head_size: int, dtype: str, architectures: list[str]) -> None:
     rows = compile_all(head_size, dtype, architectures)
     for arch in architectures:
         assert {r["kernel"] for r in rows if r["arch"] == arch} == KERNELS
-    assert not [r for r in rows if r["spills"] > ALLOWED_SPILLS.get((r["arch"], r["kernel"], head_size), 0)]
+    assert not [r for r in rows if r["spills"]]
     assert not [r for r in rows if r["shared"] > SHARED_MEMORY[r["arch"]]]
 
 

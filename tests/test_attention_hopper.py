@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_compare import compare_forward
-from attention_forms import make_forms
+from attention_compare import compare, compare_forward
+from attention_forms import causal, make_forms, make_function, softcap
 
 from vbcompile.device import get_target
 from vbcompile.kernels import attention_gpu, attention_problem
 from vbcompile.kernels import attention_hopper as hopper
+from vbcompile.kernels import attention_hopper_gradients as gradients
 from vbcompile.kernels.attention_case import make_case
 from vbcompile.kernels.attention_hopper_call import describe_call, refuses_call
 from vbcompile.kernels.attention_hopper_program import compile_hopper, peel
+from vbcompile.kernels.attention_layout import broadcast_strides
 from vbcompile.kernels.attention_problem import with_padded_lead
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import CapturedPattern
@@ -112,6 +114,40 @@ def test_cubic_of_exp2_is_close():
         assert f"0f{np.float32(constant).view(np.uint32):08X}" in source
 
 
+# ------------------------------------------------------------------------------------------- capped scores, masks
+def test_polynomial_of_tanh_is_close():
+    from vbcompile.kernels import attention_hopper_tiles as tiles
+
+    limit, a, b, c = (x.value for x in (tiles.TANH_LIMIT, tiles.TANH_A, tiles.TANH_B, tiles.TANH_C))
+    u = np.linspace(-limit, limit, 10_001)[:5000]
+    square = u * u
+    assert np.max(np.abs(u * (a + square * (b + square * c)) / np.tanh(u) - 1)) < 2.3e-4  # half of the instruction's
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [("softcap", torch.bfloat16, 0.0), ("softcap", torch.float16, None), ("bias", torch.bfloat16, None)],
+)
+def test_capped_scores_are_recognised(name, dtype, expected):
+    (q, k, _), captured = make_forms(256, 512, 64, 64)[name].inputs(dtype)
+    call = describe_call(q, k, captured, (2, 2), 0.1, make_forms(256, 512, 64, 64)[name].function)
+    assert call.program.cap == expected
+
+
+def test_weights_of_capped_scores_fit_the_range():
+    caps = [compile_hopper(make_function(softcap(c)), (), True, False, False).cap for c in (30.0, 50.0, 51.0)]
+    assert caps[0] == 0.0 and 0 < caps[1] < 60 and caps[2] is None
+
+
+def test_keys_of_a_lane_below_a_bound():
+    """The bit pattern of ``bits_below``: a lane holds keys ``8 a + c`` after its first one."""
+    numbers = [8 * (n // 2) + n % 2 for n in range(32)]
+    for bound in range(-20, 150):
+        count = max(2 * (bound >> 3) + min(bound & 7, 2), 0)
+        bits = (1 << 32) - 1 if count > 31 else (1 << count) - 1
+        assert [bool(bits >> n & 1) for n in range(32)] == [key < bound for key in numbers]
+
+
 # ------------------------------------------------------------------------------------------- compiled for sm_90a
 class Recorder:
     """Stands for a kernel and keeps the arguments of its launches."""
@@ -126,20 +162,20 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch):
     """Runs forward and backward on the CPU up to their launches; gives the recorders by kernel name."""
-    from vbcompile.kernels import attention_hopper_backward, attention_hopper_forward
+    from vbcompile.kernels import attention_hopper_backward, attention_hopper_forward, attention_hopper_rows
 
     homes = {
         "attention_forward": attention_hopper_forward,
         "attention_backward": attention_hopper_backward,
-        "prepare_backward": attention_hopper_backward,
-        "finish_backward": attention_hopper_backward,
+        **dict.fromkeys(("prepare_backward", "prepare_scores", "finish_backward"), attention_hopper_rows),
     }
     kernels = {name: getattr(home, name) for name, home in homes.items()}
     recorders = {name: Recorder() for name in homes}
     for name, home in homes.items():
         monkeypatch.setattr(home, name, recorders[name])
-    monkeypatch.setattr(hopper, "refuses", lambda *a: None)
-    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    for module in (hopper, gradients):
+        monkeypatch.setattr(module, "refuses", lambda *a: None)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return kernels, recorders
 
@@ -216,17 +252,17 @@ def test_forward_compiles_without_spills(recorded, dim, causal, dtype):
     check_machine_code(*compile_for_hopper(kernels["attention_forward"], arguments, options))
 
 
-@pytest.mark.parametrize(("dim", "causal"), list(hopper.BACKWARD_CONFIGS))
+@pytest.mark.parametrize(("dim", "causal"), list(gradients.BACKWARD_CONFIGS))
 def test_backward_compiles_without_spills(recorded, dim, causal):
     kernels, recorders = recorded
     q, k, v = tensors(dim=dim)
     lse = torch.empty(1, 4, 64)
-    dq, dk, dv = hopper.backward(q, None, q, k, v, q, lse, 0.1, 64 if causal else None)
+    dq, dk, dv = gradients.backward(q, None, q, k, v, q, lse, 0.1, 64 if causal else None)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     ((arguments, options),) = recorders["attention_backward"].launches
     compiled, registers = compile_for_hopper(kernels["attention_backward"], arguments, options)
     check_machine_code(compiled, registers)
-    if hopper.BACKWARD_CONFIGS[dim, causal].block_k == 64:  # meant to run two blocks on a multiprocessor
+    if gradients.BACKWARD_CONFIGS[dim, causal].block_k == 64:  # meant to run two blocks on a multiprocessor
         assert 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
         assert 2 * compiled.metadata.num_warps * 32 * registers <= REGISTER_FILE
 
@@ -271,6 +307,44 @@ def test_score_functions_compile_without_spills(recorded, monkeypatch, name, dim
     check_machine_code(compiled, registers)
 
 
+SCORED_BACKWARD = {  # form -> head dimensions, whether gradients of captured tensors are wanted
+    "bias": ((64, True),),
+    "softcap": ((64, False), (128, False)),
+    "window": ((64, False), (128, False)),
+    "document_causal": ((64, False),),
+    "alibi": ((64, True), (128, False)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "wanted"),
+    [
+        pytest.param(name, dim, wanted, marks=() if (name, dim) == ("softcap", 128) else pytest.mark.slow)
+        for name, variants in SCORED_BACKWARD.items()
+        for dim, wanted in variants
+    ],
+)
+def test_backward_of_score_functions_compiles_without_spills(recorded, monkeypatch, name, dim, wanted):
+    kernels, recorders = recorded
+    monkeypatch.setattr(attention_problem, "launch", lambda *a, **options: None)
+    form = make_forms(256, 512, dim, dim)[name]
+    (q, k, v), captured = form.inputs(torch.bfloat16)
+    captured = [c.to(torch.bfloat16) if c.is_floating_point() else c for c in captured]
+    numbers = tuple(n for n, c in enumerate(captured) if wanted and c.is_floating_point())
+    call = describe_call(q, k, captured, (2, 2), 0.1, form.function, numbers)
+    sums = tuple(torch.empty(captured[n].shape) for n in numbers)
+    rows = SimpleNamespace(
+        delta=torch.empty(2, 2, 256), low=torch.empty(2, 2, 256), empty=None, gradients=sums,
+        gradient_strides=tuple(map(broadcast_strides, sums)),
+    )  # fmt: skip
+    gradients.backward_scored(q, q, k, v, torch.empty(2, 2, 256), 0.1, call, rows)
+    ((arguments, options),) = recorders["attention_backward"].launches
+    compiled, registers = compile_for_hopper(kernels["attention_backward"], arguments, options)
+    check_machine_code(compiled, registers)
+    ((_, prepared),) = recorders["prepare_scores"].launches
+    assert prepared["UNBOUNDED"] == (name == "bias")
+
+
 def test_constant_factors_leave_the_function():
     program = ScoreFunction(
         (("score",), ("const", 20.0), ("div", 0, 1), ("tanh", 2), ("const", 5.0), ("mul", 4, 3)), score=5
@@ -307,8 +381,13 @@ def test_score_functions_are_refused_with_a_reason(name, dtype, reason):
         ("softcap", (), None),
         ("document_causal", (), None),
         ("dropout", (), "dropout"),
-        ("softcap", (True, True, True), "backward"),
+        ("softcap", (True, True, True), None),
         ("causal", (True, True, True), None),
+        ("bias", (True, True, True, True), None),
+        ("document_causal", (True, True, True, False, False), None),
+        ("sink_per_row", (True, True, True, True), None),
+        ("temperature", (True, True, True, False), None),
+        ("temperature", (True, True, True, True), "the score and an addend"),
     ],
 )
 def test_routing(name, needs, reason):
@@ -383,7 +462,7 @@ def test_matches_float64(hopper_gpu, case, dim):
     exact, exact_lse = results(torch.float64)
     plain, _ = results(dtype)
     out, lse = hopper.forward(q, k, v, scale, offset, rows_first)
-    ours = [out, *hopper.backward(g, g_lse, q, k, v, out, lse, scale, offset)]
+    ours = [out, *gradients.backward(g, g_lse, q, k, v, out, lse, scale, offset)]
     assert error(lse, exact_lse) < 1e-3
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         assert error(a, c) <= 2 * error(b, c) + 1e-6, name
@@ -405,6 +484,56 @@ def test_score_functions_match_float64(hopper_gpu, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "additive_min"])
+def test_gradients_of_score_functions_match_float64(hopper_gpu, name):
+    form = FORMS[name]
+    (q, k, v), captured = form.inputs(torch.bfloat16)
+    q, k, v = (t.cuda() for t in (q, k, v))
+    for with_captured in (True, False):
+        needs = [True] * 3 + [with_captured and c.is_floating_point() for c in captured]
+        case = make_case(q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
+        if attention_gpu._refuses_hopper(get_target(q.device), case) is None:
+            break
+    else:
+        pytest.skip("left to the general kernels")
+    run = (attention_gpu._hopper_forward, attention_gpu._hopper_backward)
+    rows = compare(form, torch.bfloat16, range(2), run, with_captured)
+    assert not [row for row in rows if not row[1] <= row[2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize("size", [1.0, 8.0, 100.0, -100.0])
+@pytest.mark.parametrize("causal_mask", [False, True])
+def test_capped_scores_of_any_size(hopper_gpu, dim, size, causal_mask):
+    """Scores within the polynomial's limit, partly beyond it, far beyond it, and all of them near the lower bound."""
+    q, k, v = (torch.randn(1, 4, 700, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q = -k.abs() if size < 0 else q * size
+    k = k.abs() * 4 if size < 0 else k
+    function = make_function(softcap(50.0), mask=causal() if causal_mask else None)
+    out, lse = attention_gpu._hopper_forward(q, k, v, [], dim**-0.5, 0.0, None, function.dumps())
+
+    def reference(dtype):
+        logits = 50 * torch.tanh((q.to(dtype) @ k.to(dtype).mT * dim**-0.5) / 50)
+        if causal_mask:
+            logits = logits.masked_fill(torch.ones(700, 700, device="cuda").triu(1).bool(), -math.inf)
+        return logits.softmax(-1) @ v.to(dtype), logits.double().logsumexp(-1)
+
+    (exact, exact_lse), (plain, plain_lse) = reference(torch.float64), reference(torch.bfloat16)
+    assert error(out, exact) <= 2 * error(plain, exact)
+    assert error(lse, exact_lse) <= 2 * error(plain_lse, exact_lse)
+
+
+@pytest.mark.gpu
+def test_nan_key_reaches_its_rows_only_under_a_cap(hopper_gpu):
+    q, k, v = (torch.randn(1, 1, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    k[0, 0, 200] = math.nan
+    function = make_function(softcap(30.0), mask=causal()).dumps()
+    out, _ = attention_gpu._hopper_forward(q, k, v, [], 0.125, 0.0, None, function)
+    assert out[0, 0, 200:].isnan().all() and out[0, 0, :200].isfinite().all()
+
+
+@pytest.mark.gpu
 def test_rows_of_least_finite_scores_are_uniform(hopper_gpu):
     """Padding as Hugging Face writes it: rows of nothing but ``finfo.min`` average the values."""
     q, k, v = (torch.randn(1, 2, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -422,7 +551,7 @@ def test_repeated_runs_agree(hopper_gpu):
     runs = []
     for _ in range(3):
         out, lse = hopper.forward(q, k, v, 0.09, 0, False)
-        runs.append((out, lse, *hopper.backward(g, None, q, k, v, out, lse, 0.09, 0)[1:]))
+        runs.append((out, lse, *gradients.backward(g, None, q, k, v, out, lse, 0.09, 0)[1:]))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 

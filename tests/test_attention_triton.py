@@ -77,13 +77,14 @@ PLANNED = ["causal_empty_rows", "window", "both_sides", "prefix", "document", "d
 
 @pytest.mark.parametrize("name", PLANNED)
 @pytest.mark.parametrize("summary_tiles", [1, 1000])
-def test_plan_of_tiles(name, summary_tiles, monkeypatch):
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_plan_of_tiles(name, summary_tiles, by_keys, monkeypatch):
     """Tiles outside the plan have no element that takes part, those that need no mask have no other."""
     monkeypatch.setattr(attention_problem, "SUMMARY_TILES", summary_tiles)
     form = make_forms(150, 210, 16, 16)[name]
     (q, k, v), captured = ([t.to(DEVICE) for t in ts] for ts in form.inputs(torch.float32))
     problem = attention_problem.describe(q, k, v, captured, 1.0, 0.0, form.function)
-    plan, strides = problem.tile_plan(q, TileConfig(64, 32, 4, 1), exact=True)
+    plan, strides = problem.tile_plan(q, TileConfig(64, 32, 4, 1), exact=True, by_keys=by_keys)
     (keep,) = evaluate(
         form.function, [form.function.mask], score=None, captured=captured, lead=(2, 2), q_length=150, k_length=210,
         device=q.device, dtype=torch.float32,
@@ -97,13 +98,15 @@ def test_plan_of_tiles(name, summary_tiles, monkeypatch):
             device=q.device, dtype=torch.float32,
         )  # fmt: skip
         others = others & value
-    plan = plan.as_strided((2, 2, 3, 8), (*strides[2:], 8, 1)).tolist()
-    for b, h, tile in itertools.product(range(2), range(2), range(3)):
+    own, other, length = (32, 64, 150) if by_keys else (64, 32, 210)
+    keep, others = (t.mT if by_keys else t for t in (keep, others))
+    plan = plan.as_strided((2, 2, -(-keep.shape[-2] // own), 8), (*strides[2:], 8, 1)).tolist()
+    for b, h, tile in itertools.product(range(2), range(2), range(len(plan[0][0]))):
         first, clear, clear_end, end, sure, sure_end, *_ = plan[b][h][tile]
-        rows = keep[b, h, tile * 64 : tile * 64 + 64]
-        assert 0 <= first < end <= 7
-        assert not rows[:, : first * 32].any() and not rows[:, end * 32 :].any()
+        rows = slice(tile * own, tile * own + own)
+        assert 0 <= first < end <= -(-length // other)
+        assert not keep[b, h, rows, : first * other].any() and not keep[b, h, rows, end * other :].any()
         for column in range(max(first, clear), min(end, clear_end)):
-            assert (column + 1) * 32 <= 210 and rows[:, column * 32 : column * 32 + 32].all()
+            assert (column + 1) * other <= length and keep[b, h, rows, column * other : column * other + other].all()
         for column in range(max(first, sure), min(end, sure_end)):
-            assert others[b, h, tile * 64 : tile * 64 + 64, column * 32 : column * 32 + 32].all()
+            assert others[b, h, rows, column * other : column * other + other].all()

@@ -317,3 +317,27 @@ def test_fake_mode_and_contexts_of_parts_of_a_graph():
     assert not compat.is_fake(torch.zeros(1)) and compat.symbol_of(3) is None
     assert compat.fake_mode_of_compile() is not None
     compat.refuse_while_lowering("nothing is being lowered here")
+
+
+def test_inputs_that_stay_where_they_are_are_known_to_cuda_graphs():
+    from torch._inductor.compile_fx import compile_fx
+
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    graph.output((graph.call_function(torch.mm, (x, weight)),))
+    module = torch.fx.GraphModule({}, graph)
+    seen = []
+
+    def inner(gm, example_inputs, static_input_idxs=(), **_):
+        seen.append(tuple(static_input_idxs))
+        return gm.forward
+
+    mode = compat.fake_mode_of_compile()
+    with mode:
+        inputs = [torch.empty(2, 3), torch.empty(3, 4)]
+    for declared in ((), (1,)):
+        if declared:
+            compat.declare_static_inputs(module, [weight])
+        with compat.own_tracing_context(mode), torch.no_grad():
+            compile_fx(module, inputs, inner_compile=inner)
+        assert seen[-1] == declared

@@ -19,6 +19,7 @@ from vbcompile.kernels.fp4 import PackedWeight
 from vbcompile.kernels.fp4_epilogue import epilogue_options
 from vbcompile.kernels.fp4_formats import E2M1_VALUES, NVFP4
 from vbcompile.kernels.fp4_layout import _interleave, _untile_scales, to_layout
+from vbcompile.kernels.fp4_linear_fp8_words import pair_assembly
 from vbcompile.kernels.fp4_linear_kernels import fp4_dequantize_kernel, fp4_product_kernel
 from vbcompile.kernels.triton_target import interpreted
 
@@ -138,6 +139,28 @@ def test_inline_assembly_is_exact_for_every_code_and_scale(name, place):
     out = run_ptx(getattr(fp4_tiles, name).value, {"$8": words, **halves})[f"${place}"]
     got = torch.from_numpy(out.astype(np.uint16).view(np.int16)).view(dtype).double()
     assert torch.equal(got, torch.tensor(E2M1_VALUES, dtype=torch.float64)[pairs[:, 0]] * scales * 2.0**-8)
+
+
+@pytest.mark.parametrize("scale_words", [2, 1])
+def test_table_look_up_rounds_every_code_and_scale_to_nearest_even(scale_words):
+    """E4M3 of an eighth of code times scale, for scales whose smallest product is no subnormal."""
+    codes, n = torch.randint(0, 16, (4096, 2, 8), dtype=torch.uint8), 4096
+    codes[:, :, :] = torch.where(torch.rand(codes.shape) < 0.1, 0, codes)
+    words = _interleave(codes.view(-1, 8)).numpy().view(np.uint32)[:, 0].reshape(n, 2)
+    scale_bytes = torch.randint(56, 149, (n, 4))
+    text, _, _, _ = pair_assembly(scale_words)
+    packed = scale_bytes.to(torch.uint8).numpy().view(np.uint32)[:, 0].copy()
+    out = run_ptx(
+        text, {"$4": words[:, 0], "$5": words[:, 1], "$6": packed, "$7": packed, "%nctaid.y": np.ones_like(packed)}
+    )
+    scales = (1 + scale_bytes % 8 / 8).double() * torch.exp2((scale_bytes // 8 - 9).double())
+    for word, row in itertools.product(range(2), range(2)):
+        scale = scales[:, (2 * word if scale_words == 2 else 0) + row, None]
+        mine = codes[:, word].view(n, 2, 2, 2)[..., row].transpose(1, 2).reshape(n, 4)  # 8 h + b -> 2 b + h
+        want = torch.tensor(E2M1_VALUES, dtype=torch.float64)[mine.long()] * scale / 8
+        known = (want.abs() <= 448).all(1)
+        got = torch.from_numpy(out[f"${2 * row + word}"].copy()).view(torch.float8_e4m3fn).view(n, 4)
+        assert torch.equal(got.double()[known], want.float().to(torch.float8_e4m3fn).double()[known])
 
 
 def test_scale_bytes_become_the_bits_of_their_value():

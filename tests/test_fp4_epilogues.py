@@ -110,6 +110,8 @@ for epilogue in AFTER:
         want = apply_epilogue(plain, epilogue)
         assert got.shape == want.shape and got.is_contiguous()
         torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=2e-3)
+        wide = T.product(x.float(), *w.tensors, bias, 100, "nvfp4", "fragments2", config, epilogue)
+        torch.testing.assert_close(wide, want, rtol=2e-5, atol=1e-6)
     y = torch.randn(3, 1040)
     torch.testing.assert_close(epilogue_alone(y, epilogue), apply_epilogue(y, epilogue), rtol=1e-5, atol=1e-6)
     assert epilogue_alone(y[:0], epilogue).shape == apply_epilogue(y[:0], epilogue).shape

@@ -1,5 +1,6 @@
 """FP4 kernels in Triton's Gluon dialect, compiled for architectures that are not here: spills, the hot loop."""
 
+import itertools
 import re
 
 import pytest
@@ -11,7 +12,6 @@ from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_trit
 from vbcompile.kernels.fp4_epilogue import out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear_few import FewConfig
-from vbcompile.kernels.fp4_linear_hopper import WideConfig
 from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
@@ -51,6 +51,78 @@ def test_few_rows_go_from_memory_to_registers():
     assert len(loop) / (16 * config.strips * 64 * config.unroll / 32) <= 3.0  # instructions a weight
 
 
+def diagonal_launch(m, config, dtype=BF16, format_name="nvfp4", epilogue="none"):
+    from vbcompile.kernels.fp4_linear_diagonal import fp4_diagonal_kernel
+
+    x, words, floats = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.uint8), torch.empty(16)
+    arguments = (x, words, words, floats, x, x, m, N, 4, K, K // 64)
+    options = fp4_linear_few.diagonal_options(dtype, m, format_name, config, epilogue)
+    return Launch(fp4_diagonal_kernel, arguments, {"BIAS": True, **options})
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096), (1000, 2944)])
+def test_up_to_four_rows_compile_without_spills(arch, m, n, k):
+    """What is shipped, by table or formula."""
+    config = fp4_linear_few.diagonal_config(target(arch), m, n, k)
+    assert k % (128 * config.warps * config.unroll) == 0
+    assert compile_launch(diagonal_launch(m, config), arch).spills == 0
+
+
+@pytest.mark.parametrize(("dtype", "format_name"), [(FP16, "nvfp4"), (BF16, "mxfp4")])
+@pytest.mark.parametrize("m", [1, 4])
+def test_up_to_four_rows_of_other_types_compile_without_spills(m, dtype, format_name):
+    config = fp4_linear_few.diagonal_config(target("sm_90"), m, 28672, 4096)
+    assert compile_launch(diagonal_launch(m, config, dtype, format_name), "sm_90").spills == 0
+
+
+@pytest.mark.parametrize("epilogue", ["silu", "gated_silu", "gated_gelu"])
+def test_epilogues_of_few_rows_compile_without_spills(epilogue):
+    target_90 = target("sm_90")
+    for m in (1, 2, 4):
+        config = fp4_linear_few.diagonal_config(target_90, m, 28672, 4096)
+        assert compile_launch(diagonal_launch(m, config, epilogue=epilogue), "sm_90").spills == 0
+    config = fp4_linear_few.stream_config(target_90, 16, 28672, 4096)
+    assert compile_launch(stream_launch(16, config, epilogue=epilogue), "sm_90").spills == 0
+
+
+def test_up_to_four_rows_take_two_instructions_a_weight():
+    config = FewConfig(2, 2, 2, 128)
+    loop = hot_loop(compile_launch(diagonal_launch(1, config), "sm_90"))
+    weights = 16 * config.strips * 128 * config.unroll / 32
+    assert sum(bool(re.match(r"LDG\S*128", i)) for i in loop) == 8
+    assert not any(i.startswith(("LDS", "STS", "BAR")) for i in loop)
+    multiplied = sum(i.startswith("HMUL2") for i in loop) - 4  # on the way for large x alone
+    assert multiplied == weights / 2 and (len(loop) - multiplied) / 2 <= 2.0 * weights
+
+
+def stream_launch(m, config, dtype=BF16, format_name="nvfp4", epilogue="none"):
+    from vbcompile.kernels.fp4_linear_stream import fp4_stream_kernel
+
+    words, bytes_ = torch.empty(16, dtype=torch.int32), torch.empty(16, dtype=torch.uint8)
+    out, floats = torch.empty(16, dtype=dtype), torch.empty(16)
+    arguments = (words, bytes_, bytes_, floats, out, out, floats, words, m, N, K // 2, K // 128, K // 64, 999)
+    options = fp4_linear_few.stream_options(dtype, m, format_name, config, epilogue)
+    return Launch(fp4_stream_kernel, arguments, {"BIAS": True, **options})
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("m", [8, 16, 32])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096)])
+def test_rows_that_share_x_compile_without_spills(arch, m, n, k):
+    """What is shipped, by table or formula."""
+    config = fp4_linear_few.stream_config(target(arch), m, n, k)
+    report = compile_launch(stream_launch(m, config), arch)
+    assert report.spills == 0 and config.warps * 32 * config.blocks * report.registers <= 65536
+
+
+@pytest.mark.parametrize(("dtype", "format_name"), [(FP16, "nvfp4"), (BF16, "mxfp4")])
+def test_rows_that_share_x_compile_in_other_types_without_spills(dtype, format_name):
+    config = fp4_linear_few.stream_config(target("sm_90"), 16, N, K)
+    assert compile_launch(stream_launch(16, config, dtype, format_name), "sm_90").spills == 0
+
+
 def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
@@ -59,46 +131,71 @@ def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
     x, out = torch.empty(m, k, dtype=kind), torch.empty(m, width, dtype=FP16 if kind == FP16 else BF16)
     codes = torch.empty(n // 64, k // 64, 2048, dtype=torch.uint8)
     scales = torch.empty(n // 64, k // 64, 4096 // fp4_format(format_name).block_size, dtype=torch.uint8)
-    read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config.block_m, epilogue)
+    read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config, epilogue)
     floats, counters = torch.empty(n), torch.empty(16, dtype=torch.int32)
-    arguments = (*read, floats, floats, floats, floats, counters, m, n, k // 64, k // 64, 1, config.splits, 16, 4)
-    options = fp4_linear_hopper.launch_options(kind, config, config.splits > 1, epilogue)
+    arguments = (*read, floats, floats, floats, floats, counters, m, n, 1, k // 128, 4, 7)
+    options = fp4_linear_hopper.launch_options(
+        kind, config, config.splits != 1, 32 // fp4_format(format_name).block_size, epilogue
+    )
     return Launch(fp4_wide_kernel, arguments, {"BIAS": True, **options})
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"),
+    ("block_m", "tiles", "splits", "kind"),
     [
-        (WideConfig(64, 1, 7, 1, 2), BF16), (WideConfig(64, 2, 8, 2, 1), BF16), (WideConfig(128, 2, 7, 1, 1), BF16),
-        (WideConfig(256, 1, 4, 1, 1), BF16), (WideConfig(256, 1, 4, 2, 1), FP16), (WideConfig(256, 1, 4, 1, 1), FP8),
-        (WideConfig(64, 1, 7, 4, 2), FP8),
+        (64, 1, 1, BF16), (64, 2, 2, BF16), (128, 1, 0, BF16), (128, 2, 1, BF16), (256, 1, 1, BF16), (256, 1, 0, FP16),
+        (256, 1, 0, FP8), (128, 2, 1, FP8), (64, 1, 4, FP8),
     ],
 )  # fmt: skip
-def test_hopper_kernel_runs_asynchronously_without_spills(config, kind):
+def test_hopper_kernel_runs_asynchronously_without_spills(block_m, tiles, splits, kind):
+    config = fp4_linear_hopper.wide_shape(block_m, tiles, splits, kind == FP8)
     report = compile_launch(wide_launch(config, kind, "mxfp4" if kind == FP16 else "nvfp4"), "sm_90")
-    assert report.spills == 0 and report.shared <= 232448
+    assert report.spills == 0 and report.shared <= 232448 // config.blocks
     loop = hot_loop(report, innermost=True)
     products = [i for i in loop if re.match("[HQ]GMMA", i)]
     assert len(products) == (4 if kind == FP8 else 8)
     assert all(re.search(r"GMMA\S* R\d+, R\d+, gdesc", i) for i in products)
     # serialised products carry one of these before and after each
     assert sum(i.startswith("WARPGROUP") for i in loop) == 4
+    last_wait = max(at for at, i in enumerate(loop) if i.startswith("WARPGROUP.DEPBAR"))
+    assert not any(i.startswith(("HMUL2", "PRMT")) for i in loop[last_wait:])  # decodes while the product runs
     weights = 2 * 64 * 64 / 128
-    assert len(loop) / weights <= {BF16: 4.2, FP16: 5.0, FP8: 6.5}[kind], len(loop) / weights
+    assert len(loop) / weights <= {BF16: 4.0, FP16: 5.0, FP8: 5.4}[kind], len(loop) / weights
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(8, 64), (4160, 4096), (28672, 4096), (4096, 14336), (70 * 8, 33 * 8)])
+def test_blocks_share_all_of_the_work(n, k, fp8):
+    """Whole tiles in turns, then equal shares: every pair of steps once, no two partial sums in one place."""
+    for m, multiprocessors in itertools.product((64, 128, 256, 2048), (132, 78)):
+        for config in fp4_linear_hopper.wide_candidates(m, fp8):
+            plan = fp4_linear_hopper.plan(m, n, k, config, multiprocessors)
+            assert 0 < plan.programs <= multiprocessors * config.blocks
+            tiles = -(-n // (128 * config.tiles)) * -(-m // config.block_m)
+            assert plan.pairs == -(-k // 128) and plan.whole * plan.pairs + plan.left == tiles * plan.pairs
+            assert plan.left == 0 or (plan.whole % plan.programs == 0 and plan.left >= plan.programs)
+            shares = [plan.left * p // plan.programs for p in range(plan.programs + 1)]
+            for first, last in itertools.pairwise(shares):
+                begun_before = [t for t in range(first // plan.pairs, -(-last // plan.pairs)) if t * plan.pairs > first]
+                cut = [t for t in begun_before if (t + 1) * plan.pairs > last]
+                assert len(cut) <= 1  # the place for tiles that begin within the share
 
 
 @pytest.mark.parametrize("epilogue", ["silu", "gelu", "gated_silu", "gated_gelu_tanh"])
 def test_epilogues_take_no_spills_and_leave_the_loop_alone(epilogue):
-    plain, launch = (wide_launch(WideConfig(256, 1, 4, 1, 1), BF16, epilogue=e) for e in ("none", epilogue))
+    plain, launch = (
+        wide_launch(fp4_linear_hopper.wide_shape(256, 1, 1, False), BF16, epilogue=e) for e in ("none", epilogue)
+    )
     with_it = compile_launch(launch, "sm_90")
     assert with_it.spills == 0
     plain_loop = hot_loop(compile_launch(plain, "sm_90"), innermost=True)
     assert len(hot_loop(with_it, innermost=True)) <= len(plain_loop) + 4
-    config = fp4_linear_few.few_config(target("sm_90"), 1, N, K)
     for m in (1, 32):
+        config = fp4_linear_few.few_config(target("sm_90"), m, N, K)
         assert compile_launch(few_launch("sm_90", m, config, epilogue=epilogue), "sm_90").spills == 0
 
 
-@pytest.mark.parametrize(("config", "kind"), [(WideConfig(64, 1, 7, 4, 2), FP8), (WideConfig(128, 2, 7, 1, 1), BF16)])
-def test_gates_in_other_shapes_take_no_spills(config, kind):
+@pytest.mark.parametrize(("shape", "kind"), [((64, 1, 4), FP8), ((128, 2, 1), BF16), ((256, 1, 0), BF16)])
+def test_gates_in_other_shapes_take_no_spills(shape, kind):
+    config = fp4_linear_hopper.wide_shape(*shape, kind == FP8)
     assert compile_launch(wide_launch(config, kind, epilogue="gated_silu"), "sm_90").spills == 0

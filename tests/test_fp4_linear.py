@@ -13,7 +13,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels import fp4_linear_cpu, fp4_linear_triton
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_layout import LAYOUTS, dequantize_weight, refuses_layout, to_layout
+from vbcompile.kernels.fp4_layout import LAYOUTS, _untile_scales, dequantize_weight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_linear import choose, fp4_linear, fp4_linear_backward, fp4_linear_reference, make_case
 from vbcompile.kernels.fp4_linear_few import product_few
 from vbcompile.kernels.fp4_quantize import quantize
@@ -58,7 +58,11 @@ def test_layouts_hold_the_same_weight(layout, format_name, shape):
     packed = quantize(source, format_name)
     if refuses_layout(packed, layout):
         pytest.fail("an ordinary weight must fit every layout")
-    assert torch.equal(decoded(to_layout(packed, layout), torch.float32), dequantize(packed))
+    there = to_layout(packed, layout)
+    assert torch.equal(decoded(there, torch.float32), dequantize(packed))
+    if layout != "plain" and format_name == "nvfp4":  # every row has its largest scale in the same octave
+        rows = _untile_scales(there.block_scales, 4)[: shape[0]].amax(1) >> 3
+        assert (rows[int(shape[0] > 1) :] == 17).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -213,7 +217,7 @@ for k, paired in ((1000, False), (17408, False), (17408, True)):
     rounded, scale = quantize_rows(x, paired)
     torch.testing.assert_close(scale[:, 0] * 448, torch.where(x.abs().amax(1) > 0, x.abs().amax(1), 448.0))
     if paired:
-        x = x.view(3, k // 16, 2, 4, 2).transpose(2, 3).reshape(3, k)
+        x = x.view(3, k // 16, 2, 8).transpose(2, 3).reshape(3, k)
     # the interpreter loses the carry into the exponent
     torch.testing.assert_close(rounded.float() * scale, x, rtol=0.51, atol=2e-4)
     assert float((rounded.float() * scale - x).norm() / x.norm()) < 0.1
@@ -308,7 +312,7 @@ def test_choice_on_hopper_follows_the_number_of_rows():
         case = make_case(torch.bfloat16, m, 4160, 4096, "nvfp4", "fragments2t", **extra)
         return choose(HOPPER, case).implementation.name
 
-    assert [chosen(m) for m in (1, 64, 256)] == ["triton_few", "hopper", "hopper"]
+    assert [chosen(m) for m in (1, 3, 8, 64, 256)] == ["triton_diagonal"] * 2 + ["triton_stream", "hopper", "hopper"]
     assert chosen(4096) in ("hopper", "triton_dequantize")
     assert chosen(4096, activations="fp8") == "triton_fp8"
     old = Target("nvidia", "cuda", "sm_80", multiprocessors=108, features=frozenset({"triton", "bf16"}))
@@ -347,7 +351,7 @@ def gpu_products(m, n, k, format_name, dtype, activations="same"):
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [1, 2, 8, 16, 27, 33, 64, 100, 300])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 16, 27, 33, 64, 100, 300])
 def test_every_implementation_on_a_gpu(dtype, m, format_name):
     layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
     for n, k in ((1000, 2880), (70, 100), (4096, 4096), (208, 7168)):
@@ -364,23 +368,42 @@ def test_every_implementation_on_a_gpu(dtype, m, format_name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 16, 32, 64, 128, 512])
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 32, 64, 128, 512])
 def test_every_code_and_scale_is_exact_on_a_gpu(rows, dtype, format_name):
     """Rows hold one scale each, columns the codes; products with the identity are sums of one term."""
     layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
     scales, block = (range(128), 16) if format_name == "nvfp4" else (range(118, 142), 32)
     codes = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
     blocks = torch.tensor([s % 127 if block == 16 else min(s, 136) for s in scales], dtype=torch.uint8)
-    packed = PackedWeight(
-        codes, blocks[:, None].repeat(1, 512 // block), torch.ones(1), format_name, (len(scales), 512)
-    )
+    blocks = blocks[:, None].repeat(1, 512 // block)
+    if block == 16:
+        blocks[:, -1] = 126  # the largest: the others then keep their bytes
+    packed = PackedWeight(codes, blocks, torch.ones(1), format_name, (len(scales), 512))
     w = to_layout(packed.to("cuda"), layout)
     want = dequantize_weight(*w.tensors, 512, format_name, layout, torch.float32).to(dtype).t()
     eye = torch.eye(512, device="cuda", dtype=dtype)
     for name, run in gpu_products(rows, len(scales), 512, format_name, dtype):
-        parts = eye.split(rows) if rows > 1 or name == "triton_few" else eye[:4].split(rows)
+        whole = rows > 1 or name in ("triton_few", "triton_diagonal")
+        parts = eye.split(rows) if whole else eye[:4].split(rows)
         got = torch.cat([run(e, *w.tensors, None, 512, format_name, layout) for e in parts])
         assert torch.equal(got, want[: len(got)]), (name, int((got != want[: len(got)]).sum()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 255.0, 300.0, 1e30])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_magnitudes_of_x_on_a_gpu(m, size):
+    """Some elements of x beyond what is multiplied in place of the weights, and all of them far from one."""
+    layout = fp4_linear_triton.preferred_layout(get_target("cuda"))
+    w = to_layout(quantize(torch.randn(70, 1024, device="cuda") * 0.02), layout)
+    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+    for change in (lambda: x.mul_(size), lambda: x.normal_().index_fill_(1, torch.arange(0, 999, 400).cuda(), size)):
+        change()
+        for _, run in gpu_products(m, 70, 1024, "nvfp4", x.dtype):
+            check_error(run(x, *w.tensors, None, 1024, "nvfp4", layout), x, w, None)
+    x[0, 5] = float("inf")
+    for name, run in gpu_products(m, 70, 1024, "nvfp4", x.dtype):
+        assert not run(x, *w.tensors, None, 1024, "nvfp4", layout)[0].isfinite().any(), name
 
 
 @pytest.mark.gpu
@@ -406,11 +429,11 @@ def test_fp8_products_keep_their_signal_on_a_gpu(m, format_name):
         x[5] = 0
         bias = torch.randn(n, device="cuda")
         exact = x.double() @ dense.double().T
-        w, few = to_layout(quantize(dense, format_name), layout), torch.arange(m, device="cuda") != 3
+        w, few = to_layout(quantize(dense, format_name, method="fp8"), layout), torch.arange(m, device="cuda") != 3
         for name, run in gpu_products(m, n, k, format_name, x.dtype, "fp8"):
             got = run(x, *w.tensors, bias, k, format_name, layout).double() - bias.double()
             ratio = float(20 * torch.log10(exact[few].norm() / (got - exact)[few].norm()))
-            assert ratio > (21.0 if format_name == "nvfp4" else 18.5), (name, ratio)
+            assert ratio > (21.2 if format_name == "nvfp4" else 18.5), (name, ratio)
             assert float(got[5].abs().max()) < 0.02, name  # the bias in bfloat16
 
 

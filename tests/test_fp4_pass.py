@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from fp4_compiling import FEED, Feed, compiled, decoded_twin, reasons, rounded
+from fp4_compiling import FEED, Feed, compiled, decoded_twin, interpreted, reasons, rounded
 from torch import nn
 
 from vbcompile.config import ConfigError, resolve_config
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
-from vbcompile.passes import fp4_weights, pipeline
+from vbcompile.passes import fp4, fp4_weights, pipeline
 
 pytestmark = pytest.mark.usefixtures("fresh_weights")
 
@@ -139,6 +139,17 @@ def test_updated_weights_are_packed_again(update):
     assert not torch.allclose(before, got)
 
 
+def test_weights_are_packed_for_the_products_that_they_get(monkeypatch):
+    monkeypatch.setattr(fp4, "multiplies_fp8", lambda target: True)
+    layer, x = nn.Linear(256, 256), torch.randn(2, 256)
+    with torch.no_grad():
+        for activations, method in (("same", "mse"), ("fp8", "fp8")):
+            torch._dynamo.reset()
+            values = dequantize(quantize(layer.weight, method=method))
+            got = interpreted(layer, fp4_activations=activations)(x)
+            torch.testing.assert_close(got, F.linear(x, values, layer.bias), rtol=1e-5, atol=1e-5)
+
+
 def test_an_update_keeps_the_packed_tensors_in_place():
     weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
     key = fp4_weights.PackKey("nvfp4", "plain", False)
@@ -260,6 +271,20 @@ def test_slow_cases_are_left(reports):
     with torch.no_grad():
         compiled(model)(torch.randn(32, 192, dtype=torch.bfloat16))
     assert "with 32 rows FP4 would take an estimated" in reasons(reports[0])[0]
+
+
+@pytest.mark.parametrize("master", ["keep", "drop"])
+def test_what_was_measured_to_be_slower_is_left_beside_its_master(reports, monkeypatch, master):
+    monkeypatch.setattr(fp4, "relative_cost", lambda target, name, format_name, n, k, m: 1.2 if m > 100 else 0.8)
+    model = nn.Linear(192, 192, bias=False).bfloat16()
+    monkeypatch.setattr(fp4, "SLOWEST", 100.0)
+    with torch.no_grad():
+        for m in (1, 200):
+            torch._dynamo.reset()  # else the second graph takes any number of rows
+            compiled(model, fp4_master=master)(torch.randn(m, 192, dtype=torch.bfloat16))
+    assert [r.count("rewritten", "fp4") for r in reports] == [1, 0 if master == "keep" else 1]
+    if master == "keep":
+        assert "with 200 rows FP4 takes 1.20 times as long" in reasons(reports[1])[0]
 
 
 def test_without_a_kernel_nothing_is_done(reports, monkeypatch):

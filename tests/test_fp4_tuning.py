@@ -49,6 +49,7 @@ def test_the_fastest_measured_one_runs_as_it_was_measured():
     write({"triton": [3.0, [16, 1, 2, 3, 4, 2]], "triton_few": [4.0, [1, 8, 2, None]], "triton_dequantize": [20, None]})
     assert chosen(16) == "triton"
     assert chosen(3) == "triton"  # counts of rows between two stand for the larger
+    assert chosen(1) == "triton_diagonal"  # but not for one that is far larger
     assert chosen(1 << 20) in ("hopper", "triton_dequantize")  # beyond the table, by estimate
     config = fp4_linear_triton.tile_config(HOPPER, 16, *SHAPE)
     assert config == fp4_linear_triton.TileConfig(16, 1, 2, 3, 4, 2)

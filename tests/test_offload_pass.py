@@ -11,6 +11,7 @@ from torch import nn
 
 import vbcompile
 from vbcompile.compat import own_tracing_context
+from vbcompile.runtime_disk import StorageError
 from vbcompile.vgpu_plan import PlanError
 
 SMALLEST = 1024
@@ -73,6 +74,37 @@ def test_identical_segments_are_compiled_once(monkeypatch):
     compiled(model, "aot_eager")(torch.randn(3, 32))
     (found,) = vbcompile.stats(model)
     assert found.planned_bytes > 0 and len(contexts) <= 4  # the first, the last, and the two kinds between
+
+
+def test_cuda_graphs_only_where_all_weights_stay(monkeypatch):
+    from vbcompile import backend
+
+    asked = []
+
+    def compile_it(gm, example_inputs, options, key):
+        static = [node.meta.get("tensor_dict", {}) for node in gm.graph.find_nodes(op="placeholder")]
+        asked.append((options["triton.cudagraphs"], [bool(d.get("_dynamo_static_input_type")) for d in static]))
+        return gm.forward
+
+    monkeypatch.setattr(backend.compat, "compile_with_inductor", compile_it)
+    named = nn.Sequential(nn.Embedding(8192, 32), *blocks()).eval().requires_grad_(False)
+    cases = (
+        (blocks(), torch.randn(3, 32), "170KiB", True),
+        (blocks(), torch.randn(3, 32), "72KiB", False),
+        (named, torch.arange(3), "180KiB", True),  # rows of the embedding are read on the host
+    )
+    for model, x, budget, graphs in cases:
+        asked.clear()
+        expected = model(x)
+        offload(model, budget)
+        torch._dynamo.reset()
+        options = {"mode": "memory", "strict": True, "inductor_mode": "reduce-overhead"}
+        run = torch.compile(model, backend="vblackwell", options=options)
+        torch.testing.assert_close(run(x), expected)
+        assert {wanted for wanted, _ in asked} == {graphs}
+        if graphs:  # all but the input
+            assert len(asked) == (2 if model is named else 1) and asked[-1][1].count(False) == 1
+            assert vbcompile.stats(model)[0].planned_bytes == 0
 
 
 def test_a_model_that_fits_is_not_cut(reports):
@@ -270,6 +302,69 @@ def test_packed_weights_are_what_is_streamed(reports):
         for each in (model, twin):
             each[1].up.weight.mul_(2)
     assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+
+
+def test_packed_weights_that_share_their_input_are_one_product(reports):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = nn.Linear(128, 512), nn.Linear(128, 512)
+            self.down = nn.Linear(512, 128, bias=False)
+
+        def forward(self, x):
+            return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Gated() for _ in range(3))).eval().requires_grad_(False), torch.randn(2, 128)
+    twin = copy.deepcopy(model)
+    packed = compiled(twin, mode="speed")(x)
+    offload(model, "250KiB")
+    run = compiled(model, mode="full")
+    assert torch.equal(run(x), packed) and torch.equal(run(x), packed)
+    found = [d for d in reports[-1].decisions if d.pass_name == "fp4"]
+    assert [len(d.details["fused_with"]) for d in found] == [1, 1, 0] * 3
+    assert vbcompile.stats(model)[0].planned_bytes > 0
+    with torch.no_grad():
+        for each in (model, twin):
+            each[1].up.weight.mul_(2)
+    assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+    torch._dynamo.reset()
+    options = {"mode": "full", "strict": True, "downstream": "eager", "fp4_fuse": False}
+    alone = torch.compile(model, backend="vblackwell", options=options)
+    torch.testing.assert_close(alone(x), run(x))
+
+
+def test_packed_weights_that_host_memory_has_no_room_for_are_files_with_checksums(tmp_path):
+    model, x = blocks(128), torch.randn(2, 128)
+    twin = copy.deepcopy(model)
+    offload(model, "200KiB", cpu="700KiB", disk=str(tmp_path))
+    before = len(list(tmp_path.iterdir()))
+    run = compiled(model, mode="full")
+    packed = compiled(twin, mode="speed")(x)
+    assert torch.equal(run(x), packed) and torch.equal(run(x), packed)
+    store = model[0].up.weight.payload.residence
+    on_disk = [p for p in store.payloads.values() if p.name.endswith("packed") and p.place == "ssd"]
+    assert on_disk and len(list(tmp_path.iterdir())) == before + len(on_disk)
+    assert store.masters()["cpu"] <= 700 << 10
+    assert vbcompile.stats(model)[0].runtime["links"]["disk"]["bytes"] > 0
+    held = next(p for p in model.parameters() if getattr(p, "payload", None) and p.payload.place == "cpu")
+    with torch.no_grad():  # packed again, into a file where it was one
+        held.mul_(2)
+        dict(twin.named_parameters())[held.payload.name].mul_(2)
+    assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+    file = on_disk[0].source.file
+    data = bytearray(file.read_bytes())
+    data[on_disk[0].source.offset + 10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StorageError):
+        on_disk[0].load()
+
+
+def test_packed_weights_beyond_the_limit_are_told(caplog):
+    model = blocks(128)
+    offload(model, "200KiB", cpu="2100KiB")
+    compiled(model, mode="full")(torch.randn(2, 128))
+    assert sum("max_memory['cpu']" in record.message for record in caplog.records) == 1
 
 
 def test_plain_models_are_left_alone(reports):

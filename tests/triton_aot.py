@@ -87,7 +87,9 @@ class _Signature:
 def compile_launch(launch: Launch, arch: str) -> Report:
     """Compile for ``sm_NN`` or ``gfxNNN``."""
     kernel = launch.kernel
-    compile_options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages", "maxnreg")}
+    compile_options = {
+        k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+    }
     named = {k: v for k, v in launch.options.items() if k not in compile_options}
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | named
     signature, types = _Signature(), {}

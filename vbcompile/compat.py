@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,9 +119,14 @@ def partitioner_options(partitioner: Callable[..., Any], key: str) -> dict[str, 
     """Inductor's options that put ``partitioner`` in the place of its own; ``key`` enters the compile cache's key.
 
     Inductor then keeps the order of the graph that it gets: its search for less memory knows nothing of memory that
-    leaves the device, and would move the waits.
+    leaves the device, and would move the waits. It gives memory back at once: kept for a later tensor of the same size,
+    it would be missing to what returns meanwhile.
     """
-    return {"custom_partitioner_fn": _Partitioner(partitioner, key), "reorder_for_peak_memory": False}
+    return {
+        "custom_partitioner_fn": _Partitioner(partitioner, key),
+        "reorder_for_peak_memory": False,
+        "allow_buffer_reuse": False,
+    }
 
 
 class _Partitioner(CustomPartitionerFn):
@@ -259,6 +264,25 @@ def mark_as_static_input(node: fx.Node) -> None:
 
     node._dynamo_source = SyntheticLocalSource(node.name)  # type: ignore[attr-defined]
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def declare_static_inputs(module: fx.GraphModule, static: Iterable[fx.Node]) -> None:
+    """Say of a part that is compiled as a graph of its own which placeholders CUDA graphs need not copy.
+
+    AOTAutograd takes that from Dynamo's graphs alone, so the part is dressed as one. A module with parameters of its
+    own is left as it is: Dynamo would name their sources.
+    """
+    from torch._dynamo.source import SyntheticLocalSource
+    from torch._guards import CompileContext
+
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return
+    module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
+    module._param_name_to_source = {}  # type: ignore[assignment]
+    for node in module.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = SyntheticLocalSource(node.name)  # type: ignore[attr-defined]
+    for node in static:
+        mark_as_static_input(node)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Masters in host memory: copied in batches, each the size of a slab, so that nothing is held twice."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from vbcompile.handles_payload import Bundle, Payload, dense_strides
 from vbcompile.runtime_host import HostMemory
-from vbcompile.runtime_sources import HostBytes
+from vbcompile.runtime_shards import Shard
+from vbcompile.runtime_sources import DiskBytes, HostBytes
 from vbcompile.vgpu_plan import ALIGNMENT, padded
 
 BATCH_BYTES = 1 << 30
@@ -22,26 +24,52 @@ def host_payload(name: str, value: Tensor, device: torch.device, host: HostMemor
     return Payload(name, value, device, HostBytes(memory))
 
 
-def host_bundle(name: str, parts: Sequence[Tensor], device: torch.device, host: HostMemory) -> Bundle:
-    """A payload with copies of several contiguous tensors in host memory, each on an aligned byte."""
+def bundle(name: str, parts: Sequence[Tensor], device: torch.device, host: HostMemory, folder: Path | None) -> Bundle:
+    """A payload with copies of several contiguous tensors, each on an aligned byte.
+
+    Args:
+        folder: Where a file of its own is written, with checksums; None: host memory.
+
+    Raises:
+        StorageError: the folder cannot be written to, or the disk has no room.
+    """
     begins, end = [], 0
     for part in parts:
         begins.append(end)
         end += padded(part.nbytes, ALIGNMENT)
-    (memory,) = host.allocate([end])
-    bundle = Bundle(name, memory, device, HostBytes(memory))
-    bundle.parts = tuple((begin, tuple(p.shape), p.dtype) for begin, p in zip(begins, parts, strict=True))
-    refill(bundle, parts)
-    return bundle
+    layout = tuple((begin, tuple(p.shape), p.dtype) for begin, p in zip(begins, parts, strict=True))
+    if folder is None:
+        (memory,) = host.allocate([end])
+        found = Bundle(name, memory, device, HostBytes(memory))
+    else:
+        shard = Shard(folder, {name: end}, lambda _: _joined(parts, begins, end))
+        found = Bundle(name, torch.empty(end, dtype=torch.uint8, device="meta"), device, shard.sources[name])
+        found.shard = shard
+    found.parts = layout
+    if folder is None:
+        refill(found, parts)
+    return found
 
 
 def refill(bundle: Bundle, parts: Sequence[Tensor]) -> None:
     """Give a bundle other contents of the same shapes."""
-    assert isinstance(bundle.source, HostBytes)
     if bundle.residence is not None:
         bundle.residence.before_write(bundle)
+    if isinstance(bundle.source, DiskBytes):
+        begins, folder = [begin for begin, _, _ in bundle.parts], bundle.source.file.parent
+        shard = Shard(folder, {bundle.name: bundle.nbytes}, lambda _: _joined(parts, begins, bundle.nbytes))
+        bundle.source, bundle.shard = shard.sources[bundle.name], shard
+        return
+    assert isinstance(bundle.source, HostBytes)
     for target, part in zip(bundle.split(bundle.source.memory), parts, strict=True):
         fill(target.view(-1).view(torch.uint8), part)
+
+
+def _joined(parts: Sequence[Tensor], begins: Sequence[int], nbytes: int) -> Tensor:
+    memory = torch.zeros(nbytes, dtype=torch.uint8)
+    for begin, part in zip(begins, parts, strict=True):
+        fill(memory[begin : begin + part.nbytes], part)
+    return memory
 
 
 def fill(memory: Tensor, value: Tensor) -> None:

@@ -136,9 +136,11 @@ class Bundle(Payload):
 
     Attributes:
         parts: First byte, shape and dtype of each.
+        shard: Keeps the file of one that lives on disk.
     """
 
     parts: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+    shard: object = None
 
     def split(self, memory: Tensor) -> tuple[Tensor, ...]:
         """The tensors in ``memory`` (uint8, one dimension); no copy."""

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -137,6 +138,19 @@ class WeightStore:
         twin = WeightStore(self.device, self._make_device, self.budget, self.tiers, self.host, self.rates, self.beside)
         twin.stack, twin.record = self.stack, self.record
         return twin
+
+    @property
+    def host_room(self) -> int | None:
+        """Bytes of host memory that further masters may take; None where nobody has said how much there is."""
+        levels = self.stack.levels if self.stack is not None else ()
+        host = [level.capacity for level in levels if level.kind == "host"]
+        return max(sum(host) - self.masters().get("cpu", 0), 0) if host else None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the disk level; None where there is none in use."""
+        levels = self.stack.levels if self.stack is not None else ()
+        return next((Path(level.path) for level in levels if level.kind == "disk" and level.path is not None), None)
 
     def supersede(self, payload: Payload) -> None:
         """No graph reads this payload any more: others were made from it."""

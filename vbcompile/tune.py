@@ -84,15 +84,35 @@ def calls(x: Tensor, weights: list[LinearWeight], run: Callable[..., Any], **ext
 
 def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Callable[..., Tensor], Any]]:
     """``(implementation, function, configuration or None)`` of every way worth timing."""
+    for few in _diagonal_candidates(m, n, k, target.multiprocessors or 128):
+        yield "triton_diagonal", fp4_linear_few.product_diagonal, few
     for few in _few_candidates(m):
         yield "triton_few", fp4_linear_few.product_few, few
-    for wide in _wide_candidates(m):
-        yield "hopper", fp4_linear_hopper.product_wide, wide
-        yield "hopper_fp8", fp4_linear_hopper.product_wide_fp8, wide
+    if m > 16:
+        for wide in fp4_linear_hopper.wide_candidates(m, False):
+            yield "hopper", fp4_linear_hopper.product_wide, wide
+        for wide in fp4_linear_hopper.wide_candidates(m, True):
+            yield "hopper_fp8", fp4_linear_hopper.product_wide_fp8, wide
     shape = fp4_linear_triton.tile_config(target, m, n, k)
     yield "triton", fp4_linear_triton.product, shape
     yield "triton_dequantize", fp4_linear_gpu.dequantize_product, None
     yield "triton_fp8", fp4_linear_fp8.product_fp8, None
+
+
+_DIAGONAL = (  # strips, warps, unroll, registers
+    (2, 2, 2, 128), (2, 2, 1, 80), (1, 8, 2, 96), (1, 8, 4, 128), (1, 8, 1, 64), (1, 4, 2, 96), (1, 4, 4, 128),
+    (2, 8, 1, 80), (2, 8, 2, 128), (2, 4, 2, 128), (1, 16, 1, 64), (1, 16, 2, 96),
+)  # fmt: skip
+
+
+def _diagonal_candidates(m: int, n: int, k: int, multiprocessors: int) -> Iterator[fp4_linear_few.FewConfig]:
+    """Those that divide the columns and keep 5 to 34 warps a multiprocessor busy."""
+    if m > fp4_linear_few.MOST_DIAGONAL_ROWS:
+        return
+    for strips, warps, unroll, registers in _DIAGONAL:
+        busy = n / (16 * strips) * warps / multiprocessors
+        if k % (fp4_linear_few.CHUNK * warps * unroll) == 0 and 5 <= busy <= 34:
+            yield fp4_linear_few.FewConfig(strips, warps, unroll, registers if m == 1 else 128)
 
 
 _FEW = (  # strips, warps, unroll, registers
@@ -109,19 +129,6 @@ _FEW_MORE = (  # for more than 16 rows: others run out of registers
 def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
     if m <= fp4_linear_few.MOST_ROWS:
         yield from (fp4_linear_few.FewConfig(*shape) for shape in (_FEW if m <= 16 else _FEW_MORE))
-
-
-def _wide_candidates(m: int) -> Iterator[fp4_linear_hopper.WideConfig]:
-    kind = fp4_linear_hopper.WideConfig
-    if m <= 16:
-        return
-    for splits in (1, 2, 4, 8) if m <= 256 else (1, 2):
-        if m <= 64:
-            yield kind(64, 1, 7, splits, 2)
-            yield kind(64, 2, 8, splits, 1)
-        else:
-            yield kind(128, 2, 7, splits, 1)
-            yield kind(256, 1, 4, splits, 1)
 
 
 def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int]) -> Iterator[list[Any]]:

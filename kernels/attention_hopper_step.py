@@ -1,0 +1,200 @@
+"""One key tile of the Hopper forward attention: products, softmax, and what of it runs under which product.
+
+Device functions in Triton's Gluon dialect, used by ``attention_hopper_forward``.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, zero_masked
+from vbcompile.kernels.attention_hopper_tiles import (
+    TURN,
+    capped_exponentials,
+    capped_reference,
+    carry_weights,
+    exponentials,
+    finish_first,
+    halves,
+    next_reference,
+    pack_weights,
+    pass_turn,
+    sum_within_lane,
+    use_weights,
+    wait_turn,
+)
+
+
+@gluon.jit
+def to_logits(
+    s,
+    number,
+    tiles,
+    place,
+    context,
+    program,
+    sizes,
+    w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    BOUNDED: gl.constexpr,
+    TILED: gl.constexpr,
+    PLANNED: gl.constexpr,
+    BOUNDS: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
+):
+    """Products of queries and keys -> logits. ``number`` counts key tiles; ``place`` as in ``score_tile``. BOUNDED: the
+    causal bound and the end of the keys are checked where the place says so."""
+    if LOGITS is not None or PLANNED:
+        s = score_tile(
+            s, number, tiles, place, context, program, sizes, w, CONSUMERS, TILED, BOUNDS, LOGITS, MASK
+        )  # fmt: skip
+    if BOUNDED and not PLANNED:  # noqa: SIM102 - known at compile time, the place is not
+        if place[2]:
+            s = mask_scores(s, place[0], place[1], sizes)
+    return s
+
+
+@gluon.jit
+def refer(
+    s,
+    m,
+    number,
+    tiles,
+    place,
+    context,
+    program,
+    sizes,
+    w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    BOUNDED: gl.constexpr,
+    TILED: gl.constexpr,
+    PLANNED: gl.constexpr,
+    BOUNDS: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
+    CAP: gl.constexpr,
+    UNBOUNDED: gl.constexpr,
+):
+    """Products of queries and keys -> (logits or, where capped, products; new reference of the rows; factor of the sums
+    so far; what ``exponentials`` or ``capped_exponentials`` take)."""
+    inner, factor, _, _, _, _, _, _ = program
+    if CAP is not None:
+        s = zero_masked(s, 0, place, context, program, sizes, BOUNDED or PLANNED, BOUNDS)
+        new_m, alpha, outside = capped_reference(s, m, inner, factor, CAP)
+        return s, new_m, alpha, outside, new_m
+    else:
+        s = to_logits(
+            s, number, tiles, place, context, program, sizes, w, CONSUMERS, BOUNDED, TILED, PLANNED, BOUNDS, LOGITS,
+            MASK,
+        )  # fmt: skip
+        new_m, alpha, own, base = next_reference(s, m, context[3], factor, UNBOUNDED)
+        return s, new_m, alpha, own, base
+
+
+@gluon.jit
+def weigh(
+    s,
+    own,
+    base,
+    step: gl.constexpr,
+    place,
+    context,
+    program,
+    sizes,
+    BOUNDED: gl.constexpr,
+    POLY: gl.constexpr,
+    BOUNDS: gl.constexpr,
+    CAP: gl.constexpr,
+):
+    """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``."""
+    if CAP is not None:
+        p = capped_exponentials(s, own, base, program[0], program[1])
+        return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS)
+    else:
+        return exponentials(s, own, base, POLY)
+
+
+@gluon.jit
+def advance(
+    state,
+    taken,
+    q_tile,
+    k_smem,
+    v_smem,
+    barriers,
+    tiles,
+    place,
+    context,
+    program,
+    sizes,
+    w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    ROUNDING: gl.constexpr,
+    POLY: gl.constexpr,
+    TILED: gl.constexpr,
+    PLANNED: gl.constexpr,
+    BOUNDS: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
+    CAP: gl.constexpr,
+    UNBOUNDED: gl.constexpr,
+):
+    """One key tile: S of the next tile, P V of the current one, softmax of the next one under P V.
+
+    ``place`` = (first query row, first key of the next tile, ...) of ``place_tile``. ROUNDING says when the new weights
+    are rounded: "next" under the next S, which takes most registers; "early" before P V is waited for; "halfway" with
+    that wait after half of the exponentials: the others hide the rounding and the scaling of the sums.
+    """
+    m, total, o, p = state
+    _, _, k_full, k_empty, v_full, v_empty = barriers
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_K: gl.constexpr = k_smem.shape[3]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    D: gl.constexpr = o.shape[1]
+    o_layout: gl.constexpr = o.type.layout
+    slot = taken % STAGES
+    next_slot = (taken + 1) % STAGES
+    mbarrier.wait(k_full.index(next_slot), (taken + 1) // STAGES & 1)
+    if PING_PONG:
+        wait_turn(TURN + w)
+    k_tile = k_smem.index(next_slot).reshape([BLOCK_K, D]).permute((1, 0))
+    zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
+    s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
+    weights = use_weights(p, q_tile.dtype, o_layout, ROUNDING)
+    mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
+    o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
+    if PING_PONG:
+        pass_turn(TURN + 1 - w)
+    s = warpgroup_mma_wait(1, [s])
+    mbarrier.arrive(k_empty.index(next_slot))
+    s, new_m, alpha, own, base = refer(
+        s, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS,
+        MASK, CAP, UNBOUNDED,
+    )  # fmt: skip
+    MASKED: gl.constexpr = CAUSAL or PLANNED
+    if ROUNDING == "halfway":
+        left, right = halves(s)
+        left = weigh(left, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        part = finish_first(sum_within_lane(left))
+        o, left, right = warpgroup_mma_wait(0, [o, left, right])
+        mbarrier.arrive(v_empty.index(slot))
+        right = weigh(right, own, base, BLOCK_K // 2, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        part = part + gl.convert_layout(sum_within_lane(right), part.type.layout)
+        carried = (pack_weights(left, q_tile.dtype), pack_weights(right, q_tile.dtype))
+    else:
+        weighed = weigh(s, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        part = finish_first(sum_within_lane(weighed))
+        carried = carry_weights(weighed, q_tile.dtype, ROUNDING)
+        if ROUNDING == "early":
+            # The old weights are kept until P V has read them: the new ones must not take their registers.
+            o, _old, carried = warpgroup_mma_wait(0, [o, p, carried])
+        else:
+            o, carried = warpgroup_mma_wait(0, [o, carried])
+        mbarrier.arrive(v_empty.index(slot))
+    o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    part = gl.convert_layout(part, total.type.layout)
+    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None] + part
+    return new_m, total, o, carried
