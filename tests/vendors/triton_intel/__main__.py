@@ -5,7 +5,7 @@
 Makes ``build/vendors/triton_intel``, an environment of its own with triton-xpu 3.3.0b1 (182 MB), pyopencl and Intel's
 OpenCL runtime for processors; Python 3.9 to 3.11, Linux, x86-64. ``compile``: SPIR-V for the cards, with local memory
 within their limit. ``run``: SPIR-V without matrix units, run on this processor and compared with plain PyTorch; the
-runtime compiles half a minute a kernel. Both where none is named.
+runtime compiles for half a minute to some minutes a kernel. Both where none is named.
 """
 
 import argparse
