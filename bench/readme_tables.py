@@ -201,6 +201,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("ours", lambda row: f"{row['ours_tflops']}{'*' if 'note' in row else ''}"),
             ("cuDNN", _column("cudnn_tflops")),
             ("ratio", _column("ratio")),
+            ("date", _column("date")),
         ],
     ),
     "attention_scores": (
