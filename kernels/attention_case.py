@@ -1,5 +1,6 @@
 """What an implementation must know to accept or refuse a call of attention: shapes, dtypes, features, no tensors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class AttentionCase:
         needs: for the backward, which of ``(q, k, v, *captured)`` want a gradient; empty for the forward.
         lse_gradient: whether a gradient with respect to ``lse`` comes in.
         positive_scale: whether the scores' factor is above zero.
+        usable_scale: whether it is finite and not zero.
         deterministic: whether repeated runs must agree in every bit.
     """
 
@@ -38,6 +40,7 @@ class AttentionCase:
     needs: tuple[bool, ...] = ()
     lse_gradient: bool = False
     positive_scale: bool = True
+    usable_scale: bool = True
     deterministic: bool = False
 
     @property
@@ -93,6 +96,7 @@ def make_case(
         tuple(needs),
         lse_gradient,
         scale > 0,
+        0 < abs(scale) < math.inf,
         torch.are_deterministic_algorithms_enabled(),
     )
 

@@ -92,11 +92,13 @@ def _is_plain(case: AttentionCase) -> bool:
 
 
 def _refuses_hopper_scores(case: AttentionCase) -> str | None:
+    if not case.usable_scale:
+        return "the scale of the scores is zero or not finite"
     if _is_plain(case):
         return None
     function = with_padded_lead(case.score_function, len(case.q) - 2)
     wanted = tuple(n for n, needed in enumerate(case.needs[3:]) if needed and case.captured[n][1].is_floating_point)
-    return refuses_call(case.captured, case.q_length, case.k_length, function, wanted)
+    return refuses_call(case.captured, case.q_length, case.k_length, function, wanted if case.needs else None)
 
 
 def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:

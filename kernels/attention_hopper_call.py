@@ -1,14 +1,20 @@
-"""A call of the Hopper forward with a score function: its compiled program and the operands that it reads."""
+"""A call of the Hopper kernels with a score function: its compiled program and the operands that it reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_hopper_program import HopperProgram, compile_hopper, refuses, refuses_gradients
+from vbcompile.kernels.attention_hopper_program import (
+    HopperProgram,
+    compile_hopper,
+    refuses,
+    refuses_backward,
+    refuses_gradients,
+)
 from vbcompile.kernels.attention_hopper_source import MAX_LENGTH
 from vbcompile.kernels.attention_layout import broadcast_strides, row_view
 from vbcompile.kernels.attention_tuning import TileConfig
@@ -28,6 +34,7 @@ class ScoreCall:
         captured: captured tensors, booleans as bytes; strides: six for each, zero where broadcast.
         planned: whether the program masks, along a plan of tiles that ``plan`` makes.
         empty_is_zero: what a row without keys gives, else NaN.
+        function: the score function, its leading axes numbered as the caller does.
         wanted: captured tensors whose gradients are wanted.
     """
 
@@ -76,7 +83,7 @@ def describe_call(
     """Analyse a call that ``refuses_call`` takes; ``lead``: leading sizes of the canonical space; ``wanted``: for the
     backward, the captured tensors whose gradients are wanted."""
     patterns = tuple(map(CapturedPattern.of, captured))
-    function = problems.with_padded_lead(function, len(lead))
+    given, function = function, problems.with_padded_lead(function, len(lead))
     offset = _own_bound(function, q.shape[-2], k.shape[-2])
     masked = function.mask is not None and offset is None
     program = compile_hopper(function, patterns, q.dtype == torch.bfloat16, masked, scale <= 0, wanted)
@@ -88,7 +95,7 @@ def describe_call(
         strides=tuple(map(broadcast_strides, captured)),
         planned=masked,
         empty_is_zero=function.empty_rows == "zero",
-        function=function,
+        function=given,
         originals=tuple(captured),
         wanted=wanted or (),
     )
@@ -99,10 +106,10 @@ def refuses_call(
     q_length: int,
     k_length: int,
     function: ScoreFunction,
-    wanted: tuple[int, ...] = (),
+    wanted: tuple[int, ...] | None = None,
 ) -> str | None:
-    """Why a score function with captured tensors of these shapes and dtypes is refused, or None; ``wanted``: those
-    whose gradients are wanted."""
+    """Why a score function with captured tensors of these shapes and dtypes is refused, or None; ``wanted``: for the
+    backward, those whose gradients are wanted."""
     if max(q_length, k_length) > MAX_LENGTH:
         return f"a sequence is longer than {MAX_LENGTH}, positions are computed in float32"
     patterns = tuple(CapturedPattern.of(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes)
@@ -113,7 +120,11 @@ def refuses_call(
                 return f"captured tensor {number} has rows and columns of {dtype}"
             if shape[-1] * dtype.itemsize % 16:
                 return f"rows of captured tensor {number} are no multiple of 16 bytes"
-    return refuses(function, patterns) or refuses_gradients(function, patterns, wanted)
+    reason = refuses(function, patterns)
+    if reason is None and wanted is not None:
+        logits = replace(function, mask=None).pruned()
+        reason = refuses_backward(logits, patterns) or refuses_gradients(function, patterns, wanted)
+    return reason
 
 
 def _own_bound(function: ScoreFunction, q_length: int, k_length: int) -> int | None:

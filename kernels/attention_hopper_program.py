@@ -21,6 +21,7 @@ _WEIGHTS: Final = {  # instructions of the machine, roughly
     **dict.fromkeys(("sigmoid", "div", "floordiv", "mod"), 4),
     **dict.fromkeys(("log1p", "sin", "cos", "pow"), 12),
 }
+_PARTIAL: Final = ("div", "floordiv", "mod", "pow", "log", "log1p", "sqrt", "rsqrt")  # not defined everywhere
 _MOST_WEIGHT: Final = 24
 _LOWEST, _MOST_CAP = 92, 50.0
 
@@ -87,6 +88,9 @@ def refuses_gradients(
 ) -> str | None:
     """Why these kernels cannot give the gradients of the captured tensors ``wanted``, or None."""
     function = peel(function)[0]
+    for number in set(wanted) - set(function.captured(function.score)):
+        if patterns[number].row and patterns[number].column:
+            return f"captured tensor {number} has rows and columns and takes part in no logits: its gradient is zero"
     if not set(wanted) & set(function.captured(function.score)):
         return None
     found = differentiate(function, function.score)
@@ -98,6 +102,24 @@ def refuses_gradients(
             return f"the gradient of captured tensor {number} is not that of the logits"
         if number in wanted and _tile_under(found.function, patterns, position):
             return f"the gradient of captured tensor {number} reads a tensor with rows and columns"
+    return None
+
+
+def refuses_backward(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> str | None:
+    """Why the backward would meet numbers past the ends of rows and columns that are no numbers, or None.
+
+    There positions go on and captured tensors read as zero; what the kernel adds up must be finite all the same.
+    """
+    varies: list[bool] = []
+    for name, *arguments in function.program:
+        if name in LEAVES:
+            pattern = patterns[arguments[0]] if name == "captured" else None
+            varies.append(name in ("q_index", "k_index") or bool(pattern and (pattern.row or pattern.column)))
+            continue
+        partial = arguments[1:] if name in ("div", "floordiv", "mod") else arguments
+        if name in _PARTIAL and any(varies[a] for a in partial):
+            return f"{name} of what depends on the position may be undefined past the ends of a sequence"
+        varies.append(any(varies[a] for a in arguments))
     return None
 
 

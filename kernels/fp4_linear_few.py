@@ -106,8 +106,8 @@ def _may_overlap(codes: Tensor, block_scales: Tensor) -> bool:
     known = _multiplied.get(storage._cdata)
     if known is not None and known[1] == versions:
         return True
-    for key in [key for key, (reference, _) in _multiplied.items() if reference.expired()]:
-        del _multiplied[key]
+    for key in [key for key, (reference, _) in list(_multiplied.items()) if reference.expired()]:
+        _multiplied.pop(key, None)
     _multiplied[storage._cdata] = (StorageWeakRef(storage), versions)
     return False
 

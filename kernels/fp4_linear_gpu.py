@@ -73,6 +73,8 @@ def _refuses_hopper(target: Target, case: Fp4LinearCase | None) -> str | None:
         return reason
     if case is None:
         return None if target.arch == "sm_90" else f"written for sm_90, this is {target.arch}"
+    if case.m == 0:
+        return "there are no rows"
     return fp4_linear_hopper.refuses_wide(target, case.dtype, case.n, case.k, case.layout)
 
 

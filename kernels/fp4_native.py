@@ -26,12 +26,13 @@ from vbcompile.kernels.fp4_layout import TILE, dequantize_weight
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.fp4_linear_triton import TileConfig, counters, with_splits
 from vbcompile.kernels.fp4_quantize import pack_finite, row_maxima
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, forced_implementation, operator
 from vbcompile.kernels.triton_target import refuses_triton
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _OPERATIONS_A_BYTE = 260.0  # of bfloat16, as in fp4_linear_gpu
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.5  # guessed: nobody has measured
+_MOST_DECODED_ROWS = 64
 _FP4_RATE = 4.0  # of bfloat16's
 
 
@@ -51,10 +52,20 @@ def decodes_fp4(target: Target, format_name: str) -> bool:
     return not refuses_triton(target) and target.arch == "gfx950" and format_name == "mxfp4"
 
 
-def native_layout(target: Target, format_name: str, activations: str) -> str | None:
-    """The layout for these kernels where they will run, else None."""
-    native = activations == "fp4" and multiplies_fp4(target, format_name)
-    return "plain" if native or decodes_fp4(target, format_name) else None
+def native_layout(
+    target: Target, format_name: str, activations: str, dtype: torch.dtype, rows: int | None
+) -> str | None:
+    """The layout for these kernels where they will run, else None; other kernels do not read it.
+
+    ``rows`` of x, None if unknown: with many, decoding to scratch memory is estimated to be faster.
+    """
+    wanted = forced_implementation("fp4_linear")
+    if dtype not in _KINDS or wanted not in (None, "native", "native_decode"):
+        return None
+    if activations == "fp4" and multiplies_fp4(target, format_name):
+        return "plain"
+    few = rows is not None and rows <= _MOST_DECODED_ROWS
+    return "plain" if few and decodes_fp4(target, format_name) else None
 
 
 def _refuses_native(target: Target, case: Fp4LinearCase | None) -> str | None:

@@ -173,7 +173,8 @@ class _Fp4Pass:
         """Tiles, but for hardware that reads FP4 as it is; gradients are made from tiles."""
         target, native = self.context.target, None
         if isinstance(site, LinearSite) and not self.context.training:
-            native = native_layout(target, format_name, self.config.fp4_activations)
+            dtype, rows = self._dtype(site), _rows(site.x)
+            native = native_layout(target, format_name, self.config.fp4_activations, dtype, rows)
         return native or preferred_layout(target)
 
     def _refuses(self, site: LinearSite | ExpertSite) -> str | None:
@@ -230,9 +231,10 @@ class _Fp4Pass:
         if any(self._master(c.site.weight) != "keep" or is_hollow(self.weights[c.site.weight][1]) for c in group):
             return False
         case = self._case(first, n, first.key.layout)
-        name = _choose(self.context.target, case).implementation.name
+        choice = _choose(self.context.target, case)
+        name = choice.implementation.name
         cost = relative_cost(self.context.target, name, case.format_name, n, case.k, first.rows)
-        if cost is None or cost <= SLOWEST_BESIDE_ITS_MASTER:
+        if choice.asked or cost is None or math.isinf(cost) or cost <= SLOWEST_BESIDE_ITS_MASTER:
             return False
         for candidate in group:
             reason = f"with {first.rows} rows FP4 takes {cost:.2f} times as long as the unpacked weight, which is kept"

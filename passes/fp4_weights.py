@@ -57,8 +57,8 @@ class WeightState:
         contents: number that changes when the weight's values do.
         version, address: of the weight when it was last looked at.
         sample, checksum: of its values then; None where they were not looked at.
-        canonical: packed forms that stand for the weight's values, by format and orientation: those that it was loaded
-            in, or was given up for; with their relative error.
+        canonical: packed forms that stand for the weight's values, by format, orientation and the quantiser's method
+            (empty: loaded so): those that it was loaded in, or was given up for; with their relative error.
         master: the values in host memory, where they were moved there.
         dropped: whether the weight's own memory was given up.
     """
@@ -69,7 +69,7 @@ class WeightState:
     address: int
     sample: list[object] | None = None
     checksum: int | None = None
-    canonical: dict[tuple[str, bool], tuple[PackedWeight, float]] = field(default_factory=dict)
+    canonical: dict[tuple[str, bool, str], tuple[PackedWeight, float]] = field(default_factory=dict)
     master: Tensor | None = None
     dropped: bool = False
 
@@ -212,7 +212,7 @@ def _pack(
             parts.append(part)
             errors.append(error)
             if keep:
-                state.canonical[key.format_name, key.transposed] = (part.to("cpu"), error)
+                state.canonical[key.format_name, key.transposed, key.method] = (part.to("cpu"), error)
         packed = concat_rows(parts) if len(parts) > 1 else parts[0]
         if key.gate:
             packed = take_rows(packed, turns(packed.shape[0], key.gate == "first", packed.device))
@@ -237,9 +237,10 @@ def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) 
     Raises:
         ValueError: it cannot be packed.
     """
-    kept = state.canonical.get((key.format_name, key.transposed))
-    if kept is not None:
-        return kept[0].to(weight.device), kept[1]
+    for (format_name, transposed, method), (form, error) in state.canonical.items():
+        final = not method or (state.dropped and state.master is None)  # there is nothing to pack another way from
+        if (format_name, transposed) == (key.format_name, key.transposed) and (final or method == key.method):
+            return form.to(weight.device), error
     source = weight.detach()
     if state.dropped:
         if state.master is None:
@@ -260,7 +261,7 @@ def adopt(weight: Tensor, packed: PackedWeight, transposed: bool = False, hollow
         if hollow:
             make_hollow(weight)
         state.changed(weight)
-        state.canonical[packed.format_name, transposed] = (packed, 0.0)
+        state.canonical[packed.format_name, transposed, ""] = (packed, 0.0)
         state.dropped = hollow
 
 
@@ -269,7 +270,7 @@ def adopted_format(weight: Tensor) -> str | None:
     state = _states.get(id(weight))
     if state is None or state.weight() is not weight:
         return None
-    return next((name for name, _ in state.canonical), None)
+    return next((name for name, *_ in state.canonical), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- masters
@@ -283,7 +284,7 @@ def give_up(weight: Tensor, key: PackKey, name: str, to_host: bool) -> None:
         if state.dropped:
             return
         packed, error = canonical_form(weight, state, key, name)
-        state.canonical[key.format_name, key.transposed] = (packed.to("cpu"), error)
+        state.canonical[key.format_name, key.transposed, key.method] = (packed.to("cpu"), error)
         if to_host:
             state.master = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
             state.master.copy_(weight.detach())

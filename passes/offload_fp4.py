@@ -189,16 +189,17 @@ class Packer:
         return _Member(self.weights[candidate.site.weight], candidate.site.transposed)
 
     def _accepts(self, candidate: Candidate, fresh: dict[_Member, _Quantized]) -> bool:
-        """Whether a weight loses no more than it may; that is found out once for all graphs."""
+        """Whether a weight loses no more than it may; that is found out once for all graphs and contents."""
         member = self._member(candidate)
-        known: float | str | None = self.store.forms.get((member, self.config.fp4_format, "error"))
+        place = (member, member.payload.version, self.config.fp4_format, "error")
+        known: float | str | None = self.store.forms.get(place)
         if known is None:
             try:
                 fresh[member] = self._quantized(member)
                 known = fresh[member][1]
             except ValueError as problem:
                 known = str(problem)
-            self.store.forms[member, self.config.fp4_format, "error"] = known
+            self.store.forms[place] = known
         if isinstance(known, float) and known > self.config.fp4_max_error:
             known = f"relative error {known:.3f} is above fp4_max_error={self.config.fp4_max_error}"
         if isinstance(known, str):

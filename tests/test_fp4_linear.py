@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vbcompile.device import Target, get_target
+from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import fp4_linear_cpu, fp4_linear_triton
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_formats import fp4_format
@@ -338,6 +339,12 @@ def test_reference_takes_every_layout():
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPU
+def test_a_call_without_rows_is_not_for_hopper():
+    for activations in ("same", "fp8"):
+        case = make_case(torch.bfloat16, 0, 4096, 4096, "nvfp4", "fragments2t", activations)
+        assert "hopper" not in choose(catalog_target("sm_90"), case).implementation.name
+
+
 def gpu_products(m, n, k, format_name, dtype, activations="same"):
     """``(name, function)`` of every implementation but the references that takes a case on this GPU."""
     target = get_target("cuda")

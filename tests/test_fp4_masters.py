@@ -229,3 +229,16 @@ def test_compiled_optimizers_stay_compiled():
     weight.grad = torch.randn_like(weight)
     step()
     assert not current(weight).equal(before) and current(weight).equal(packed_now(weight))
+
+
+def test_forms_of_two_quantisers_are_not_mixed_up():
+    weight = nn.Parameter(torch.randn(64, 128), requires_grad=False)
+    codes = lambda method, keep: (
+        pack([weight], PackKey("nvfp4", "plain", False, method), ["w"], keep=keep).linear.tensors
+    )
+    in_fp8, exact = codes("fp8", True), codes("mse", True)
+    wanted = quantize(weight.detach(), "nvfp4")
+    assert torch.equal(exact[1], wanted.block_scales) and not torch.equal(in_fp8[1], exact[1])
+    give_up(weight, PackKey("nvfp4", "plain", False, "fp8"), "w", to_host=False)
+    again = pack([weight], PackKey("nvfp4", "plain", False, "4over6"), ["w"]).linear.tensors
+    assert torch.equal(again[1], in_fp8[1])  # nothing is left to pack another way from

@@ -87,7 +87,8 @@ def test_rounding_of_activations_compiles_without_spills(arch, format_name):
 # --------------------------------------------------------------------------------------------------------------- choice
 def chosen(arch, format_name, activations, m=64, layout=None):
     target = catalog_target(arch)
-    layout = layout or fp4_native.native_layout(target, format_name, activations) or "fragments2t"
+    layout = layout or fp4_native.native_layout(target, format_name, activations, torch.bfloat16, m)
+    layout = layout or ("fragments2t" if target.vendor == "nvidia" else "fragments2")
     return choose(target, make_case(torch.bfloat16, m, N, K, format_name, layout, activations))
 
 
@@ -97,7 +98,16 @@ def test_w4a4_is_chosen_where_it_is_native_and_asked_for(arch, format_name, m):
     few = arch == "gfx950" and m == 1  # nothing is gained by rounding one row
     assert chosen(arch, format_name, "fp4", m).implementation.name == ("native_decode" if few else "native")
     others = [chosen(arch, format_name, a, m).implementation.name for a in ("same", "fp8")]
-    assert "native" not in others and (others == ["native_decode"] * 2) == (arch == "gfx950")
+    assert "native" not in others and (others == ["native_decode"] * 2) == (arch == "gfx950" and m <= 64)
+
+
+def test_the_plain_layout_is_for_what_reads_it():
+    layout = lambda arch, *case: fp4_native.native_layout(catalog_target(arch), "mxfp4", *case)
+    assert layout("sm_100", "fp4", torch.float16, None) == layout("gfx950", "same", torch.bfloat16, 64) == "plain"
+    assert layout("sm_100", "fp4", torch.float32, 1) is layout("gfx950", "same", torch.float32, 1) is None
+    assert layout("gfx950", "same", torch.bfloat16, 65) is layout("gfx950", "same", torch.bfloat16, None) is None
+    with force(fp4_linear="triton"):
+        assert layout("sm_100", "fp4", torch.bfloat16, 1) is layout("gfx950", "same", torch.bfloat16, 1) is None
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
