@@ -22,6 +22,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
+from vbcompile.kernels.light_operator import light_operator, register_fake, register_gradient
 from vbcompile.kernels.registry import Choice, Implementation, operator
 from vbcompile.kernels.triton_target import interpreted, on_device, refuses_triton
 
@@ -76,7 +77,7 @@ def fp4_linear_backward_reference(
 
 
 # ------------------------------------------------------------------------------------------------------------- operator
-@torch.library.custom_op("vblackwell::fp4_linear", mutates_args=())
+@light_operator("fp4_linear")
 def fp4_linear(
     x: Tensor,
     codes: Tensor,
@@ -134,15 +135,14 @@ def _apply(y: Tensor, epilogue: str) -> Tensor:
     return epilogue_alone(y, epilogue)
 
 
-@fp4_linear.register_fake
-def _(
+def _fake(
     x, codes, block_scales, row_scale, bias, k, format_name, layout, activations="same", epilogue="none", *,
     implementations="",
 ):  # fmt: skip
     return x.new_empty([*x.shape[:-1], out_features(row_scale.shape[0], epilogue)])
 
 
-@torch.library.custom_op("vblackwell::fp4_linear_backward", mutates_args=())
+@light_operator("fp4_linear_backward")
 def fp4_linear_backward(
     grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str,
     *, implementations: str = "",
@@ -155,8 +155,7 @@ def fp4_linear_backward(
         return choice.implementation.run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
 
 
-@fp4_linear_backward.register_fake
-def _(grad, codes, block_scales, row_scale, k, format_name, layout, *, implementations=""):
+def _backward_fake(grad, codes, block_scales, row_scale, k, format_name, layout, *, implementations=""):
     return grad.new_empty([*grad.shape[:-1], k])
 
 
@@ -181,7 +180,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
-fp4_linear.register_autograd(_backward, setup_context=_setup_context)
+register_fake(fp4_linear, _fake)
+register_gradient(fp4_linear, _backward, _setup_context)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -200,7 +200,8 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return twice, None, None, None, None, None, None
 
 
-fp4_linear_backward.register_autograd(_double_backward, setup_context=_backward_setup)
+register_fake(fp4_linear_backward, _backward_fake)
+register_gradient(fp4_linear_backward, _double_backward, _backward_setup)
 
 
 # ------------------------------------------------------------------------------------------------------ implementations
