@@ -13,14 +13,17 @@ accumulation type, natural logarithm.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels import replay
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
-from vbcompile.kernels.registry import Implementation, following, operator
+from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator
+from vbcompile.kernels.replay import remembered
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -206,11 +209,28 @@ def attention(
     Raises:
         ValueError: ranks, devices, dtypes or shapes that do not fit together.
     """
-    check(q, k, v, captured, dropout_p, seed)
-    case = make_case(q, k, v, captured, scale, dropout_p, score_function)
-    with following(implementations):
-        choice = operator("attention").choose(get_target(q.device), case)
-        return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
+
+    def run() -> tuple[Tensor, Tensor]:
+        check(q, k, v, captured, dropout_p, seed)
+        case = make_case(q, k, v, captured, scale, dropout_p, score_function)
+        with following(implementations):
+            return _chosen("attention", q, case).run(q, k, v, captured, scale, dropout_p, seed, score_function)
+
+    static = scale, dropout_p, score_function, _settings("attention", q, implementations)
+    return remembered("attention", static, (q, k, v, *captured, seed), run)
+
+
+def _chosen(name: str, q: Tensor, case: AttentionCase) -> Implementation:
+    chosen = operator(name).choose(get_target(q.device), case).implementation
+    if not chosen.replays:
+        replay.refuse()
+    return chosen
+
+
+def _settings(name: str, q: Tensor, implementations: str) -> tuple[Any, ...]:
+    """What calls depend on besides their arguments."""
+    tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return implementations, forced_implementation(name), torch.are_deterministic_algorithms_enabled(), tf32
 
 
 @attention.register_fake
@@ -239,15 +259,19 @@ def attention_backward(
     implementations: str = "",
 ) -> list[Tensor]:
     """Gradients of ``(q, k, v, *captured)``; an empty tensor where ``needs`` is False."""
-    case = make_case(q, k, v, captured, scale, dropout_p, score_function, needs, grad_lse is not None)
-    with following(implementations):
-        choice = operator("attention_backward").choose(get_target(q.device), case)
-        grads = choice.implementation.run(
-            grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
-        )
     inputs = (q, k, v, *captured)
-    found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
-    return _apart(found)
+
+    def run() -> list[Tensor]:
+        case = make_case(q, k, v, captured, scale, dropout_p, score_function, needs, grad_lse is not None)
+        with following(implementations):
+            grads = _chosen("attention_backward", q, case).run(
+                grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
+            )
+        found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
+        return _apart(found)
+
+    static = scale, dropout_p, score_function, tuple(needs), _settings("attention_backward", q, implementations)
+    return remembered("attention_backward", static, (*inputs, grad_out, grad_lse, out, lse, seed), run)
 
 
 def _apart(gradients: list[Tensor]) -> list[Tensor]:

@@ -142,5 +142,8 @@ for _name, _hopper, _triton, _kernels in (
     ("attention_backward", _hopper_backward, _triton_backward, attention_triton.BACKWARD_KERNELS),
 ):
     _refuses_triton = partial(attention_triton.refuses, _kernels)
-    operator(_name).register(Implementation("hopper", _hopper, _refuses_hopper, _hopper_cost(_name)))
-    operator(_name).register(Implementation("triton", _triton, _refuses_triton, _triton_cost(_name)))
+    for _kind, _run, _refuses, _cost in (
+        ("hopper", _hopper, _refuses_hopper, _hopper_cost(_name)),
+        ("triton", _triton, _refuses_triton, _triton_cost(_name)),
+    ):
+        operator(_name).register(Implementation(_kind, _run, _refuses, _cost, replays=True))

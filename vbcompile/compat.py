@@ -471,3 +471,25 @@ def refuse_while_lowering(reason: str) -> None:
 
     if get_proxy_mode() is not None and detect_fake_mode() is not None:
         raise RuntimeError(reason)
+
+
+def empty_on_device(
+    size: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """``torch.empty_strided``, on CUDA as Inductor's code calls it: on the current device, in half the time."""
+    if device.type == "cuda" and _EMPTY_STRIDED_CUDA is not None:
+        return _EMPTY_STRIDED_CUDA(size, strides, dtype)
+    return torch.empty_strided(size, strides, dtype=dtype, device=device)
+
+
+_EMPTY_STRIDED_CUDA: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def current_stream(device: torch.device) -> int:
+    """The current stream of a device as the driver knows it; 0 where there is none."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def storage_identity(t: torch.Tensor) -> int:
+    """Equal for tensors that lie in the same memory, as views do."""
+    return t.untyped_storage()._cdata

@@ -1,0 +1,366 @@
+"""Calls of operators, remembered: what the host decides for a call is decided once and done again from a list.
+
+The first calls of an operator work out which implementation runs, its tiles, strides and arguments. All of that follows
+from shapes, strides, dtypes, alignments and options, which are the key here; the second call of a key is recorded: its
+launches (``launches.launch``) and every PyTorch operator that it calls, allocations among them. From the third on, that
+list is run on the new tensors. A recording holds no tensor. What reads values on the host is never recorded.
+
+An implementation takes part if all its launches pass through ``launches.launch``, it decides nothing by what is not in
+the key, and it says so (``registry.Implementation.replays``).
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vbcompile.compat import current_stream, empty_on_device, storage_identity
+from vbcompile.kernels import launches
+from vbcompile.kernels.launches import Place, Repeated
+from vbcompile.kernels.triton_target import on_device
+
+R = TypeVar("R")
+
+_MOST = 2048  # keys; the oldest go first
+_known: dict[Hashable, "Recording | bool"] = {}  # False: seen once; True: not to be recorded
+_generation = [0]
+_this_thread = threading.local()  # .recorder: the one at work
+
+
+def forget() -> None:
+    """Drop all recordings: something that calls depend on has changed and is in no key."""
+    _generation[0] += 1
+    _known.clear()
+
+
+def refuse() -> None:
+    """Called within a call that is perhaps being recorded: it must not be."""
+    recorder = getattr(_this_thread, "recorder", None)
+    if recorder is not None:
+        recorder.refused = True
+
+
+def takes(device: torch.device) -> bool:
+    """Whether calls on a device are remembered: where our kernels run and the host is the slower one."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], R]) -> R:
+    """``run()``, or what it did when it was called with the like.
+
+    Args:
+        name: of the operator.
+        static: everything but tensors that the call depends on, options included.
+        tensors: everything that ``run`` reads or writes, all on one device; their values decide nothing on the host.
+        run: gives a tensor, None, or a tuple or list of such.
+    """
+    first = tensors[0]
+    assert first is not None
+    if not takes(first.device) or getattr(_this_thread, "recorder", None) is not None:
+        return run()
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    described = [
+        None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
+        for t, address in zip(tensors, addresses, strict=True)
+    ]
+    key = (name, static, _generation[0], *described)
+    if len(set(addresses)) < len(addresses):  # one tensor may be given twice
+        key = (*key, _equal_ones(tensors))
+    known = _known.get(key)
+    if known.__class__ is Recording:
+        return known.run(tensors, addresses)  # type: ignore[union-attr]
+    if known is True:
+        return run()
+    if known is None:
+        _remember(key, False)
+        return run()
+    recorder = _Recorder(tensors)
+    result = recorder.record(run)
+    _remember(key, True if recorder.refused else recorder.recording(result))
+    return result
+
+
+def _equal_ones(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """For each tensor the first number under which the same one is given."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(t), n) for n, t in enumerate(tensors))
+
+
+def _remember(key: Hashable, what: "Recording | bool") -> None:
+    while len(_known) >= _MOST:
+        oldest = next(iter(_known), None)
+        _known.pop(oldest, None)
+    _known[key] = what
+
+
+# ------------------------------------------------------------------------------------------------- recording
+_aten = torch.ops.aten
+_ALLOCATE = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+_BY_ABSOLUTE_OFFSET = {_aten.as_strided.default, _aten.set_.source_Storage_storage_offset}
+_READ_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class _Number:
+    """Stands for the tensor of a number in recorded arguments."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _filled(argument: Any, tensors: Sequence[Any]) -> Any:
+    """A recorded argument with its tensors."""
+    if argument.__class__ is _Number:
+        return tensors[argument.number]
+    if isinstance(argument, (tuple, list)):
+        return [_filled(a, tensors) for a in argument]
+    return argument
+
+
+def _leaves(argument: Any) -> list[Any]:
+    if isinstance(argument, (tuple, list)):
+        return [leaf for a in argument for leaf in _leaves(a)]
+    return [argument]
+
+
+def _numbers(argument: Any) -> list[int]:
+    return [leaf.number for leaf in _leaves(argument) if leaf.__class__ is _Number]
+
+
+class _Step:
+    """One thing to do again: ``reads`` and ``makes`` are numbers of tensors, ``addresses`` of those read by address."""
+
+    reads: Sequence[int] = ()
+    makes: Sequence[int] = ()
+    addresses: Sequence[int] = ()
+    writes = False  # into a tensor that it did not make
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        raise NotImplementedError
+
+
+class _Allocate(_Step):
+    def __init__(self, number: int, like: Tensor) -> None:
+        self.number, self.makes = number, [number]
+        self.size, self.strides, self.dtype, self.device = like.shape, like.stride(), like.dtype, like.device
+        self.bytes = like.untyped_storage().nbytes()
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        t = empty_on_device(self.size, self.strides, self.dtype, self.device)
+        tensors[self.number], addresses[self.number] = t, t.data_ptr()
+
+
+class _Call(_Step):
+    def __init__(self, function: Any, args: Any, kwargs: Any, results: Sequence[int | None], single: bool) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+        self.results, self.single = results, single
+        self.reads = _numbers([*args, *kwargs.values()])
+        self.makes = [r for r in results if r is not None]
+        self.writes = function._schema.is_mutable
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        kwargs = {name: _filled(value, tensors) for name, value in self.kwargs.items()}
+        found = self.function(*[_filled(a, tensors) for a in self.args], **kwargs)
+        for number, t in zip(self.results, (found,) if self.single else found, strict=True):
+            if number is not None:
+                tensors[number], addresses[number] = t, t.data_ptr()
+
+
+class _Launched(_Step):
+    writes = True
+
+    def __init__(self, repeated: Repeated) -> None:
+        self.repeated = repeated
+        self.addresses = [place.root for place in repeated.places]
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        self.repeated.run(tensors, addresses, stream)
+
+
+class _Unknown(Exception):
+    """A launch takes a tensor that no operator made."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Listens to one call."""
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.refused = self._inside = False
+        self._count = len(inputs)
+        self._inputs = len(inputs)
+        self._kept: list[Any] = []  # so that no other object gets the id of one that is known
+        self._number: dict[int, int] = {}  # by id
+        self._root: dict[int, tuple[int, int]] = {}  # number -> number of the tensor that it is a view of, bytes
+        self._steps: list[_Step] = []
+        self._device = next(t.device for t in inputs if t is not None)
+        for n, t in enumerate(inputs):
+            if t is not None and id(t) not in self._number:
+                self._number[id(t)], self._root[n] = n, (n, 0)
+        self._kept.extend(inputs)
+
+    def record(self, run: Callable[[], R]) -> R:
+        """``run()``, listened to on this thread."""
+        _this_thread.recorder = self
+        launches.launch_by(self._launch)
+        try:
+            with self:
+                return run()
+        finally:
+            launches.launch_by(None)
+            _this_thread.recorder = None
+
+    def _launch(self, kernel: Any, grid: Any, arguments: Any, options: dict[str, Any]) -> None:
+        outermost = not self._inside  # an operator's own launches are done again by the operator
+        self._inside = True
+        try:
+            compiled = kernel[grid](*arguments, **options)
+        finally:
+            self._inside = not outermost
+        if self.refused or self._inside:
+            return
+        try:
+            given = [launches.placed(a, self._place) for a in arguments]
+            named = {name: launches.placed(a, self._place) for name, a in options.items()}
+        except _Unknown:
+            self.refused = True
+            return
+        self._steps.append(_Launched(Repeated(kernel, grid, given, named, compiled)))
+
+    def _place(self, t: Tensor) -> Place:
+        if id(t) not in self._number:
+            raise _Unknown
+        root, offset = self._root[self._number[id(t)]]
+        return Place(root, offset, t.dtype, tuple(t.shape), t.stride())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self._inside:
+            return func(*args, **kwargs)
+        self._inside = True
+        try:
+            found = func(*args, **kwargs)
+        finally:
+            self._inside = False
+        if not self.refused:
+            self._called(func, args, kwargs, found)
+        return found
+
+    def _called(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
+        given = [t for t in _leaves([*args, *kwargs.values()]) if isinstance(t, Tensor)]
+        results = list(found) if isinstance(found, (tuple, list)) else [found]
+        made = [t for t in results if isinstance(t, Tensor)]
+        if (
+            _READ_ON_HOST.intersection(func.tags)
+            or func in _BY_ABSOLUTE_OFFSET
+            or any(id(t) not in self._number for t in given)
+            or any(isinstance(r, (tuple, list)) for r in results)
+            or any(t.device != self._device for t in (*given, *made))
+        ):
+            self.refused = True
+            return
+        if func in _ALLOCATE:
+            self._steps.append(_Allocate(self._new(found), found))
+            return
+        numbers = [self._result(r, given) if isinstance(r, Tensor) else None for r in results]
+        arguments = [self._numbered(a) for a in args]
+        named = {name: self._numbered(a) for name, a in kwargs.items()}
+        single = not isinstance(found, (tuple, list))
+        self._steps.append(_Call(func, arguments, named, numbers, single))
+
+    def _numbered(self, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return _Number(self._number[id(argument)])
+        if isinstance(argument, (tuple, list)):
+            return [self._numbered(a) for a in argument]
+        return argument
+
+    def _new(self, t: Tensor, root: tuple[int, int] | None = None) -> int:
+        number, self._count = self._count, self._count + 1
+        self._number[id(t)], self._root[number] = number, root or (number, 0)
+        self._kept.append(t)
+        return number
+
+    def _result(self, t: Tensor, given: Sequence[Tensor]) -> int:
+        """The number of a result: a new one, unless it is an argument."""
+        if id(t) in self._number:
+            return self._number[id(t)]
+        for a in given:
+            if storage_identity(a) == storage_identity(t):
+                root, offset = self._root[self._number[id(a)]]
+                moved = int(t.storage_offset()) * t.element_size() - int(a.storage_offset()) * a.element_size()
+                return self._new(t, (root, offset + moved))
+        return self._new(t)
+
+    def recording(self, result: Any) -> "Recording | bool":
+        """What was recorded; True where a result is no tensor that is known."""
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        if any(r is not None and id(r) not in self._number for r in results):
+            return True
+        numbers = [None if r is None else self._number[id(r)] for r in results]
+        for place, t in enumerate(results):
+            self._make_as_result(numbers, place, t)
+        form = type(result) if isinstance(result, (tuple, list)) else None
+        return Recording(self._needed(numbers), self._count - self._inputs, numbers, form, self._device)
+
+    def _make_as_result(self, numbers: list[int | None], place: int, t: Tensor | None) -> None:
+        """Where a result is all of an allocation seen in another form, allocate it in that form at once."""
+        number = numbers[place]
+        if number is None or t is None or self._root[number][0] == number:
+            return
+        root, offset = self._root[number]
+        made = next((s for s in self._steps if isinstance(s, _Allocate) and s.number == root), None)
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        if made is None or offset or extent * t.element_size() != made.bytes or t.dtype != made.dtype:
+            return
+        others = [*numbers[:place], root, *numbers[place + 1 :]]
+        read = {n for step in self._needed(others) for n in step.reads}
+        if any(self._root[n][0] == root for n in read) or [self._at_root(n) for n in others].count(root) > 1:
+            return
+        numbers[place] = root
+        made.size, made.strides = t.shape, t.stride()
+
+    def _at_root(self, number: int | None) -> int | None:
+        return None if number is None else self._root[number][0]
+
+    def _needed(self, results: Sequence[int | None]) -> list[_Step]:
+        """The steps without which a result or a launch would not be the same."""
+        by_value: set[int | None] = set(results)
+        by_address: set[int] = set()
+        kept: list[_Step] = []
+        for step in reversed(self._steps):
+            if step.writes or by_value.intersection(step.makes) or by_address.intersection(step.makes):
+                kept.append(step)
+                by_value.update(step.reads)
+                by_address.update(step.addresses)
+        return kept[::-1]
+
+
+class Recording:
+    """A call, to be done again on tensors that are alike."""
+
+    def __init__(
+        self, steps: Sequence[_Step], makes: int, results: Sequence[int | None], form: Any, device: torch.device
+    ) -> None:
+        self._steps, self._results, self._form, self._device = tuple(steps), tuple(results), form, device
+        self._nothing, self._zeros = [None] * makes, [0] * makes
+
+    def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
+        """The call's results; ``addresses`` those of the inputs, 0 for None."""
+        tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
+        with on_device(self._device):
+            stream = current_stream(self._device)
+            for step in self._steps:
+                step.run(tensors, found, stream)
+        results = [None if n is None else tensors[n] for n in self._results]
+        return results[0] if self._form is None else self._form(results)
