@@ -1,8 +1,8 @@
 """Custom operators whose call costs the host little: one Python function behind PyTorch's dispatcher.
 
-``torch.library.custom_op`` runs three functions a call (autograd, a choice of the device's kernel, a check for aliases),
-about 20 microseconds. Here a call that needs no gradient goes straight to the function; one that does takes PyTorch's own
-way. What is true of both: a fake for ``torch.compile``, ``torch.library.opcheck``, no argument is written to.
+``torch.library.custom_op`` runs three functions a call (autograd, a choice of the device's kernel, a check for
+aliases), about 20 microseconds. Here a call that needs no gradient goes straight to the function; one that does takes
+PyTorch's own way. What is true of both: a fake for ``torch.compile``, ``torch.library.opcheck``, no argument is written to.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,9 @@ def light_operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
     """
 
     def define(function: Callable[..., Any]) -> OpOverload:
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(
+            name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+        )
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         overload: OpOverload = getattr(torch.ops.vblackwell, name).default
         overload.__doc__ = function.__doc__

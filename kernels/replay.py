@@ -43,6 +43,19 @@ def refuse() -> None:
         recorder.refused = True
 
 
+def each_time(function: Callable[..., Tensor | None], *arguments: Any) -> Tensor | None:
+    """``function(*arguments)``, which a repeated call does again: for what depends on more than the key.
+
+    Tensors among the arguments are ones that the call was given or made. What the function does is not recorded; the
+    address of its result is aligned to 16 bytes every time.
+    """
+    recorder = getattr(_this_thread, "recorder", None)
+    if recorder is None:
+        return function(*arguments)
+    found: Tensor | None = recorder.each_time(function, arguments)
+    return found
+
+
 def takes(device: torch.device) -> bool:
     """Whether calls on a device are remembered: where our kernels run and the host is the slower one."""
     return device.type == "cuda" and torch.version.hip is None
@@ -161,12 +174,14 @@ class _Allocate(_Step):
 
 
 class _Call(_Step):
-    def __init__(self, function: Any, args: Any, kwargs: Any, results: Sequence[int | None], single: bool) -> None:
+    def __init__(
+        self, function: Any, args: Any, kwargs: Any, results: Sequence[int | None], single: bool, writes: bool
+    ) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs
         self.results, self.single = results, single
         self.reads = _numbers([*args, *kwargs.values()])
         self.makes = [r for r in results if r is not None]
-        self.writes = function._schema.is_mutable
+        self.writes = writes
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         kwargs = {name: _filled(value, tensors) for name, value in self.kwargs.items()}
@@ -237,6 +252,22 @@ class _Recorder(TorchDispatchMode):
             return
         self._steps.append(_Launched(Repeated(kernel, grid, given, named, compiled)))
 
+    def each_time(self, function: Callable[..., Tensor | None], arguments: Sequence[Any]) -> Tensor | None:
+        """The result; the call becomes a step."""
+        outermost, self._inside = not self._inside, True
+        try:
+            found = function(*arguments)
+        finally:
+            self._inside = not outermost
+        if self.refused or self._inside:
+            return found
+        if any(isinstance(a, Tensor) and id(a) not in self._number for a in arguments):
+            self.refused = True
+            return found
+        numbers = [None if found is None else self._new(found)]
+        self._steps.append(_Call(function, [self._numbered(a) for a in arguments], {}, numbers, True, True))
+        return found
+
     def _place(self, t: Tensor) -> Place:
         if id(t) not in self._number:
             raise _Unknown
@@ -276,7 +307,7 @@ class _Recorder(TorchDispatchMode):
         arguments = [self._numbered(a) for a in args]
         named = {name: self._numbered(a) for name, a in kwargs.items()}
         single = not isinstance(found, (tuple, list))
-        self._steps.append(_Call(func, arguments, named, numbers, single))
+        self._steps.append(_Call(func, arguments, named, numbers, single, func._schema.is_mutable))
 
     def _numbered(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):

@@ -231,7 +231,7 @@ _alone: dict[int, bool] = {}  # by the keys of a call, of which there are few
 
 
 def nothing_in_between(keyset: Any) -> bool:
-    """Whether only a device's kernel comes after autograd in a call: no mode, subclass, fake or lazily negated tensor."""
+    """Whether only a device's kernel comes after autograd in a call: no mode, subclass or fake tensor."""
     raw = keyset.raw_repr()
     known = _alone.get(raw)
     if known is None:
