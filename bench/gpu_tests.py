@@ -24,7 +24,7 @@ class Recorder:
         if report.outcome != "passed":
             row["outcome"] = report.outcome
         if report.failed:
-            print(f"\n{report.outcome} after {report.duration:.0f} s: {report.nodeid}\n{report.longreprtext[-1500:]}", flush=True)
+            print(f"\nfailed after {report.duration:.0f} s: {report.nodeid}\n{report.longreprtext[-1500:]}", flush=True)
 
 
 def main() -> int:
