@@ -22,6 +22,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels import replay
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
+from vbcompile.kernels.quick_operator import quick_operator
 from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator
 from vbcompile.kernels.replay import remembered
 from vbcompile.kernels.score_function import (
@@ -188,7 +189,7 @@ def _score_gradients(
 
 
 # -------------------------------------------------------------------------------------------- operator
-@torch.library.custom_op("vblackwell::attention", mutates_args=())
+@quick_operator("vblackwell::attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -240,7 +241,7 @@ def _(q, k, v, captured, scale, dropout_p, seed, score_function, *, implementati
     return out, q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("vblackwell::attention_backward", mutates_args=())
+@quick_operator("vblackwell::attention_backward")
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -162,10 +162,10 @@ def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
 
 
 class _Direct:
-    """A call of the compiled kernel's launcher."""
+    """A call of the launcher of ``compiled``."""
 
     def __init__(self, launcher: Any, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
-        self._launch = launcher.launch
+        self.compiled, self._launch = compiled, launcher.launch
         self._before = (*grid, *(1,) * (3 - len(grid)))
         flags = launcher.launch_cooperative_grid, launcher.launch_pdl
         no_scratch, no_hooks = (None, None), (None, None, None)

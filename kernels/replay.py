@@ -73,7 +73,7 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     first = tensors[0]
     assert first is not None
     if not takes(first.device) or getattr(_this_thread, "recorder", None) is not None:
-        return run()
+        return _checked(run(), tensors)
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     described = [
         None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
@@ -86,13 +86,24 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     if known.__class__ is Recording:
         return known.run(tensors, addresses)  # type: ignore[union-attr]
     if known is True:
-        return run()
+        return _checked(run(), tensors)
     if known is None:
+        result = _checked(run(), tensors)
         _remember(key, False)
-        return run()
+        return result
     recorder = _Recorder(tensors)
-    result = recorder.record(run)
+    result = _checked(recorder.record(run), tensors)
     _remember(key, True if recorder.refused else recorder.recording(result))
+    return result
+
+
+def _checked(result: R, tensors: Sequence[Tensor | None]) -> R:
+    """The results of an operator, none of which may share memory with another or with an argument."""
+    results = result if isinstance(result, (tuple, list)) else [result]
+    found = [storage_identity(t) for t in results if t is not None]
+    given = {storage_identity(t) for t in tensors if t is not None}
+    if len(set(found)) < len(found) or not given.isdisjoint(found):
+        raise RuntimeError("every result of an operator must lie in memory of its own")
     return result
 
 

@@ -493,3 +493,31 @@ def current_stream(device: torch.device) -> int:
 def storage_identity(t: torch.Tensor) -> int:
     """Equal for tensors that lie in the same memory, as views do."""
     return t.untyped_storage()._cdata
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+any_requires_grad = torch._C._any_requires_grad
+
+
+def autograd_kernel(defined: Any) -> Callable[..., Any]:
+    """What ``torch.library.custom_op`` registers for autograd: ``kernel(keyset, *arguments, **keyword_only)``."""
+    from torch._library.autograd import make_autograd_impl
+
+    return make_autograd_impl(defined._opoverload, defined)
+
+
+def is_plain_call(keyset: Any) -> bool:
+    """Whether below autograd there is nothing but a device's kernel: no tracing, no subclass, no transformation."""
+    return not keyset.raw_repr() & ~_PLAIN_KEYS
+
+
+_PLAIN_KEYS = functools.reduce(
+    lambda keys, name: keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr(),
+    ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView", "BackendSelect"),
+    0,
+)
+
+
+def is_watched_by_dynamo() -> bool:
+    """Whether Dynamo would compile a function that is called now."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
