@@ -22,7 +22,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
-from vbcompile.kernels.light_operator import light_operator, register_fake, register_gradient
+from vbcompile.kernels.quick_operator import quick_operator
 from vbcompile.kernels.registry import Choice, Implementation, forced_implementation, operator, to_be_run
 from vbcompile.kernels.replay import remembered
 from vbcompile.kernels.triton_target import interpreted, on_device, refuses_triton
@@ -78,7 +78,7 @@ def fp4_linear_backward_reference(
 
 
 # ------------------------------------------------------------------------------------------------------------- operator
-@light_operator("fp4_linear")
+@quick_operator("vblackwell::fp4_linear")
 def fp4_linear(
     x: Tensor,
     codes: Tensor,
@@ -142,14 +142,15 @@ def _apply(y: Tensor, epilogue: str) -> Tensor:
     return epilogue_alone(y, epilogue)
 
 
-def _fake(
+@fp4_linear.register_fake
+def _(
     x, codes, block_scales, row_scale, bias, k, format_name, layout, activations="same", epilogue="none", *,
     implementations="",
 ):  # fmt: skip
     return x.new_empty([*x.shape[:-1], out_features(row_scale.shape[0], epilogue)])
 
 
-@light_operator("fp4_linear_backward")
+@quick_operator("vblackwell::fp4_linear_backward")
 def fp4_linear_backward(
     grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str,
     *, implementations: str = "",
@@ -167,7 +168,8 @@ def fp4_linear_backward(
     return remembered("fp4_linear_backward", static, (grad, codes, block_scales, row_scale), run)
 
 
-def _backward_fake(grad, codes, block_scales, row_scale, k, format_name, layout, *, implementations=""):
+@fp4_linear_backward.register_fake
+def _(grad, codes, block_scales, row_scale, k, format_name, layout, *, implementations=""):
     return grad.new_empty([*grad.shape[:-1], k])
 
 
@@ -192,8 +194,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
-register_fake(fp4_linear, _fake)
-register_gradient(fp4_linear, _backward, _setup_context)
+fp4_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -212,8 +213,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return twice, None, None, None, None, None, None
 
 
-register_fake(fp4_linear_backward, _backward_fake)
-register_gradient(fp4_linear_backward, _double_backward, _backward_setup)
+fp4_linear_backward.register_autograd(_double_backward, setup_context=_backward_setup)
 
 
 # ------------------------------------------------------------------------------------------------------ implementations

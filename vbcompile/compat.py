@@ -215,32 +215,6 @@ def has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
-def autograd_kernel(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., Any] | None) -> Any:
-    """What ``torch.library.register_autograd`` registers for an operator: ``kernel(keyset, *args, **keywords)``."""
-    from torch._library.autograd import Info, make_autograd_impl
-
-    return make_autograd_impl(operator, Info(backward, setup_context))
-
-
-def needs_gradient(args: Sequence[Any]) -> bool:
-    """Whether autograd has to record an operator that is called with these arguments."""
-    return torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args)  # type: ignore[attr-defined]
-
-
-_alone: dict[int, bool] = {}  # by the keys of a call, of which there are few
-
-
-def nothing_in_between(keyset: Any) -> bool:
-    """Whether only a device's kernel comes after autograd in a call: no mode, subclass or fake tensor."""
-    raw = keyset.raw_repr()
-    known = _alone.get(raw)
-    if known is None:
-        after, names = keyset & torch._C._after_autograd_keyset, ("CPU", "CUDA", "XPU", "HPU", "PrivateUse1")
-        backends = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
-        known = _alone[raw] = after.raw_repr() in [backend.raw_repr() for backend in backends]
-    return known
-
-
 def size_hint(size: Any) -> int:
     """A plain number for a size, without adding a guard for symbolic ones."""
     if isinstance(size, int):
