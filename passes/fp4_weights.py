@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from vbcompile.kernels.fp4 import PackedWeight, concat_rows, row_ranges, row_sca
 from vbcompile.kernels.fp4_epilogue import turns
 from vbcompile.kernels.fp4_grouped import to_grouped_layout
 from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
+from vbcompile.kernels.fp4_linear_fp8 import multiplies_fp8
+from vbcompile.kernels.fp4_linear_triton import preferred_layout
+from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
 
 WATCHES = ("samples", "contents")
@@ -46,6 +50,24 @@ class PackKey:
     transposed: bool
     method: str = "mse"
     gate: str = ""
+
+
+def pack_key(
+    context: Any, format_name: str, transposed: bool, dtype: torch.dtype, rows: int | None, linear: bool = True
+) -> PackKey:
+    """How a weight is packed for the products that it will get under the options.
+
+    Args:
+        context: what a pass may know (``pipeline.PassContext``).
+        dtype, rows: of the activation; None for rows that are not known.
+        linear: whether the weight is of a linear layer, not a stack of experts.
+    """
+    target, activations = context.target, context.config.fp4_activations
+    # tiles, but for hardware that reads FP4 as it is; gradients are made from tiles
+    native = linear and not context.training
+    layout = native_layout(target, format_name, activations, dtype, rows) if native else None
+    in_fp8 = linear and activations == "fp8" and multiplies_fp8(target)
+    return PackKey(format_name, layout or preferred_layout(target), transposed, "fp8" if in_fp8 else "mse")
 
 
 @dataclass(eq=False)

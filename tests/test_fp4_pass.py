@@ -140,7 +140,7 @@ def test_updated_weights_are_packed_again(update):
 
 
 def test_weights_are_packed_for_the_products_that_they_get(monkeypatch):
-    monkeypatch.setattr(fp4, "multiplies_fp8", lambda target: True)
+    monkeypatch.setattr(fp4_weights, "multiplies_fp8", lambda target: True)
     layer, x = nn.Linear(256, 256), torch.randn(2, 256)
     with torch.no_grad():
         for activations, method in (("same", "mse"), ("fp8", "fp8")):
