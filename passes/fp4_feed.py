@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vbcompile.passes.fp4_weights import Packed, PackKey, give_up, pack
+from vbcompile.passes.fp4_weights import Packed, PackKey, WeightState, give_up, looks_inside, pack
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class WeightFeed:
         self._fed, self._max_error, self._watch, self._unpacked = fed, max_error, watch, unpacked
         self._gives_up = any(master != "keep" for one in fed for master in one.master)
         self._warned = False
+        # positions of weights with what was last seen of them, and the tensors that go with that
+        self._last: tuple[list[tuple[int, WeightState, int]], list[Tensor]] | None = None
 
     def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """``compiled`` called with the packed tensors added."""
@@ -61,12 +63,28 @@ class WeightFeed:
         return with_packed_weights
 
     def _tensors(self, args: Sequence[Any]) -> list[Tensor]:
+        if self._last is not None:
+            seen, extra = self._last
+            for position, state, contents in seen:
+                if state.contents != contents or not state.is_as_seen(args[position]):
+                    break
+            else:
+                return extra
+        return self._looked_for(args)
+
+    def _looked_for(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors after a look at every weight, those made again that have to be."""
         extra: list[Tensor] = []
         for fed in self._fed:
             weights = [args[position] for position in fed.positions]
             if not fed.packed.is_current(weights, self._watch) or max(fed.packed.errors) > self._max_error:
                 fed.packed = self._packed_again(fed, weights)
             extra += fed.packed.linear.tensors
+        if not any(looks_inside(args[position], self._watch) for fed in self._fed for position in fed.positions):
+            pairs = (
+                (p, *looked) for fed in self._fed for p, looked in zip(fed.positions, fed.packed.states, strict=True)
+            )
+            self._last = [*pairs], extra
         return extra
 
     def _packed_again(self, fed: FedWeight, weights: list[Tensor]) -> Packed:

@@ -97,11 +97,15 @@ class WeightState:
 
     def look(self, weight: Tensor, watch: str) -> int:
         """Compare the weight with what was last seen of it, and return the number of its contents."""
-        if weight._version != self.version or weight.data_ptr() != self.address:
+        if not self.is_as_seen(weight):
             self.changed(weight)
-        elif not self.dropped:
+        elif not self.dropped and looks_inside(weight, watch):
             self._look_inside(weight, watch)
         return self.contents
+
+    def is_as_seen(self, weight: Tensor) -> bool:
+        """Whether this is the weight, with the version and address that it had."""
+        return self.weight() is weight and weight._version == self.version and weight.data_ptr() == self.address
 
     def _look_inside(self, weight: Tensor, watch: str) -> None:
         if weight.device.type == "cpu":
@@ -125,6 +129,11 @@ class WeightState:
         """What the weight is now is what is known of it."""
         self.version, self.address = weight._version, weight.data_ptr()
         self.sample = self.checksum = None
+
+
+def looks_inside(weight: Tensor, watch: str) -> bool:
+    """Whether values of a weight are looked at, besides its version and address."""
+    return weight.device.type == "cpu" or watch == "contents"
 
 
 @dataclass(eq=False)
