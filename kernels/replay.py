@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vbcompile.compat import current_stream, empty_on_device, storage_identity
+from vbcompile.compat_calls import current_stream, empty_on_device, storage_identity
 from vbcompile.kernels import launches
 from vbcompile.kernels.launches import Place, Repeated
 from vbcompile.kernels.triton_target import on_device
 
 R = TypeVar("R")
 
-_MOST = 2048  # keys; the oldest go first
+_MOST = 1024  # keys; the oldest go first
 _known: dict[Hashable, "Recording | bool"] = {}  # False: seen once; True: not to be recorded
 _generation = [0]
 _this_thread = threading.local()  # .recorder: the one at work
@@ -61,7 +61,7 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     assert first is not None
     if not takes(first.device) or getattr(_this_thread, "recorder", None) is not None:
         return _checked(run(), tensors)
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    addresses = [-n if t is None else t.data_ptr() for n, t in enumerate(tensors)]
     described = [
         None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
         for t, address in zip(tensors, addresses, strict=True)
@@ -367,7 +367,7 @@ class Recording:
         self._nothing, self._zeros = [None] * makes, [0] * makes
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
-        """The call's results; ``addresses`` those of the inputs, 0 for None."""
+        """The call's results; ``addresses`` those of the inputs."""
         tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
         with on_device(self._device):
             stream = current_stream(self._device)

@@ -84,11 +84,8 @@ def inputs(q_length, k_length, dim, rows_first):
     ("kernel", "function", "q_length", "k_length", "expected"),
     [
         ("triton", PLAIN, 1, 512, 2),
-        ("triton", CAUSAL, 100, 100, 4),
-        ("triton", BIASED, 128, 128, 4),
-        ("hopper", PLAIN, 128, 128, 4),
+        ("triton", BIASED, 100, 100, 4),
         ("hopper", CAUSAL, 200, 200, 4),
-        ("hopper", BIASED, 128, 128, 7),
     ],
 )
 def test_parameters_are_those_of_tritons_own_launch(compared, kernel, function, q_length, k_length, expected):
