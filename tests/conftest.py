@@ -6,9 +6,10 @@ import torch._inductor.config
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a card several test processes share few cores, and each would start compiler processes of its own."""
+    """On a card several test processes share few cores, and each would start compiler processes and threads of its own."""
     if torch.cuda.is_available() or torch.xpu.is_available():
         torch._inductor.config.compile_threads = 1
+        torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
