@@ -11,6 +11,7 @@ the key, and it says so (``registry.Implementation.replays``).
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +117,9 @@ _ALLOCATE = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+_ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
 _BY_ABSOLUTE_OFFSET = {_aten.as_strided.default, _aten.set_.source_Storage_storage_offset}
+_ALIGNED = 512  # bytes, as PyTorch's allocator aligns
 _READ_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -161,14 +164,33 @@ class _Step:
 
 
 class _Allocate(_Step):
-    def __init__(self, number: int, like: Tensor) -> None:
-        self.number, self.makes = number, [number]
+    def __init__(self, number: int, like: Tensor, zero: bool) -> None:
+        self.number, self.makes, self.zero = number, [number], zero
         self.size, self.strides, self.dtype, self.device = like.shape, like.stride(), like.dtype, like.device
         self.bytes = like.untyped_storage().nbytes()
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         t = empty_on_device(self.size, self.strides, self.dtype, self.device)
+        if self.zero:
+            t.zero_()
         tensors[self.number], addresses[self.number] = t, t.data_ptr()
+
+
+class _AllocateTogether(_Step):
+    """One piece of memory for buffers that nothing but launches by address know."""
+
+    def __init__(self, parts: Sequence[_Allocate]) -> None:
+        self.makes = [part.number for part in parts]
+        *starts, total = accumulate((-(-part.bytes // _ALIGNED) * _ALIGNED for part in parts), initial=0)
+        self.parts = [*zip(self.makes, starts, strict=True)]
+        self.first, self.size, self.device = self.makes[0], (total,), parts[0].device
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        t = empty_on_device(self.size, (1,), torch.uint8, self.device)
+        begin = t.data_ptr()
+        tensors[self.first] = t
+        for number, start in self.parts:
+            addresses[number] = begin + start
 
 
 class _Call(_Step):
@@ -280,8 +302,8 @@ class _Recorder(TorchDispatchMode):
         ):
             self.refused = True
             return
-        if func in _ALLOCATE:
-            self._steps.append(_Allocate(self._new(found), found))
+        if func in _ALLOCATE or func in _ZEROS:
+            self._steps.append(_Allocate(self._new(found), found, func in _ZEROS))
             return
         numbers = [self._result(r, given) if isinstance(r, Tensor) else None for r in results]
         arguments = [self._numbered(a) for a in args]
@@ -322,7 +344,9 @@ class _Recorder(TorchDispatchMode):
         for place, t in enumerate(results):
             self._make_as_result(numbers, place, t)
         form = type(result) if isinstance(result, (tuple, list)) else None
-        return Recording(self._needed(numbers), self._count - self._inputs, numbers, form, self._device)
+        return Recording(
+            _together(self._needed(numbers), numbers), self._count - self._inputs, numbers, form, self._device
+        )
 
     def _make_as_result(self, numbers: list[int | None], place: int, t: Tensor | None) -> None:
         """Where a result is all of an allocation seen in another form, allocate it in that form at once."""
@@ -355,6 +379,17 @@ class _Recorder(TorchDispatchMode):
                 by_value.update(step.reads)
                 by_address.update(step.addresses)
         return kept[::-1]
+
+
+def _together(steps: list[_Step], results: Sequence[int | None]) -> list[_Step]:
+    """The steps with one allocation in the place of all that nothing but launches by address know."""
+    if not all(step.repeated.direct for step in steps if isinstance(step, _Launched)):
+        return steps
+    known = {*results, *(n for step in steps for n in step.reads)}
+    parts = [s for s in steps if isinstance(s, _Allocate) and not s.zero and s.number not in known]
+    if len(parts) < 2:
+        return steps
+    return [_AllocateTogether(parts), *(s for s in steps if s not in parts)]
 
 
 class Recording:
