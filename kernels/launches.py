@@ -86,7 +86,12 @@ def _tensors_in(argument: Any, tensors: Sequence[Any]) -> Any:
 
 
 class Repeated:
-    """One launch, to be repeated on tensors that lie elsewhere and are alike in all else."""
+    """One launch, to be repeated on tensors that lie elsewhere and are alike in all else.
+
+    Attributes:
+        places: of all tensors that it takes.
+        direct: whether it needs nothing but their addresses.
+    """
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: dict[str, Any], compiled: Any
@@ -94,8 +99,9 @@ class Repeated:
         """``arguments`` and ``options`` as :func:`placed` gives them; ``compiled``: what the launch returned."""
         self._kernel, self._grid = kernel, grid
         self._arguments, self._options = arguments, options
+        self._compiled = _compiled(kernel, grid, arguments, options, compiled)
         self.places = [*_places((*arguments, *options.values()))]
-        self._direct = _direct(kernel, grid, arguments, options, compiled)
+        self.direct = self._compiled is not None
 
     def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
         """Launch on the current device.
@@ -103,8 +109,8 @@ class Repeated:
         Args:
             tensors: by number; addresses: of each; stream: the current one, as the driver knows it.
         """
-        if self._direct is not None and not _hooks():
-            self._direct.run(addresses, stream)
+        if self._compiled is not None:
+            self._compiled.run(addresses, stream)
             return
         options = {name: _tensors_in(value, tensors) for name, value in self._options.items()}
         self._kernel[self._grid](*_tensors_in(tuple(self._arguments), tensors), **options)
@@ -161,21 +167,19 @@ def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
     return None
 
 
-class _Direct:
-    """A call of the launcher of ``compiled``."""
+class _Compiled:
+    """A compiled kernel, launched by its launcher."""
 
-    def __init__(self, launcher: Any, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
-        self.compiled, self._launch = compiled, launcher.launch
-        self._before = (*grid, *(1,) * (3 - len(grid)))
-        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
-        no_scratch, no_hooks = (None, None), (None, None, None)
-        self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, *no_hooks)
-        makers = [(n, _maker(value)) for n, value in enumerate(values)]
-        addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
-        self._addresses = addresses
-        self._others = [(n, m) for n, m in makers if m is not None and not isinstance(values[n], Place)]
-        changing = {n for n, m in makers if m is not None}
-        self._values = [None if n in changing else value for n, value in enumerate(values)]
+    def __init__(self, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
+        self.compiled, self._launcher, self._launch = compiled, compiled.run, compiled.run.launch
+        self._grid = (*grid, *(1,) * (3 - len(grid)))
+        flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
+        self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
+        makers = {n: maker for n, value in enumerate(values) if (maker := _maker(value)) is not None}
+        self._addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
+        self._others = [(n, maker) for n, maker in makers.items() if not isinstance(values[n], Place)]
+        self._values = [None if n in makers else value for n, value in enumerate(values)]
+        self._hooks = _runtime_knobs()
 
     def run(self, addresses: Sequence[int], stream: int) -> None:
         values = self._values.copy()
@@ -183,13 +187,20 @@ class _Direct:
             values[n] = addresses[root] + offset
         for n, make in self._others:
             values[n] = make(addresses)
-        self._launch(*self._before, stream, *self._middle, *values)
+        enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
+        if enter.calls or leave.calls:  # a profiler listens
+            compiled = self.compiled
+            metadata = compiled.launch_metadata(self._grid, stream, *values)
+            hooks = compiled.packed_metadata, metadata, enter, leave
+            self._launcher(*self._grid, stream, compiled.function, *hooks, *values)
+        else:
+            self._launch(*self._grid, stream, *self._middle, *values)
 
 
-def _direct(
+def _compiled(
     kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: dict[str, Any], compiled: Any
-) -> _Direct | None:
-    """The launch by NVIDIA's launcher; None where it takes more than that (other vendors, scratch memory, hooks)."""
+) -> _Compiled | None:
+    """The launch by NVIDIA's launcher; None where it takes more than that (other vendors, scratch memory)."""
     if compiled is None or not _verified():
         return None
     from triton.backends.nvidia.driver import CudaLauncher
@@ -202,8 +213,7 @@ def _direct(
     if not isinstance(launcher, CudaLauncher) or launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    values = [given.get(p.name, p.default) for p in kernel.params]
-    return _Direct(launcher, compiled, grid, values)
+    return _Compiled(compiled, grid, [given.get(p.name, p.default) for p in kernel.params])
 
 
 @cache
@@ -213,12 +223,6 @@ def _verified() -> bool:
     import triton
 
     return triton.__version__.startswith(VERIFIED_TRITON)
-
-
-def _hooks() -> bool:
-    """Whether somebody (a profiler) wants to see launches by Triton."""
-    runtime = _runtime_knobs()
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 @cache

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from vbcompile.compat import any_requires_grad, autograd_kernel, below_autograd, is_plain_call, is_watched_by_dynamo
+from vbcompile.compat_calls import (
+    any_requires_grad,
+    autograd_kernel,
+    below_autograd,
+    is_plain_call,
+    is_watched_by_dynamo,
+)
 
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 

@@ -11,20 +11,21 @@ the key, and it says so (``registry.Implementation.replays``).
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vbcompile.compat import current_stream, empty_on_device, storage_identity
+from vbcompile.compat_calls import current_stream, empty_on_device, storage_identity
 from vbcompile.kernels import launches
 from vbcompile.kernels.launches import Place, Repeated
 from vbcompile.kernels.triton_target import on_device
 
 R = TypeVar("R")
 
-_MOST = 2048  # keys; the oldest go first
+_MOST = 1024  # keys; the oldest go first
 _known: dict[Hashable, "Recording | bool"] = {}  # False: seen once; True: not to be recorded
 _generation = [0]
 _this_thread = threading.local()  # .recorder: the one at work
@@ -74,7 +75,7 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     assert first is not None
     if not takes(first.device) or getattr(_this_thread, "recorder", None) is not None:
         return _checked(run(), tensors)
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    addresses = [-n if t is None else t.data_ptr() for n, t in enumerate(tensors)]
     described = [
         None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
         for t, address in zip(tensors, addresses, strict=True)
@@ -129,7 +130,9 @@ _ALLOCATE = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+_ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
 _BY_ABSOLUTE_OFFSET = {_aten.as_strided.default, _aten.set_.source_Storage_storage_offset}
+_ALIGNED = 512  # bytes, as PyTorch's allocator aligns
 _READ_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -174,14 +177,33 @@ class _Step:
 
 
 class _Allocate(_Step):
-    def __init__(self, number: int, like: Tensor) -> None:
-        self.number, self.makes = number, [number]
+    def __init__(self, number: int, like: Tensor, zero: bool) -> None:
+        self.number, self.makes, self.zero = number, [number], zero
         self.size, self.strides, self.dtype, self.device = like.shape, like.stride(), like.dtype, like.device
         self.bytes = like.untyped_storage().nbytes()
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         t = empty_on_device(self.size, self.strides, self.dtype, self.device)
+        if self.zero:
+            t.zero_()
         tensors[self.number], addresses[self.number] = t, t.data_ptr()
+
+
+class _AllocateTogether(_Step):
+    """One piece of memory for buffers that nothing but launches by address know."""
+
+    def __init__(self, parts: Sequence[_Allocate]) -> None:
+        self.makes = [part.number for part in parts]
+        *starts, total = accumulate((-(-part.bytes // _ALIGNED) * _ALIGNED for part in parts), initial=0)
+        self.parts = [*zip(self.makes, starts, strict=True)]
+        self.first, self.size, self.device = self.makes[0], (total,), parts[0].device
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        t = empty_on_device(self.size, (1,), torch.uint8, self.device)
+        begin = t.data_ptr()
+        tensors[self.first] = t
+        for number, start in self.parts:
+            addresses[number] = begin + start
 
 
 class _Call(_Step):
@@ -311,8 +333,8 @@ class _Recorder(TorchDispatchMode):
         ):
             self.refused = True
             return
-        if func in _ALLOCATE:
-            self._steps.append(_Allocate(self._new(found), found))
+        if func in _ALLOCATE or func in _ZEROS:
+            self._steps.append(_Allocate(self._new(found), found, func in _ZEROS))
             return
         numbers = [self._result(r, given) if isinstance(r, Tensor) else None for r in results]
         arguments = [self._numbered(a) for a in args]
@@ -353,7 +375,9 @@ class _Recorder(TorchDispatchMode):
         for place, t in enumerate(results):
             self._make_as_result(numbers, place, t)
         form = type(result) if isinstance(result, (tuple, list)) else None
-        return Recording(self._needed(numbers), self._count - self._inputs, numbers, form, self._device)
+        return Recording(
+            _together(self._needed(numbers), numbers), self._count - self._inputs, numbers, form, self._device
+        )
 
     def _make_as_result(self, numbers: list[int | None], place: int, t: Tensor | None) -> None:
         """Where a result is all of an allocation seen in another form, allocate it in that form at once."""
@@ -388,6 +412,17 @@ class _Recorder(TorchDispatchMode):
         return kept[::-1]
 
 
+def _together(steps: list[_Step], results: Sequence[int | None]) -> list[_Step]:
+    """The steps with one allocation in the place of all that nothing but launches by address know."""
+    if not all(step.repeated.direct for step in steps if isinstance(step, _Launched)):
+        return steps
+    known = {*results, *(n for step in steps for n in step.reads)}
+    parts = [s for s in steps if isinstance(s, _Allocate) and not s.zero and s.number not in known]
+    if len(parts) < 2:
+        return steps
+    return [_AllocateTogether(parts), *(s for s in steps if s not in parts)]
+
+
 class Recording:
     """A call, to be done again on tensors that are alike."""
 
@@ -398,7 +433,7 @@ class Recording:
         self._nothing, self._zeros = [None] * makes, [0] * makes
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
-        """The call's results; ``addresses`` those of the inputs, 0 for None."""
+        """The call's results; ``addresses`` those of the inputs."""
         tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
         with on_device(self._device):
             stream = current_stream(self._device)

@@ -82,7 +82,7 @@ class Stub:
         """How many kernels were launched."""
         return self._library.stub_launches()
 
-    def read_parameters(self, signature: dict[str, object], descriptors: object) -> None:
+    def read_parameters(self, signature: dict[str, object]) -> None:
         """From now on note parameters of a kernel of this signature."""
         sizes = [size for kind in signature.values() for size in _sizes(kind)]
         self._library.stub_sizes((ctypes.c_int * len(sizes))(*sizes), len(sizes))
