@@ -6,12 +6,13 @@ shape of the weight): nothing is tuned at run time.
 
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vbcompile.compat import current_stream
+from vbcompile.compat_calls import current_stream
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
@@ -226,7 +227,7 @@ def counters(device: torch.device, count: int) -> Tensor:
     a graph may be replayed on any stream; where none are left, or :func:`prepare` was not called before the recording
     began, the graph zeroes fresh ones at each replay.
     """
-    found = each_time(_counters, device, count)
+    found = each_time(partial(_counters, device, count))
     assert found is not None
     return found
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from inspect import getclosurevars, isfunction
 from typing import Any
 
 import torch
@@ -155,6 +156,8 @@ def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
     if isinstance(argument, Place):
         root, offset = argument.root, argument.offset
         return lambda addresses: addresses[root] + offset
+    if isinstance(argument, _Encoded):
+        return argument
     if isinstance(argument, PlacedDescriptor):
         root, offset, dtype = argument.place.root, argument.place.offset, argument.place.dtype
         shape, strides, padding = argument.original.shape, argument.original.strides, argument.original.padding
@@ -167,34 +170,87 @@ def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
     return None
 
 
-class _Compiled:
-    """A compiled kernel, launched by its launcher."""
+class _Encoded:
+    """A tensor descriptor as the driver reads it; the last of an address is kept, since addresses come back."""
 
-    def __init__(self, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
-        self.compiled, self._launcher, self._launch = compiled, compiled.run, compiled.run.launch
-        self._grid = (*grid, *(1,) * (3 - len(grid)))
-        flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
-        self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
+    _MOST = 64
+
+    def __init__(self, argument: PlacedDescriptor, metadata: Any) -> None:
+        made = _maker(argument)
+        assert made is not None
+        self._make, self._metadata = made, metadata
+        self._root, self._offset = argument.place.root, argument.place.offset
+        self._known: dict[int, Any] = {}
+
+    def __call__(self, addresses: Sequence[int]) -> Any:
+        address = addresses[self._root] + self._offset
+        found = self._known.get(address)
+        if found is None:
+            from triton.backends.nvidia.driver import make_tensordesc_arg
+
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            found = self._known[address] = make_tensordesc_arg(self._make(addresses), self._metadata)[0]
+        return found
+
+
+class _Values:
+    """What a launcher is called with, but for the addresses in it."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
         makers = {n: maker for n, value in enumerate(values) if (maker := _maker(value)) is not None}
         self._addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
         self._others = [(n, maker) for n, maker in makers.items() if not isinstance(values[n], Place)]
         self._values = [None if n in makers else value for n, value in enumerate(values)]
-        self._hooks = _runtime_knobs()
 
-    def run(self, addresses: Sequence[int], stream: int) -> None:
+    def at(self, addresses: Sequence[int]) -> list[Any]:
         values = self._values.copy()
         for n, root, offset in self._addresses:
             values[n] = addresses[root] + offset
         for n, make in self._others:
             values[n] = make(addresses)
+        return values
+
+
+def _below(launch: Any, values: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The launch, and its values, below what encodes tensor descriptors anew at each call."""
+    around = getclosurevars(launch).nonlocals if isfunction(launch) else {}
+    metadata = around.get("tensordesc_meta")
+    descriptors = [value for value in values if isinstance(value, PlacedDescriptor)]
+    encodes = len(descriptors) == len(metadata or ()) and all(m and not m["fp4_padded"] for m in metadata or (None,))
+    if not encodes or "launcher" not in around:
+        return launch, [*values]
+    flat, of_each = [], iter(metadata)
+    for value in values:
+        if isinstance(value, PlacedDescriptor):
+            flat += [_Encoded(value, next(of_each)), *value.original.shape, *value.original.strides]
+        else:
+            flat.append(value)
+    return around["launcher"], flat
+
+
+class _Compiled:
+    """A compiled kernel, launched by its launcher."""
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
+        self.compiled, self._launcher = compiled, compiled.run
+        self._grid = (*grid, *(1,) * (3 - len(grid)))
+        flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
+        self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
+        self._values = _Values(values)
+        self._launch, below = _below(compiled.run.launch, values)
+        self._below = _Values(below)
+        self._hooks = _runtime_knobs()
+
+    def run(self, addresses: Sequence[int], stream: int) -> None:
         enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
         if enter.calls or leave.calls:  # a profiler listens
-            compiled = self.compiled
+            compiled, values = self.compiled, self._values.at(addresses)
             metadata = compiled.launch_metadata(self._grid, stream, *values)
             hooks = compiled.packed_metadata, metadata, enter, leave
             self._launcher(*self._grid, stream, compiled.function, *hooks, *values)
         else:
-            self._launch(*self._grid, stream, *self._middle, *values)
+            self._launch(*self._grid, stream, *self._middle, *self._below.at(addresses))
 
 
 def _compiled(

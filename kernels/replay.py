@@ -44,16 +44,16 @@ def refuse() -> None:
         recorder.refused = True
 
 
-def each_time(function: Callable[..., Tensor | None], *arguments: Any) -> Tensor | None:
-    """``function(*arguments)``, which a repeated call does again: for what depends on more than the key.
+def each_time(function: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor | None:
+    """``function(*tensors)``, which a repeated call does again: for what depends on more than the key.
 
-    Tensors among the arguments are ones that the call was given or made. What the function does is not recorded; the
-    address of its result is aligned to 16 bytes every time.
+    The tensors are ones that the call was given or made. What the function does is not recorded; its result is a tensor
+    that is alike every time, at an address that is a multiple of 16 bytes.
     """
     recorder = getattr(_this_thread, "recorder", None)
     if recorder is None:
-        return function(*arguments)
-    found: Tensor | None = recorder.each_time(function, arguments)
+        return function(*tensors)
+    found: Tensor | None = recorder.each_time(function, tensors)
     return found
 
 
@@ -207,14 +207,12 @@ class _AllocateTogether(_Step):
 
 
 class _Call(_Step):
-    def __init__(
-        self, function: Any, args: Any, kwargs: Any, results: Sequence[int | None], single: bool, writes: bool
-    ) -> None:
+    def __init__(self, function: Any, args: Any, kwargs: Any, results: Sequence[int | None], single: bool) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs
         self.results, self.single = results, single
         self.reads = _numbers([*args, *kwargs.values()])
         self.makes = [r for r in results if r is not None]
-        self.writes = writes
+        self.writes = function._schema.is_mutable
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         kwargs = {name: _filled(value, tensors) for name, value in self.kwargs.items()}
@@ -222,6 +220,21 @@ class _Call(_Step):
         for number, t in zip(self.results, (found,) if self.single else found, strict=True):
             if number is not None:
                 tensors[number], addresses[number] = t, t.data_ptr()
+
+
+class _Again(_Step):
+    """A function of :func:`each_time`."""
+
+    writes = True
+
+    def __init__(self, function: Callable[..., Tensor | None], numbers: Sequence[int], result: int | None) -> None:
+        self.function, self.reads, self.number = function, numbers, result
+        self.makes = [] if result is None else [result]
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        found = self.function(*[tensors[n] for n in self.reads])
+        if found is not None and self.number is not None:
+            tensors[self.number], addresses[self.number] = found, found.data_ptr()
 
 
 class _Launched(_Step):
@@ -285,20 +298,20 @@ class _Recorder(TorchDispatchMode):
             return
         self._steps.append(_Launched(Repeated(kernel, grid, given, named, compiled)))
 
-    def each_time(self, function: Callable[..., Tensor | None], arguments: Sequence[Any]) -> Tensor | None:
+    def each_time(self, function: Callable[..., Tensor | None], given: Sequence[Tensor]) -> Tensor | None:
         """The result; the call becomes a step."""
         outermost, self._inside = not self._inside, True
         try:
-            found = function(*arguments)
+            found = function(*given)
         finally:
             self._inside = not outermost
         if self.refused or self._inside:
             return found
-        if any(isinstance(a, Tensor) and id(a) not in self._number for a in arguments):
+        if any(id(t) not in self._number for t in given):
             self.refused = True
             return found
-        numbers = [None if found is None else self._new(found)]
-        self._steps.append(_Call(function, [self._numbered(a) for a in arguments], {}, numbers, True, True))
+        numbers = [self._number[id(t)] for t in given]
+        self._steps.append(_Again(function, numbers, None if found is None else self._new(found)))
         return found
 
     def _place(self, t: Tensor) -> Place:
@@ -340,7 +353,7 @@ class _Recorder(TorchDispatchMode):
         arguments = [self._numbered(a) for a in args]
         named = {name: self._numbered(a) for name, a in kwargs.items()}
         single = not isinstance(found, (tuple, list))
-        self._steps.append(_Call(func, arguments, named, numbers, single, func._schema.is_mutable))
+        self._steps.append(_Call(func, arguments, named, numbers, single))
 
     def _numbered(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
