@@ -19,6 +19,11 @@ def empty_on_device(
 _EMPTY_STRIDED_CUDA: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
+def seen_as(t: torch.Tensor, size: Sequence[int], strides: Sequence[int], offset: int) -> torch.Tensor:
+    """A view of ``t`` that begins ``offset`` elements behind it."""
+    return torch._C._dynamo.guards._reinterpret_tensor(t, size, strides, offset)
+
+
 def current_stream(device: torch.device) -> int:
     """The current stream of a device as the driver knows it; 0 where there is none."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
