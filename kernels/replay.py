@@ -170,7 +170,8 @@ class _Step:
 class _Allocate(_Step):
     def __init__(self, number: int, like: Tensor, zero: bool) -> None:
         self.number, self.makes, self.zero = number, [number], zero
-        self.size, self.strides, self.dtype, self.device = like.shape, like.stride(), like.dtype, like.device
+        self.size, self.strides = tuple(like.shape), like.stride()
+        self.dtype, self.device = like.dtype, like.device
         self.bytes = like.untyped_storage().nbytes()
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
@@ -202,7 +203,7 @@ class _View(_Step):
 
     def __init__(self, number: int, root: int, offset: int, like: Tensor) -> None:
         self.number, self.makes, self.root, self.reads = number, [number], root, [root]
-        self.size, self.strides, self.offset = like.shape, like.stride(), offset // like.element_size()
+        self.size, self.strides, self.offset = tuple(like.shape), like.stride(), offset // like.element_size()
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         tensors[self.number] = seen_as(tensors[self.root], self.size, self.strides, self.offset)
@@ -401,7 +402,7 @@ class _Recorder(TorchDispatchMode):
         if any(self._root[n][0] == root for n in read) or roots.count(root) > 1:
             return
         numbers[place] = root
-        made.size, made.strides = t.shape, t.stride()
+        made.size, made.strides = tuple(t.shape), t.stride()
 
     def _at_root(self, t: Tensor) -> int:
         return self._root[self._number[id(t)]][0]
