@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vbcompile.compat_calls import current_stream, empty_on_device, storage_identity
+from vbcompile.compat_calls import current_stream, empty_on_device, seen_as, storage_identity
 from vbcompile.kernels import launches
 from vbcompile.kernels.launches import Place, Repeated
 from vbcompile.kernels.triton_target import on_device
@@ -132,6 +132,10 @@ _ALLOCATE = {
 }
 _ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
 _BY_ABSOLUTE_OFFSET = {_aten.as_strided.default, _aten.set_.source_Storage_storage_offset}
+_SEED_ON_HOST = {  # give the seed of a dropout that is off
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+}
 _ALIGNED = 512  # bytes, as PyTorch's allocator aligns
 _READ_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -179,7 +183,8 @@ class _Step:
 class _Allocate(_Step):
     def __init__(self, number: int, like: Tensor, zero: bool) -> None:
         self.number, self.makes, self.zero = number, [number], zero
-        self.size, self.strides, self.dtype, self.device = like.shape, like.stride(), like.dtype, like.device
+        self.size, self.strides = tuple(like.shape), like.stride()
+        self.dtype, self.device = like.dtype, like.device
         self.bytes = like.untyped_storage().nbytes()
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
@@ -204,6 +209,17 @@ class _AllocateTogether(_Step):
         tensors[self.first] = t
         for number, start in self.parts:
             addresses[number] = begin + start
+
+
+class _View(_Step):
+    """Memory of another tensor seen in another form."""
+
+    def __init__(self, number: int, root: int, offset: int, like: Tensor) -> None:
+        self.number, self.makes, self.root, self.reads = number, [number], root, [root]
+        self.size, self.strides, self.offset = tuple(like.shape), like.stride(), offset // like.element_size()
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        tensors[self.number] = seen_as(tensors[self.root], self.size, self.strides, self.offset)
 
 
 class _Call(_Step):
@@ -263,11 +279,12 @@ class _Recorder(TorchDispatchMode):
         self._kept: list[Any] = []  # so that no other object gets the id of one that is known
         self._number: dict[int, int] = {}  # by id
         self._root: dict[int, tuple[int, int]] = {}  # number -> number of the tensor that it is a view of, bytes
+        self._first: dict[int, Tensor] = {}  # tensors that are no views, by number
         self._steps: list[_Step] = []
         self._device = next(t.device for t in inputs if t is not None)
         for n, t in enumerate(inputs):
             if t is not None and id(t) not in self._number:
-                self._number[id(t)], self._root[n] = n, (n, 0)
+                self._number[id(t)], self._root[n], self._first[n] = n, (n, 0), t
         self._kept.extend(inputs)
 
     def record(self, run: Callable[[], R]) -> R:
@@ -342,14 +359,20 @@ class _Recorder(TorchDispatchMode):
             or func in _BY_ABSOLUTE_OFFSET
             or any(id(t) not in self._number for t in given)
             or any(isinstance(r, (tuple, list)) for r in results)
-            or any(t.device != self._device for t in (*given, *made))
+            or any(t.device != self._device for t in given)
+            or (any(t.device != self._device for t in made) and func not in _SEED_ON_HOST)
         ):
             self.refused = True
             return
         if func in _ALLOCATE or func in _ZEROS:
             self._steps.append(_Allocate(self._new(found), found, func in _ZEROS))
             return
-        numbers = [self._result(r, given) if isinstance(r, Tensor) else None for r in results]
+        if not func._schema.is_mutable and all(id(t) in self._number for t in made):
+            return  # it gave back what it got
+        if func._schema._is_view_op() and len(made) == 1 and self._view(made[0], given[0]):
+            return
+        known = [isinstance(r, Tensor) and r.device == self._device for r in results]
+        numbers = [self._result(r, given) if k else None for r, k in zip(results, known, strict=True)]
         arguments = [self._numbered(a) for a in args]
         named = {name: self._numbered(a) for name, a in kwargs.items()}
         single = not isinstance(found, (tuple, list))
@@ -365,8 +388,23 @@ class _Recorder(TorchDispatchMode):
     def _new(self, t: Tensor, root: tuple[int, int] | None = None) -> int:
         number, self._count = self._count, self._count + 1
         self._number[id(t)], self._root[number] = number, root or (number, 0)
+        if root is None:
+            self._first[number] = t
         self._kept.append(t)
         return number
+
+    def _view(self, t: Tensor, base: Tensor) -> bool:
+        """Note that an operator gave a view; False where it gave anything else, or one of another dtype."""
+        if storage_identity(t) != storage_identity(base) or t.dtype != self._first[self._at_root(base)].dtype:
+            return False
+        form, base_form = (t.shape, t.stride(), t.storage_offset()), (base.shape, base.stride(), base.storage_offset())
+        if form == base_form and base.dtype == t.dtype:
+            self._number[id(t)] = self._number[id(base)]
+            self._kept.append(t)
+            return True
+        number = self._result(t, [base])
+        self._steps.append(_View(number, *self._root[number], t))
+        return True
 
     def _result(self, t: Tensor, given: Sequence[Tensor]) -> int:
         """The number of a result: a new one, unless it is an argument."""
@@ -404,13 +442,14 @@ class _Recorder(TorchDispatchMode):
             return
         others = [*numbers[:place], root, *numbers[place + 1 :]]
         read = {n for step in self._needed(others) for n in step.reads}
-        if any(self._root[n][0] == root for n in read) or [self._at_root(n) for n in others].count(root) > 1:
+        roots = [None if n is None else self._root[n][0] for n in others]
+        if any(self._root[n][0] == root for n in read) or roots.count(root) > 1:
             return
         numbers[place] = root
-        made.size, made.strides = t.shape, t.stride()
+        made.size, made.strides = tuple(t.shape), t.stride()
 
-    def _at_root(self, number: int | None) -> int | None:
-        return None if number is None else self._root[number][0]
+    def _at_root(self, t: Tensor) -> int:
+        return self._root[self._number[id(t)]][0]
 
     def _needed(self, results: Sequence[int | None]) -> list[_Step]:
         """The steps without which a result or a launch would not be the same."""

@@ -32,6 +32,11 @@ def test_empty_on_device():
     assert t.shape == (2, 3) and t.stride() == (1, 2) and t.dtype == torch.float16 and t.device == DEVICE
 
 
+def test_seen_as():
+    x = torch.arange(12.0)[2:]
+    assert compat_calls.seen_as(x, (2, 3), (1, 2), 1).tolist() == x.as_strided((2, 3), (1, 2), 3).tolist()
+
+
 def test_current_stream():
     assert compat_calls.current_stream(DEVICE) == (torch.cuda.current_stream().cuda_stream if KEY == "CUDA" else 0)
 

@@ -1,22 +1,32 @@
 """Private parts of PyTorch that make a call cheaper for the host; tested as those of ``compat`` are."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
 def empty_on_device(
-    size: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+    size: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """``torch.empty_strided``, on CUDA as Inductor's code calls it: on the current device, in half the time."""
-    if device.type == "cuda" and _EMPTY_STRIDED_CUDA is not None:
-        return _EMPTY_STRIDED_CUDA(size, strides, dtype)
-    return torch.empty_strided(size, strides, dtype=dtype, device=device)
+    """``torch.empty_strided`` as Inductor's code calls it: on the current device, in half the time."""
+    empty = _EMPTY.get(device.type)
+    if empty is None:
+        return torch.empty_strided(size, strides, dtype=dtype, device=device)
+    return empty(size, strides, dtype)
 
 
-_EMPTY_STRIDED_CUDA: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_EMPTY: dict[str, Callable[..., torch.Tensor]] = {
+    kind: empty
+    for kind in ("cpu", "cuda")
+    if (empty := getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}", None)) is not None
+}
+
+
+def seen_as(t: torch.Tensor, size: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
+    """A view of ``t`` that begins ``offset`` elements behind it."""
+    return torch._C._dynamo.guards._reinterpret_tensor(t, size, strides, offset)
 
 
 def current_stream(device: torch.device) -> int:
