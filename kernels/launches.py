@@ -220,7 +220,7 @@ def _below(launch: Any, values: Sequence[Any]) -> tuple[Any, list[Any]]:
     encodes = len(descriptors) == len(metadata or ()) and all(m and not m["fp4_padded"] for m in metadata or (None,))
     if not encodes or "launcher" not in around:
         return launch, [*values]
-    flat, of_each = [], iter(metadata)
+    flat, of_each = [], iter(metadata or ())
     for value in values:
         if isinstance(value, PlacedDescriptor):
             flat += [_Encoded(value, next(of_each)), *value.original.shape, *value.original.strides]
