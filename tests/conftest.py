@@ -37,3 +37,23 @@ def fresh_weights():
     torch._dynamo.reset()
     fp4_weights.forget()
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["simulated", pytest.param("card", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest):
+    """What the offload runtime streams to."""
+    from vbcompile.runtime_device import AcceleratorDevice
+    from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
+
+    if request.param == "card":
+        yield AcceleratorDevice(torch.accelerator.current_accelerator())
+    else:
+        found = SimulatedDevice(None, {"h2d": LinkRate(20e9, 2e-5), "disk": LinkRate(20e9)})
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def unit(device) -> int:
+    """Bytes that weights of a streamed model are made of: more on a card."""
+    return 16 * 1024 if device.device.type == "cpu" else 2**20
