@@ -4,6 +4,13 @@ import pytest
 import torch
 import torch._inductor.config
 
+# Files that take longest begin first, so that no process is left with one at the end.
+LONGEST = (
+    "test_attention_corpus.py",
+    "test_attention_hopper_compiled.py",
+    "test_fp4_gluon_aot.py",
+    "test_attention_aot.py",
+)
 
 def pytest_configure(config: pytest.Config) -> None:
     """On a card several test processes share few cores, and each would start compiler processes of its own."""
@@ -11,13 +18,22 @@ def pytest_configure(config: pytest.Config) -> None:
         torch._inductor.config.compile_threads = 1
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() or torch.xpu.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="also the tests marked matrix: every form of each kernel")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {}
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        skipped["gpu"] = pytest.mark.skip(reason="needs a GPU")
+    if not config.getoption("--matrix"):
+        skipped["matrix"] = pytest.mark.skip(reason="one form of many: make test-all")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for name, mark in skipped.items():
+            if name in item.keywords:
+                item.add_marker(mark)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture
