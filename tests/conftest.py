@@ -1,7 +1,10 @@
 """Tests marked ``gpu`` need an accelerator that runs Triton, elsewhere they are skipped; fixtures of several files."""
 
+import logging
+
 import pytest
 import torch
+import torch._dynamo.guards
 import torch._inductor.config
 
 # Files that take longest begin first, so that no process is left with one at the end.
@@ -13,7 +16,12 @@ LONGEST = (
 )
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a card several test processes share few cores, and each would start compiler processes of its own."""
+    """Leaves out what PyTorch does beside compiling; half of the time of a small graph."""
+    # pytest gives its handlers to loggers that do not propagate, and this one formats every graph for whoever listens.
+    logging.getLogger("torch.__trace").propagate = True
+    # Dynamo times the guards of every graph, and flushes the processor's caches to do so.
+    torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
+    # On a card several test processes share few cores, and each would start compiler processes of its own.
     if torch.cuda.is_available() or torch.xpu.is_available():
         torch._inductor.config.compile_threads = 1
 
