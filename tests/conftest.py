@@ -15,6 +15,7 @@ LONGEST = (
     "test_attention_aot.py",
 )
 
+
 def pytest_configure(config: pytest.Config) -> None:
     """Leaves out what PyTorch does beside compiling; half of the time of a small graph."""
     # pytest gives its handlers to loggers that do not propagate, and this one formats every graph for whoever listens.

@@ -3,18 +3,18 @@
 import pytest
 import torch
 from attention_aot import record_launches
+from matrix import forms
 from triton_aot import SHARED_BYTES, Report, compile_launch
 
 from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
 KERNELS = {"forward", "rows", "grad_q", "grad_kv", "decode", "merge"}
-OTHERS = [(64, torch.bfloat16), (256, torch.bfloat16), (64, torch.float32), (128, torch.float32)]
-ALWAYS = {  # each form on two generations or makers, each target with one form more than head size 128
+ALWAYS = {  # head sizes and types beside 128 in bfloat16, each for one or two targets
     (64, torch.bfloat16): {"sm_90", "gfx942"},
     (256, torch.bfloat16): {"sm_80", "gfx950"},
-    (64, torch.float32): {"sm_86", "sm_100"},
-    (128, torch.float32): {"sm_120", "gfx942"},
+    (64, torch.float32): {"sm_100"},
+    (128, torch.float32): {"sm_120"},
 }
 
 
@@ -35,11 +35,7 @@ def test_head_size_128(arch):
 
 @pytest.mark.parametrize(
     ("arch", "head_size", "dtype"),
-    [
-        pytest.param(arch, *form, marks=() if arch in ALWAYS[form] else pytest.mark.matrix)
-        for form in OTHERS
-        for arch in SHARED_BYTES
-    ],
+    forms(((arch, *form) for form in ALWAYS for arch in SHARED_BYTES), lambda arch, *form: arch in ALWAYS[form]),
 )
 def test_other_sizes(arch, head_size, dtype):
     check(arch, head_size, dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention_forms import make_forms
+from matrix import forms
 from test_attention_hopper import tensors
 
 from vbcompile.kernels import attention_hopper as hopper
@@ -118,7 +119,10 @@ def check_machine_code(compiled, registers: int) -> None:
 
 @pytest.mark.parametrize(
     ("dim", "causal", "dtype"),
-    [(d, c, torch.bfloat16) for d, c in hopper.FORWARD_CONFIGS] + [(128, True, torch.float16)],
+    forms(
+        [(d, c, torch.bfloat16) for d, c in hopper.FORWARD_CONFIGS] + [(128, True, torch.float16)],
+        lambda dim, causal, dtype: dtype == torch.bfloat16,
+    ),
 )
 def test_forward_compiles_without_spills(recorded, dim, causal, dtype):
     kernels, recorders = recorded
@@ -151,25 +155,20 @@ def test_offset_beyond_all_keys_is_no_causal_kernel(recorded):
     assert [options["CAUSAL"] for _, options in recorders["attention_forward"].launches] == [False, True]
 
 
-SCORED = {  # form, head dimension
+SCORED = {  # form -> head dimensions, the first in every run
     "bias": (64, 128),
-    "softcap": (64, 128),
-    "window": (64, 128),
+    "softcap": (128, 64),
+    "window": (128, 64),
     "document_causal": (64,),
     "alibi": (128,),
     "sink": (64,),
     "bool_mask": (128,),
 }
-SLOW = {("bias", 128), ("softcap", 64), ("window", 64), ("document_causal", 64), ("alibi", 128), ("bool_mask", 128)}
 
 
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [
-        pytest.param(name, dim, marks=pytest.mark.slow if (name, dim) in SLOW else ())
-        for name, dims in SCORED.items()
-        for dim in dims
-    ],
+    forms(((name, dim) for name, dims in SCORED.items() for dim in dims), lambda name, dim: dim == SCORED[name][0]),
 )
 def test_score_functions_compile_without_spills(recorded, monkeypatch, name, dim):
     kernels, recorders = recorded
@@ -184,9 +183,9 @@ def test_score_functions_compile_without_spills(recorded, monkeypatch, name, dim
     check_machine_code(compiled, registers)
 
 
-SCORED_BACKWARD = {  # form -> head dimensions, whether gradients of captured tensors are wanted
+SCORED_BACKWARD = {  # form -> head dimensions, whether gradients of captured tensors are wanted; the first in every run
     "bias": ((64, True),),
-    "softcap": ((64, False), (128, False)),
+    "softcap": ((128, False), (64, False)),
     "window": ((64, False), (128, False)),
     "document_causal": ((64, False),),
     "alibi": ((64, True), (128, False)),
@@ -195,11 +194,10 @@ SCORED_BACKWARD = {  # form -> head dimensions, whether gradients of captured te
 
 @pytest.mark.parametrize(
     ("name", "dim", "wanted"),
-    [
-        pytest.param(name, dim, wanted, marks=() if (name, dim) == ("softcap", 128) else pytest.mark.slow)
-        for name, variants in SCORED_BACKWARD.items()
-        for dim, wanted in variants
-    ],
+    forms(
+        ((name, *variant) for name, variants in SCORED_BACKWARD.items() for variant in variants),
+        lambda name, *variant: variant == SCORED_BACKWARD[name][0],
+    ),
 )
 def test_backward_of_score_functions_compiles_without_spills(recorded, monkeypatch, name, dim, wanted):
     kernels, recorders = recorded
