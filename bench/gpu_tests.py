@@ -1,6 +1,8 @@
 """Run the tests that need a GPU and record each outcome with the device, the versions and the date.
 
 python bench/gpu_tests.py [pytest arguments]
+
+A failure is printed when it happens; stopped with Ctrl-C (SIGINT) the run records what it has seen.
 """
 
 import sys
@@ -21,6 +23,8 @@ class Recorder:
         row["seconds"] = round(row["seconds"] + report.duration, 1)
         if report.outcome != "passed":
             row["outcome"] = report.outcome
+        if report.failed:
+            print(f"\nfailed after {report.duration:.0f} s: {report.nodeid}\n{report.longreprtext[-1500:]}", flush=True)
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ def _decode(codes, scales, WORD: gl.constexpr):
     CONSTRAINTS: gl.constexpr = WORD[1]
     RESULTS: gl.constexpr = WORD[2]
     PACK: gl.constexpr = WORD[3]
-    if COUNT == PACK:
+    if COUNT == 2 and PACK == 2:
         scale = gl.join(scale, scale)  # both words of a pair find their scales in one
     else:
         scale = gl.join(scale, scale >> 16)

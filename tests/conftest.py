@@ -22,9 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
     logging.getLogger("torch.__trace").propagate = True
     # Dynamo times the guards of every graph, and flushes the processor's caches to do so.
     torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
-    # On a card several test processes share few cores, and each would start compiler processes of its own.
+    # On a card several test processes share few cores, and each would start compiler processes and threads of its own.
     if torch.cuda.is_available() or torch.xpu.is_available():
         torch._inductor.config.compile_threads = 1
+        torch.set_num_threads(2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

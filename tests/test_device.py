@@ -260,6 +260,7 @@ def test_on_a_real_card(monkeypatch):
     monkeypatch.undo()
     forget_devices()
     backend = vb.get_unified_backend("cuda:0")
+    vb.memory_cleanup()  # of what earlier tests left in cycles
     before = backend.memory_allocated()
     tensor = backend.to_device(torch.ones(2**20))
     backend.synchronize()
