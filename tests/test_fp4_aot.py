@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 from ptx_words import run_ptx
-from triton_aot import Launch, Report, compile_launch
+from triton_aot import SHARED_BYTES, Launch, Report, compile_launch
 
 from vbcompile.device import Target
 from vbcompile.kernels import fp4_linear_triton, fp4_tiles
@@ -25,7 +25,6 @@ from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840}
 ROWS = (1, 64, 256)
 N, K = 4096, 14336
 
