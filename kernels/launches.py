@@ -5,6 +5,7 @@ nested tuples. A launch whose arguments differ from an earlier one in nothing bu
 to 16 bytes, runs the same compiled kernel; :class:`Repeated` keeps that kernel and fills in the addresses.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -152,6 +153,8 @@ class _Descriptor:
 
 def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
     """What makes an argument from addresses; None for one that has none in it."""
+    if isinstance(argument, _TensorMap):
+        return argument
     if isinstance(argument, Place):
         root, offset = argument.root, argument.offset
         return lambda addresses: addresses[root] + offset
@@ -167,34 +170,82 @@ def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
     return None
 
 
+class _TensorMap:
+    """Makes a descriptor's argument, the driver's map of the tensor; the last one is kept with its address."""
+
+    def __init__(self, placed: PlacedDescriptor, metadata: Any) -> None:
+        self._root, self._offset = placed.place.root, placed.place.offset
+        self._descriptor, self._metadata = _maker(placed), metadata
+        self._last: tuple[int, Any] = (-1, None)
+        shape = [*placed.original.shape]
+        shape[-1] *= 2 if metadata["fp4_padded"] else 1
+        self.after = (*shape, *placed.original.strides)  # the launcher wants them again
+
+    def __call__(self, addresses: Sequence[int]) -> Any:
+        address = addresses[self._root] + self._offset
+        last = self._last
+        if last[0] != address:
+            self._last = last = (address, self._make(addresses))
+        return last[1]
+
+    def _make(self, addresses: Sequence[int]) -> Any:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        assert self._descriptor is not None
+        return make_tensordesc_arg(self._descriptor(addresses), self._metadata)[0]
+
+
 class _Compiled:
     """A compiled kernel, launched by its launcher."""
 
     def __init__(self, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
-        self.compiled, self._launcher, self._launch = compiled, compiled.run, compiled.run.launch
+        self.compiled, self._given, self._launcher = compiled, values, compiled.run
         self._grid = (*grid, *(1,) * (3 - len(grid)))
         flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
         self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
-        makers = {n: maker for n, value in enumerate(values) if (maker := _maker(value)) is not None}
+        self._launch, values = _without_descriptors(compiled, values)
         self._addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
+        makers = {n: maker for n, v in enumerate(values) if (maker := _maker(v)) is not None}
         self._others = [(n, maker) for n, maker in makers.items() if not isinstance(values[n], Place)]
-        self._values = [None if n in makers else value for n, value in enumerate(values)]
+        self._values = [None if n in makers else v for n, v in enumerate(values)]
         self._hooks = _runtime_knobs()
 
     def run(self, addresses: Sequence[int], stream: int) -> None:
+        enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
+        if enter.calls or leave.calls:
+            self._run_with_hooks(addresses, stream, enter, leave)
+            return
         values = self._values.copy()
         for n, root, offset in self._addresses:
             values[n] = addresses[root] + offset
         for n, make in self._others:
             values[n] = make(addresses)
-        enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
-        if enter.calls or leave.calls:  # a profiler listens
-            compiled = self.compiled
-            metadata = compiled.launch_metadata(self._grid, stream, *values)
-            hooks = compiled.packed_metadata, metadata, enter, leave
-            self._launcher(*self._grid, stream, compiled.function, *hooks, *values)
+        self._launch(*self._grid, stream, *self._middle, *values)
+
+    def _run_with_hooks(self, addresses: Sequence[int], stream: int, enter: Any, leave: Any) -> None:
+        """As Triton launches where a profiler listens."""
+        compiled = self.compiled
+        values = [value if (make := _maker(value)) is None else make(addresses) for value in self._given]
+        hooks = compiled.launch_metadata(self._grid, stream, *values), enter, leave
+        self._launcher(*self._grid, stream, compiled.function, compiled.packed_metadata, *hooks, *values)
+
+
+def _without_descriptors(compiled: Any, values: Sequence[Any]) -> tuple[Callable[..., None], list[Any]]:
+    """What launches, and its arguments: where it can be, with maps made by us in the place of descriptors."""
+    launch, kinds = compiled.run.launch, getattr(compiled.metadata, "tensordesc_meta", None) or []
+    below = inspect.getclosurevars(launch).nonlocals.get("launcher") if inspect.isfunction(launch) else None
+    descriptors = [v for v in values if isinstance(v, PlacedDescriptor)]
+    if below is None or len(kinds) != len(descriptors) or None in kinds:
+        return launch, list(values)
+    found: list[Any] = []
+    remaining = iter(kinds)
+    for value in values:
+        if isinstance(value, PlacedDescriptor):
+            made = _TensorMap(value, next(remaining))
+            found += [made, *made.after]
         else:
-            self._launch(*self._grid, stream, *self._middle, *values)
+            found.append(value)
+    return below, found
 
 
 def _compiled(

@@ -232,9 +232,6 @@ class _Launched(_Step):
         self.repeated = repeated
         self.addresses = [place.root for place in repeated.places]
 
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        self.repeated.run(tensors, addresses, stream)
-
 
 class _Unknown(Exception):
     """A launch takes a tensor that no operator made."""
@@ -438,6 +435,7 @@ class Recording:
         self, steps: Sequence[_Step], makes: int, results: Sequence[int | None], form: Any, device: torch.device
     ) -> None:
         self._steps, self._results, self._form, self._device = tuple(steps), tuple(results), form, device
+        self._runs = [step.repeated.run if isinstance(step, _Launched) else step.run for step in steps]
         self._nothing, self._zeros = [None] * makes, [0] * makes
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
@@ -445,7 +443,7 @@ class Recording:
         tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
         with on_device(self._device):
             stream = current_stream(self._device)
-            for step in self._steps:
-                step.run(tensors, found, stream)
+            for run in self._runs:
+                run(tensors, found, stream)
         results = [None if n is None else tensors[n] for n in self._results]
         return results[0] if self._form is None else self._form(results)
