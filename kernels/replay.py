@@ -87,7 +87,7 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
 
 def _checked(result: R, tensors: Sequence[Tensor | None]) -> R:
     """The results of an operator, none of which may share memory with another or with an argument."""
-    results = result if isinstance(result, (tuple, list)) else [result]
+    results: Sequence[Any] = result if isinstance(result, (tuple, list)) else [result]
     found = [storage_identity(t) for t in results if t is not None]
     given = {storage_identity(t) for t in tensors if t is not None}
     if len(set(found)) < len(found) or not given.isdisjoint(found):
