@@ -1,24 +1,49 @@
 """Tests marked ``gpu`` need an accelerator that runs Triton, elsewhere they are skipped; fixtures of several files."""
 
+import logging
+
 import pytest
 import torch
+import torch._dynamo.guards
 import torch._inductor.config
+
+# Files that take longest begin first, so that no process is left with one at the end.
+LONGEST = (
+    "test_attention_corpus.py",
+    "test_attention_hopper_compiled.py",
+    "test_fp4_gluon_aot.py",
+    "test_attention_aot.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a card several test processes share few cores, and each would start compiler processes and threads of its own."""
+    """Leaves out what PyTorch does beside compiling; half of the time of a small graph."""
+    # pytest gives its handlers to loggers that do not propagate, and this one formats every graph for whoever listens.
+    logging.getLogger("torch.__trace").propagate = True
+    # Dynamo times the guards of every graph, and flushes the processor's caches to do so.
+    torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
+    # On a card several test processes share few cores, and each would start compiler processes and threads of its own.
     if torch.cuda.is_available() or torch.xpu.is_available():
         torch._inductor.config.compile_threads = 1
         torch.set_num_threads(2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() or torch.xpu.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="also the tests marked matrix: every form of each kernel")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {}
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        skipped["gpu"] = pytest.mark.skip(reason="needs a GPU")
+    if not config.getoption("--matrix"):
+        skipped["matrix"] = pytest.mark.skip(reason="one form of many: make test-all")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for name, mark in skipped.items():
+            if name in item.keywords:
+                item.add_marker(mark)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture
@@ -38,3 +63,23 @@ def fresh_weights():
     torch._dynamo.reset()
     fp4_weights.forget()
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["simulated", pytest.param("card", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest):
+    """What the offload runtime streams to."""
+    from vbcompile.runtime_device import AcceleratorDevice
+    from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
+
+    if request.param == "card":
+        yield AcceleratorDevice(torch.accelerator.current_accelerator())
+    else:
+        found = SimulatedDevice(None, {"h2d": LinkRate(20e9, 2e-5), "disk": LinkRate(20e9)})
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def unit(device) -> int:
+    """Bytes that weights of a streamed model are made of: more on a card."""
+    return 16 * 1024 if device.device.type == "cpu" else 2**20

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.runtime import Streamer
+from vbcompile.runtime_device import MemoryDevice
 from vbcompile.runtime_disk import safetensors_contents
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_sources import HostBytes, PeerBytes, Source
@@ -74,6 +75,20 @@ def sources_of(
     return found
 
 
+def small_host(nbytes: int) -> Tier:
+    return Tier(1, "cpu", nbytes, HOST.read_rate)
+
+
+def streamer_of(
+    device: MemoryDevice, sizes: Sequence[int], budget: int, tiers: Sequence[Tier] = (HOST,), folder=None, **options
+) -> tuple[Streamer, list[Tensor]]:
+    """A streamer of random weights, each used once a step, and their bytes."""
+    plan = planned(sweep_of(sizes), budget, tiers)
+    assert bool(plan.reads) == (DISK in tiers)
+    data = random_bytes(sizes)
+    return Streamer(plan, sources_of(plan, data, device.device, folder), device, **options), data
+
+
 def run_step(streamer: Streamer, data: Sequence[Tensor], *, seen: list[Tensor] | None = None) -> None:
     """One step of the plan's program; each operator's weights are compared, on the device, with what they should be."""
     plan = streamer.plan
@@ -87,6 +102,14 @@ def run_step(streamer: Streamer, data: Sequence[Tensor], *, seen: list[Tensor] |
                 streamer.prefetch(target)
             else:
                 _run(streamer, target, data, seen)
+
+
+def run_steps(streamer: Streamer, data: Sequence[Tensor], steps: int = 3) -> None:
+    """Steps in which the host runs ahead; every byte read is compared at the end."""
+    seen: list[Tensor] = []
+    for _ in range(steps):
+        run_step(streamer, data, seen=seen)
+    check_seen(streamer, data, seen)
 
 
 def _run(streamer: Streamer, operator: int, data: Sequence[Tensor], seen: list[Tensor] | None) -> None:

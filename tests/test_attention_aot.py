@@ -1,59 +1,47 @@
-"""Shipped attention kernels compile ahead of time for every target, without spills, within its shared memory.
-
-Compilation happens in a process of its own, since Triton must not have been told to interpret.
-"""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Shipped attention kernels compile ahead of time for every target, without spills, within its shared memory."""
 
 import pytest
+import torch
+from attention_aot import record_launches
+from matrix import forms
+from triton_aot import SHARED_BYTES, Report, compile_launch
 
-HERE = Path(__file__).parent
-SHARED_MEMORY = {  # bytes that one program can have
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_120": 101376,
-    "gfx942": 65536,
-    "gfx950": 163840,
-}
+from vbcompile.kernels.triton_target import interpreted
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
 KERNELS = {"forward", "rows", "grad_q", "grad_kv", "decode", "merge"}
+ALWAYS = {  # head sizes and types beside 128 in bfloat16, each for one or two targets
+    (64, torch.bfloat16): {"sm_90", "gfx942"},
+    (256, torch.bfloat16): {"sm_80", "gfx950"},
+    (64, torch.float32): {"sm_100"},
+    (128, torch.float32): {"sm_120"},
+}
 
 
-def compile_all(head_size: int, dtype: str, architectures: list[str]) -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / "attention_aot.py"), str(head_size), dtype, *architectures]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+def check(arch: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Report]]:
+    launches = record_launches(arch, head_size, dtype)
+    names = [launch.kernel.__name__.removeprefix("attention_").removesuffix("_kernel") for launch in launches]
+    assert set(names) == KERNELS
+    reports = [(name, compile_launch(launch, arch)) for name, launch in zip(names, launches, strict=True)]
+    assert not [name for name, report in reports if report.spills]
+    assert not [name for name, report in reports if report.shared > SHARED_BYTES[arch]]
+    return reports
 
 
-def check(head_size: int, dtype: str, architectures: list[str]) -> None:
-    rows = compile_all(head_size, dtype, architectures)
-    for arch in architectures:
-        assert {r["kernel"] for r in rows if r["arch"] == arch} == KERNELS
-    assert not [r for r in rows if r["spills"]]
-    assert not [r for r in rows if r["shared"] > SHARED_MEMORY[r["arch"]]]
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+def test_head_size_128(arch):
+    check(arch, 128, torch.bfloat16)
 
 
-def test_head_size_128():
-    check(128, "bfloat16", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("head_size", "dtype"), [(64, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")]
+    ("arch", "head_size", "dtype"),
+    forms(((arch, *form) for form in ALWAYS for arch in SHARED_BYTES), lambda arch, *form: arch in ALWAYS[form]),
 )
-def test_other_sizes(head_size, dtype):
-    check(head_size, dtype, list(SHARED_MEMORY))
+def test_other_sizes(arch, head_size, dtype):
+    check(arch, head_size, dtype)
 
 
-def test_hopper_kernel_uses_the_matrix_and_copy_engines():
-    rows = compile_all(64, "bfloat16", ["sm_90"])
-    wanted = {r["kernel"]: r["instructions"] for r in rows}
-    for kernel in ("forward", "grad_q", "grad_kv"):
-        assert {"wgmma", "cp.async.bulk.tensor"} <= set(wanted[kernel]), kernel
+def test_hopper_kernels_use_the_matrix_and_copy_engines():
+    for name, report in check("sm_90", 64, torch.bfloat16):
+        if name in ("forward", "grad_q", "grad_kv"):
+            assert all(mark in report.assembly["ptx"] for mark in ("wgmma", "cp.async.bulk.tensor")), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 from ptx_words import run_ptx
-from triton_aot import Launch, Report, compile_launch
+from triton_aot import SHARED_BYTES, Launch, Report, compile_launch
 
 from vbcompile.device import Target
 from vbcompile.kernels import fp4_linear_triton, fp4_tiles
@@ -25,7 +25,6 @@ from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840}
 ROWS = (1, 64, 256)
 N, K = 4096, 14336
 
@@ -84,17 +83,21 @@ def test_dequantization_compiles_without_spills(arch):
 
 
 # ------------------------------------------------------------------------------------------------------------- hot loop
-def hot_loop(report: Report, innermost: bool = False) -> list[str]:
-    """Instructions of the main loop: the longest backward branch that encloses matrix instructions, or the shortest."""
+def disassembly(report: Report) -> str:
+    """NVIDIA's instructions of a kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(report.assembly["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        text = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def hot_loop(report: Report, innermost: bool = False) -> list[str]:
+    """Instructions of the main loop: the longest backward branch that encloses matrix instructions, or the shortest."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     loops = []
-    for line in text.splitlines():
+    for line in disassembly(report).splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
             labels[label.group(1)] = len(lines)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fp4_compiling import Feed, compiled
-from triton_aot import Launch, compile_launch
+from triton_aot import SHARED_BYTES, Launch, compile_launch
 
 from vbcompile.device_catalog import catalog_target
 from vbcompile.explainer import explain
@@ -21,7 +21,6 @@ from vbcompile.kernels.registry import describe, force
 from vbcompile.kernels.triton_target import interpreted
 
 N, K = 4096, 14336
-SHARED_BYTES = {"sm_100": 232448, "sm_120": 101376, "gfx950": 163840}
 PRODUCTS = {  # how FP4 is multiplied by FP4
     ("sm_100", "nvfp4"): r"tcgen05\.mma\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X",
     ("sm_100", "mxfp4"): r"tcgen05\.mma\S*kind::mxf4\.block_scale\.scale_vec::2X",

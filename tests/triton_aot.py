@@ -27,6 +27,15 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+SHARED_BYTES = {  # that one program can have
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
 
 
 @dataclass(frozen=True)
