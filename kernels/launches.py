@@ -5,12 +5,12 @@ nested tuples. A launch whose arguments differ from an earlier one in nothing bu
 to 16 bytes, runs the same compiled kernel; :class:`Repeated` keeps that kernel and fills in the addresses.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from inspect import getclosurevars, isfunction
 from typing import Any
 
 import torch
@@ -153,11 +153,11 @@ class _Descriptor:
 
 def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
     """What makes an argument from addresses; None for one that has none in it."""
+    if isinstance(argument, _TensorMap):
+        return argument
     if isinstance(argument, Place):
         root, offset = argument.root, argument.offset
         return lambda addresses: addresses[root] + offset
-    if isinstance(argument, _Encoded):
-        return argument
     if isinstance(argument, PlacedDescriptor):
         root, offset, dtype = argument.place.root, argument.place.offset, argument.place.dtype
         shape, strides, padding = argument.original.shape, argument.original.strides, argument.original.padding
@@ -170,87 +170,82 @@ def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
     return None
 
 
-class _Encoded:
-    """A tensor descriptor as the driver reads it; the last of an address is kept, since addresses come back."""
+class _TensorMap:
+    """Makes a descriptor's argument, the driver's map of the tensor; the last one is kept with its address."""
 
-    _MOST = 64
-
-    def __init__(self, argument: PlacedDescriptor, metadata: Any) -> None:
-        made = _maker(argument)
-        assert made is not None
-        self._make, self._metadata = made, metadata
-        self._root, self._offset = argument.place.root, argument.place.offset
-        self._known: dict[int, Any] = {}
+    def __init__(self, placed: PlacedDescriptor, metadata: Any) -> None:
+        self._root, self._offset = placed.place.root, placed.place.offset
+        self._descriptor, self._metadata = _maker(placed), metadata
+        self._last: tuple[int, Any] = (-1, None)
+        shape = [*placed.original.shape]
+        shape[-1] *= 2 if metadata["fp4_padded"] else 1
+        self.after = (*shape, *placed.original.strides)  # the launcher wants them again
 
     def __call__(self, addresses: Sequence[int]) -> Any:
         address = addresses[self._root] + self._offset
-        found = self._known.get(address)
-        if found is None:
-            from triton.backends.nvidia.driver import make_tensordesc_arg
+        last = self._last
+        if last[0] != address:
+            self._last = last = (address, self._make(addresses))
+        return last[1]
 
-            if len(self._known) >= self._MOST:
-                self._known.clear()
-            found = self._known[address] = make_tensordesc_arg(self._make(addresses), self._metadata)[0]
-        return found
+    def _make(self, addresses: Sequence[int]) -> Any:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
 
-
-class _Values:
-    """What a launcher is called with, but for the addresses in it."""
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        makers = {n: maker for n, value in enumerate(values) if (maker := _maker(value)) is not None}
-        self._addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
-        self._others = [(n, maker) for n, maker in makers.items() if not isinstance(values[n], Place)]
-        self._values = [None if n in makers else value for n, value in enumerate(values)]
-
-    def at(self, addresses: Sequence[int]) -> list[Any]:
-        values = self._values.copy()
-        for n, root, offset in self._addresses:
-            values[n] = addresses[root] + offset
-        for n, make in self._others:
-            values[n] = make(addresses)
-        return values
-
-
-def _below(launch: Any, values: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """The launch, and its values, below what encodes tensor descriptors anew at each call."""
-    around = getclosurevars(launch).nonlocals if isfunction(launch) else {}
-    metadata = around.get("tensordesc_meta")
-    descriptors = [value for value in values if isinstance(value, PlacedDescriptor)]
-    encodes = len(descriptors) == len(metadata or ()) and all(m and not m["fp4_padded"] for m in metadata or (None,))
-    if not encodes or "launcher" not in around:
-        return launch, [*values]
-    flat, of_each = [], iter(metadata or ())
-    for value in values:
-        if isinstance(value, PlacedDescriptor):
-            flat += [_Encoded(value, next(of_each)), *value.original.shape, *value.original.strides]
-        else:
-            flat.append(value)
-    return around["launcher"], flat
+        assert self._descriptor is not None
+        return make_tensordesc_arg(self._descriptor(addresses), self._metadata)[0]
 
 
 class _Compiled:
     """A compiled kernel, launched by its launcher."""
 
     def __init__(self, compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> None:
-        self.compiled, self._launcher = compiled, compiled.run
+        self.compiled, self._given, self._launcher = compiled, values, compiled.run
         self._grid = (*grid, *(1,) * (3 - len(grid)))
         flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
         self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
-        self._values = _Values(values)
-        self._launch, below = _below(compiled.run.launch, values)
-        self._below = _Values(below)
+        self._launch, values = _without_descriptors(compiled, values)
+        self._addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
+        makers = {n: maker for n, v in enumerate(values) if (maker := _maker(v)) is not None}
+        self._others = [(n, maker) for n, maker in makers.items() if not isinstance(values[n], Place)]
+        self._values = [None if n in makers else v for n, v in enumerate(values)]
         self._hooks = _runtime_knobs()
 
     def run(self, addresses: Sequence[int], stream: int) -> None:
         enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
-        if enter.calls or leave.calls:  # a profiler listens
-            compiled, values = self.compiled, self._values.at(addresses)
-            metadata = compiled.launch_metadata(self._grid, stream, *values)
-            hooks = compiled.packed_metadata, metadata, enter, leave
-            self._launcher(*self._grid, stream, compiled.function, *hooks, *values)
+        if enter.calls or leave.calls:
+            self._run_with_hooks(addresses, stream, enter, leave)
+            return
+        values = self._values.copy()
+        for n, root, offset in self._addresses:
+            values[n] = addresses[root] + offset
+        for n, make in self._others:
+            values[n] = make(addresses)
+        self._launch(*self._grid, stream, *self._middle, *values)
+
+    def _run_with_hooks(self, addresses: Sequence[int], stream: int, enter: Any, leave: Any) -> None:
+        """As Triton launches where a profiler listens."""
+        compiled = self.compiled
+        values = [value if (make := _maker(value)) is None else make(addresses) for value in self._given]
+        hooks = compiled.launch_metadata(self._grid, stream, *values), enter, leave
+        self._launcher(*self._grid, stream, compiled.function, compiled.packed_metadata, *hooks, *values)
+
+
+def _without_descriptors(compiled: Any, values: Sequence[Any]) -> tuple[Callable[..., None], list[Any]]:
+    """What launches, and its arguments: where it can be, with maps made by us in the place of descriptors."""
+    launch, kinds = compiled.run.launch, getattr(compiled.metadata, "tensordesc_meta", None) or []
+    below = inspect.getclosurevars(launch).nonlocals.get("launcher") if inspect.isfunction(launch) else None
+    descriptors = [v for v in values if isinstance(v, PlacedDescriptor)]
+    if below is None or len(kinds) != len(descriptors) or None in kinds:
+        return launch, list(values)
+    found: list[Any] = []
+    remaining = iter(kinds)
+    for value in values:
+        if isinstance(value, PlacedDescriptor):
+            made = _TensorMap(value, next(remaining))
+            found += [made, *made.after]
         else:
-            self._launch(*self._grid, stream, *self._middle, *self._below.at(addresses))
+            found.append(value)
+    return below, found
 
 
 def _compiled(

@@ -100,7 +100,7 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
 
 def _checked(result: R, tensors: Sequence[Tensor | None]) -> R:
     """The results of an operator, none of which may share memory with another or with an argument."""
-    results = result if isinstance(result, (tuple, list)) else [result]
+    results: Sequence[Any] = result if isinstance(result, (tuple, list)) else [result]
     found = [storage_identity(t) for t in results if t is not None]
     given = {storage_identity(t) for t in tensors if t is not None}
     if len(set(found)) < len(found) or not given.isdisjoint(found):
@@ -259,9 +259,6 @@ class _Launched(_Step):
     def __init__(self, repeated: Repeated) -> None:
         self.repeated = repeated
         self.addresses = [place.root for place in repeated.places]
-
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        self.repeated.run(tensors, addresses, stream)
 
 
 class _Unknown(Exception):
@@ -482,6 +479,7 @@ class Recording:
         self, steps: Sequence[_Step], makes: int, results: Sequence[int | None], form: Any, device: torch.device
     ) -> None:
         self._steps, self._results, self._form, self._device = tuple(steps), tuple(results), form, device
+        self._runs = [step.repeated.run if isinstance(step, _Launched) else step.run for step in steps]
         self._nothing, self._zeros = [None] * makes, [0] * makes
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
@@ -489,7 +487,7 @@ class Recording:
         tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
         with on_device(self._device):
             stream = current_stream(self._device)
-            for step in self._steps:
-                step.run(tensors, found, stream)
+            for run in self._runs:
+                run(tensors, found, stream)
         results = [None if n is None else tensors[n] for n in self._results]
         return results[0] if self._form is None else self._form(results)

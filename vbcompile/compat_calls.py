@@ -26,7 +26,10 @@ _EMPTY: dict[str, Callable[..., torch.Tensor]] = {
 
 def seen_as(t: torch.Tensor, size: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
     """A view of ``t`` that begins ``offset`` elements behind it."""
-    return torch._C._dynamo.guards._reinterpret_tensor(t, size, strides, offset)
+    return _REINTERPRET(t, size, strides, offset)
+
+
+_REINTERPRET: Callable[..., torch.Tensor] = getattr(torch._C._dynamo.guards, "_reinterpret_tensor")  # noqa: B009
 
 
 def current_stream(device: torch.device) -> int:
