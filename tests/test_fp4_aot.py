@@ -83,17 +83,21 @@ def test_dequantization_compiles_without_spills(arch):
 
 
 # ------------------------------------------------------------------------------------------------------------- hot loop
-def hot_loop(report: Report, innermost: bool = False) -> list[str]:
-    """Instructions of the main loop: the longest backward branch that encloses matrix instructions, or the shortest."""
+def disassembly(report: Report) -> str:
+    """NVIDIA's instructions of a kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(report.assembly["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        text = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def hot_loop(report: Report, innermost: bool = False) -> list[str]:
+    """Instructions of the main loop: the longest backward branch that encloses matrix instructions, or the shortest."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     loops = []
-    for line in text.splitlines():
+    for line in disassembly(report).splitlines():
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
             labels[label.group(1)] = len(lines)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):

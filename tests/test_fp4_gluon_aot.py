@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from matrix import forms
-from test_fp4_aot import K, N, hot_loop, target
+from test_fp4_aot import K, N, disassembly, hot_loop, target
 from triton_aot import Launch, compile_launch
 
 from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton
@@ -49,6 +49,13 @@ def test_few_rows_compile_without_spills(arch, m, n, k):
 @pytest.mark.parametrize(("dtype", "format_name"), [(FP16, "nvfp4"), (BF16, "mxfp4")])
 def test_few_rows_of_other_types_compile_without_spills(dtype, format_name):
     assert compile_launch(few_launch("sm_90", 4, FewConfig(2, 4, 2), dtype, format_name), "sm_90").spills == 0
+
+
+@pytest.mark.parametrize("m", [1, 27])
+def test_lanes_of_few_rows_stay_together(m):
+    """A loop of its own for lanes without a row of x would let ``mma.sync`` wait for ever."""
+    text = disassembly(compile_launch(few_launch("sm_90", m, FewConfig(1, 16 if m == 1 else 4, 1, 128)), "sm_90"))
+    assert "HMMA" in text and "WARPSYNC" not in text
 
 
 def test_few_rows_go_from_memory_to_registers():
