@@ -9,10 +9,21 @@ import torch._inductor.config
 
 # Files that take longest begin first, so that no process is left with one at the end.
 LONGEST = (
+    "test_docs.py",
     "test_attention_corpus.py",
+    "test_demo.py",
     "test_attention_hopper_compiled.py",
-    "test_fp4_gluon_aot.py",
+    "test_attention_interpreted.py",
+    "test_attention_property.py",
+    "test_model_families.py",
     "test_attention_aot.py",
+    "test_fp4_gluon_aot.py",
+    "test_fp4_aot.py",
+    "test_fp4_linear.py",
+    "test_activation_offload.py",
+    "test_vendor_attention.py",
+    "test_offload_pass.py",
+    "test_recompute.py",
 )
 
 
