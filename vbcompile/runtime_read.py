@@ -98,8 +98,13 @@ class ReadRequest:
             StorageError: they could not be read.
         """
         self._done.wait()
-        if self._error is not None:
-            raise self._error
+        error = self._error
+        if error is not None:
+            self._error = RuntimeError(str(error))  # with it here, it and its frames' device memory would stay alive
+            try:
+                raise error
+            finally:
+                del error
 
     def read_piece(self, begin: int, end: int, read: Callable[[int, Tensor, int], None]) -> None:
         """Bring bytes ``begin`` to ``end`` of the file into the staging bytes; runs in a reader's thread."""
