@@ -113,9 +113,10 @@ class StreamedGraphs:
         self.nodes = [twins[node] for node in weights]
         self.positions = [placeholders.index(node) for node in self.nodes]
         self.first = StreamedGraph(gm, weights, store, self.context, self.compiled)
-        self.graphs = {tuple(payload.number for payload in weights.values()): self.first}
-        self.alive: dict[tuple[int, ...], weakref.ref[Any]] = {}  # a weight of each further graph
-        self.last: tuple[list[Any], StreamedGraph] = ([], self.first)
+        self.runs: dict[tuple[int, ...], Callable[..., Any]] = {}  # by the numbers of the weights
+        self.runs[tuple(payload.number for payload in weights.values())] = self.first.run
+        self.alive: dict[tuple[int, ...], weakref.ref[Any]] = {}  # a weight of each but the first
+        self.last: tuple[list[Any], Callable[..., Any]] = ([], self.first.run)
         self.compile: Compile | None = None
 
     def around(self, compile_graph: Compile) -> Compile:
@@ -130,28 +131,32 @@ class StreamedGraphs:
 
     def run(self, *args: Any) -> Any:
         """Called with the inputs of the graph; offloaded ones are only names."""
-        handles, graph = [args[position] for position in self.positions], self.last[1]
+        handles, run = [args[position] for position in self.positions], self.last[1]
         if len(handles) != len(self.last[0]) or not all(map(operator.is_, handles, self.last[0])):
-            graph = self._graph_of(handles)
-            self.last = handles, graph
-        return graph.run(*args)
+            run = self._run_of(handles)
+            self.last = handles, run
+        return run(*args)
 
-    def _graph_of(self, handles: Sequence[OffloadedTensor]) -> "StreamedGraph":
+    def _run_of(self, handles: Sequence[OffloadedTensor]) -> Callable[..., Any]:
         payloads = [handle.payload for handle in handles]
         numbers = tuple(payload.number for payload in payloads)
-        if numbers not in self.graphs:
-            self.last = [], self.first  # it would keep its weights
+        if numbers not in self.runs:
+            self.last = [], self.first.run  # it would keep its weights
             for gone in [key for key, handle in self.alive.items() if handle() is None]:
-                del self.graphs[gone], self.alive[gone]
-            store = _store(payloads, self.context)
-            if isinstance(store, str):
-                raise RuntimeError(f"a compiled graph that streams its weights was called with {store}")
-            weights = dict(zip(self.nodes, payloads, strict=True))
-            graph = StreamedGraph(self.gm, weights, store, self.context, self.compiled)
-            assert self.compile is not None
-            graph.prepare(self.compile)
-            self.graphs[numbers], self.alive[numbers] = graph, weakref.ref(handles[0])
-        return self.graphs[numbers]
+                del self.runs[gone], self.alive[gone]
+            self.runs[numbers], self.alive[numbers] = self._made(payloads), weakref.ref(handles[0])
+        return self.runs[numbers]
+
+    def _made(self, payloads: Sequence[Payload]) -> Callable[..., Any]:
+        store = _store(payloads, self.context)
+        if isinstance(store, str):
+            log.warning("offload: a graph runs uncompiled, each use fetching its weight: %s", store)
+            uncompiled: Callable[..., Any] = self.gm.forward
+            return uncompiled
+        graph = StreamedGraph(self.gm, dict(zip(self.nodes, payloads, strict=True)), store, self.context, self.compiled)
+        assert self.compile is not None
+        graph.prepare(self.compile)
+        return graph.run
 
 
 class StreamedGraph:
