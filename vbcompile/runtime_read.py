@@ -75,6 +75,11 @@ class ReadRequest:
         """Whether all bytes have been read and handed on, or that has failed."""
         return self._done.is_set()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and the bytes could not be read."""
+        return self.done and self._error is not None
+
     def attach(self, destination: Destination) -> None:
         """Say where the bytes go."""
         with self._lock:
