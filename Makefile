@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all test-vendors lint setup clean
+.PHONY: demo test test-all tests test-vendors lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/ready
 
+# --no-compile: Python compiles what is imported, a fraction of these packages
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -23,14 +24,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Types are checked beside the tests: both take one core at a time.
+test: setup
+	+$(MAKE) --jobs=2 lint tests
 
-test: lint
-	$(PYTEST)
+# Every form of each kernel on each target
+test-all:
+	+$(MAKE) test FORMS=--matrix
 
-# Every form of each kernel on each target, about twice as long
-test-all: lint
-	$(PYTEST) --matrix
+tests: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FORMS)
 
 # Opt-in: our kernels through compilers of Intel's and Ascend's, and the real torch-npu; see docs/vendors/README.md
 test-vendors: setup

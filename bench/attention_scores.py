@@ -72,36 +72,65 @@ def in_parallel(work: Callable[[tuple], Any], todo: list[tuple], jobs: int, limi
 
 
 # ---------------------------------------------------------------------------------------------------- check
-def check_one(job: tuple[int, str]) -> dict[str, Any]:
-    from attention_compare import compare_forward
-    from attention_forms import make_forms
-
-    from vbcompile.device import get_target
-    from vbcompile.kernels.attention_case import make_case
-    from vbcompile.kernels.attention_gpu import _hopper_forward, _refuses_hopper
-
-    number, name = job
-    queries, keys, dim, dtype, _ = CHECKS[number]
-    form = make_forms(queries, keys, dim, dim)[name]
-    row: dict[str, Any] = {"sizes": (queries, keys, dim), "dtype": dtype, "form": name}
-    (q, k, v), captured = form.inputs(getattr(torch, dtype))
-    q, k, v, *captured = (t.cuda() for t in (q, k, v, *captured))
-    case = make_case(q, k, v, captured, form.scale, form.dropout_p, form.function.dumps())
-    if reason := _refuses_hopper(get_target(q.device), case):
-        return row | {"ok": True, "refused": reason}
-    try:
-        found = compare_forward(form, getattr(torch, dtype), _hopper_forward, seeds=range(3))
-        wrong = [r for r in found if not r[1] <= r[2]]
-        return row | {"ok": not wrong, "wrong": wrong, "ratio": max(2 * r[1] / r[2] for r in found if r[2])}
-    except Exception as failure:  # noqa: BLE001 - reported in the table, the others go on
-        return row | {"ok": False, "wrong": f"{type(failure).__name__}: {str(failure)[-400:]}"}
-
-
-def check(jobs: int) -> bool:
+def check_jobs() -> list[tuple[int, str]]:
+    """Every form to check, ``(number in CHECKS, name)``."""
     from attention_forms import make_forms
 
     todo = [(n, name) for n, (q, k, d, _, only) in enumerate(CHECKS) for name in only or make_forms(q, k, d, d)]
-    todo = [job for job in todo if job[1] not in NOT_IN_HALF]
+    return [job for job in todo if job[1] not in NOT_IN_HALF]
+
+
+def form_of(job: tuple[int, str]) -> tuple[Any, torch.dtype, dict[str, Any]]:
+    """The form of a job, its dtype, and the beginning of its row."""
+    from attention_forms import make_forms
+
+    number, name = job
+    queries, keys, dim, dtype, _ = CHECKS[number]
+    row = {"sizes": (queries, keys, dim), "dtype": dtype, "form": name}
+    return make_forms(queries, keys, dim, dim)[name], getattr(torch, dtype), row
+
+
+def refusal(form: Any, dtype: torch.dtype, gradients: bool | None = None) -> str | None:
+    """Why the Hopper kernels do not take a form: forward, or backward with the gradients of captured tensors or not."""
+    from vbcompile.device import get_target
+    from vbcompile.kernels.attention_case import make_case
+    from vbcompile.kernels.attention_gpu import _refuses_hopper
+
+    (q, k, v), captured = form.inputs(dtype)
+    q, k, v, *captured = (t.cuda() for t in (q, k, v, *captured))
+    needs = () if gradients is None else [True] * 3 + [gradients and c.is_floating_point() for c in captured]
+    case = make_case(q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
+    return _refuses_hopper(get_target(q.device), case)
+
+
+def verdict(compared: Callable[[], list[Any]]) -> dict[str, Any]:
+    """Whether every ``(name, error, allowed)`` is in bounds, and the largest error in units of eager's."""
+    try:
+        found = compared()
+    except Exception as failure:  # noqa: BLE001 - reported in the table, the others go on
+        return {"ok": False, "wrong": f"{type(failure).__name__}: {str(failure)[-400:]}"}
+    wrong = [r for r in found if not r[1] <= r[2]]
+    return {
+        "ok": not wrong,
+        "wrong": wrong,
+        "ratio": max(2 * r[1] / r[2] for r in found if r[2]),
+        "compared": len(found),
+    }
+
+
+def check_one(job: tuple[int, str]) -> dict[str, Any]:
+    from attention_compare import compare_forward
+
+    from vbcompile.kernels.attention_gpu import _hopper_forward
+
+    form, dtype, row = form_of(job)
+    if reason := refusal(form, dtype):
+        return row | {"ok": True, "refused": reason}
+    return row | verdict(lambda: compare_forward(form, dtype, _hopper_forward, seeds=range(3)))
+
+
+def check(jobs: int) -> bool:
+    todo = check_jobs()
     rows = [
         row or {"job": job, "ok": False, "wrong": "did not end"}
         for job, row in zip(todo, in_parallel(check_one, todo, jobs, CHECK_SECONDS), strict=True)

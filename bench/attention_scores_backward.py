@@ -27,17 +27,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import record  # noqa: E402
 from attention_scores import (  # noqa: E402
-    CHECKS,
     LONG,
     NARROW,
-    NOT_IN_HALF,
     SMALL,
     WIDE,
+    check_jobs,
     flex_run,
+    form_of,
     inputs,
     problem,
+    refusal,
     rounds,
     row_of,
+    verdict,
 )
 
 CASES = [(LONG, "documents_8"), (LONG, "window_1024")]
@@ -111,41 +113,16 @@ def measured(job: tuple[tuple, str, str, dict[str, Any] | None, bool]) -> dict[s
 
 def checked(job: tuple[int, str]) -> dict[str, Any]:
     """Errors of the gradients of one form, captured tensors' included where the kernels give them."""
-    import torch
     from attention_compare import compare
-    from attention_forms import make_forms
 
-    from vbcompile.device import get_target
-    from vbcompile.kernels.attention_case import make_case
-    from vbcompile.kernels.attention_gpu import _hopper_backward, _hopper_forward, _refuses_hopper
+    from vbcompile.kernels.attention_gpu import _hopper_backward, _hopper_forward
 
-    number, name = job
-    queries, keys, dim, dtype, _ = CHECKS[number]
-    form = make_forms(queries, keys, dim, dim)[name]
-    row: dict[str, Any] = {"sizes": (queries, keys, dim), "dtype": dtype, "form": name}
-    (q, k, v), captured = form.inputs(getattr(torch, dtype))
-    q, k, v, *captured = (t.cuda() for t in (q, k, v, *captured))
-    reason = None
+    form, dtype, row = form_of(job)
     for gradients in (True, False):
-        needs = [True] * 3 + [gradients and c.is_floating_point() for c in captured]
-        case = make_case(q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
-        reason = _refuses_hopper(get_target(q.device), case)
-        if reason is None:
-            try:
-                found = compare(form, getattr(torch, dtype), range(2), (_hopper_forward, _hopper_backward), gradients)
-            except Exception as failure:  # noqa: BLE001 - reported in the table, the others go on
-                return row | {"ok": False, "wrong": f"{type(failure).__name__}: {str(failure)[-400:]}"}
-            wrong = [r for r in found if not r[1] <= r[2]]
-            ratio = max(2 * r[1] / r[2] for r in found if r[2])
-            return row | {"ok": not wrong, "wrong": wrong, "ratio": ratio, "gradients": len(found) - 2}
+        if not (reason := refusal(form, dtype, gradients)):
+            run = (_hopper_forward, _hopper_backward)
+            return row | verdict(lambda: compare(form, dtype, range(2), run, gradients))  # noqa: B023 - called at once
     return row | {"ok": True, "refused": reason}
-
-
-def check_jobs() -> list[tuple[int, str]]:
-    from attention_forms import make_forms
-
-    todo = [(n, name) for n, (q, k, d, _, only) in enumerate(CHECKS) for name in only or make_forms(q, k, d, d)]
-    return [job for job in todo if job[1] not in NOT_IN_HALF]
 
 
 def main() -> None:

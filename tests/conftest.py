@@ -9,10 +9,21 @@ import torch._inductor.config
 
 # Files that take longest begin first, so that no process is left with one at the end.
 LONGEST = (
+    "test_docs.py",
     "test_attention_corpus.py",
+    "test_demo.py",
     "test_attention_hopper_compiled.py",
-    "test_fp4_gluon_aot.py",
+    "test_attention_interpreted.py",
+    "test_attention_property.py",
+    "test_model_families.py",
     "test_attention_aot.py",
+    "test_fp4_gluon_aot.py",
+    "test_fp4_aot.py",
+    "test_fp4_linear.py",
+    "test_activation_offload.py",
+    "test_vendor_attention.py",
+    "test_offload_pass.py",
+    "test_recompute.py",
 )
 
 
@@ -44,6 +55,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(mark)
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -12,19 +12,12 @@ from attention_oracle import Outcome, differences
 from attention_trial import FUSED, LEFT, attempt, dropout_problems, identity_values, judge, prepared, vblackwell
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _trials(mode: str, every: int = 1, families: tuple[str, ...] = ()) -> list:
     chosen = [c for c in CASES.values() if mode in c.modes and (not families or c.family in families)]
     return [pytest.param(case, id=case.name) for case in chosen[::every]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

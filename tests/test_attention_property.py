@@ -33,6 +33,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = int(os.environ.get("VB_PROPERTY_EXAMPLES", "2000"))
 RANDOM = os.environ.get("VB_PROPERTY_RANDOM") == "1"
 
@@ -68,15 +69,6 @@ PROGRAMS = st.builds(
     sizes=SIZES,
     cross=st.booleans(),
 ).map(Program.settled)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

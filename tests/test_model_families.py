@@ -4,7 +4,6 @@
 """
 
 import pytest
-import torch
 from attention_cases.case import INFERENCE, TRAINING
 from attention_trial import vblackwell
 
@@ -12,16 +11,8 @@ pytest.importorskip("transformers")
 
 from model_families import FAMILIES, try_family
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SDPA = ("llama", "gpt2", "gemma3_text", "bert", "bart", "whisper", "vit", "swin", "wav2vec2", "clip", "modernbert")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _families(every: int = 1, names: tuple[str, ...] = ()) -> list:

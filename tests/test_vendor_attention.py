@@ -17,6 +17,7 @@ from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.registry import force, operator
 from vbcompile.kernels.score_function import ScoreFunction
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = make_forms(37, 53, 16, 24)
 FEW = make_forms(5, 53, 16, 16)  # few queries: the operator for inference
 # what a bias, a mask and sinks do not express
@@ -27,14 +28,6 @@ SAMPLE = [
     "plain", "causal", "causal_bottom_right", "causal_empty_rows", "window", "bool_mask", "bias_rows", "alibi", "sink",
     "grouped", "rows_first",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(rows):

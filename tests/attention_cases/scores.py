@@ -256,16 +256,18 @@ def negative_squared_distance(q, k, v):
 # several terms
 
 
-@fuses(
-    "terms",
-    lambda d: (
+def _rotary_parts(d):
+    """q and k, each with a part that carries positions, and v; keys share the positions."""
+    return (
         d.normal(d.B, d.H, d.S, d.D),
         d.normal(d.B, d.H, d.S, 4),
         d.normal(d.B, d.H, d.S, d.D),
         d.normal(d.B, 1, d.S, 4),
         d.normal(d.B, d.H, d.S, d.E),
-    ),
-)
+    )
+
+
+@fuses("terms", _rotary_parts)
 def latent_attention_two_terms(q, q_rope, k, k_rope, v):
     """MLA: a part without position per head, and a rotary part whose key is shared by the heads."""
     scores = (q @ k.mT + q_rope @ k_rope.mT) * (q.shape[-1] + 4) ** -0.5
@@ -288,16 +290,7 @@ def latent_attention_absorbed(q, q_rope, latent, k_rope):
     return torch.einsum("bsht,btc->bshc", weights, latent)
 
 
-@fuses(
-    "terms",
-    lambda d: (
-        d.normal(d.B, d.H, d.S, d.D),
-        d.normal(d.B, d.H, d.S, 4),
-        d.normal(d.B, d.H, d.S, d.D),
-        d.normal(d.B, 1, d.S, 4),
-        d.normal(d.B, d.H, d.S, d.E),
-    ),
-)
+@fuses("terms", _rotary_parts)
 def latent_attention_concatenated(q, q_rope, k, k_rope, v):
     q = torch.cat([q, q_rope], dim=-1)
     k = torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], dim=-1)
