@@ -4,8 +4,8 @@
 
 Calls are issued faster than a device could run them, 50 at a time, and timed until the last has been issued, not until
 it has run; sizes are small, so that the device is never what is waited for. Ways of one row take turns; medians, in
-microseconds. ``operator``: the operator alone, called from Python. ``compiled``: a module of that operator alone under
-``torch.compile``, guards and wrappers included.
+microseconds. ``operator``: the operator alone, or that and its backward, called from Python. ``compiled``: a module of
+that operator alone under ``torch.compile``, guards and wrappers included.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import record  # noqa: E402
 
 import vbcompile  # noqa: E402, F401 - registers the backend
-from vbcompile.kernels.attention import attention  # noqa: E402
+from vbcompile.kernels.attention import attention, attention_backward  # noqa: E402
 from vbcompile.kernels.score_function import Builder, ScoreFunction  # noqa: E402
 
 CALLS, ROUNDS, CAP = 50, 15, 30.0
@@ -119,8 +119,16 @@ def training_ways(causal: bool, cap: bool) -> dict[str, Callable[[], Any]]:
     def step(module: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(module(*leaves), leaves, upstream)
 
+    text, scale, needs = function(causal, cap), dim**-0.5, [True] * 3
+
+    @torch.no_grad()
+    def operators() -> Any:
+        out, lse = attention(*leaves, [], scale, 0.0, None, text)
+        return attention_backward(upstream, None, *leaves, [], out, lse, scale, 0.0, None, text, needs)
+
     inductor = compiled(Written(causal, cap) if cap else Fused(causal), "inductor")
     return {
+        "operator": operators,
         "compiled": step(compiled(Written(causal, cap), "vblackwell")),
         "pytorch": step(Fused(causal)),
         "inductor": step(inductor),

@@ -287,12 +287,15 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _like(gradient: Tensor | None, t: Tensor) -> Tensor:
-    """The gradient with the strides that the fake promised."""
+    """The gradient with the strides that the fake promised, where they matter."""
     promised = torch.empty_like(t)
     if gradient is None:
         return promised.zero_()
-    same = gradient.stride() == promised.stride() and gradient.dtype == t.dtype
-    return gradient if same else promised.copy_(gradient)
+    found, wanted = (
+        [stride for size, stride in zip(t.shape, strides, strict=True) if size > 1]
+        for strides in (gradient.stride(), promised.stride())
+    )
+    return gradient if found == wanted and gradient.dtype == t.dtype else promised.copy_(gradient)
 
 
 @attention_backward.register_fake

@@ -237,7 +237,8 @@ class _Compiled:
 def _without_descriptors(compiled: Any, values: Sequence[Any]) -> tuple[Callable[..., None], list[Any]]:
     """What launches, and its arguments: where it can be, with maps made by us in the place of descriptors."""
     launch, kinds = compiled.run.launch, getattr(compiled.metadata, "tensordesc_meta", None) or []
-    below = inspect.getclosurevars(launch).nonlocals.get("launcher") if inspect.isfunction(launch) else None
+    names = launch.__code__.co_freevars if inspect.isfunction(launch) else ()
+    below = launch.__closure__[names.index("launcher")].cell_contents if "launcher" in names else None
     descriptors = [v for v in values if isinstance(v, PlacedDescriptor)]
     if below is None or len(kinds) != len(descriptors) or None in kinds:
         return launch, list(values)

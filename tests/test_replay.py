@@ -73,7 +73,7 @@ HOPPER = make_forms(300, 432, 64, 64)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="Hopper's kernels")
-@pytest.mark.parametrize("name", ["causal", "bias", "softcap", "bool_mask", "document_causal", "sink", "rows_first"])
+@pytest.mark.parametrize("name", ["causal", "bias", "softcap", "bool_mask", "document_causal", "sink"])
 def test_other_data_with_hoppers_kernels(repeated, name):
     with force(attention="hopper", attention_backward="hopper"):
         rows = compare(HOPPER[name], torch.bfloat16, (0, 1, 2, 3), (forward, backward), name == "bias")
@@ -217,6 +217,7 @@ def test_the_number_of_recordings_is_bounded(repeated, monkeypatch):
         assert len(replay._known) <= 4
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter runs one kernel at a time")
 def test_threads(repeated):
     failed = []
 
