@@ -23,7 +23,7 @@ from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import refuse_weight
 from vbcompile.kernels.fp4_tuning import relative_cost
-from vbcompile.kernels.registry import Choice, operator
+from vbcompile.kernels.registry import Choice, as_text, operator
 from vbcompile.kernels.triton_target import refuses_triton
 from vbcompile.passes.fp4_epilogues import Epilogue, find_epilogues
 from vbcompile.passes.fp4_experts import ExpertSite, expert_sites, rewrite_experts
@@ -167,7 +167,8 @@ class _Fp4Pass:
         format_name = adopted_format(weight) or self.config.fp4_format
         in_fp8 = self.config.fp4_activations == "fp8" and isinstance(site, LinearSite)
         method = "fp8" if in_fp8 and multiplies_fp8(self.context.target) else "mse"
-        key = PackKey(format_name, self._layout(site, format_name), site.transposed, method)
+        layout, asked = self._layout(site, format_name), as_text(self.context.implementations)
+        key = PackKey(format_name, layout, site.transposed, method, implementations=asked)
         candidate = Candidate(site, key, dtype, rows, int(n), int(k))
         return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
 

@@ -39,6 +39,7 @@ class PackKey:
         method: of rounding weights that were not packed before, see :mod:`vbcompile.kernels.fp4_quantize`.
         gate: which half of the rows is a gate's, ``first`` or ``second``, to be packed in turns with the other half
             (:mod:`vbcompile.kernels.fp4_epilogue`); empty for rows as they are.
+        implementations: the option of that name, as text.
     """
 
     format_name: str
@@ -46,6 +47,7 @@ class PackKey:
     transposed: bool
     method: str = "mse"
     gate: str = ""
+    implementations: str = ""
 
 
 @dataclass(eq=False)
@@ -247,7 +249,7 @@ def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) 
             raise ValueError(f"{name}: its high-precision values were dropped, so it cannot be packed another way")
         source = state.master.to(weight.device)
     source = source.transpose(-2, -1) if key.transposed else source
-    packed = quantize(source, key.format_name, method=key.method, name=name)
+    packed = quantize(source, key.format_name, method=key.method, name=name, implementations=key.implementations)
     return packed, relative_error(source, packed)
 
 

@@ -24,6 +24,7 @@ from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
 from vbcompile.kernels.fp4_quantize import quantize, refuse_weight, relative_error
+from vbcompile.kernels.registry import as_text
 from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
 from vbcompile.passes.fp4_sites import (
     LinearSite,
@@ -259,7 +260,8 @@ class Packer:
             reason = refuse_weight(weight, fp4_format(self.config.fp4_format))
             if reason is not None:
                 raise ValueError(reason)
-            packed = quantize(weight, self.config.fp4_format, name=member.payload.name)
+            asked = as_text(self.context.implementations)
+            packed = quantize(weight, self.config.fp4_format, name=member.payload.name, implementations=asked)
             return packed, float(relative_error(weight, packed))
 
     def _rewrite(self, group: Sequence[Candidate], form: _Form) -> None:

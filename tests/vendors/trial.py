@@ -13,7 +13,7 @@ from torch import Tensor
 from vbcompile import backend
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
-from vbcompile.kernels import attention, attention_training, fp4_linear, registry, vendor_operators
+from vbcompile.kernels import attention, attention_training, fp4_linear, fp4_quantize, registry, vendor_operators
 from vbcompile.kernels.attention import attention_reference
 from vendors import ascend, gaudi, intel
 from vendors.packages import Release, release
@@ -31,7 +31,7 @@ NEWEST = {"npu": "2.13.0", "hpu": "1.19.0"}
 def pretend(target: Target, version: str = "") -> Iterator[None]:
     """CPU tensors count as tensors of ``target``, whose package is here in release ``version``."""
     with ExitStack() as stack:
-        for module in (attention, attention_training, fp4_linear, backend):
+        for module in (attention, attention_training, fp4_linear, fp4_quantize, backend):
             stack.enter_context(patch.object(module, "get_target", lambda device=None: target))
         stack.enter_context(patch.object(vendor_operators, "is_present", lambda kind: kind == target.device_type))
         stack.enter_context(patch.object(vendor_operators, "installed_version", lambda name: version or None))
