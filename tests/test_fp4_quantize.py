@@ -160,9 +160,7 @@ def test_packing_runs_here_whatever_the_graph_is_explained_for():
     model, x = Feed().requires_grad_(False), torch.randn(3, 128)
     options = {"mode": "speed", "implementations": {"fp4_quantize": "triton"}, "strict": True}
     explain(model, x, options=options, as_device="sm_90")
-    with pytest.raises(
-        BackendCompilerFailed, match="'triton' of fp4_quantize was asked for and refuses: no Triton for cpu"
-    ):
+    with pytest.raises(BackendCompilerFailed, match="fp4_quantize was asked for and refuses: no Triton for cpu"):
         compiled(model, implementations=options["implementations"])(x)
 
 
