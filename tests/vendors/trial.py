@@ -10,7 +10,7 @@ import torch
 from attention_forms import Form, eager
 from torch import Tensor
 
-from vbcompile import backend
+from vbcompile import backend, device_vendors
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import attention, attention_training, fp4_linear, fp4_quantize, registry, vendor_operators
@@ -34,7 +34,7 @@ def pretend(target: Target, version: str = "") -> Iterator[None]:
         for module in (attention, attention_training, fp4_linear, fp4_quantize, backend):
             stack.enter_context(patch.object(module, "get_target", lambda device=None: target))
         stack.enter_context(patch.object(vendor_operators, "is_present", lambda kind: kind == target.device_type))
-        stack.enter_context(patch.object(vendor_operators, "installed_version", lambda name: version or None))
+        stack.enter_context(patch.object(device_vendors, "installed_version", lambda name: version or None))
         registry._choose.cache_clear()
         try:
             yield
