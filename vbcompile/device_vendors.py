@@ -234,9 +234,9 @@ def package_version(device_type: str) -> str | None:
 def package_of(device_type: str) -> str:
     """The package that brings a device type, with the release found: ``torch-npu 2.13.0``; PyTorch for its own."""
     package = platform_of(device_type).distribution
-    return (
-        f"{package} {package_version(device_type) or '(no version known)'}" if package else f"torch {torch.__version__}"
-    )
+    if not package:
+        return f"torch {torch.__version__}"
+    return f"{package} {package_version(device_type) or '(no version known)'}"
 
 
 def pair_problem(distribution: str) -> str:
@@ -274,20 +274,24 @@ def _load_problem(platform: Platform) -> Availability | None:
         reason = f"this PyTorch ({torch.__version__}) is built without support for {names}"
         return Availability(platform, "missing", reason=reason, fix=fix)
     if hasattr(torch, platform.device_type):  # loaded by PyTorch's own start-up, or by the user
-        return _warn_of_pair(platform)
+        _warn_of_pair(platform)
+        return None
     if not is_installed(platform.module):
         reason = f"the package {platform.distribution} is not installed"
         return Availability(platform, "missing", reason=reason, fix=fill_in(platform.install))
     try:
         importlib.import_module(platform.module)
     except Exception as error:  # noqa: BLE001 - vendors' packages raise anything at import; it is reported, not dropped
-        failure = f"{package_of(platform.device_type)} is installed, and importing {platform.module} failed with {first_line(error)}"
-        reason = pair_problem(platform.distribution) or failure
+        found, why = package_of(platform.device_type), first_line(error)
+        reason = f"{found} is installed, and importing {platform.module} failed with {why}"
+        reason = pair_problem(platform.distribution) or reason
         return Availability(platform, "broken", reason=reason, fix=fill_in(platform.repair))
     if not hasattr(torch, platform.device_type):
-        reason = f"{platform.module} of {package_of(platform.device_type)} was imported but added no torch.{platform.device_type}"
+        found = package_of(platform.device_type)
+        reason = f"{platform.module} of {found} was imported but added no torch.{platform.device_type}"
         return Availability(platform, "broken", reason=reason, fix=fill_in(platform.repair))
-    return _warn_of_pair(platform)
+    _warn_of_pair(platform)
+    return None
 
 
 def _warn_of_pair(platform: Platform) -> None:
