@@ -72,17 +72,23 @@ def scale_rule(fmt: Fp4Format, method: str) -> ScaleRule:
     return rules[method]
 
 
+def _divide(x: Tensor, by: float) -> Tensor:
+    """Rounded correctly everywhere, so that ties fall alike: CUDA multiplies by the reciprocal of a Python number."""
+    return x / torch.full((), by, device=x.device)
+
+
 def _nvfp4_nearest(amax: Tensor) -> Sequence[Tensor]:
-    return [encode_e4m3(amax / E2M1_MAX)]
+    return [encode_e4m3(_divide(amax, E2M1_MAX))]
 
 
 def _nvfp4_mse(amax: Tensor) -> Sequence[Tensor]:
-    base = encode_e4m3(amax / E2M1_MAX)
+    base = encode_e4m3(_divide(amax, E2M1_MAX))
     return [(base + step).clamp(1, NVFP4.largest_scale) for step in _steps(NVFP4)]
 
 
 def _nvfp4_four_over_six(amax: Tensor) -> Sequence[Tensor]:
-    return [encode_e4m3(amax / E2M1_MAX), encode_e4m3(amax / E2M1_MAX * 1.5)]
+    wanted = _divide(amax, E2M1_MAX)
+    return [encode_e4m3(wanted), encode_e4m3(wanted * 1.5)]
 
 
 def _mxfp4_nearest(amax: Tensor) -> Sequence[Tensor]:
@@ -113,7 +119,7 @@ def choose_tensor_scale(weight: Tensor, fmt: Fp4Format, method: str, per_row: bo
     largest = _row_maxima(weight)
     if not per_row:
         largest = largest.amax(dim=-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(_SMALLEST_SCALE))
+    scale = torch.where(largest == 0, 1.0, _divide(largest, E4M3_MAX * E2M1_MAX).clamp_min(_SMALLEST_SCALE))
     if method == "nearest":
         return scale
     return torch.where(_was_nvfp4(weight, scale), scale, scale * (E4M3_MAX / _HEADROOM_MAX))

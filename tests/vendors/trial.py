@@ -52,10 +52,16 @@ def vendor(kind: str, version: str = "", arch: str = "") -> Iterator[Release]:
 
 
 @contextmanager
-def intel_gpu() -> Iterator[list[str]]:
-    """An Intel GPU: PyTorch's own operators have kernels there; Triton's are left out, nothing here could run them."""
+def intel_gpu(version: str = "") -> Iterator[list[str]]:
+    """An Intel GPU: PyTorch's own operators have kernels there; Triton's are left out, nothing here could run them.
+
+    With ``version``, the recorded schemas of that PyTorch hold the calls too, not only those of the installed one.
+    """
     target = catalog_target("pvc")
-    with intel.flash_kernels() as calls, pretend(replace(target, features=target.features - {"triton"})):
+    with ExitStack() as stack:
+        kernels = stack.enter_context(intel.kernels_of(version)) if version else intel.KERNELS
+        calls = stack.enter_context(intel.flash_kernels(kernels=kernels))
+        stack.enter_context(pretend(replace(target, features=target.features - {"triton"})))
         yield calls
 
 
