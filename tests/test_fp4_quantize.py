@@ -165,17 +165,17 @@ def test_packing_runs_here_whatever_the_graph_is_explained_for():
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
-def launches(format_name, method, dtype=torch.bfloat16):
-    """What launches for a weight of K columns pass."""
+def launch(format_name, method, k=K, dtype=torch.bfloat16):
+    """What a launch for weights of k columns passes."""
     from vbcompile.kernels.fp4_quantize_kernels import fp4_rows_kernel, fp4_search_kernel
 
     fmt = FORMATS[format_name]
     x, floats, words = torch.empty(16, dtype=dtype), torch.empty(16), torch.empty(16, dtype=torch.uint8)
     if method == "rows":
         options = {"BLOCK": fmt.block_size, "BLOCKS": 4096 // fmt.block_size, "num_warps": 4}
-        return Launch(fp4_rows_kernel, (x, words, words, floats, K, K), options)
-    options = search_options(fmt, method, K // fmt.block_size)
-    return Launch(fp4_search_kernel, (x, floats, words, words, K, K, K * K, K, 1), options)
+        return Launch(fp4_rows_kernel, (x, words, words, floats, k, k), options)
+    options = search_options(fmt, method, k // fmt.block_size)
+    return Launch(fp4_search_kernel, (x, floats, words, words, k, k, k * k, k, 1), options)
 
 
 @pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
@@ -183,7 +183,7 @@ def launches(format_name, method, dtype=torch.bfloat16):
 @pytest.mark.parametrize("format_name", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942", "gfx1100"])
 def test_kernels_compile_without_spills(arch, format_name, method):
-    assert compile_launch(launches(format_name, method), arch).spills == 0
+    assert compile_launch(launch(format_name, method), arch).spills == 0
 
 
 def test_interpreted_kernels():
