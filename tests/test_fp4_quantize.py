@@ -159,7 +159,8 @@ def test_the_option_reaches_trained_weights(runs):
 def test_packing_runs_here_whatever_the_graph_is_explained_for():
     model, x = Feed().requires_grad_(False), torch.randn(3, 128)
     options = {"mode": "speed", "implementations": {"fp4_quantize": "triton"}, "strict": True}
-    explain(model, x, options=options, as_device="sm_90")
+    decisions = explain(model, x, options=options, as_device="sm_90").reports[0].decisions
+    assert [d.details["packed_by"][:8] for d in decisions if d.pass_name == "fp4"] == ["triton"] * 3
     with pytest.raises(BackendCompilerFailed, match="fp4_quantize was asked for and refuses: no Triton for cpu"):
         compiled(model, implementations=options["implementations"])(x)
 
