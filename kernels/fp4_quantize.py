@@ -110,8 +110,10 @@ def rounded(
     weight: Tensor, format_name: str, method: str = "mse", per_row: bool = False, implementations: str = ""
 ) -> PackedWeight:
     """:func:`fp4_quantize` as a packed weight, whose value is NaN in blocks that hold NaN or infinity."""
-    tensors = fp4_quantize(weight, format_name, method, per_row, implementations=implementations)
-    return PackedWeight(*tensors, format_name, tuple(weight.shape))
+    codes, block_scales, tensor_scale = fp4_quantize(
+        weight, format_name, method, per_row, implementations=implementations
+    )
+    return PackedWeight(codes, block_scales, tensor_scale, format_name, tuple(weight.shape))
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

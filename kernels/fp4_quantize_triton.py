@@ -1,6 +1,7 @@
 """Triton as an implementation of ``vblackwell::fp4_quantize``: one pass over the weight, or over activations two."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _search(weight: Tensor, scale: Tensor, fmt: Fp4Format, method: str) -> tuple
     return codes, scales
 
 
-def search_options(fmt: Fp4Format, method: str, blocks: int) -> dict[str, object]:
+def search_options(fmt: Fp4Format, method: str, blocks: int) -> dict[str, Any]:
     """Constants of a launch for rows of so many blocks."""
     together = min(_SEARCHED // fmt.block_size, 1 << (blocks - 1).bit_length())
     below, above = (0, 0) if method == "nearest" else SEARCHED[fmt.name]

@@ -282,9 +282,10 @@ def _load_problem(platform: Platform) -> Availability | None:
     try:
         importlib.import_module(platform.module)
     except Exception as error:  # noqa: BLE001 - vendors' packages raise anything at import; it is reported, not dropped
+        if mismatch := pair_problem(platform.distribution):
+            return Availability(platform, "broken", reason=mismatch, fix=fill_in(platform.install))
         found, why = package_of(platform.device_type), first_line(error)
         reason = f"{found} is installed, and importing {platform.module} failed with {why}"
-        reason = pair_problem(platform.distribution) or reason
         return Availability(platform, "broken", reason=reason, fix=fill_in(platform.repair))
     if not hasattr(torch, platform.device_type):
         found = package_of(platform.device_type)
@@ -297,7 +298,7 @@ def _load_problem(platform: Platform) -> Availability | None:
 def _warn_of_pair(platform: Platform) -> None:
     """Say that a package which loads belongs to another PyTorch: what goes wrong later would not name it."""
     if problem := pair_problem(platform.distribution):
-        log.warning("%s; it was loaded all the same. Fix: %s", problem, fill_in(platform.repair))
+        log.warning("%s; it was loaded all the same. Fix: %s", problem, fill_in(platform.install))
 
 
 def is_installed(module: str) -> bool:
