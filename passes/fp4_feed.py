@@ -64,9 +64,10 @@ class WeightFeed:
         extra: list[Tensor] = []
         for fed in self._fed:
             weights = [args[position] for position in fed.positions]
-            if not fed.packed.is_current(weights, self._watch) or max(fed.packed.errors) > self._max_error:
-                fed.packed = self._packed_again(fed, weights)
-            extra += fed.packed.linear.tensors
+            packed = fed.packed  # at once: another thread may call with other weights
+            if not packed.is_current(weights, self._watch) or max(packed.errors) > self._max_error:
+                packed = fed.packed = self._packed_again(fed, weights)
+            extra += packed.linear.tensors
         return extra
 
     def _packed_again(self, fed: FedWeight, weights: list[Tensor]) -> Packed:
