@@ -20,7 +20,7 @@ _SMALLEST_SHARE = 1000
 _SMALLEST_MOVED = 2**20
 _TRIES = 8
 _FINE = 50
-_HEADROOM = 50  # one part in so many of all that is kept by default is left to workspaces and small tensors
+_HEADROOM = 32  # one part in so many of all that is kept by default is left to workspaces and small tensors
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,9 @@ class StepPlanner:
                 end = last if node in self.joint.results else max(uses, default=index[node])
                 begin = index[node] if inside else kernels.begin(node, index[node])
                 yield begin, max(begin, end), node_bytes(node)
+        for node, operator in index.items():
+            if size := scratch_bytes(node):
+                yield operator, operator, size
         for node in self.joint.backward:
             if node.op == "placeholder" and leaders:  # gradients of the results
                 ends = [kernels.end(u) for u in self._all_readers(node)]
@@ -286,6 +289,15 @@ class StepPlanner:
             else:
                 low = middle
         return best
+
+
+def scratch_bytes(node: fx.Node) -> int:
+    """Bytes that an operator takes while it runs: fused attention sums the gradients of queries in float32."""
+    name = str(node.target)
+    if "attention" not in name or "backward" not in name:
+        return 0
+    queries = next(tensors_of(node), None)  # their gradient
+    return 0 if queries is None else 4 * (tensor_bytes(queries) // queries.element_size())
 
 
 def operations(node: fx.Node) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from vbcompile import compat, runtime_activations
 from vbcompile.passes.activation_offload import Trip, insert_trips
+from vbcompile.passes.activation_plan import scratch_bytes
 from vbcompile.runtime_activation_memory import BufferPool
 from vbcompile.runtime_simulated import LinkRate, SimulatedDevice
 
@@ -311,6 +312,16 @@ def test_copies_on_a_card_race_with_nothing():
         assert torch.stack(sums).tolist() == [[step * 10 + n] * 2 for n in range(6)]
     moved = runtime_activations.statistics(device)
     assert moved.host_bytes <= 2 * 6 * 2**24 and runtime_activations._traffic_of(device).memory.free_bytes > 0
+
+
+def test_what_attentions_backward_takes_while_it_runs_is_counted():
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default, ())
+    node.meta["val"] = tuple(torch.empty(2, 4, n, 8, device="meta", dtype=torch.bfloat16) for n in (10, 30, 30))
+    assert scratch_bytes(node) == 4 * 2 * 4 * 10 * 8
+    other = graph.call_function(torch.ops.aten.mm.default, ())
+    other.meta["val"] = torch.empty(3, 3, device="meta")
+    assert scratch_bytes(other) == 0
 
 
 @pytest.mark.gpu
