@@ -233,7 +233,7 @@ def falcon_fused_projection(x):
     return F.scaled_dot_product_attention(q, k, v, keep[None, None], 0.0, is_causal=False).transpose(1, 2).flatten(2)
 
 
-@fuses("language", plus(folded, lambda d: d.constant(d.B, 1, d.S, d.T)))
+@fuses("language", plus(folded, lambda d: d.constant(d.B, 1, d.S, d.T)), static_only=True)
 def opt_maximum_of_the_lowest(q, k, v, mask):
     """Masked, then raised to the lowest number so that no row is lost."""
     weights = torch.bmm(q * 0.35, k.transpose(1, 2))
