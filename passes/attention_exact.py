@@ -82,9 +82,12 @@ def may_wrap(name: str, dtype: torch.dtype, arguments: Sequence[Expression]) -> 
     """Whether integer arithmetic in ``dtype`` may wrap where 64 bits would not."""
     if dtype in _NARROW:
         return name not in ("maximum", "minimum")
-    if dtype != torch.int32 or name not in ("mul", "pow", "square"):
+    numbers = [abs(a.value) for a in arguments if a.name == "const"]
+    if dtype != torch.int32:
         return False
-    return not any(a.name == "const" and abs(a.value) <= _SMALL_FACTOR for a in arguments)
+    if name in ("add", "sub"):
+        return any(number >= 2**30 for number in numbers)
+    return name in ("mul", "pow", "square") and not any(number <= _SMALL_FACTOR for number in numbers)
 
 
 def may_be_cut(algebra: Algebra, e: Expression, dtype: torch.dtype) -> bool:

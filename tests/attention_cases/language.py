@@ -154,8 +154,10 @@ def longformer_band_and_global(q, k, v, is_global):
     near = (i[:, None] - i[None, :]).abs().le(2)[None]
     keep = near | is_global[:, :, None] | is_global[:, None, :]
     scores = q @ k.mT * 0.35
-    scores = scores.masked_fill(keep.logical_not().unsqueeze(1), -1e9) if q.dtype != torch.float16 else (
-        scores.masked_fill(keep.logical_not().unsqueeze(1), -INF)
+    scores = (
+        scores.masked_fill(keep.logical_not().unsqueeze(1), -1e9)
+        if q.dtype != torch.float16
+        else (scores.masked_fill(keep.logical_not().unsqueeze(1), -INF))
     )
     return scores.softmax(-1) @ v
 
@@ -228,7 +230,11 @@ def starcoder_one_key_head(q, k, v):
 def falcon_fused_projection(x):
     b, n, _ = x.shape
     heads = x.view(b, n, 8, 8)
-    q, k, v = heads[..., :-2, :].transpose(1, 2), heads[..., [-2], :].transpose(1, 2), heads[..., [-1], :].transpose(1, 2)
+    q, k, v = (
+        heads[..., :-2, :].transpose(1, 2),
+        heads[..., [-2], :].transpose(1, 2),
+        heads[..., [-1], :].transpose(1, 2),
+    )
     keep = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
     return F.scaled_dot_product_attention(q, k, v, keep[None, None], 0.0, is_causal=False).transpose(1, 2).flatten(2)
 

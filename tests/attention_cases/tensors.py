@@ -167,10 +167,14 @@ def features_broadcast_by_einsum(q, k, v):
 @fuses("tensors", lambda d: (d.normal(d.B, d.H, 1, d.D), d.normal(d.B, d.H, d.T, d.D), d.normal(d.B, d.H, d.T, d.D)),
        sites=2)  # fmt: skip
 def queries_repeated(q, k, v):
-    return _attend(q.repeat(1, 1, 4, 1), k, v), _attend(q.repeat_interleave(3, dim=-2), k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1))
+    return _attend(q.repeat(1, 1, 4, 1), k, v), _attend(
+        q.repeat_interleave(3, dim=-2), k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1)
+    )
 
 
-@either("tensors", lambda d: (d.normal(d.B, d.H, 1, d.D), d.normal(d.B, d.H, 1, d.D), d.normal(d.B, d.H, 1, d.D)), sites=3)
+@either(
+    "tensors", lambda d: (d.normal(d.B, d.H, 1, d.D), d.normal(d.B, d.H, 1, d.D), d.normal(d.B, d.H, 1, d.D)), sites=3
+)
 def operands_of_sdpa_expanded(q, k, v):
     """A row, a key and a value, each repeated."""
     many = q.expand(-1, -1, 4, -1), k.expand(-1, -1, 5, -1), v.expand(-1, -1, 5, -1)
@@ -237,12 +241,17 @@ def one_of_everything(q, k, v):
     return _attend(q, k, v)
 
 
-@fuses("tensors", lambda d: (d.normal(2, 3, 2, 2, d.S, d.D), d.normal(2, 3, 2, 2, d.T, d.D), d.normal(2, 3, 2, 2, d.T, 5)))
+@fuses(
+    "tensors", lambda d: (d.normal(2, 3, 2, 2, d.S, d.D), d.normal(2, 3, 2, 2, d.T, d.D), d.normal(2, 3, 2, 2, d.T, 5))
+)
 def six_dimensions(q, k, v):
     return _attend(q, k, v)
 
 
-@either("tensors", lambda d: (d.normal(2, 3, 1, 2, 2, d.S, d.D), d.normal(1, 3, 2, 1, 2, d.T, d.D), d.normal(2, 1, 2, 2, 2, d.T, 5)))
+@either(
+    "tensors",
+    lambda d: (d.normal(2, 3, 1, 2, 2, d.S, d.D), d.normal(1, 3, 2, 1, 2, d.T, d.D), d.normal(2, 1, 2, 2, 2, d.T, 5)),
+)
 def five_leading_axes_broadcast(q, k, v):
     return _attend(q, k, v)
 
