@@ -32,7 +32,10 @@ SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
 }  # fmt: skip
-SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 1000}
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}  # fmt: skip
 CACHE = 512
 WAYS: dict[str, dict[str, Any] | None] = {
     "Inductor bfloat16": None,

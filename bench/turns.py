@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _EACH = 5.0  # seconds that a variant may need to be measured
@@ -34,7 +35,7 @@ def take_turns(
     """
     end = time.monotonic() + seconds
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("COMPILE_THREADS", "4")}
-    workers = {name: subprocess.Popen([*command, name], env=environment) for name in names}
+    workers = {name: subprocess.Popen([*command, name], env=environment, start_new_session=True) for name in names}
     rows: dict[str, dict] = {}
 
     def waiting() -> list[str]:
@@ -53,20 +54,21 @@ def take_turns(
             name = ready()[0]
             others = [workers[n] for n in waiting() if n not in ready()]
             for process in others:
-                process.send_signal(signal.SIGSTOP)
+                os.killpg(process.pid, signal.SIGSTOP)
             _file(folder, name, "turn").touch()
             done = _file(folder, name, "json")
             while workers[name].poll() is None and not done.exists() and time.monotonic() < end:
                 time.sleep(0.02)
             for process in others:
-                process.send_signal(signal.SIGCONT)
+                os.killpg(process.pid, signal.SIGCONT)
             if done.exists():
                 rows[name] = json.loads(done.read_text())
                 print(rows[name], flush=True)
                 found([rows[n] for n in names if n in rows])
     finally:
         for process in workers.values():
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return [rows[name] for name in names if name in rows]
 
 
