@@ -40,7 +40,7 @@ from vbcompile.vgpu_size import parse_size
 
 _FORMAT = "nvfp4"
 _ARENA = 2 * GIB
-_PATIENCE = 3.0  # seconds: a virtual machine's memory may grow only as it is used
+_PATIENCE = 0.5  # seconds: a virtual machine's memory may grow only as it is used
 _BITS = 4.5
 Packed = dict[str, tuple[PackedWeight, float]]  # by the parameter's name, with its relative error
 
@@ -68,7 +68,6 @@ class Arenas(HostMemory):
 
     def __init__(self, device: torch.device, nbytes: int, threads: int) -> None:
         super().__init__(device)
-        self._room = threads * _ARENA
         whole, rest = divmod(nbytes, _ARENA)
         sizes = [_ARENA] * whole + [padded(rest, 1 << 21)] * bool(rest)
         pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 2))
@@ -77,7 +76,7 @@ class Arenas(HostMemory):
 
     def _take(self, nbytes: int) -> Tensor:
         end = time.monotonic() + _PATIENCE
-        while runtime_host._available() < self._room and time.monotonic() < end:
+        while runtime_host._available() < 2 * nbytes and time.monotonic() < end:
             time.sleep(0.05)
         return (
             runtime_host._mapped(nbytes)
@@ -233,6 +232,7 @@ def main() -> int:
         logits = compiled(tokens).logits.clone()
         offload_model.synchronize()
     clock.phase("compiled, copies made, first step")
+    print(f"host memory left: {runtime_host._available() / 1e9:.1f} GB", flush=True)
     found = measure(partial(compiled, tokens), store, options.steps, link)
     clock.phase("measured")
     with torch.no_grad():
