@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "vblackwell NVFP4": {"fp4_activations": "same"},
     "vblackwell NVFP4, FP8 activations": {"fp4_activations": "fp8"},
 }
-_LARGEST_DIFFERENCE = {"same": 0.1, "fp8": 0.5}  # relative: rounding of 32 layers' activations to 16 and to 8 bits
+_LARGEST_DIFFERENCE = {"same": 0.2, "fp8": 0.5}  # relative: rounding of 32 layers' activations to 16 and to 8 bits
 
 
 def build(layers: int, device: str, **shape: Any) -> torch.nn.Module:

@@ -153,6 +153,22 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("share of the link", lambda row: f"{row['link_share']:.3f}"),
         ],
     ),
+    "offload_largest": (
+        "One decode step of Llama-3.1-405B's shape within 80 GB of device memory, FP4 weights, the rest in host memory",
+        [
+            ("what", _column("what")),
+            ("bfloat16 size over the budget", lambda row: f"{row['times_the_budget']:.1f}"),
+            ("tokens per second", lambda row: f"{row['tokens_per_s']:.3f}"),
+            ("roofline", lambda row: f"{row['roofline_tokens_per_s']:.3f}"),
+            ("share", lambda row: f"{row['roofline_share']:.3f}"),
+            ("streamed a token", lambda row: f"{row['streamed_bytes'] / 1e9:.1f} GB"),
+            (
+                "peak memory",
+                lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} of {row['budget_bytes'] / 1e9:.2f} GB",
+            ),
+            ("error (allowed)", lambda row: f"{row['error']:.2e} ({row['allowed']:.2e})"),
+        ],
+    ),
     "offload_fits": (
         "A model that fits: Llama shape of hidden size 2048, median time per step beside Inductor, steps taking turns",
         [
