@@ -1,6 +1,6 @@
 """Whole models larger than their device budget: decode steps of Llama shapes with random weights.
 
-    python bench/offload_model.py [--shape 8b] [--layers 32] [--budget 6GiB] [--modes memory full] [--everything]
+    python bench/offload_model.py [--shape 8b] [--layers 32] [--budget 6GiB] [--modes memory full] [--accelerate]
 
 A row gives the step time of a model whose weights are streamed by the plan, its share of the roofline (the bytes that
 the plan streams, at the link's bandwidth measured in the same run, or computation), what the plan predicted, and the
@@ -197,8 +197,40 @@ def figures(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             store.replan(budget)
         if options.profile:
             profile(partial(compiled, tokens))
+        if options.accelerate and own == "memory":
+            add(rows, accelerate(options, model, tokens, logits, row["roofline_ms"]), FILES[options.shape])
         if options.everything and mode == "memory":
             add(rows, everything(partial(compiled, tokens), store, row, link), FILES[options.shape])
+
+
+def accelerate(
+    options: argparse.Namespace, model: nn.Module, tokens: torch.Tensor, expected: torch.Tensor, roofline_ms: float
+) -> dict[str, Any]:
+    """Accelerate's own map of the same weights under the same budget, from pageable memory as it loads them."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    twin, state = llama(options.shape, options.layers), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in twin.named_parameters():
+            held = state[name]
+            value.copy_(held.payload.on_host() if isinstance(held, vbcompile.OffloadedTensor) else held)
+        limits = {0: options.budget, "cpu": "230GiB"}
+        twin = dispatch_model(
+            twin, infer_auto_device_map(twin, limits, no_split_module_classes=list(twin._no_split_modules))
+        )
+        found = twin(tokens).logits.double()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ms = seconds(partial(twin, tokens), 1) * 1e3
+    difference = float((found - expected.double()).norm() / found.norm())
+    return {
+        "what": f"{options.shape}, {options.layers} layers, {options.budget}, Accelerate dispatch_model",
+        "ms": ms,
+        "roofline_ms": roofline_ms,
+        "roofline_share": roofline_ms / ms,
+        "peak_beside_bytes": torch.cuda.max_memory_allocated() - before,
+        "difference": difference,
+    }
 
 
 def profile(call: Callable[[], Any]) -> None:
@@ -291,6 +323,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--modes", nargs="+", default=["memory", "full:reduce-overhead"])
     parser.add_argument("--everything", action="store_true", help="also with the smallest budget that works")
+    parser.add_argument("--accelerate", action="store_true", help="also by Accelerate under the same budget")
     parser.add_argument("--also", metavar="BUDGET", help="mode full with this budget too, in which it streams")
     parser.add_argument("--fits", action="store_true", help="only a budget in which the model fits, against Inductor")
     parser.add_argument("--profile", action="store_true", help="print what the host does in a step")

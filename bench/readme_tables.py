@@ -49,6 +49,10 @@ def _optional(key: str, form: str = "{}") -> Callable[[dict[str, Any]], str]:
     return lambda row: form.format(row[key]) if key in row else ""
 
 
+def _gigabytes(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row[key] / 1e9:.2f} GB" if key in row else ""
+
+
 Columns = list[tuple[str, Callable[[dict[str, Any]], Any]]]
 TABLES: dict[str, tuple[str, Columns]] = {
     "fp4_models": (
@@ -132,9 +136,9 @@ TABLES: dict[str, tuple[str, Columns]] = {
         [
             ("what", _column("what")),
             ("time", lambda row: f"{row['ms']:.1f} ms"),
-            ("predicted", lambda row: f"{row['predicted_ms']:.1f} ms"),
-            ("streamed", lambda row: f"{row['streamed_bytes'] / 1e9:.2f} GB"),
-            ("peak memory", lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} GB"),
+            ("predicted", _optional("predicted_ms", "{:.1f} ms")),
+            ("streamed", _gigabytes("streamed_bytes")),
+            ("peak memory", _gigabytes("peak_allocated_bytes")),
             ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
         ],
     ),
