@@ -68,7 +68,7 @@ def test_a_model_beyond_its_budget_beside_accelerate():
 
 
 def test_a_model_whose_package_is_missing_says_so(monkeypatch, small, tmp_path, capsys):
-    monkeypatch.setattr(Peer, "missing", lambda self: f"{self.package} is not installed")
+    monkeypatch.setattr(bench_models.bench_peers, "missing", lambda package: f"{package} is not installed")
     cases = [lambda: bench_models.diffusion_case(CPU, 2, 16, 1, 16), lambda: copy_case(CPU)]
     monkeypatch.setattr(bench, "makers", lambda device, quick: cases)
     out = tmp_path / "bench.json"

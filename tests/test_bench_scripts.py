@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
-    "offload_largest_simulated": "offload_largest.py --shape tiny --layers 3 --budget 8MB --device cpu --steps 1",
-    "fp4_model_small": "fp4_model.py --small --layers 1 --tokens 64 --what prefill",
+    "offload_largest_simulated": "offload_largest.py --shape tiny --layers 2 --budget 4MB --device cpu --steps 1",
+    "fp4_model_small": "fp4_model.py --small --layers 1 --tokens 64 --what prefill --ways 'vblackwell NVFP4'",
 }
 
 
 @pytest.mark.parametrize("file", SCRIPTS)
 def test_a_script_measures_and_checks(file, tmp_path):
-    script, *options = SCRIPTS[file].split()
+    script, *options = shlex.split(SCRIPTS[file])
     environment = os.environ | {"BENCH_RESULTS": str(tmp_path), "COMPILE_THREADS": "1"}
     command = [sys.executable, str(ROOT / "bench" / script), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

@@ -42,9 +42,9 @@ def offloaded_case(device: torch.device, layers: int, budget: str, width: int = 
         smallest: what :func:`vbcompile.offload` takes.
     """
     name = f"{layers} Llama layers of {width}, weights beyond {budget} in host memory"
-    missing = bench_peers.Peer("transformers").missing()
-    if missing is not None:
-        return Case(name, {}, 0.0, 0.0, absent={"transformers": missing})
+    reason = bench_peers.missing("transformers")
+    if reason is not None:
+        return Case(name, {}, 0.0, 0.0, absent={"transformers": reason})
     model, tokens = _llama(device, layers, width), torch.zeros(1, 1, dtype=torch.long, device=device)
     plain = model(tokens).logits.clone()
     exact = copy.deepcopy(model).double()(tokens).logits
@@ -81,9 +81,9 @@ def diffusion_case(device: torch.device, heads: int, size: int, blocks: int, tok
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     name = f"FLUX transformer, {blocks} + {blocks} blocks of {heads}x{size}, {tokens} + {tokens // 4} tokens"
-    missing = bench_peers.Peer("diffusers").missing()
-    if missing is not None:
-        return Case(name, {}, 0.0, 0.0, absent={"diffusers": missing})
+    reason = bench_peers.missing("diffusers")
+    if reason is not None:
+        return Case(name, {}, 0.0, 0.0, absent={"diffusers": reason})
     from torch.utils.flop_counter import FlopCounterMode
 
     model = _flux(heads, size, blocks).to(device, dtype).eval()
@@ -122,10 +122,11 @@ def _llama(device: torch.device, layers: int, width: int) -> Any:
         use_cache=False,
     )
     with torch.device(device):
-        return LlamaForCausalLM(config).to(torch.float32 if device.type == "cpu" else torch.bfloat16).eval()
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.to(torch.float32 if device.type == "cpu" else torch.bfloat16).eval()
 
 
-def _flux(heads: int, size: int, blocks: int) -> nn.Module:
+def _flux(heads: int, size: int, blocks: int) -> Any:
     from diffusers import FluxTransformer2DModel
 
     side = size * 7 // 32 * 2  # of the positions' three axes, as in FLUX

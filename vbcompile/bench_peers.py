@@ -26,16 +26,20 @@ class Peer:
         package: the module that must be installed; empty for PyTorch's own.
         prepare: for a linear layer ``(weight [N, K]) -> (x -> x @ weight.T)``, packed by the library's own quantiser;
             for attention ``(causal) -> (q, k, v -> out)`` over ``[batch, heads, length, size]``;
-            for a model ``(model on the CPU, device, budget) -> (tokens -> output)``; None: only the package matters.
+            for a model ``(model on the CPU, device, budget) -> (tokens -> output)``.
     """
 
     package: str
-    prepare: Callable[[Any], Any] | None = None
+    prepare: Callable[[Any], Any]
 
     def missing(self) -> str | None:
         """Why it cannot be used here, or None."""
-        found = not self.package or importlib.util.find_spec(self.package) is not None
-        return None if found else f"{self.package} is not installed"
+        return missing(self.package) if self.package else None
+
+
+def missing(package: str) -> str | None:
+    """That a package is not installed, or None."""
+    return None if importlib.util.find_spec(package) is not None else f"{package} is not installed"
 
 
 def _gemlite(weight: Tensor) -> Layer:
@@ -156,7 +160,6 @@ def prepared(
         reason = peer.missing()
         if reason is None:
             try:
-                assert peer.prepare is not None
                 run = peer.prepare(argument)
                 error = try_out(run)
                 reason = None if error <= allowed else f"its relative error is {error:.3g}"
