@@ -41,6 +41,7 @@ from vbcompile.vgpu_size import parse_size
 
 _FORMAT = "nvfp4"
 _ARENA = 2 * GIB
+_SPARE = 6 * GIB  # of host memory, for the process and the system
 _PATIENCE = 0.5  # seconds: a virtual machine's memory may grow only as it is used
 _BITS = 4.5
 Packed = dict[str, tuple[PackedWeight, float]]  # by the parameter's name, with its relative error
@@ -72,6 +73,7 @@ class Arenas(HostMemory):
         whole, rest = divmod(nbytes, _ARENA)
         sizes = [_ARENA] * whole + [padded(rest, 1 << 21)] * bool(rest)
         pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 2))
+        self._begun, self.seconds = time.perf_counter(), 0.0
         self._coming: list[Future[Tensor]] = [pool.submit(self._take, size) for size in sizes]
         self._open: list[Tensor] = []
 
@@ -79,11 +81,10 @@ class Arenas(HostMemory):
         end = time.monotonic() + _PATIENCE
         while runtime_host._available() < 2 * nbytes and time.monotonic() < end:
             time.sleep(0.05)
-        return (
-            runtime_host._mapped(nbytes)
-            if self._device.type == "cpu"
-            else runtime_host._registered(nbytes, self._device)
-        )
+        on_card = self._device.type != "cpu"
+        found = runtime_host._registered(nbytes, self._device) if on_card else runtime_host._mapped(nbytes)
+        self.seconds = time.perf_counter() - self._begun
+        return found
 
     def allocate(self, sizes: Sequence[int], *, alignment: int = 256) -> list[Tensor]:
         cut = [self._cut(size, alignment) for size in sizes]
@@ -217,14 +218,19 @@ def main() -> int:
     large = [value for name, value in offloaded_tensors(model).items() if ".layers." in name]
     layer_bytes = sum(value.numel() for value in large) * 2
     clock.phase("first layer made")
-    store.host = Arenas(store.device, int(options.layers * layer_bytes / 16 * _BITS * 1.01) + GIB // 4, options.threads)
+    packed_bytes = int(layer_bytes / 16 * _BITS * 1.005)
+    room = int((runtime_host._available() - _SPARE) // packed_bytes)
+    if room < options.layers:
+        print(f"host memory has room for the packed weights of {room} of {options.layers} layers", flush=True)
+    layers = min(options.layers, room)
+    store.host = arenas = Arenas(store.device, layers * packed_bytes + GIB // 8, options.threads)
     packed = pack_layer(model)
     clock.phase("first layer packed")
     tokens = torch.randint(0, 1000, (1, 1), device=options.device)
-    exact = reference(model, packed, tokens, options.layers, torch.float64)
-    allowed = 2 * error(reference(model, packed, tokens, options.layers, torch.bfloat16), exact)
+    exact = reference(model, packed, tokens, layers, torch.float64)
+    allowed = 2 * error(reference(model, packed, tokens, layers, torch.bfloat16), exact)
     clock.phase("reference")
-    grow(model, store, options.layers)
+    grow(model, store, layers)
     link = link_rate(options.device)
     clock.phase("layers added, link measured")
     how = {"mode": "full", "strict": True, "budget": options.budget, "fp4_format": _FORMAT}
@@ -233,13 +239,14 @@ def main() -> int:
         logits = compiled(tokens).logits.clone()
         offload_model.synchronize()
     clock.phase("compiled, copies made, first step")
+    print(f"pinned memory was complete {arenas.seconds:.1f} s after it was asked for", flush=True)
     print(f"host memory left: {runtime_host._available() / 1e9:.1f} GB", flush=True)
     found = measure(partial(compiled, tokens), store, options.steps, link)
     clock.phase("measured")
     with torch.no_grad():
         last = compiled(tokens).logits
     whole = sum(value.numel() for value in model.parameters()) * 2
-    row = {"what": f"{options.shape}, {options.layers} layers, {options.budget}, full", "layers": options.layers}
+    row = {"what": f"{options.shape}, {layers} layers, {options.budget}, full", "layers": layers}
     row |= {"bf16_bytes": whole, "times_the_budget": whole / parse_size("budget", options.budget)}
     row |= {"tokens_per_s": 1e3 / found["ms"], "roofline_tokens_per_s": 1e3 / found["roofline_ms"]}
     row |= found | {"link_gbps": link / 1e9, "pinned_bytes": store.host.use.pinned}

@@ -158,7 +158,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
         ],
     ),
     "offload_largest": (
-        "One decode step of Llama-3.1-405B's shape within 80 GB of device memory, FP4 weights, the rest in host memory",
+        "Decode steps of Llama-3.1-405B's shape with FP4 weights, most of them in host memory",
         [
             ("what", _column("what")),
             ("bfloat16 size over the budget", lambda row: f"{row['times_the_budget']:.1f}"),
