@@ -6,8 +6,8 @@ The shape is that of Llama-3-8B. A decode step is one token of one sequence with
 prompt without a cache; both are timed as replays of a CUDA graph, and launched one by one. Times are medians, in
 milliseconds. Each way compiles in a process of its own, all at once, and they are measured one after the other.
 
-Logits of the FP4 ways are compared with those of the same model run eagerly on the decoded weights (exit status 1 where
-they differ by more than rounding explains). ``--small`` runs on a processor, to try the script.
+Logits are compared with those of the same model run eagerly, on the decoded weights (exit status 1 where they differ by
+more than rounding explains: three times as much as Inductor's). ``--small`` runs on a processor, to try the script.
 """
 
 import argparse
@@ -166,7 +166,8 @@ def main() -> int:
         command = [sys.executable, __file__, "--folder", folder, "--layers", str(arguments.layers)]
         command += ["--tokens", str(arguments.tokens), *(["--small"] if arguments.small else []), "--worker"]
         rows = take_turns(command, wanted, arguments.seconds, Path(folder), lambda rows: record.write(file, rows))
-    wrong = [row["name"] for row in rows if not row["difference"] <= row["allowed"]]
+    plain = {row["what"]: row["difference"] for row in rows if WAYS[row["name"]] is None}
+    wrong = [r["name"] for r in rows if not r["difference"] <= max(r["allowed"], 3 * plain.get(r["what"], 0.0))]
     print(f"{len(rows)} of {len(wanted)} done; wrong: {wrong or 'none'}")
     return int(bool(wrong) or len(rows) < len(wanted))
 
