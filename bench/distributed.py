@@ -94,6 +94,7 @@ def measure(way: str, backend: str, options: argparse.Namespace, device: torch.d
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the others need room, too
     await_turn(options.folder, f"{way} {backend}")
     step()
     times = []
