@@ -40,16 +40,17 @@ from vbcompile.passes.fp4_groups import (
 from vbcompile.passes.fp4_progress import progress
 from vbcompile.passes.fp4_sites import (
     LinearSite,
+    add_placeholder,
     autocast_dtypes,
     erase_if_unread,
     is_vocabulary_projection,
-    is_written,
     linear_sites,
     rematch,
     weight_inputs,
 )
 from vbcompile.passes.fp4_training import TrainedWeights
 from vbcompile.passes.fp4_weights import Packed, PackKey, adopted_format, canonical_form, is_hollow, pack, state_of
+from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import describe_site, module_graphs, value_of
 from vbcompile.report import Decision
 
@@ -93,6 +94,7 @@ class _Fp4Pass:
         self.original = gm.graph
         self.graph = copy_graph(gm.graph)  # Dynamo goes through its own graph's placeholders once more afterwards
         self.weights = weight_inputs(self.graph, context.example_inputs)
+        self.effects = Effects(self.graph)
         self.autocast = autocast_dtypes(self.graph, context.target.device_type)
         self.packings: dict[tuple[tuple[fx.Node, ...], PackKey], _Packing] = {}
         self.decisions: dict[fx.Node, Decision] = {}
@@ -186,8 +188,12 @@ class _Fp4Pass:
             return f"the weight is a {type(weight).__name__}"
         if weight.dtype not in _DTYPES:
             return f"{weight.dtype} weights are left alone"
-        if is_written(site.weight):
+        if self.effects.is_written_at_all(site.weight):
             return "the graph writes to the weight"
+        if self.effects.is_transformed(site.node):
+            return "inside a function transform (vmap, jvp, ...)"
+        if isinstance(site, LinearSite) and site.unlike:
+            return site.unlike
         if isinstance(site, LinearSite) and is_vocabulary_projection(site) and not self.config.fp4_lm_head:
             return "projection onto the vocabulary; fp4_lm_head=True includes it"
         if weight.numel() < SMALLEST:
@@ -299,10 +305,8 @@ class _Fp4Pass:
         return packing
 
     def _placeholder(self, name: str, tensor: Tensor) -> fx.Node:
-        last = self.graph.find_nodes(op="placeholder")[-1]
         fake = static_fake(tensor)
-        with self.graph.inserting_after(last):
-            node = self.graph.placeholder(name)
+        node = add_placeholder(self.graph, name)
         node.meta["example_value"] = fake
         mark_as_static_input(node)
         self.context.example_inputs.append(fake)

@@ -194,7 +194,9 @@ def rewrite_experts(
         on_the_right = known_equal(value_of(fresh.x).shape[2], 1)
         out = emit.method("unsqueeze", out, 2 if on_the_right else 1)
     if fresh.bias is not None:
-        out = emit.function(operator.add, out, fresh.bias)
+        bias, wanted = fresh.bias, value_of(flat).dtype
+        bias = bias if value_of(bias).dtype == wanted else emit.method("to", bias, wanted)  # as autocast does
+        out = emit.function(operator.add, out, bias)
     if fresh.form == "batched":
         out = emit.method("reshape", out, experts, -1, n)
     elif fresh.form == "one" and value_of(x).ndim != 2:

@@ -1,6 +1,6 @@
 """Where a graph multiplies by a parameter or buffer: ``linear``, ``addmm``, ``mm`` and ``matmul``."""
 
-import operator
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from vbcompile.compat import is_module_state
 from vbcompile.handles import is_offloaded
-from vbcompile.passes.graph_ops import Call, call_of, describe_site, positive_dim, value_of
+from vbcompile.passes.graph_ops import Call, call_of, describe_site, known_equal, positive_dim, value_of
 
 HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 
@@ -24,6 +25,7 @@ class LinearSite:
         x, bias: its operands; bias None or a node.
         weight: placeholder of the weight.
         transposed: the weight is ``[K, N]``.
+        unlike: what it does that a linear layer does not; empty where it is one.
     """
 
     node: fx.Node
@@ -31,6 +33,7 @@ class LinearSite:
     weight: fx.Node
     transposed: bool
     bias: fx.Node | None
+    unlike: str = ""
 
     @property
     def name(self) -> str:
@@ -45,9 +48,23 @@ def weight_inputs(graph: fx.Graph, example_inputs: list[Any]) -> dict[fx.Node, t
         if is_offloaded(value):
             continue  # packed where it is planned when it is to arrive: by the offload pass
         static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-        if isinstance(value, nn.Parameter) or (static and isinstance(value, Tensor)):
+        if isinstance(value, nn.Parameter) or (static and isinstance(value, Tensor) and is_module_state(node)):
             found[node] = (position, value)
     return found
+
+
+def add_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A new placeholder behind the others; a name that is taken is varied, since it becomes an argument's."""
+    others = graph.find_nodes(op="placeholder")
+    taken = {node.target for node in others}
+    with graph.inserting_after(others[-1]):
+        return graph.placeholder(next(n for n in _varied(name) if n not in taken))
+
+
+def _varied(name: str) -> Iterator[str]:
+    yield name
+    for number in itertools.count(2):
+        yield f"{name}_{number}"
 
 
 def linear_sites(graph: fx.Graph, weights: dict[fx.Node, tuple[int, Tensor]]) -> Iterator[LinearSite]:
@@ -69,25 +86,28 @@ def _match(node: fx.Node) -> LinearSite | None:
     call = call_of(node)
     if call is None or call.in_place or call.name not in ("linear", "matmul", "mm", "addmm"):
         return None
+    unlike = ""
     if call.name == "linear":
         x, bias, (weight, flipped) = call.input, call.get("bias"), _source(call.get("weight"))
         transposed = flipped
     elif call.name == "addmm":
         if any(call.get(factor, 1) != 1 for factor in ("beta", "alpha")):
-            return None
+            unlike = "addmm with beta or alpha"
         x, bias, (weight, flipped) = call.get("mat1"), call.input, _source(call.get("mat2"))
         transposed = not flipped
     else:
         x, bias, (weight, flipped) = call.input, None, _source(call.get("other"))
         transposed = not flipped
-    if not isinstance(x, fx.Node) or weight is None or (bias is not None and not _is_vector(bias)):
+    if not isinstance(x, fx.Node) or weight is None or getattr(value_of(weight), "ndim", 0) != 2:
         return None
-    rank = getattr(value_of(weight), "ndim", 0)
-    return LinearSite(node, x, weight, transposed, bias) if rank == 2 else None
+    if bias is not None and not _is_vector(bias, value_of(weight).shape[1 if transposed else 0]):
+        unlike = "the added tensor is not one number for each output"
+    return LinearSite(node, x, weight, transposed, bias, unlike)
 
 
-def _is_vector(node: Any) -> bool:
-    return isinstance(node, fx.Node) and getattr(value_of(node), "ndim", 0) == 1
+def _is_vector(node: Any, length: Any) -> bool:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.ndim == 1 and known_equal(value.shape[0], length)
 
 
 def _source(node: Any) -> tuple[fx.Node | None, bool]:
@@ -127,22 +147,6 @@ def is_transpose(call: Call) -> bool:
     if name == "permute":
         return [positive_dim(d, 2) for d in arguments.get("dims", ())] == [1, 0]
     return name in ("t", "T", "mT")
-
-
-def is_written(weight: fx.Node) -> bool:
-    """Whether the graph may write to the weight, itself or through a view of it."""
-    waiting, seen = [weight], set()
-    while waiting:
-        for user in waiting.pop().users:
-            call = call_of(user)
-            method = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-            named = isinstance(method, str) and method.endswith("_") and not method.endswith("__")
-            if named or user.target is operator.setitem or "out" in user.kwargs or (call is not None and call.in_place):
-                return True
-            if call is not None and call.name in _VIEWS and user not in seen:
-                seen.add(user)
-                waiting.append(user)
-    return False
 
 
 _VIEWS = {

@@ -5,8 +5,10 @@ compiled as one piece and nothing is streamed.
 """
 
 import logging
+import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import SymInt, Tensor, fx
@@ -47,24 +49,26 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     weights = offloaded_inputs(gm.graph, context.example_inputs)
     if not weights:
         return _ordinary(gm.graph, context)
-    stores = {id(payload.residence): payload.residence for payload in weights.values()}
+    store = _store(weights.values(), context)
+    if isinstance(store, str):
+        log.warning("offload: each use fetches its weight, and nothing runs ahead: %s", store)
+        return [Decision(PASS_NAME, "graph", "left", store)]
+    streamed = StreamedGraphs(gm, weights, store, context)
+    context.around.append(streamed.around)
+    return streamed.first.decisions()
+
+
+def _store(payloads: Iterable[Payload], context: Any) -> WeightStore | str:
+    """The store that holds all of these, with the budget of this compile; why there is none."""
+    stores = {id(payload.residence): payload.residence for payload in payloads}
     if len(stores) > 1:
-        return _refused(
-            "weights of several models that were offloaded one by one: offload them together, in one nn.ModuleList"
-        )
+        return "weights of several models that were offloaded one by one: offload them together, in one nn.ModuleList"
     (store,) = stores.values()
     if not isinstance(store, WeightStore):
-        return _refused("weights that belong to no offloaded model")
+        return "weights that belong to no offloaded model"
     if context.config.budget is not None and context.config.sources.get("budget") == "options":
         store.budget = context.config.budget  # said for this compile; the environment's was known to offload()
-    streamed = StreamedGraph(gm, weights, store, context)
-    context.around.append(streamed.around)
-    return streamed.decisions()
-
-
-def _refused(reason: str) -> list[Decision]:
-    log.warning("offload: each use fetches its weight, and nothing runs ahead: %s", reason)
-    return [Decision(PASS_NAME, "graph", "left", reason)]
+    return store
 
 
 def _ordinary(graph: fx.Graph, context: Any) -> list[Decision]:
@@ -93,12 +97,84 @@ def offloaded_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.
     return found
 
 
-class StreamedGraph:
-    """One graph, cut, planned, and run."""
+class StreamedGraphs:
+    """One graph of Dynamo's for each set of weights that it is called with.
+
+    Models, or layers of a model, that share their code share one compiled graph: weights are arguments of it.
+    """
 
     def __init__(
         self, gm: fx.GraphModule, weights: Mapping[fx.Node, Payload], store: WeightStore, context: Any
     ) -> None:
+        self.gm, self.context = fx.GraphModule(gm, copy_graph(gm.graph)), replace(context, example_inputs=[])
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        twins = dict(zip(gm.graph.find_nodes(op="placeholder"), placeholders, strict=True))
+        self.nodes = [twins[node] for node in weights]
+        self.positions = [placeholders.index(node) for node in self.nodes]
+        self.first = StreamedGraph(gm, weights, store, self.context, self.compiled)
+        self.runs: dict[tuple[int, ...], Callable[..., Any]] = {}  # by the numbers of the weights
+        self.runs[tuple(payload.number for payload in weights.values())] = self.first.run
+        self.alive: dict[tuple[int, ...], weakref.ref[Any]] = {}  # a weight of each but the first
+        self.last: tuple[list[Any], Callable[..., Any]] = ([], self.first.run)
+        self.compile: Compile | None = None
+
+    def around(self, compile_graph: Compile) -> Compile:
+        """Instead of the graph as one piece, compile what the plan asks for."""
+
+        def compile_streamed(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            self.compile = compile_graph
+            self.first.prepare(compile_graph)
+            return self.run
+
+        return compile_streamed
+
+    def run(self, *args: Any) -> Any:
+        """Called with the inputs of the graph; offloaded ones are only names."""
+        handles, run = [args[position] for position in self.positions], self.last[1]
+        if len(handles) != len(self.last[0]) or not all(map(operator.is_, handles, self.last[0])):
+            run = self._run_of(handles)
+            self.last = handles, run
+        return run(*args)
+
+    def _run_of(self, handles: Sequence[OffloadedTensor]) -> Callable[..., Any]:
+        payloads = [handle.payload for handle in handles]
+        numbers = tuple(payload.number for payload in payloads)
+        if numbers not in self.runs:
+            self.last = [], self.first.run  # it would keep its weights
+            for gone in [key for key, handle in self.alive.items() if handle() is None]:
+                del self.runs[gone], self.alive[gone]
+            self.runs[numbers], self.alive[numbers] = self._made(payloads), weakref.ref(handles[0])
+        return self.runs[numbers]
+
+    def _made(self, payloads: Sequence[Payload]) -> Callable[..., Any]:
+        store = _store(payloads, self.context)
+        if isinstance(store, str):
+            log.warning("offload: a graph runs uncompiled, each use fetching its weight: %s", store)
+            uncompiled: Callable[..., Any] = self.gm.forward
+            return uncompiled
+        graph = StreamedGraph(self.gm, dict(zip(self.nodes, payloads, strict=True)), store, self.context, self.compiled)
+        assert self.compile is not None
+        graph.prepare(self.compile)
+        return graph.run
+
+
+class StreamedGraph:
+    """One graph with one set of weights, cut, planned, and run.
+
+    Args:
+        known: Compiled segments, also of the same graph with other weights.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        weights: Mapping[fx.Node, Payload],
+        store: WeightStore,
+        context: Any,
+        known: dict[Any, Callable[..., Any]],
+    ) -> None:
+        self.known = known
         self.graph = copy_graph(gm.graph)
         self.root = gm
         twins = dict(zip(gm.graph.find_nodes(op="placeholder"), self.graph.find_nodes(op="placeholder"), strict=True))
@@ -157,15 +233,10 @@ class StreamedGraph:
 
     # compiling
 
-    def around(self, compile_graph: Compile) -> Compile:
-        """Instead of the graph as one piece, compile what the plan asks for."""
-
-        def compile_streamed(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            self.compile = compile_graph
-            self._prepare()
-            return self.run
-
-        return compile_streamed
+    def prepare(self, compile_graph: Compile) -> None:
+        """Compile what the plan asks for."""
+        self.compile = compile_graph
+        self._prepare()
 
     def _prepare(self) -> None:
         """Make the outer graph for the plan as it is now."""
@@ -179,7 +250,8 @@ class StreamedGraph:
         places = {node: index(payload) for node, payload in self.weights.items()}
         last = self.start + len(self.part.operators) - 1
         layout = Layout(self.key, self.plan, places, self.parts, written, self.start, last, self.training)
-        self.outer = emit(self.graph, self.arguments, self.pieces[form], self.cutting.returned, layout)
+        outer = emit(self.graph, self.arguments, self.pieces[form], self.cutting.returned, layout)
+        self.outer = outer.forward  # called as a module it would print every error of the user's
 
     def _segments(self, form: str) -> Sequence[Segment]:
         """The graph as one piece where everything stays on the device, as few where only embeddings do not."""
@@ -195,7 +267,7 @@ class StreamedGraph:
                 every streamed weight into memory of its own.
         """
         assert self.compile is not None
-        known: dict[Any, Callable[..., Any]] = {}
+        known: dict[Any, Callable[..., Any]] = {} if stays else self.known  # CUDA graphs hold addresses of weights
         pieces = []
         for segment in segments:
             extra = missing_sizes(self.graph, segment)
@@ -227,16 +299,18 @@ class StreamedGraph:
 
     def run(self, *args: Any) -> Any:
         """Called with the inputs of the graph; offloaded ones are only names."""
-        self.packer.refresh()
-        if self.dynamic:
-            self._follow_sizes(args)
-        if self.outer is None:
-            self._prepare()
-        try:
-            return self.outer(*args)  # type: ignore[misc]
-        except BaseException:
-            store_of(self.key).abandon()
-            raise
+        store = store_of(self.key)
+        with store.turn:
+            self.packer.refresh()
+            if self.dynamic:
+                self._follow_sizes(args)
+            if self.outer is None:
+                self._prepare()
+            try:
+                return self.outer(*args)  # type: ignore[misc]
+            except BaseException:
+                store.abandon()
+                raise
 
     def _follow_sizes(self, args: Sequence[Any]) -> None:
         """Plan for more memory beside the weights where the inputs have outgrown those that were planned for."""

@@ -27,13 +27,14 @@ from vbcompile.kernels.fp4_quantize import quantize, refuse_weight, relative_err
 from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
 from vbcompile.passes.fp4_sites import (
     LinearSite,
+    add_placeholder,
     autocast_dtypes,
     is_vocabulary_projection,
-    is_written,
     linear_sites,
     rematch,
 )
 from vbcompile.passes.fp4_weights import PackKey
+from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import value_of
 from vbcompile.report import Decision
 
@@ -98,6 +99,7 @@ class Packer:
         self.parts: dict[fx.Node, int] = {}
         self._nodes: dict[tuple[_Member, ...], tuple[fx.Node, ...]] = {}
         self._decisions: dict[fx.Node, Decision] = {}
+        self._effects = Effects(graph)
         self._autocast = autocast_dtypes(graph, context.target.device_type)
 
     def run(self) -> list[Decision]:
@@ -153,8 +155,10 @@ class Packer:
             return "the weight requires gradients: it stays in high precision"
         if payload.dtype not in _DTYPES:
             return f"{payload.dtype} weights are left alone"
-        if is_written(site.weight):
+        if self._effects.is_written_at_all(site.weight):
             return "the graph writes to the weight"
+        if site.unlike:
+            return site.unlike
         if is_vocabulary_projection(site) and not self.config.fp4_lm_head:
             return "projection onto the vocabulary; fp4_lm_head=True includes it"
         if math.prod(payload.size) < _SMALLEST:
@@ -315,8 +319,7 @@ class Packer:
 
     def _placeholder(self, name: str, form: _Form, part: int) -> fx.Node:
         _, shape, dtype = form.bundle.parts[part]
-        with self.graph.inserting_after(self.graph.find_nodes(op="placeholder")[-1]):
-            node = self.graph.placeholder(f"{name}_{_PARTS[part]}")
+        node = add_placeholder(self.graph, f"{name}_{_PARTS[part]}")
         with self.fake_mode, torch.inference_mode(False):
             fake = torch.empty(shape, dtype=dtype, device=form.bundle.device)
         node.meta["example_value"] = self.fakes[node] = fake

@@ -181,7 +181,9 @@ class _Emitter:
     def _streamed(self, number: int, piece: Piece) -> Streamed:
         operator = self.layout.last - number if len(self.pieces) > 1 else self.layout.last
         weights = tuple(self.layout.weights[node] for node in piece.segment.weights)
-        return Streamed(self.layout.key, weights, operator, operator == self.layout.last, tuple(self.issued[operator]))
+        written = frozenset(self.layout.weights[node] for node in self.layout.written)
+        last, issued = operator == self.layout.last, tuple(self.issued[operator])
+        return Streamed(self.layout.key, weights, operator, last, issued, written)
 
     def _value(self, node: fx.Node) -> fx.Node:
         weight = self.layout.weights.get(node)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_gradients import gradients_of
+from vbcompile.handles_payload import Payload
 from vbcompile.handles_store import store_of
+from vbcompile.vgpu_plan import Plan
 
 
 @dataclass
@@ -21,25 +23,37 @@ class Backward:
     """The backward of one segment in one step.
 
     Attributes:
+        plan: That of the forward. Where a graph that was compiled since has brought another one, each weight is fetched
+            when it is read.
         operator: Its index in the plan.
         last: Whether the step ends with it.
         prefetches: Copies that are handed to their links behind it.
+        held: Copies that were fetched.
     """
 
     key: str
+    plan: Plan | None
     operator: int
     last: bool
     prefetches: Sequence[int]
+    held: set[int] = field(default_factory=set)
     begun: bool = False
     over: bool = False
 
     def begin(self) -> None:
         """Autograd has reached the segment."""
-        if not self.begun:
-            self.begun = True
-            store = store_of(self.key)
+        store = store_of(self.key)
+        if not self.begun and store.plan is self.plan:
             for copy in store.waits(self.operator):
                 store.wait(copy)
+        self.begun = True
+
+    def bytes_of(self, payload: Payload) -> Tensor:
+        """A weight's bytes on the device, until the end of the segment's backward."""
+        memory, copy = store_of(self.key).weight_bytes(payload)
+        if copy is not None:
+            self.held.add(copy)
+        return memory
 
     def end(self) -> None:
         """Autograd has left the segment."""
@@ -47,7 +61,11 @@ class Backward:
             return
         self.over = True
         store = store_of(self.key)
-        for copy in store.releases(self.operator):
+        if store.plan is not self.plan:
+            for copy in self.held:
+                store.release(copy)
+            return
+        for copy in {*store.releases(self.operator), *self.held}:
             store.release(copy)
         for copy in self.prefetches:
             store.prefetch(copy)
@@ -57,10 +75,11 @@ class Backward:
 
 @dataclass(frozen=True)
 class SavedWeight:
-    """What autograd keeps of a streamed weight: which one, and which elements of it."""
+    """What autograd keeps of an offloaded weight: which one, as of which write, and which elements of it."""
 
     backward: Backward
-    weight: int
+    payload: Payload
+    version: int
     offset: int
     size: torch.Size
     stride: tuple[int, ...]
@@ -68,8 +87,10 @@ class SavedWeight:
 
     def fetch(self) -> Tensor:
         """The tensor on the device, valid until the segment's backward is over."""
+        if self.payload.version != self.version:
+            raise RuntimeError(f"{self.payload.name} was written to between the forward and the backward that needs it")
         self.backward.begin()
-        memory = store_of(self.backward.key).weight_bytes(self.weight)
+        memory = self.backward.bytes_of(self.payload)
         return memory[self.offset :].view(self.dtype).as_strided(self.size, self.stride)
 
 
@@ -110,6 +131,7 @@ class Streamed:
         operator: Index of the segment's backward in the plan.
         last: Whether the step ends with it.
         prefetches: Copies that are handed to their links behind it.
+        written: Those of the weights that the graph writes to: autograd itself notices where that is too late.
     """
 
     key: str
@@ -117,6 +139,7 @@ class Streamed:
     operator: int
     last: bool
     prefetches: tuple[int, ...] = field(default=())
+    written: frozenset[int] = frozenset()
 
 
 class TrainedSegment(nn.Module):
@@ -131,9 +154,12 @@ class TrainedSegment(nn.Module):
         inputs, handles = list(args[: len(args) - count]), args[len(args) - count :]
         if not torch.is_grad_enabled():
             return self.compiled(*inputs)
-        backward = Backward(streamed.key, streamed.operator, streamed.last, streamed.prefetches)
         store = store_of(streamed.key)
-        places = [(w, store.weight_bytes(w)) for w in dict.fromkeys(streamed.weights) if not store.is_resident(w)]
+        backward = Backward(streamed.key, store.plan, streamed.operator, streamed.last, streamed.prefetches)
+        payloads = [
+            store.payload_at(weight) for weight in dict.fromkeys(streamed.weights) if weight not in streamed.written
+        ]
+        places = [(payload, store.weight_bytes(payload)[0]) for payload in payloads]
         for position, handle in enumerate(handles):
             if isinstance(handle, OffloadedTensor) and handle.requires_grad:
                 inputs[position] = _Use.apply(handle, inputs[position], streamed.key)
@@ -152,16 +178,17 @@ def _mark_first(inputs: list[Any], count: int, backward: Backward) -> None:
             return
 
 
-def _packer(places: Sequence[tuple[int, Tensor]], backward: Backward) -> Callable[[Tensor], Any]:
-    spans = [(weight, t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for weight, t in places]
+def _packer(places: Sequence[tuple[Payload, Tensor]], backward: Backward) -> Callable[[Tensor], Any]:
+    spans = [(payload, t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for payload, t in places]
 
     def pack(tensor: Tensor) -> Any:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.numel():
             return tensor
         begin = tensor.data_ptr()
-        for weight, first, end in spans:
+        for payload, first, end in spans:
             if first <= begin < end:
-                return SavedWeight(backward, weight, begin - first, tensor.size(), tensor.stride(), tensor.dtype)
+                place = begin - first, tensor.size(), tensor.stride(), tensor.dtype
+                return SavedWeight(backward, payload, payload.version, *place)
         return tensor
 
     return pack

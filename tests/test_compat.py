@@ -341,3 +341,19 @@ def test_inputs_that_stay_where_they_are_are_known_to_cuda_graphs():
         with compat.own_tracing_context(mode), torch.no_grad():
             compile_fx(module, inputs, inner_compile=inner)
         assert seen[-1] == declared
+
+
+def test_is_module_state():
+    model = torch.nn.Linear(4, 4)
+    model.register_buffer("state", torch.randn(4))
+    model.cache = torch.randn(4)
+    found = {}
+
+    def backend(gm, example_inputs):
+        found.update({node.name: compat.is_module_state(node) for node in gm.graph.find_nodes(op="placeholder")})
+        return gm.forward
+
+    torch.compile(lambda x: model(x) + model.state + model.cache, backend=backend)(torch.randn(2, 4))
+    assert {name.split("_")[-2] for name, state in found.items() if state} == {"weight", "bias", "state"}
+    assert sum(found.values()) == 3 and len(found) == 5
+    assert compat.is_module_state(torch.fx.Graph().placeholder("x"))  # nobody says otherwise

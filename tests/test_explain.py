@@ -117,6 +117,54 @@ def test_plan(tmp_path, capsys):
     assert main(["plan", str(path)]) == 2
 
 
+_FUNCTIONS = """
+import torch
+def make():
+    return torch.nn.Linear(64, 64), (torch.randn(2, 64),)
+def number():
+    return 5, (torch.randn(2, 64),)
+def narrow():
+    return torch.nn.Linear(64, 64), (torch.randn(2, 3),)
+"""
+
+
+@pytest.mark.parametrize(
+    "command, variables, message",
+    [
+        ("explain f.py:make --mode fast", {}, "unknown mode 'fast'"),
+        ("explain f.py:make", {"VB_MODE": "fast"}, "unknown mode 'fast'"),
+        ("explain f.py:make", {"VB_HBM_BUDGET": "lots"}, "not an amount of memory"),
+        ("explain f.py:make --html none/page.html", {}, "no such folder"),
+        ("explain f.py:number", {}, "must return a model first, not int"),
+        ("explain broken.py:make", {}, "broken.py, line 1"),
+        ("explain absent.py:make", {}, "No module named 'nothing_of_this_name'"),
+        ("run f.py", {"VB_MODE": "fast"}, "unknown mode 'fast'"),
+        ("run f.py", {"ENABLE_VIRTUAL_BLACKWELL": "perhaps"}, "valid values are"),
+        ("plan f.py:number", {}, "first, not int"),
+        ("plan f.py:narrow", {}, "cannot be traced"),
+        ("plan f.py:make --weight-bits -3", {}, "weight_bits must be positive"),
+        ("plan f.py:make --html none/page.html", {}, "no such folder"),
+        ("tune --shape 64x64 --rows 0", {}, "numbers from 1"),
+        ("calibrate f.py:make --out packed.bin", {}, "must end in .safetensors"),
+        ("calibrate f.py:make --out none/packed.safetensors", {}, "no such folder"),
+        ("calibrate f.py:make --out packed.safetensors --tokens 0", {}, "numbers from 1"),
+        ("calibrate f.py:number --out packed.safetensors", {}, "first, not int"),
+        ("bench --device nope", {}, "unknown device 'nope'"),
+        ("bench --quick --out none/result.json", {}, "no such folder"),
+    ],
+)
+def test_wrong_usage_is_one_line(command, variables, message, tmp_path, monkeypatch, capsys):
+    for name, text in {"f.py": _FUNCTIONS, "broken.py": "def (", "absent.py": "import nothing_of_this_name"}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vbcompile: ") and message in line
+
+
 def test_no_command_is_a_usage_error():
     with pytest.raises(SystemExit) as error:
         main([])

@@ -1,6 +1,8 @@
 """Weights on disk: what files say, reads of every alignment, shards, and each way in which storage fails."""
 
+import contextlib
 import errno
+import gc
 import json
 import os
 import shutil
@@ -209,6 +211,28 @@ def test_an_error_while_waiting_for_room_is_raised_by_join(file, reader):
     request = reader.submit(disk_bytes(file[0], 0, 100), staging(100), refuse)
     with pytest.raises(RaceError):
         request.join()
+
+
+def test_an_error_does_not_keep_what_its_frames_held(file, reader):
+    """Else memory of the device would stay in use until the garbage collector comes by."""
+
+    class Held:
+        pass
+
+    def fail():
+        held = Held()
+        kept.append(weakref.ref(held))
+        read(reader, source)
+
+    source, kept = disk_bytes(file[0], 0, 100), []
+    file[0].unlink()
+    gc.disable()
+    try:
+        with contextlib.suppress(StorageError):
+            fail()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_headers_of_safetensors_files(tmp_path):

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = [a for a in rest if a != "--"]
     try:
+        _check_files(arguments)
         return arguments.command(arguments)
     except UsageError as error:
         print(f"vbcompile: {error}", file=sys.stderr)
@@ -36,6 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class UsageError(ValueError):
     """The command line asks for something that does not exist."""
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Files that the command will write, before any work."""
+    if getattr(arguments, "what", "") == "report":  # makes its folder
+        return
+    for option in ("html", "out"):
+        named = getattr(arguments, option, None)
+        if named and not (Path(named).is_dir() or Path(named).resolve().parent.is_dir()):
+            raise UsageError(f"--{option} {named}: no such folder: {Path(named).resolve().parent}")
+
+
+def _check_settings(mode: str | None = None) -> None:
+    """Raise UsageError for a mode or an environment variable that does not exist or makes no sense."""
+    from vbcompile.config import ConfigError, resolve_config
+
+    try:
+        resolve_config(mode)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,11 +132,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run a script under the switch if ``ENABLE_VIRTUAL_BLACKWELL`` is 1 or absent; 0 runs it plainly."""
-    from vbcompile.config import parse_flag
+    from vbcompile.config import ConfigError, parse_flag
 
-    if parse_flag("ENABLE_VIRTUAL_BLACKWELL", os.environ.get("ENABLE_VIRTUAL_BLACKWELL") or "1"):
+    try:
+        wanted = parse_flag("ENABLE_VIRTUAL_BLACKWELL", os.environ.get("ENABLE_VIRTUAL_BLACKWELL") or "1")
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    if wanted:
         from vbcompile.global_switch import enable, is_enabled
 
+        _check_settings()
         if not is_enabled():
             enable(verbose=False)
     _run_script(arguments.script, arguments.arguments)
@@ -133,6 +159,7 @@ def _run_script(script: str, arguments: Sequence[str]) -> None:
 def _explain(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    _check_settings(arguments.mode)
     path, _, name = arguments.target.rpartition(":")
     explanation = _explain_call(path, name, arguments) if path else _explain_script(arguments)
     if arguments.html:
@@ -161,20 +188,32 @@ def _make(path: str, name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
     if not isinstance(made, tuple) or not 2 <= len(made) <= 3:
         raise UsageError(f"{name} must return (model, inputs) or (model, inputs, keywords)")
     model, inputs, keywords = (*made, {})[:3]
+    if not callable(model):
+        raise UsageError(f"{name} must return a model first, not {type(model).__name__}")
     return model, inputs if isinstance(inputs, (tuple, list)) else (inputs,), keywords
+
+
+def _make_module(path: str, name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+    """The same where it has to be a module."""
+    import torch
+
+    model, inputs, keywords = _make(path, name)
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"{name} must return a torch.nn.Module first, not {type(model).__name__}")
+    return model, inputs, keywords
 
 
 def _load(path: str, name: str) -> Callable[..., Any]:
     if path.endswith(".py"):
         if not Path(path).is_file():
             raise UsageError(f"no such file: {path}")
-        namespace = runpy.run_path(path)
+        sys.path.insert(0, str(Path(path).resolve().parent))  # as for a script
     else:
         sys.path.insert(0, "")
-        try:
-            namespace = vars(importlib.import_module(path))
-        except ModuleNotFoundError as error:
-            raise UsageError(f"cannot import {path}: {error}") from error
+    try:
+        namespace = runpy.run_path(path) if path.endswith(".py") else vars(importlib.import_module(path))
+    except (ImportError, SyntaxError, ValueError) as error:
+        raise UsageError(f"cannot import {path or repr(path)}: {error}") from error
     if not callable(namespace.get(name)):
         raise UsageError(f"{path} has no function {name!r}")
     return namespace[name]
@@ -205,7 +244,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if not path:
         raise UsageError(f"plan needs FILE.py:NAME or package.module:NAME, not {arguments.target!r}")
     with torch.device("meta"):
-        model, inputs, keywords = _make(path, name)
+        model, inputs, keywords = _make_module(path, name)
     if inputs and keywords:
         raise UsageError("plan takes inputs by position or by keyword, not both")
     try:
@@ -216,11 +255,11 @@ def _plan(arguments: argparse.Namespace) -> int:
             training=arguments.training,
             weight_bits=arguments.weight_bits,
         )
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
     except PlanError as error:
         print(f"vbcompile: {error}", file=sys.stderr)
         return 1
+    except (ConfigError, ValueError) as error:
+        raise UsageError(str(error)) from error
     if arguments.html:
         from vbcompile.report_page import Movement, html_page
 
@@ -237,12 +276,14 @@ def _tune(arguments: argparse.Namespace) -> int:
     from vbcompile.kernels.fp4_tuning import user_table
 
     shapes = [_shape(text) for text in arguments.shape]
+    if any(rows < 1 for rows in arguments.rows or ()):
+        raise UsageError("--rows wants numbers from 1")
     if arguments.target:
         path, _, name = arguments.target.rpartition(":")
         if not path:
             raise UsageError(f"tune needs FILE.py:NAME or package.module:NAME, not {arguments.target!r}")
         with torch.device("meta"):
-            shapes += tune.shapes_of(_make(path, name)[0])
+            shapes += tune.shapes_of(_make_module(path, name)[0])
     if not shapes:
         raise UsageError("tune needs a model or --shape NxK")
     try:
@@ -266,10 +307,14 @@ def _shape(text: str) -> tuple[int, int]:
 def _calibrate(arguments: argparse.Namespace) -> int:
     from vbcompile.fp4_calibration import calibrate_folder, calibrate_to_file
 
+    if not arguments.out.endswith(".safetensors"):
+        raise UsageError(f"--out {arguments.out}: the name must end in .safetensors")
+    if arguments.tokens < 1 or arguments.length < 1:
+        raise UsageError("--tokens and --length want numbers from 1")
     path, _, name = arguments.target.rpartition(":")
     try:
         if path and not Path(arguments.target).is_dir():
-            model, inputs, keywords = _make(path, name)
+            model, inputs, keywords = _make_module(path, name)
             if inputs and keywords:
                 raise UsageError("calibrate takes inputs by position or by keyword, not both")
             return calibrate_to_file(model, keywords or inputs, arguments.out, arguments.format, arguments.lm_head)

@@ -18,7 +18,7 @@ import torch
 from vbcompile import __version__
 from vbcompile.bench_cases import Case, copy_case
 from vbcompile.bench_models import makers
-from vbcompile.device import get_device, get_target
+from vbcompile.device import get_device, get_target, get_unified_backend
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +80,7 @@ def bench(quick: bool = False, device: str | torch.device | None = None) -> Resu
     Raises:
         DeviceError: a device that cannot be used.
     """
-    place = get_device() if device is None else torch.device(device)
+    place = get_device() if device is None else get_unified_backend(device).device
     target = get_target(place)
     result = Result(
         {

@@ -266,6 +266,22 @@ def mark_as_static_input(node: fx.Node) -> None:
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
+def is_module_state(placeholder: fx.Node) -> bool:
+    """Whether Dynamo took an input that stays where it is from a module's parameters or buffers.
+
+    Attributes of modules and tensors marked with ``mark_static_address``, such as caches, are static as well. True
+    where Dynamo does not say.
+    """
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    if source is None:
+        return True
+    while source is not None:
+        if type(source).__name__ == "UnspecializedParamBufferSource" or "_buffers" in getattr(source, "member", ""):
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
 def declare_static_inputs(module: fx.GraphModule, static: Iterable[fx.Node]) -> None:
     """Say of a part that is compiled as a graph of its own which placeholders CUDA graphs need not copy.
 

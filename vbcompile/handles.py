@@ -75,6 +75,21 @@ class OffloadedTensor(Tensor):
             self._payload = payload_of(int(self.key))
         return self._payload
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """New values go to the master; nothing else of this tensor can be exchanged."""
+        if value.shape != self.shape or value.dtype != self.dtype:
+            raise RuntimeError(
+                f"an offloaded tensor of {self.dtype} {tuple(self.shape)} cannot become {value.dtype} "
+                f"{tuple(value.shape)}: put a new nn.Parameter in its place, or call vbcompile.materialize(model) first"
+            )
+        with torch.no_grad():
+            self.detach().copy_(value)
+
     def __repr__(self) -> str:  # type: ignore[override]
         place = self._payload.place if self._payload is not None else "?"
         return f"OffloadedTensor({tuple(self.shape)}, {self.dtype}, device='{self.device}', bytes on {place!r})"
@@ -215,6 +230,9 @@ def _fetched(value: Any) -> Any:
 
 def _written_through(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator that writes to its arguments, and write what it wrote to the masters."""
+    for handle in _written(func, args, kwargs):
+        if not is_fake(handle.key):
+            handle.payload.begin_write()  # first: what is on the device makes room for the copy that is written to
     leaves, spec = tree_flatten((tuple(args), kwargs))
     bases: dict[int, Tensor] = {}
     plain = []

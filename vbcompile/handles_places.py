@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from vbcompile.config import ConfigError
-from vbcompile.device import get_device
+from vbcompile.device import get_device, get_unified_backend
 from vbcompile.runtime_device import AcceleratorDevice, MemoryDevice
 from vbcompile.runtime_host import HostMemory
 from vbcompile.vgpu import DEFAULT_GBPS, DEFAULT_LATENCY_NS, VGPULevel, VGPUStack, create_vgpu_stack
@@ -112,7 +112,7 @@ def find_places(device: str | torch.device | None, max_memory: MaxMemory | None,
         if max_memory is not None:
             raise ConfigError("pass max_memory or stack, not both")
         return Places(torch.device(stack.device if device is None else device), stack)
-    goal = torch.device(get_device() if device is None else device)
+    goal = get_device() if device is None else get_unified_backend(device).device
     if goal.type == "cpu":
         return Places(goal, _simulated_stack(max_memory))
     found = create_vgpu_stack(device=goal, max_memory=max_memory)

@@ -5,12 +5,12 @@ step is their concatenation, in the order in which they were compiled; a graph t
 order as one before it uses that one's part. Graphs that run in another order cost copies made in vain, never results.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,7 +162,11 @@ class WeightStore:
             if streamer is None or index is None:
                 found = payload.load().to(self.device, copy=True)
             else:
-                found = streamer.fetch(index)
+                try:
+                    found = streamer.fetch(index)
+                except torch.OutOfMemoryError:
+                    self.stop()  # the ring and the resident weights make room; the next step loads them again
+                    return self.fetch(payload)
                 if self.plan is not None and self.plan.levels[index] == DEVICE:
                     found = found.clone()  # the caller may write to what it gets
             return payload.shaped(found)
@@ -274,6 +278,11 @@ class WeightStore:
 
     # a step, as compiled graphs call it
 
+    @property
+    def turn(self) -> threading.RLock:
+        """Held while a graph runs: threads that call one model take turns, and writes wait for their end."""
+        return self._lock
+
     def begin(self, first: int) -> None:
         """A graph begins whose first operator is ``first``."""
         streamer = self._streamer or self.start()
@@ -329,17 +338,19 @@ class WeightStore:
         """Copies that are over with an operator."""
         return self.plan.releases[operator] if self.plan is not None else ()
 
-    def is_resident(self, weight: int) -> bool:
-        """Whether the plan keeps a weight on the device."""
-        return self.plan is not None and self.plan.levels[weight] == DEVICE
+    def payload_at(self, weight: int) -> Payload:
+        """The payload with an index in the plan."""
+        return self._order[weight]
 
-    def weight_bytes(self, weight: int) -> Tensor:
-        """A weight's bytes on the device: resident, in use, or fetched for the caller."""
-        streamer = self._streamer or self.start()
-        try:
-            return streamer.view(weight)
-        except KeyError:
-            return streamer.fetch(weight)
+    def weight_bytes(self, payload: Payload) -> tuple[Tensor, int | None]:
+        """A weight's bytes on the device, and the copy that holds them where the caller has to release it."""
+        streamer, weight = self._streamer or self.start(), self._index.get(payload.number)
+        if weight is None or self.plan is None:
+            return payload.load().to(self.device, copy=True), None
+        with contextlib.suppress(KeyError):
+            return streamer.view(weight), None
+        copy = next(index for index, copy in enumerate(self.plan.copies) if copy.weight == weight)
+        return streamer.wait(copy), copy
 
     def save(self, memory: Tensor, target: Tensor) -> Any:
         """Copy device memory into host memory beside the computation; the event behind it."""
@@ -361,7 +372,7 @@ class WeightStore:
         table = self._order[weight].on_host()
         return torch.nn.functional.embedding(indices.to("cpu"), table).to(indices.device, non_blocking=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def everything_fetched(self) -> Iterator[None]:
         """Graphs that are called in here read weights that were copied whole, one by one, and stay on the device.
 

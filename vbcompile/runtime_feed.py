@@ -37,7 +37,7 @@ class DiskFeed:
 
     def take(self, read: int) -> ReadRequest:
         """The request for a read of the plan; the caller attaches a destination at once."""
-        if read not in self._fresh:
+        if read not in self._fresh or self._requests[read].failed:  # ahead, in a step that was given up: again
             self._submit(read)
             self._next = (read + 1) % len(self._plan.reads)
         self._fresh.discard(read)

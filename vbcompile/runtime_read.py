@@ -75,6 +75,11 @@ class ReadRequest:
         """Whether all bytes have been read and handed on, or that has failed."""
         return self._done.is_set()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and the bytes could not be read."""
+        return self.done and self._error is not None
+
     def attach(self, destination: Destination) -> None:
         """Say where the bytes go."""
         with self._lock:
@@ -98,8 +103,13 @@ class ReadRequest:
             StorageError: they could not be read.
         """
         self._done.wait()
-        if self._error is not None:
-            raise self._error
+        error = self._error
+        if error is not None:
+            self._error = RuntimeError(str(error))  # with it here, it and its frames' device memory would stay alive
+            try:
+                raise error
+            finally:
+                del error
 
     def read_piece(self, begin: int, end: int, read: Callable[[int, Tensor, int], None]) -> None:
         """Bring bytes ``begin`` to ``end`` of the file into the staging bytes; runs in a reader's thread."""

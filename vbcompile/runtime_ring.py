@@ -33,6 +33,7 @@ class _Slot:
     ready: Any = None
     free: Any = None
     request: ReadRequest | None = None
+    behind: Sequence[Any] = ()  # what its copy waits for, as long as its read from disk is not over
     detour: Tensor | None = None  # memory of its own, where its place was in use
 
     @property
@@ -162,6 +163,10 @@ class Ring:
             self._statistics.wasted_bytes += old.memory.nbytes
         self._statistics.evictions += old.filled
         old.filled = False
+        if old.behind:  # its read failed: part of it may be queued, and the place be in use from before
+            yield from old.behind
+            yield self._device.record(old.queue)
+            old.behind = ()
         if old.ready is not None and old.queue is not new.queue:
             yield old.ready
         if old.free is not None:
@@ -179,13 +184,14 @@ class Ring:
 
     def _take_from_disk(self, index: int, after: Sequence[Any]) -> None:
         slot, read = self._slots[index], self._plan.copies[index].read
+        slot.behind = after
         assert self._feed is not None and read is not None
 
         def deliver(first: int, piece: Tensor) -> None:
             self._copy(index, after, slot.memory[first : first + piece.numel()], piece)
 
         def finish() -> Any:
-            slot.ready = self._device.record(slot.queue)
+            slot.ready, slot.behind = self._device.record(slot.queue), ()
             return slot.ready
 
         slot.request = self._feed.take(read)

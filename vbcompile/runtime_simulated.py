@@ -157,7 +157,11 @@ class SimulatedDevice:
                 self._engines[queue.stream].work.put(event.synchronize)
 
     def is_over(self, event: SimulatedEvent) -> bool:
-        return event.query()
+        over = event.query()
+        if over:  # the host knows it now, and so does all that it queues from here on
+            with self._lock:
+                _merge(self._clock(_HOST), event.clock)
+        return over
 
     def join(self, event: SimulatedEvent) -> None:
         event.synchronize()
