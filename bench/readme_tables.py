@@ -279,6 +279,16 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("loss", lambda row: f"{row['loss']:.4f}"),
         ],
     ),
+    "host_time": (
+        "Host time of a call without CUDA graphs, microseconds; the operator alone, and a module of it compiled",
+        [
+            ("call", _column("case")),
+            ("vblackwell's operator", _optional("operator")),
+            ("PyTorch's", _column("pytorch")),
+            ("compiled, vblackwell", _column("compiled")),
+            ("compiled, Inductor", _column("inductor")),
+        ],
+    ),
     "compile_time_cpu": (
         "First call of a model of SmolLM2-135M's shape, and time per call where nothing can be rewritten",
         [

@@ -13,14 +13,18 @@ accumulation type, natural logarithm.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels import replay
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
-from vbcompile.kernels.registry import Implementation, following, operator
+from vbcompile.kernels.quick_operator import quick_operator
+from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator
+from vbcompile.kernels.replay import remembered
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -185,7 +189,7 @@ def _score_gradients(
 
 
 # -------------------------------------------------------------------------------------------- operator
-@torch.library.custom_op("vblackwell::attention", mutates_args=())
+@quick_operator("vblackwell::attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -206,11 +210,28 @@ def attention(
     Raises:
         ValueError: ranks, devices, dtypes or shapes that do not fit together.
     """
-    check(q, k, v, captured, dropout_p, seed)
-    case = make_case(q, k, v, captured, scale, dropout_p, score_function)
-    with following(implementations):
-        choice = operator("attention").choose(get_target(q.device), case)
-        return choice.implementation.run(q, k, v, captured, scale, dropout_p, seed, score_function)
+
+    def run() -> tuple[Tensor, Tensor]:
+        check(q, k, v, captured, dropout_p, seed)
+        case = make_case(q, k, v, captured, scale, dropout_p, score_function)
+        with following(implementations):
+            return _chosen("attention", q, case).run(q, k, v, captured, scale, dropout_p, seed, score_function)
+
+    static = scale, dropout_p, score_function, _settings("attention", q, implementations)
+    return remembered("attention", static, (q, k, v, *captured, seed), run)
+
+
+def _chosen(name: str, q: Tensor, case: AttentionCase) -> Implementation:
+    chosen = operator(name).choose(get_target(q.device), case).implementation
+    if not chosen.replays:
+        replay.refuse()
+    return chosen
+
+
+def _settings(name: str, q: Tensor, implementations: str) -> tuple[Any, ...]:
+    """What calls depend on besides their arguments."""
+    tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return implementations, forced_implementation(name), torch.are_deterministic_algorithms_enabled(), tf32
 
 
 @attention.register_fake
@@ -220,7 +241,7 @@ def _(q, k, v, captured, scale, dropout_p, seed, score_function, *, implementati
     return out, q.new_empty([*lead, q.shape[-2]], dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("vblackwell::attention_backward", mutates_args=())
+@quick_operator("vblackwell::attention_backward")
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -239,15 +260,19 @@ def attention_backward(
     implementations: str = "",
 ) -> list[Tensor]:
     """Gradients of ``(q, k, v, *captured)``; an empty tensor where ``needs`` is False."""
-    case = make_case(q, k, v, captured, scale, dropout_p, score_function, needs, grad_lse is not None)
-    with following(implementations):
-        choice = operator("attention_backward").choose(get_target(q.device), case)
-        grads = choice.implementation.run(
-            grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
-        )
     inputs = (q, k, v, *captured)
-    found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
-    return _apart(found)
+
+    def run() -> list[Tensor]:
+        case = make_case(q, k, v, captured, scale, dropout_p, score_function, needs, grad_lse is not None)
+        with following(implementations):
+            grads = _chosen("attention_backward", q, case).run(
+                grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, list(needs)
+            )
+        found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
+        return _apart(found)
+
+    static = scale, dropout_p, score_function, tuple(needs), _settings("attention_backward", q, implementations)
+    return remembered("attention_backward", static, (*inputs, grad_out, grad_lse, out, lse, seed), run)
 
 
 def _apart(gradients: list[Tensor]) -> list[Tensor]:
@@ -262,12 +287,15 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _like(gradient: Tensor | None, t: Tensor) -> Tensor:
-    """The gradient with the strides that the fake promised."""
+    """The gradient with the strides that the fake promised, where they matter."""
     promised = torch.empty_like(t)
     if gradient is None:
         return promised.zero_()
-    same = gradient.stride() == promised.stride() and gradient.dtype == t.dtype
-    return gradient if same else promised.copy_(gradient)
+    found, wanted = (
+        [stride for size, stride in zip(t.shape, strides, strict=True) if size > 1]
+        for strides in (gradient.stride(), promised.stride())
+    )
+    return gradient if found == wanted and gradient.dtype == t.dtype else promised.copy_(gradient)
 
 
 @attention_backward.register_fake

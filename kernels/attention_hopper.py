@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vbcompile.kernels.attention_hopper_call import ScoreCall, tile_operand
 from vbcompile.kernels.attention_layout import pad_lead
+from vbcompile.kernels.launches import launch
 
 VERIFIED_TRITON = ("3.6",)
 HEAD_DIMS = (64, 128)
@@ -250,7 +251,9 @@ def forward(
     items = -(-queries // (64 * config.consumers)) * batch * heads
     offset = causal_offset if causal_offset is not None and causal else NO_CAUSAL_BOUND
     with torch.cuda.device(q.device):
-        attention_forward[(min(items, multiprocessors(q.device)),)](
+        launch(
+            attention_forward,
+            (min(items, multiprocessors(q.device)),),
             describe(q, 64),
             describe(k, config.block_k),
             describe(v, config.block_k),

@@ -17,6 +17,7 @@ from vbcompile.kernels.attention_hopper import (
 )
 from vbcompile.kernels.attention_hopper_call import ScoreCall, tile_operand
 from vbcompile.kernels.attention_layout import pad_lead
+from vbcompile.kernels.launches import launch
 from vbcompile.kernels.score_triton import LEAD_AXES
 
 PAD = 128  # query rows of the backward's float32 buffers are padded to multiples of this
@@ -124,7 +125,9 @@ def backward(
     dq_sum, lse_log2, delta = _row_buffers(q, 1)
     counter = q.new_empty(1, dtype=torch.int32)
     with torch.cuda.device(q.device):
-        prepare_backward[_row_grid(q, 64)](
+        launch(
+            prepare_backward,
+            _row_grid(q, 64),
             out,
             grad_out,
             lse.contiguous(),
@@ -183,7 +186,9 @@ def backward_scored(
     }
     with torch.cuda.device(q.device):
         plan, plan_strides = call.plan(q, k, config.block_q, config.block_k, by_keys=True)
-        prepare_scores[_row_grid(q, config.block_q)](
+        launch(
+            prepare_scores,
+            _row_grid(q, config.block_q),
             lse.contiguous(),
             rows.delta,
             rows.low,
@@ -317,7 +322,9 @@ def _launch(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     items = -(-keys // config.block_k) * batch * k_heads
     blocks = min(items, config.blocks * multiprocessors(q.device)) if config.dynamic else items
-    attention_backward[(blocks,)](
+    launch(
+        attention_backward,
+        (blocks,),
         describe(q, config.block_q),
         describe(k, config.block_k),
         describe(v, config.block_k),
@@ -345,5 +352,6 @@ def _launch(
         num_warps=config.warps,
         maxnreg=config.registers,
     )
-    finish_backward[_row_grid(q, 64)](dq_sum, dq, scale, queries, padded, heads, *dq.stride()[:3], D=dim, ROWS=64)
+    rows = dq_sum, dq, scale, queries, padded, heads, *dq.stride()[:3]
+    launch(finish_backward, _row_grid(q, 64), *rows, D=dim, ROWS=64)
     return dq, dk, dv

@@ -15,6 +15,7 @@ from vbcompile.kernels.attention_case import lead_shape
 from vbcompile.kernels.attention_layout import RowView, broadcast_strides, pad_lead, row_view, tile_strides
 from vbcompile.kernels.attention_program import TileProgram, compile_program
 from vbcompile.kernels.attention_tuning import TileConfig, tile_config
+from vbcompile.kernels.launches import launch
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import LEAD_AXES, CapturedPattern
 
@@ -265,11 +266,6 @@ def shared_axes(k: Tensor, v: Tensor, lead: Sequence[int]) -> tuple[tuple[int, .
 def arch_of(t: Tensor) -> str:
     """The key of the tile table for a tensor's device."""
     return "interpreter" if t.device.type == "cpu" else get_target(t.device).arch
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Every launch passes here, so that tests can record them."""
-    kernel[grid](*arguments, **options)
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:

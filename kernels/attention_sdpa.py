@@ -225,6 +225,9 @@ for _operator, _cudnn, _flash, _cpu in (
     ("attention", fused_forward("cudnn"), fused_forward("flash"), _cpu_forward),
     ("attention_backward", fused_backward("cudnn"), fused_backward("flash"), _cpu_backward),
 ):
-    operator(_operator).register(Implementation("cudnn", _cudnn, _refuses_cudnn, _cost("cudnn")))
-    operator(_operator).register(Implementation("flash_attention_2", _flash, _refuses_cuda, _cost("flash_attention_2")))
+    for _name, _run, _refuses in (
+        ("cudnn", _cudnn, _refuses_cudnn),
+        ("flash_attention_2", _flash, _refuses_cuda),
+    ):
+        operator(_operator).register(Implementation(_name, _run, _refuses, _cost(_name), replays=True))
     operator(_operator).register(Implementation("cpu_flash", _cpu, _refuses_cpu, _cost("cpu_flash")))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
+from vbcompile.kernels import replay
+
 _SMALLEST_BLOCK = 16
 
 
@@ -51,11 +53,13 @@ def forced_tiles(**tiles: TileConfig) -> Iterator[None]:
     """Within it, the kernels named take these tiles instead of the table's; for tuning."""
     before = dict(_forced)
     _forced.update(tiles)
+    replay.forget()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        replay.forget()
 
 
 KERNELS = ("forward", "rows", "grad_q", "grad_kv", "decode")

@@ -24,6 +24,7 @@ from typing import Any
 
 from vbcompile.config import ConfigError
 from vbcompile.device import Target
+from vbcompile.kernels import replay
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Implementation:
         refuses: ``(target, case) -> reason`` or None where it can run; ``case`` None asks about the target alone.
         cost: ``(target, case) -> relative time``; the lowest that does not refuse is chosen, ties by registration.
         options: keyword arguments that ``run`` takes beyond those; what it leaves out, the operator does afterwards.
+        replays: whether calls may be remembered (:mod:`vbcompile.kernels.replay` says what that takes).
     """
 
     name: str
@@ -65,6 +67,7 @@ class Implementation:
     refuses: Callable[[Target, Any], str | None]
     cost: Callable[[Target, Any], float]
     options: frozenset[str] = frozenset()
+    replays: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Operator:
             raise ValueError(f"operator {self.name!r} already has an implementation {implementation.name!r}")
         self.implementations.append(implementation)
         _choose.cache_clear()
+        replay.forget()
 
     def choose(self, target: Target, case: Hashable, asked: str = "") -> Choice:
         """The cheapest implementation that takes ``case`` on ``target``, or the forced one; remembered per case.

@@ -1,0 +1,131 @@
+"""Repeated launches pass on what Triton's own pass on, byte for byte; a stub stands for NVIDIA's driver."""
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+
+from tests.stub_driver import stub_driver
+from vbcompile.device_catalog import catalog_target
+from vbcompile.kernels import attention as logical
+from vbcompile.kernels import attention_hopper, attention_problem, launches, registry, replay
+from vbcompile.kernels.score_function import Builder, ScoreFunction
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    shutil.which("gcc") is None or torch.cuda.is_available(), reason="the stub is written in C and replaces the driver"
+)
+
+_BUILDER = Builder()
+_SCORE = _BUILDER.emit("score")
+_CAUSAL = _BUILDER.emit("ge", _BUILDER.emit("q_index"), _BUILDER.emit("k_index"))
+_BIASED = _BUILDER.emit("add", _SCORE, _BUILDER.emit("captured", 0))
+PLAIN = ScoreFunction()
+CAUSAL = ScoreFunction(_BUILDER.program, _SCORE, _CAUSAL, rows_first=True)
+BIASED = ScoreFunction(_BUILDER.program, _BIASED, _CAUSAL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all tests: the first stub that a process loads stays."""
+    return tmp_path_factory.mktemp("driver")
+
+
+@pytest.fixture
+def stub(folder, monkeypatch):
+    """CPU tensors are taken for those of an H200 whose driver is the stub."""
+    target = catalog_target("sm_90")
+    monkeypatch.setattr(logical, "get_target", lambda device: target)
+    monkeypatch.setattr(attention_problem, "arch_of", lambda t: "sm_90")
+    monkeypatch.setattr(attention_hopper, "refuses", lambda *call: None)
+    monkeypatch.setattr(attention_hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(replay, "takes", lambda device: True)
+    for name in ("attention", "attention_backward"):
+        registry.operator(name).load()
+    replay.forget()
+    with stub_driver(folder, monkeypatch) as stub:
+        yield stub
+    replay.forget()
+
+
+@pytest.fixture
+def compared(stub, monkeypatch):
+    """Every repeated launch is done in both ways; gives how many were compared."""
+    count = [0]
+    by_launcher = launches.Repeated.run
+
+    def run(self, tensors, addresses, stream):
+        stub.read_parameters(self._compiled.compiled.src.signature)
+        by_launcher(self, tensors, addresses, stream)
+        direct = stub.taken()
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "_compiled", None)
+            by_launcher(self, tensors, addresses, stream)
+        assert direct == stub.taken() != b""
+        stub.ignore_parameters()
+        count[0] += 1
+
+    monkeypatch.setattr(launches.Repeated, "run", run)
+    monkeypatch.setattr(replay, "_together", lambda steps, results: steps)  # for Triton's own, which wants tensors
+    return count
+
+
+def inputs(q_length, k_length, dim, rows_first):
+    def tensor(length):
+        return torch.randn(1, length, 4, dim).transpose(1, 2) if rows_first else torch.randn(1, 4, length, dim)
+
+    return [tensor(n).to(torch.bfloat16) for n in (q_length, k_length, k_length)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "function", "q_length", "k_length", "expected"),
+    [
+        ("triton", PLAIN, 1, 512, 2),
+        ("triton", BIASED, 100, 100, 4),
+        ("hopper", CAUSAL, 200, 200, 4),
+    ],
+)
+def test_parameters_are_those_of_tritons_own_launch(compared, kernel, function, q_length, k_length, expected):
+    for _ in range(4):
+        q, k, v = inputs(q_length, k_length, 64, function.rows_first)
+        captured = [torch.randn(1, 1, q_length, k_length)] if function is BIASED else []
+        grads = [t.requires_grad_() for t in (q, k, v)] if q_length > 1 else []
+        with registry.force(attention=kernel, attention_backward=kernel):
+            out, _ = logical.attention(q, k, v, captured, 0.125, 0.0, None, function.dumps())
+            if grads:
+                torch.autograd.grad(out, grads, torch.randn_like(out))
+    assert compared[0] == 2 * expected
+
+
+def test_buffers_lie_together(stub):
+    q, k, v = inputs(1, 512, 64, False)
+    with registry.force(attention="triton"):
+        for _ in range(3):
+            logical.attention(q, k, v, [], 0.125, 0.0, None, PLAIN.dumps())
+    (recording,) = [r for r in replay._known.values() if isinstance(r, replay.Recording)]
+    together, *_ = recording._steps
+    assert len(together.parts) == 2 and all(start % 512 == 0 for _, start in together.parts)
+    launched = stub.launches
+    logical.attention(q, k, v, [], 0.125, 0.0, None, PLAIN.dumps())
+    assert stub.launches == launched + 2
+
+
+def test_profilers_hear_of_repeated_launches(stub):
+    from triton import knobs
+
+    heard = []
+
+    def hook(metadata):
+        heard.append(metadata.get()["name"])
+
+    q, k, v = inputs(1, 512, 64, False)
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        with registry.force(attention="triton"):
+            for _ in range(3):
+                logical.attention(q, k, v, [], 0.125, 0.0, None, PLAIN.dumps())
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert heard == 3 * ["attention_decode_kernel", "attention_merge_kernel"]
