@@ -24,12 +24,14 @@ import record  # noqa: E402
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 ATTENTION = [(128, "bfloat16"), (64, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")]
 FP4_ROWS = (1, 16, 64, 256)
+COLUMNS = 14336
 FP4_NATIVE = {"sm_100": ("nvfp4", "mxfp4"), "sm_120": ("nvfp4", "mxfp4"), "gfx950": ("mxfp4", "mxfp4, bf16 x")}
 MARKS = (
     "wgmma", "cp.async.bulk.tensor", "tcgen05", "kind::mxf4nvf4", "kind::mxf4.", "mma.sync", "v_mfma_scale",
     "v_cvt_scalef32_pk", "v_mfma", "v_wmma",
 )  # fmt: skip
-FAMILIES = ("attention", "fp4_linear", "fp4_native")
+FP4_QUANTIZE = [(name, method) for name in ("nvfp4", "mxfp4") for method in ("mse", "fp8", "nearest", "rows")]
+FAMILIES = ("attention", "fp4_linear", "fp4_dequantize", "fp4_quantize", "fp4_native")
 
 
 def compile_one(job: tuple[str, str, int, Any]) -> list[dict[str, Any]]:
@@ -37,7 +39,10 @@ def compile_one(job: tuple[str, str, int, Any]) -> list[dict[str, Any]]:
     from triton_aot import compile_launch
 
     family, arch, size, kind = job
-    make = {"attention": _attention, "fp4_linear": _fp4, "fp4_native": _fp4_native}[family]
+    make = {
+        "attention": _attention, "fp4_linear": _fp4, "fp4_dequantize": _fp4_dequantize, "fp4_quantize": _fp4_quantize,
+        "fp4_native": _fp4_native,
+    }[family]  # fmt: skip
     launches, refused = make(arch, size, kind)
     same = {"family": family, "arch": arch, "size": size, "kind": kind}
     rows = [{**same, "kernel": name, "refused": reason} for name, reason in refused.items()]
@@ -80,6 +85,18 @@ def _fp4(arch: str, rows: int, format_name: str) -> tuple[list[Any], dict[str, s
     return [product_launch(arch, rows, torch.bfloat16, format_name)], {}
 
 
+def _fp4_dequantize(arch: str, columns: int, format_name: str) -> tuple[list[Any], dict[str, str]]:
+    from test_fp4_aot import dequantize_launch
+
+    return [dequantize_launch(arch, format_name)], {}
+
+
+def _fp4_quantize(arch: str, columns: int, kind: str) -> tuple[list[Any], dict[str, str]]:
+    from test_fp4_quantize import launch
+
+    return [launch(*kind.split(", "), columns)], {}
+
+
 def _fp4_native(arch: str, rows: int, kind: str) -> tuple[list[Any], dict[str, str]]:
     from test_fp4_native import native_launch
 
@@ -92,6 +109,8 @@ def jobs_of(architectures: Sequence[str]) -> list[tuple[str, str, int, Any]]:
     jobs: list[tuple[str, str, int, Any]] = []
     jobs += [("attention", arch, size, kind) for arch in architectures for size, kind in ATTENTION]
     jobs += [("fp4_linear", arch, m, kind) for arch in architectures for m in FP4_ROWS for kind in ("nvfp4", "mxfp4")]
+    jobs += [("fp4_dequantize", arch, COLUMNS, kind) for arch in architectures for kind in ("nvfp4", "mxfp4")]
+    jobs += [("fp4_quantize", arch, COLUMNS, ", ".join(kind)) for arch in architectures for kind in FP4_QUANTIZE]
     native = [arch for arch in architectures if arch in FP4_NATIVE]
     return jobs + [("fp4_native", arch, m, kind) for arch in native for m in FP4_ROWS for kind in FP4_NATIVE[arch]]
 

@@ -34,7 +34,7 @@ from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout  # noqa: E
 from vbcompile.kernels.fp4_linear import choose, fp4_linear, make_case  # noqa: E402
 from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
 from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
-from vbcompile.tune import calls, copies, microseconds  # noqa: E402
+from vbcompile.tune import calls, copies, dense_calls, dense_copies, microseconds  # noqa: E402
 
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
 ROWS = [1, 4, 16, 64, 256, 2048]
@@ -104,13 +104,13 @@ def table(formats: list[str], counts: list[int]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for (n, k), name in itertools.product(SHAPES, formats):
         weights = copies(n, k, name)
-        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        dense = dense_copies(n, k)
         floor = weights[0].nbytes / speed * 1e6
         for m in counts:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             row = {
                 "n": n, "k": k, "m": m, "format": name, "copy_tb_s": speed / 1e12, "floor": floor,
-                "bf16": microseconds([lambda w=w, x=x: F.linear(x, w) for w in dense * 3]),
+                "bf16": microseconds(dense_calls(x, dense)),
                 "implementation": _choice(target, m, n, k, name, "same"),
                 "fp4": microseconds(calls(x, weights, fp4_linear)),
                 "implementation_fp8": _choice(target, m, n, k, name, "fp8"),

@@ -1,14 +1,19 @@
 """A decode step and a prefill of a Llama with random weights: bfloat16 by Inductor, FP4 by vblackwell, side by side.
 
-    python bench/fp4_model.py [--layers 32] [--what decode prefill] [--tokens 2048] [--activations same fp8]
+    python bench/fp4_model.py [--layers 32] [--what decode prefill] [--tokens 2048] [--seconds 100] [--small]
 
-The shape is that of Llama-3-8B. A decode step is one token of one sequence with a static cache, replayed as a CUDA
-graph; a prefill is a whole prompt without a cache. Times are medians, in milliseconds.
+The shape is that of Llama-3-8B. A decode step is one token of one sequence with a static cache, a prefill is a whole
+prompt without a cache; both are timed as replays of a CUDA graph, and launched one by one. Times are medians, in
+milliseconds. Each way compiles in a process of its own, all at once, and they are measured one after the other.
+
+Logits are compared with those of the same model run eagerly, on the decoded weights (exit status 1 where they differ by
+more than rounding explains: three times as much as Inductor's). ``--small`` runs on a processor, to try the script.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +25,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import record  # noqa: E402
+from fp4_models import pack_model  # noqa: E402
+from turns import await_turn, hand_in, take_turns  # noqa: E402
 
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
 }  # fmt: skip
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}  # fmt: skip
 CACHE = 512
+WAYS: dict[str, dict[str, Any] | None] = {
+    "Inductor bfloat16": None,
+    "vblackwell NVFP4": {"fp4_activations": "same"},
+    "vblackwell NVFP4, FP8 activations": {"fp4_activations": "fp8"},
+}
+_LARGEST_DIFFERENCE = {"same": 0.2, "fp8": 0.5}  # relative: rounding of 32 layers' activations to 16 and to 8 bits
 
 
 def build(layers: int, device: str, **shape: Any) -> torch.nn.Module:
@@ -43,8 +60,8 @@ def build(layers: int, device: str, **shape: Any) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def decode_step(model: torch.nn.Module, compiled: Callable[..., Any]) -> Callable[[], torch.Tensor]:
-    """A function that appends one token to a static cache; it can be called CACHE / 2 times."""
+def decode_step(model: torch.nn.Module) -> Callable[[Callable[..., Any]], torch.Tensor]:
+    """A function that appends one token to a static cache, always at the same place, by the model that it is given."""
     from transformers import StaticCache
 
     device = next(model.parameters()).device
@@ -55,26 +72,30 @@ def decode_step(model: torch.nn.Module, compiled: Callable[..., Any]) -> Callabl
         model(prompt, past_key_values=cache, cache_position=torch.arange(CACHE // 2, device=device))
     place = torch.tensor([CACHE // 2], device=device)
 
-    def step() -> torch.Tensor:
+    def step(run: Callable[..., Any]) -> torch.Tensor:
         with torch.no_grad():
-            return compiled(ids, past_key_values=cache, cache_position=place, position_ids=place[None]).logits
+            return run(ids, past_key_values=cache, cache_position=place, position_ids=place[None]).logits
 
     return step
 
 
-def prefill(model: torch.nn.Module, compiled: Callable[..., Any], tokens: int) -> Callable[[], torch.Tensor]:
+def prefill(model: torch.nn.Module, tokens: int) -> Callable[[Callable[..., Any]], torch.Tensor]:
     """A function that runs a prompt and gives the last token's logits."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=next(model.parameters()).device)
 
-    def step() -> torch.Tensor:
+    def step(run: Callable[..., Any]) -> torch.Tensor:
         with torch.no_grad():
-            return compiled(ids, use_cache=False, logits_to_keep=1).logits
+            return run(ids, use_cache=False, logits_to_keep=1).logits
 
     return step
 
 
 def milliseconds(step: Callable[[], Any], graph: bool) -> float:
     """Median time of a call, or of the replay of a CUDA graph that recorded one."""
+    if not torch.cuda.is_available():
+        begin = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begin)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -96,41 +117,60 @@ def milliseconds(step: Callable[[], Any], graph: bool) -> float:
     return statistics.median(times)
 
 
-def measure(
-    model: torch.nn.Module, what: str, name: str, options: dict[str, Any] | None, tokens: int
-) -> dict[str, Any]:
-    torch._dynamo.reset()
+def work(variant: str, arguments: argparse.Namespace) -> None:
+    """Compile, check, wait for the turn, measure, hand in."""
+    what, _, name = variant.partition(": ")
+    torch.manual_seed(0)
     started = time.perf_counter()
-    backend = "inductor" if options is None else "vblackwell"
-    compiled = torch.compile(model, backend=backend, dynamic=False, options=options)
-    step = decode_step(model, compiled) if what == "decode" else prefill(model, compiled, tokens)
-    step()
-    torch.cuda.synchronize()
-    row = {"what": what, "name": name, "layers": model.config.num_hidden_layers, "tokens": tokens}
-    row |= {"compile_s": time.perf_counter() - started, "ms": milliseconds(step, graph=what == "decode")}
-    print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    return row
+    model = build(arguments.layers, "cpu" if arguments.small else "cuda", **(SMALL if arguments.small else {}))
+    way = WAYS[name]
+    if (
+        way is not None
+    ):  # the weights become their FP4 values, so that the plain model is what the result is compared with
+        pack_model(model, "nvfp4", "fp8" if way["fp4_activations"] == "fp8" else "mse")
+    options = None if way is None else {"mode": "speed", "strict": True, **way}
+    compiled = torch.compile(model, backend="inductor" if way is None else "vblackwell", dynamic=False, options=options)
+    step = decode_step(model) if what == "decode" else prefill(model, arguments.tokens)
+    got = step(compiled).double()
+    row: dict[str, Any] = {"what": what, "name": name, "layers": arguments.layers, "tokens": arguments.tokens}
+    expected = step(model).double()
+    row["difference"] = float((got - expected).norm() / expected.norm())
+    row["allowed"] = _LARGEST_DIFFERENCE["same" if way is None else way["fp4_activations"]]
+    row["compile_s"] = time.perf_counter() - started
+    await_turn(arguments.folder, variant)
+    row["ms"] = milliseconds(lambda: step(compiled), graph=True)
+    row["ms_without_graph"] = milliseconds(lambda: step(compiled), graph=False)
+    hand_in(arguments.folder, variant, row)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--what", nargs="+", default=["decode", "prefill"], choices=["decode", "prefill"])
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time Inductor too")
-    parser.add_argument("--activations", nargs="+", default=["same", "fp8"], choices=["same", "fp8"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY")
+    parser.add_argument("--seconds", type=float, default=900, help="time for everything")
+    parser.add_argument("--small", action="store_true", help="a tiny model on a processor")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    model = build(arguments.layers, "cuda")
-    rows = []
-    for what in arguments.what:
-        for activations in arguments.activations if what == "prefill" else ["same"]:
-            options = {"mode": "speed", "strict": True, "fp4_activations": activations}
-            rows.append(measure(model, what, f"vblackwell nvfp4, activations {activations}", options, arguments.tokens))
-            record.write(f"fp4_model_{'_'.join(arguments.what)}", rows)
-        if arguments.peers:
-            rows.append(measure(model, what, "inductor bfloat16", None, arguments.tokens))
-            record.write(f"fp4_model_{'_'.join(arguments.what)}", rows)
+    if arguments.worker:
+        work(arguments.worker, arguments)
+        return 0
+    # FP8 activations make many rows faster: a decode step has one
+    wanted = [
+        f"{what}: {way}" for what in arguments.what for way in arguments.ways if what == "prefill" or "FP8" not in way
+    ]
+    file = "fp4_model_small" if arguments.small else "fp4_model"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--folder", folder, "--layers", str(arguments.layers)]
+        command += ["--tokens", str(arguments.tokens), *(["--small"] if arguments.small else []), "--worker"]
+        rows = take_turns(command, wanted, arguments.seconds, Path(folder), lambda rows: record.write(file, rows))
+    plain = {row["what"]: row["difference"] for row in rows if WAYS[row["name"]] is None}
+    wrong = [r["name"] for r in rows if not r["difference"] <= max(r["allowed"], 3 * plain.get(r["what"], 0.0))]
+    print(f"{len(rows)} of {len(wanted)} done; wrong: {wrong or 'none'}")
+    return int(bool(wrong) or len(rows) < len(wanted))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

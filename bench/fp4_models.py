@@ -77,7 +77,8 @@ def score(model: Any, tokens: Tensor, base: list[Tensor] | None) -> tuple[float,
     return loss / len(tokens), divergence / len(tokens), agreeing / len(tokens), found
 
 
-def language_rows(count: int, calibration_count: int, device: str) -> list[dict[str, Any]]:
+def language_rows(count: int, calibration_count: int, device: str, rows: list[dict[str, Any]]) -> None:
+    """Add a row to ``rows`` for each way to pack SmolLM2, and write the file after each."""
     model, tokenizer = load_smollm2(device)
     model.config._attn_implementation = "sdpa"
     text = "\n\n".join(english_paragraphs()[1::2])
@@ -85,7 +86,8 @@ def language_rows(count: int, calibration_count: int, device: str) -> list[dict[
     tokens = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
     inputs = calibration_tokens(tokenizer, None, calibration_count, LENGTH).to(device)
     base_loss, _, _, base = score(model, tokens, None)
-    rows = [{"weights": "as they are", "perplexity": round(math.exp(base_loss), 3), "tokens": tokens.numel()}]
+    whole = {"weights": "as they are", "perplexity": round(math.exp(base_loss), 3), "tokens": tokens.numel()}
+    add(rows, {"model": "SmolLM2-135M", **whole})
     for label, format_name, method in ROWS:
         twin = copy.deepcopy(model)
         if method == "calibrated":
@@ -93,26 +95,24 @@ def language_rows(count: int, calibration_count: int, device: str) -> list[dict[
         else:
             pack_model(twin, format_name, method)
         loss, divergence, agreeing, _ = score(twin, tokens, base)
-        rows.append(
-            {
-                "weights": label,
-                "perplexity": round(math.exp(loss), 3),
-                "increase_percent": round(100 * (math.exp(loss - base_loss) - 1), 1),
-                "kl": round(divergence, 4),
-                "same_first_choice": round(agreeing, 3),
-            }
-        )
-        print(rows[-1], flush=True)
-    return [{"model": "SmolLM2-135M", **row} for row in rows]
+        row = {
+            "model": "SmolLM2-135M",
+            "weights": label,
+            "perplexity": round(math.exp(loss), 3),
+            "increase_percent": round(100 * (math.exp(loss - base_loss) - 1), 1),
+            "kl": round(divergence, 4),
+            "same_first_choice": round(agreeing, 3),
+        }
+        add(rows, row)
 
 
 @torch.no_grad()
-def embedding_rows(count: int, device: str) -> list[dict[str, Any]]:
+def embedding_rows(count: int, device: str, rows: list[dict[str, Any]]) -> None:
+    """The same for MiniLM's sentence embeddings."""
     model, tokenizer = load_minilm(device)
     batch = tokenizer(english_sentences(count), padding=True, return_tensors="pt").to(device)
     batch.pop("token_type_ids", None)
     want = mean_embedding(model(**batch).last_hidden_state, batch["attention_mask"])
-    rows = []
     for label, format_name, method in (row for row in ROWS if row[2] != "four_over_six"):
         twin = copy.deepcopy(model)
         if method == "calibrated":
@@ -123,11 +123,15 @@ def embedding_rows(count: int, device: str) -> list[dict[str, Any]]:
             pack_model(twin, format_name, method)
         got = mean_embedding(twin(**batch).last_hidden_state, batch["attention_mask"])
         cosine = (got * want).sum(-1)
-        rows.append(
-            {"weights": label, "cosine": round(float(cosine.mean()), 4), "least": round(float(cosine.min()), 4)}
-        )
-        print(rows[-1], flush=True)
-    return [{"model": "all-MiniLM-L6-v2", **row} for row in rows]
+        row = {"weights": label, "cosine": round(float(cosine.mean()), 4), "least": round(float(cosine.min()), 4)}
+        add(rows, {"model": "all-MiniLM-L6-v2", **row})
+
+
+def add(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Print a row and write all so far, since a whole run takes a processor long."""
+    rows.append(row)
+    print(row, flush=True)
+    record.write("fp4_models", rows)
 
 
 def main() -> int:
@@ -137,9 +141,9 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    rows = embedding_rows(arguments.sentences, arguments.device)
-    rows = language_rows(arguments.tokens, arguments.calibration_tokens, arguments.device) + rows
-    print(record.write("fp4_models", rows))
+    rows: list[dict[str, Any]] = []
+    language_rows(arguments.tokens, arguments.calibration_tokens, arguments.device, rows)
+    embedding_rows(arguments.sentences, arguments.device, rows)
     return 0
 
 

@@ -1,5 +1,7 @@
 """How fast bfloat16 weights are packed to FP4 on a device, in GB of bfloat16 a second (wanted on accelerators: 2).
 
+``quantize_ms`` is by the implementation of ``fp4_quantize`` that is chosen there, ``reference_ms`` by plain PyTorch.
+
 python bench/fp4_packing.py              writes bench/results/fp4_packing.json
 """
 
@@ -19,7 +21,8 @@ import record  # noqa: E402
 from vbcompile.device import get_device, get_target  # noqa: E402
 from vbcompile.kernels.fp4_layout import to_layout  # noqa: E402
 from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
-from vbcompile.kernels.fp4_quantize import quantize, relative_error  # noqa: E402
+from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, choose, quantize, relative_error  # noqa: E402
+from vbcompile.kernels.registry import force  # noqa: E402
 
 SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336)]
 
@@ -42,6 +45,9 @@ def measure(shape: tuple[int, int], format_name: str, transposed: bool, device: 
     weight = weight.t().contiguous().t() if transposed else weight
     layout = preferred_layout(get_target(device))
     packed = quantize(weight, format_name)
+    with force(fp4_quantize="reference"):
+        reference = seconds(lambda: quantize(weight, format_name), device)
+    case = Fp4QuantizeCase(weight.dtype, shape[1], format_name, "mse", False)
     steps = {
         "quantize": seconds(lambda: quantize(weight, format_name), device),
         "error": seconds(lambda: relative_error(weight, packed), device),
@@ -52,6 +58,8 @@ def measure(shape: tuple[int, int], format_name: str, transposed: bool, device: 
         "shape": f"{shape[0]} x {shape[1]}{', transposed' if transposed else ''}",
         "format": format_name,
         "layout": layout,
+        "implementation": choose(get_target(device), case).implementation.name,
+        "reference_ms": round(1e3 * reference, 2),
         **{f"{name}_ms": round(1e3 * value, 2) for name, value in steps.items()},
         "gb_per_s": round(weight.nbytes / total / 1e9, 2),
     }

@@ -8,9 +8,8 @@ after each library's own tuning. A library that is not installed, or that fails,
 """
 
 import argparse
-import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +49,24 @@ def cublas(weight: Tensor) -> Layer:
 WAYS = {"vbcompile": ours, "cublas_bf16": cublas} | {name: peer.prepare for name, peer in LINEAR.items()}
 
 
-def measure(way: str, weight: Tensor, rows: list[int]) -> dict[int, dict[str, Any]]:
-    """Rows -> time in microseconds and relative error, or the reason why there is none."""
+def measure(way: str, weight: Tensor, rows: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows and the time in microseconds with the relative error, or the reason why there is none, one by one."""
     try:
         layers = [WAYS[way](weight) for _ in range(_COPIES)]
     except Exception as error:  # noqa: BLE001 whatever a library raises is its reason
-        return {m: {"absent": f"{type(error).__name__}: {error}"[:200]} for m in rows}
-    found: dict[int, dict[str, Any]] = {}
+        yield from ((m, {"absent": f"{type(error).__name__}: {error}"[:200]}) for m in rows)
+        return
     for m in rows:
         x = torch.randn(m, weight.shape[1], device="cuda", dtype=torch.bfloat16)
         exact = x.double() @ weight.double().T
         try:
             error = float((layers[0](x).double() - exact).norm() / exact.norm())
-            found[m] = {"us": microseconds([lambda layer=layer, x=x: layer(x) for layer in layers * 2]), "error": error}
+            us = microseconds([lambda layer=layer, x=x: layer(x) for layer in layers * 2])
         except Exception as failure:  # noqa: BLE001
-            found[m] = {"absent": f"{type(failure).__name__}: {failure}"[:200]}
+            yield m, {"absent": f"{type(failure).__name__}: {failure}"[:200]}
             continue
-        if not error < _LARGEST_ERROR:
-            found[m] = {"absent": f"wrong result: relative error {error:.3g}"}
-    return found
+        right = error < _LARGEST_ERROR
+        yield m, {"us": us, "error": error} if right else {"absent": f"wrong result: relative error {error:.3g}"}
 
 
 def main() -> None:
@@ -76,19 +74,22 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--peers", nargs="*", default=list(LINEAR), choices=list(LINEAR))
     arguments = parser.parse_args()
-    rows = []
-    for n, k in SHAPES:
-        weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
-        with torch.no_grad():
-            ways = ("vbcompile", "cublas_bf16", *arguments.peers)
-            found = {way: measure(way, weight, arguments.rows) for way in ways}
-        for m, way in itertools.product(arguments.rows, found):
-            row = {"n": n, "k": k, "m": m, "way": way, **found[way][m]}
-            if "us" in row:
-                row["over_bf16"] = found["cublas_bf16"][m]["us"] / row["us"]
-            rows.append(row)
-            print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-        record.write("fp4_peers", rows)
+    rows: list[dict[str, Any]] = []
+    plain: dict[tuple[int, int], float] = {}
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for n, k in SHAPES]
+    for way in ("cublas_bf16", "vbcompile", *arguments.peers):  # a library that hangs comes last
+        for weight in weights:
+            n, k = weight.shape
+            with torch.no_grad():
+                for m, found in measure(way, weight, arguments.rows):
+                    row = {"n": n, "k": k, "m": m, "way": way, **found}
+                    if way == "cublas_bf16" and "us" in row:
+                        plain[n, m] = row["us"]
+                    if "us" in row and (n, m) in plain:
+                        row["over_bf16"] = plain[n, m] / row["us"]
+                    rows.append(row)
+                    print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+                    record.write("fp4_peers", sorted(rows, key=lambda row: (row["k"], row["m"])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whole models larger than their device budget: decode steps of Llama shapes with random weights.
 
-    python bench/offload_model.py [--shape 8b] [--layers 32] [--budget 6GiB] [--modes memory full] [--everything]
+    python bench/offload_model.py [--shape 8b] [--layers 32] [--budget 6GiB] [--modes memory full] [--accelerate]
 
 A row gives the step time of a model whose weights are streamed by the plan, its share of the roofline (the bytes that
 the plan streams, at the link's bandwidth measured in the same run, or computation), what the plan predicted, and the
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -39,6 +40,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "vocab_size": 32000},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "vocab_size": 128256},
+    "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "vocab_size": 128256},
+    "tiny": {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 1000},
 }
 
 FILES = {"1b": "offload_model_1b", "8b": "offload_model", "70b": "offload_model_70b"}
@@ -72,24 +75,30 @@ def randomize(model: nn.Module, device: str) -> None:
             nn.init.ones_(parameter)
 
 
+def synchronize() -> None:
+    """Wait for the device; nothing on a processor."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(function: Callable[[], Any], repeat: int) -> float:
     """Best of some steps, in a row without waiting between them, per step."""
     function()
-    torch.cuda.synchronize()
+    synchronize()
     found = []
     for _ in range(2):
         begin = time.perf_counter()
         for _ in range(repeat):
             function()
-        torch.cuda.synchronize()
+        synchronize()
         found.append((time.perf_counter() - begin) / repeat)
     return min(found)
 
 
-def link_rate(nbytes: int = GIB) -> float:
+def link_rate(device: str = "cuda", nbytes: int = GIB) -> float:
     """Bytes per second from pinned host memory."""
-    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device != "cpu")
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     return nbytes / seconds(lambda: target.copy_(source, non_blocking=True), 2)
 
 
@@ -99,31 +108,34 @@ def store_of(model: nn.Module) -> WeightStore:
     return found
 
 
-def prepare(shape: str, layers: int, budget: str) -> tuple[nn.Module, float]:
+def prepare(
+    shape: str, layers: int, budget: str, device: str = "cuda", smallest: str = "1MiB"
+) -> tuple[nn.Module, float]:
     """An offloaded model with random weights, and the seconds that this took."""
     begin = time.perf_counter()
     model = llama(shape, layers)
-    fill, handles_model.fill = handles_model.fill, lambda memory, value: None  # nobody has written these weights yet
-    try:
-        vbcompile.offload(model, "cuda", {0: budget, "cpu": "230GiB"}, progress=False)
-    finally:
-        handles_model.fill = fill
-    randomize(model, "cuda")
-    torch.cuda.synchronize()
+    nothing = {"fill": lambda memory, value: None, "_fits": lambda *_: ""}  # nobody has written these weights yet
+    with mock.patch.multiple(handles_model, **nothing):
+        vbcompile.offload(model, device, {0: budget, "cpu": "230GiB"}, smallest=smallest, progress=False)
+    randomize(model, device)
+    synchronize()
     return model, time.perf_counter() - begin
 
 
 def measure(call: Callable[[], Any], store: WeightStore, steps: int, link: float) -> dict[str, Any]:
     """Step time, beside what the plan expected of it."""
+    on_card = torch.cuda.is_available()
     torch.cuda.empty_cache()
     with torch.no_grad():
         call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        if on_card:
+            torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         call()
         host = time.perf_counter() - begin
         took = seconds(call, steps)
+    peak = torch.cuda.max_memory_allocated() if on_card else 0
     plan = store.plan
     assert plan is not None
     read = sum(w.nbytes for w, uses in zip(plan.sweep.weights, plan.sweep.uses, strict=True) if uses)
@@ -142,8 +154,8 @@ def measure(call: Callable[[], Any], store: WeightStore, steps: int, link: float
         "ring_bytes": plan.ring_bytes,
         "reserve_bytes": plan.sweep.reserve,
         "budget_bytes": store.budget,
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-        "within_budget": torch.cuda.max_memory_allocated() <= store.budget,
+        "peak_allocated_bytes": peak,
+        "within_budget": peak <= store.budget,
         "operators": len(plan.sweep.operators),
         "compute_ms": plan.sweep.compute_ns / 1e6,
         "bottleneck": plan.prediction.bottleneck,
@@ -185,8 +197,40 @@ def figures(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             store.replan(budget)
         if options.profile:
             profile(partial(compiled, tokens))
+        if options.accelerate and own == "memory":
+            add(rows, accelerate(options, model, tokens, logits, row["roofline_ms"]), FILES[options.shape])
         if options.everything and mode == "memory":
             add(rows, everything(partial(compiled, tokens), store, row, link), FILES[options.shape])
+
+
+def accelerate(
+    options: argparse.Namespace, model: nn.Module, tokens: torch.Tensor, expected: torch.Tensor, roofline_ms: float
+) -> dict[str, Any]:
+    """Accelerate's own map of the same weights under the same budget, from pageable memory as it loads them."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    twin, state = llama(options.shape, options.layers), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in twin.named_parameters():
+            held = state[name]
+            value.copy_(held.payload.on_host() if isinstance(held, vbcompile.OffloadedTensor) else held)
+        limits = {0: options.budget, "cpu": "230GiB"}
+        twin = dispatch_model(
+            twin, infer_auto_device_map(twin, limits, no_split_module_classes=list(twin._no_split_modules))
+        )
+        found = twin(tokens).logits.double()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ms = seconds(partial(twin, tokens), 1) * 1e3
+    difference = float((found - expected.double()).norm() / found.norm())
+    return {
+        "what": f"{options.shape}, {options.layers} layers, {options.budget}, Accelerate dispatch_model",
+        "ms": ms,
+        "roofline_ms": roofline_ms,
+        "roofline_share": roofline_ms / ms,
+        "peak_beside_bytes": torch.cuda.max_memory_allocated() - before,
+        "difference": difference,
+    }
 
 
 def profile(call: Callable[[], Any]) -> None:
@@ -279,6 +323,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--modes", nargs="+", default=["memory", "full:reduce-overhead"])
     parser.add_argument("--everything", action="store_true", help="also with the smallest budget that works")
+    parser.add_argument("--accelerate", action="store_true", help="also by Accelerate under the same budget")
     parser.add_argument("--also", metavar="BUDGET", help="mode full with this budget too, in which it streams")
     parser.add_argument("--fits", action="store_true", help="only a budget in which the model fits, against Inductor")
     parser.add_argument("--profile", action="store_true", help="print what the host does in a step")

@@ -49,6 +49,10 @@ def _optional(key: str, form: str = "{}") -> Callable[[dict[str, Any]], str]:
     return lambda row: form.format(row[key]) if key in row else ""
 
 
+def _gigabytes(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row[key] / 1e9:.2f} GB" if key in row else ""
+
+
 Columns = list[tuple[str, Callable[[dict[str, Any]], Any]]]
 TABLES: dict[str, tuple[str, Columns]] = {
     "fp4_models": (
@@ -132,9 +136,9 @@ TABLES: dict[str, tuple[str, Columns]] = {
         [
             ("what", _column("what")),
             ("time", lambda row: f"{row['ms']:.1f} ms"),
-            ("predicted", lambda row: f"{row['predicted_ms']:.1f} ms"),
-            ("streamed", lambda row: f"{row['streamed_bytes'] / 1e9:.2f} GB"),
-            ("peak memory", lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} GB"),
+            ("predicted", _optional("predicted_ms", "{:.1f} ms")),
+            ("streamed", _gigabytes("streamed_bytes")),
+            ("peak memory", _gigabytes("peak_allocated_bytes")),
             ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
         ],
     ),
@@ -151,6 +155,22 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ),
             ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
             ("share of the link", lambda row: f"{row['link_share']:.3f}"),
+        ],
+    ),
+    "offload_largest": (
+        "Decode steps of Llama-3.1-405B's shape with FP4 weights, most of them in host memory",
+        [
+            ("what", _column("what")),
+            ("bfloat16 size over the budget", lambda row: f"{row['times_the_budget']:.1f}"),
+            ("tokens per second", lambda row: f"{row['tokens_per_s']:.3f}"),
+            ("roofline", lambda row: f"{row['roofline_tokens_per_s']:.3f}"),
+            ("share", lambda row: f"{row['roofline_share']:.3f}"),
+            ("streamed a token", lambda row: f"{row['streamed_bytes'] / 1e9:.1f} GB"),
+            (
+                "peak memory",
+                lambda row: f"{row['peak_allocated_bytes'] / 1e9:.2f} of {row['budget_bytes'] / 1e9:.2f} GB",
+            ),
+            ("error (allowed)", lambda row: f"{row['error']:.2e} ({row['allowed']:.2e})"),
         ],
     ),
     "offload_fits": (

@@ -15,9 +15,6 @@ gradient and the zeros that autograd passes in for the logits that the model ret
 
 import argparse
 import dataclasses
-import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -28,6 +25,7 @@ from pathlib import Path
 import torch
 import training_step
 from record import write
+from turns import await_turn, hand_in, take_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +81,11 @@ def work(variant: Variant, small: bool, repeats: int, folder: Path) -> None:
         loss = float(step())
     first_call = time.perf_counter() - begun
     step()
-    _file(folder, variant, "ready").touch()
-    while not _file(folder, variant, "turn").exists():
-        time.sleep(0.02)
+    await_turn(folder, variant.name)
     row = {"variant": variant.name, **_measured(step, repeats), "loss": loss, **_chosen(sites.reports)}
     row |= {"gradient_norm": round(step.gradient_norm(), 4), "first_call_s": round(first_call, 1)}
     row["gradient_error"] = _gradient_error(step.model, folder / "reference.pt")
-    temporary = _file(folder, variant, "part")
-    temporary.write_text(json.dumps(row))
-    temporary.rename(_file(folder, variant, "json"))
+    hand_in(folder, variant.name, row)
 
 
 def _measured(step: training_step.Step, repeats: int) -> dict:
@@ -160,51 +154,17 @@ def write_reference(path: Path, small: bool) -> None:
 
 def run(names: list[str], small: bool, repeats: int, seconds: float, folder: Path) -> list[dict]:
     """Rows of the variants that were done in time, in the order asked for."""
-    end = time.monotonic() + seconds
     arguments = ["--folder", str(folder), "--repeats", str(repeats), *(["--small"] if small else [])]
     command = [sys.executable, __file__, *arguments, "--worker"]
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("COMPILE_THREADS", "4")}
-    chosen = {name: next(v for v in VARIANTS if v.name == name) for name in names}
-    workers = {name: subprocess.Popen([*command, name], env=environment) for name in names}
-    reference = subprocess.Popen([*command, "reference"], env=environment)
-    rows: dict[str, dict] = {}
-
-    def waiting() -> list[str]:
-        return [n for n in names if n not in rows and workers[n].poll() is None]
-
-    def ready() -> list[str]:
-        return [n for n in waiting() if _file(folder, chosen[n], "ready").exists()]
-
-    while waiting() and time.monotonic() < end:
-        hurry = time.monotonic() > end - 5 * len(names)
-        if reference.poll() is None or not ready() or (len(ready()) < len(waiting()) and not hurry):
-            time.sleep(0.1)
-            continue
-        name = ready()[0]
-        others = [workers[n] for n in waiting() if n not in ready()]
-        for process in others:
-            process.send_signal(signal.SIGSTOP)
-        _file(folder, chosen[name], "turn").touch()
-        done = _file(folder, chosen[name], "json")
-        while workers[name].poll() is None and not done.exists() and time.monotonic() < end:
-            time.sleep(0.02)
-        for process in others:
-            process.send_signal(signal.SIGCONT)
-        if done.exists():
-            rows[name] = json.loads(done.read_text())
-            print(rows[name], flush=True)
-            _write([rows[n] for n in names if n in rows], small)
-    for process in [*workers.values(), reference]:
-        process.kill()
-    return [rows[name] for name in names if name in rows]
+    reference = subprocess.Popen([*command, "reference"])
+    try:
+        return take_turns(command, names, seconds, folder, lambda rows: _write(rows, small), reference)
+    finally:
+        reference.kill()
 
 
 def _write(rows: list[dict], small: bool) -> Path:
     return write("training_memory_small" if small else "training_memory", rows)
-
-
-def _file(folder: Path, variant: Variant, suffix: str) -> Path:
-    return folder / f"{variant.name.replace(' ', '_')}.{suffix}"
 
 
 def _gb(nbytes: int) -> float:

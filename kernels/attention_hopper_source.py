@@ -12,7 +12,14 @@ from typing import Any, Final
 from vbcompile.kernels.attention_tiles import Bound, Constraint, Interval, RangeEmitter, analyse_mask, linear_form
 from vbcompile.kernels.score_function import LEAVES, ScoreFunction
 from vbcompile.kernels.score_gradient import differentiate
-from vbcompile.kernels.score_triton import LEAD_AXES, CapturedPattern, Emitter, compile_source, define
+from vbcompile.kernels.score_triton import (
+    LEAD_AXES,
+    CapturedPattern,
+    Emitter,
+    compile_source,
+    constant_bits,
+    define,
+)
 
 MAX_LENGTH: Final = 1 << 21  # positions, their sums and differences are exact in float32
 _ELEMENT: Final = "score, i, j, fi, fj, step, distance, rows, tile, lead, q_length, k_length, captured, strides"
@@ -125,7 +132,7 @@ def _constant(value: bool | int | float) -> str:
     if isinstance(value, bool):
         return f"tl.cast({int(value)}, tl.int1)"
     if isinstance(value, int):
-        return f"tl.cast({value}, tl.int{32 if -(2**31) <= value < 2**31 else 64})"
+        return f"tl.cast({value}, tl.int{constant_bits(value)})"
     return f'tl.cast(float("{value!r}"), tl.float32)'
 
 

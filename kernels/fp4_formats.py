@@ -51,6 +51,11 @@ class Fp4Format:
     largest_scale: int
     has_tensor_scale: bool
 
+    @property
+    def nan_scale(self) -> int:
+        """The scale byte of NaN."""
+        return self.largest_scale + 1
+
 
 NVFP4: Final = Fp4Format("nvfp4", 16, tuple(map(_e4m3_value, range(256))), 0x7E, True)
 MXFP4: Final = Fp4Format("mxfp4", 32, (*(2.0 ** (b - 127) for b in range(255)), float("nan")), 254, False)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vbcompile.kernels.fp4 import PackedWeight
 from vbcompile.kernels.fp4_formats import decode_scales, encode_e2m1, fp4_format, pack_nibbles, round_e2m1
-from vbcompile.kernels.fp4_quantize import choose_scales, quantize, scale_rule
+from vbcompile.kernels.fp4_quantize import quantize
+from vbcompile.kernels.fp4_rounding import choose_scales, scale_rule
 
 _GROUP = 32  # columns whose updates of the rest are one product
 

@@ -25,7 +25,7 @@ from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE, dequantize_weight
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.fp4_linear_triton import TileConfig, counters, with_splits
-from vbcompile.kernels.fp4_quantize import pack_finite, row_maxima
+from vbcompile.kernels.fp4_quantize import rounded
 from vbcompile.kernels.registry import Implementation, forced_implementation, operator
 from vbcompile.kernels.triton_target import refuses_triton
 
@@ -105,10 +105,9 @@ def _refuses_reference(target: Target, case: Fp4LinearCase | None) -> str | None
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
-def quantize_rows(x: Tensor, format_name: str) -> PackedWeight:
-    """``x [m, k]`` rounded to FP4 as W4A4 does, in plain PyTorch; rows must be finite."""
-    fmt = fp4_format(format_name)
-    return pack_finite(x, row_maxima(x), fmt, "nearest", per_row=fmt.has_tensor_scale)
+def round_rows(x: Tensor, format_name: str) -> PackedWeight:
+    """``x [m, k]`` as W4A4 rounds it, by the operator ``fp4_quantize``."""
+    return rounded(x, format_name, "nearest", per_row=True)
 
 
 def product_reference(
@@ -121,9 +120,8 @@ def product_reference(
     rows = x.reshape(-1, k).to(work)
     out = rows.new_empty(0, row_scale.shape[0])
     if rows.shape[0]:
-        finite = rows.isfinite().all(1, keepdim=True)
-        rounded = dequantize(quantize_rows(torch.where(finite, rows, 0), format_name), work)
-        out = F.linear(torch.where(finite, rounded, math.nan), weight, None if bias is None else bias.to(work))
+        values = dequantize(round_rows(rows, format_name), work)
+        out = F.linear(values, weight, None if bias is None else bias.to(work))
     return out.to(x.dtype).view(*x.shape[:-1], row_scale.shape[0])
 
 
@@ -149,32 +147,21 @@ def launch_options(format_name: str, kind: str, config: TileConfig, epilogue: st
     }  # fmt: skip
 
 
-def round_rows(rows: Tensor, format_name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``rows [m, k]`` as codes ``[m, kp / 2]``, block scales ``[m, kp / block]`` and, for NVFP4, scales ``[m]``."""
-    from vbcompile.kernels.fp4_native_kernels import fp4_rows_kernel
-
-    (m, k), block = rows.shape, fp4_format(format_name).block_size
-    blocks = -(-k // block)
-    codes = torch.empty(m, blocks * block // 2, dtype=torch.uint8, device=rows.device)
-    scales = torch.empty(m, blocks, dtype=torch.uint8, device=rows.device)
-    row = torch.empty(m, dtype=torch.float32, device=rows.device)
-    together = min(4096 // block, 1 << (blocks - 1).bit_length())
-    fp4_rows_kernel[(m,)](rows, codes, scales, row, k, rows.stride(0), BLOCK=block, BLOCKS=together, num_warps=4)
-    return codes, scales, row
-
-
 def product(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, rounded: bool = False, epilogue: str = "none",
+    layout: str, four_bits: bool = False, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x; ``rounded``: x to FP4 first. Plain layout."""
+    """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x, plain layout; ``four_bits``: x in FP4 too."""
     from vbcompile.kernels.fp4_native_kernels import fp4_native_kernel
 
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    left = round_rows(rows, format_name) if rounded else (rows, codes, row_scale)
+    left = (rows, codes, row_scale)
+    if four_bits:
+        packed = round_rows(rows, format_name)
+        left = (packed.codes, packed.block_scales, packed.tensor_scale)
     m, n = rows.shape[0], row_scale.shape[0]
-    config = native_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k, rounded)
+    config = native_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k, four_bits)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     steps = -(-k // (config.columns * TILE))
     steps_each = -(-steps // config.splits)
@@ -187,7 +174,7 @@ def product(
     fp4_native_kernel[grid](
         *left, codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial, arrived, m, n, k,
         rows.stride(0), steps_each, splits, SPLIT=splits > 1, BIAS=bias is not None,
-        **launch_options(format_name, "e2m1" if rounded else _KINDS[x.dtype], config, epilogue),
+        **launch_options(format_name, "e2m1" if four_bits else _KINDS[x.dtype], config, epilogue),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])
 

@@ -12,38 +12,32 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels.fp4 import dequantize
-from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_quantize import pack_finite, refuse_weight, row_maxima
+from vbcompile.kernels.fp4_quantize import rounded
 
 
 @torch.library.custom_op("vblackwell::fp4_fake_quantize", mutates_args=())
-def fp4_fake_quantize(weight: Tensor, format_name: str, transposed: bool) -> Tensor:
+def fp4_fake_quantize(weight: Tensor, format_name: str, transposed: bool, *, implementations: str = "") -> Tensor:
     """The FP4 values of ``weight``, in its shape and dtype, contiguous. Does not wait for the device.
 
     Args:
         weight: ``[N, K]`` or ``[E, N, K]``, with ``transposed`` ``[..., K, N]``; floating point.
         format_name: ``nvfp4`` or ``mxfp4``.
         transposed: whether blocks run along the last dimension but one.
+        implementations: the option of that name; see :mod:`vbcompile.kernels.registry`.
 
     Returns:
-        The values; all NaN where the weight holds NaN or infinity.
+        The values; NaN throughout a block that holds NaN or infinity.
 
     Raises:
         ValueError: unknown format, or a weight that cannot be packed.
     """
-    fmt = fp4_format(format_name)
     oriented = weight.transpose(-2, -1) if transposed else weight
-    if reason := refuse_weight(oriented, fmt):
-        raise ValueError(f"fp4_fake_quantize: {reason}")
-    finite = torch.isfinite(row_maxima(oriented)).all()
-    safe = torch.where(finite, oriented, 0)
-    values = dequantize(pack_finite(safe, row_maxima(safe), fmt, "mse"), weight.dtype)
-    values.masked_fill_(~finite, torch.nan)
+    values = dequantize(rounded(oriented, format_name, implementations=implementations), weight.dtype)
     return (values.transpose(-2, -1) if transposed else values).contiguous()
 
 
 @fp4_fake_quantize.register_fake
-def _(weight, format_name, transposed):
+def _(weight, format_name, transposed, *, implementations=""):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 

@@ -44,6 +44,7 @@ MODULES = {
     "attention_training": tuple(f"vbcompile.kernels.{m}" for m in ("attention_training", "vendor_hpu_training")),
     "fp4_linear": _FP4_LINEAR,
     "fp4_linear_backward": _FP4_LINEAR,
+    "fp4_quantize": tuple(f"vbcompile.kernels.{m}" for m in ("fp4_quantize", "fp4_quantize_triton", "vendor_npu_fp4")),
     "fp4_grouped_linear": ("vbcompile.kernels.fp4_grouped", "vbcompile.kernels.fp4_grouped_cpu"),
 }
 

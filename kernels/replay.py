@@ -9,6 +9,7 @@ An implementation takes part if all its launches pass through ``launches.launch`
 the key, and it says so (``registry.Implementation.replays``).
 """
 
+import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
@@ -23,18 +24,22 @@ from vbcompile.kernels import launches
 from vbcompile.kernels.launches import Place, Repeated
 from vbcompile.kernels.triton_target import on_device
 
+log = logging.getLogger(__name__)
+
 R = TypeVar("R")
 
 _MOST = 1024  # keys; the oldest go first
 _known: dict[Hashable, "Recording | bool"] = {}  # False: seen once; True: not to be recorded
 _generation = [0]
+_writing = threading.Lock()
 _this_thread = threading.local()  # .recorder: the one at work
 
 
 def forget() -> None:
     """Drop all recordings: something that calls depend on has changed and is in no key."""
-    _generation[0] += 1
-    _known.clear()
+    with _writing:
+        _generation[0] += 1
+        _known.clear()
 
 
 def refuse() -> None:
@@ -94,7 +99,7 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
         return result
     recorder = _Recorder(tensors)
     result = _checked(recorder.record(run), tensors)
-    _remember(key, True if recorder.refused else recorder.recording(result))
+    _remember(key, recorder.recording(result) or True)
     return result
 
 
@@ -115,10 +120,10 @@ def _equal_ones(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
 
 
 def _remember(key: Hashable, what: "Recording | bool") -> None:
-    while len(_known) >= _MOST:
-        oldest = next(iter(_known), None)
-        _known.pop(oldest, None)
-    _known[key] = what
+    with _writing:
+        while len(_known) >= _MOST:
+            del _known[next(iter(_known))]
+        _known[key] = what
 
 
 # ------------------------------------------------------------------------------------------------- recording
@@ -131,7 +136,7 @@ _ALLOCATE = {
     _aten.new_empty_strided.default,
 }
 _ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
-_BY_ABSOLUTE_OFFSET = {_aten.as_strided.default, _aten.set_.source_Storage_storage_offset}
+_MOVES_STORAGE = {_aten.as_strided, _aten.as_strided_, _aten.set_, _aten.resize_}  # or names a place in it
 _SEED_ON_HOST = {  # give the seed of a dropout that is off
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -262,7 +267,7 @@ class _Launched(_Step):
 
 
 class _Unknown(Exception):
-    """A launch takes a tensor that no operator made."""
+    """Something was done that cannot be done again from a list, or with a tensor that nobody saw being made."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -302,14 +307,25 @@ class _Recorder(TorchDispatchMode):
             compiled = kernel[grid](*arguments, **options)
         finally:
             self._inside = not outermost
-        if self.refused or self._inside:
-            return
+        if outermost:
+            self._note(self._launched, kernel, grid, arguments, options, compiled)
+
+    def _note(self, note: Callable[..., Any], *happened: Any) -> Any:
+        """What has run is right whether it can be noted or not."""
+        if self.refused:
+            return None
         try:
-            given = [launches.placed(a, self._place) for a in arguments]
-            named = {name: launches.placed(a, self._place) for name, a in options.items()}
+            return note(*happened)
         except _Unknown:
             self.refused = True
-            return
+        except Exception as error:  # noqa: BLE001 - reported
+            self.refused = True
+            log.warning("a call is not remembered: %s: %s", type(error).__name__, error)
+        return None
+
+    def _launched(self, kernel: Any, grid: Any, arguments: Any, options: dict[str, Any], compiled: Any) -> None:
+        given = [launches.placed(a, self._place) for a in arguments]
+        named = {name: launches.placed(a, self._place) for name, a in options.items()}
         self._steps.append(_Launched(Repeated(kernel, grid, given, named, compiled)))
 
     def each_time(self, function: Callable[..., Tensor | None], given: Sequence[Tensor]) -> Tensor | None:
@@ -343,8 +359,7 @@ class _Recorder(TorchDispatchMode):
             found = func(*args, **kwargs)
         finally:
             self._inside = False
-        if not self.refused:
-            self._called(func, args, kwargs, found)
+        self._note(self._called, func, args, kwargs, found)
         return found
 
     def _called(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
@@ -353,14 +368,13 @@ class _Recorder(TorchDispatchMode):
         made = [t for t in results if isinstance(t, Tensor)]
         if (
             _READ_ON_HOST.intersection(func.tags)
-            or func in _BY_ABSOLUTE_OFFSET
+            or func.overloadpacket in _MOVES_STORAGE
             or any(id(t) not in self._number for t in given)
             or any(isinstance(r, (tuple, list)) for r in results)
             or any(t.device != self._device for t in given)
             or (any(t.device != self._device for t in made) and func not in _SEED_ON_HOST)
         ):
-            self.refused = True
-            return
+            raise _Unknown
         if func in _ALLOCATE or func in _ZEROS:
             self._steps.append(_Allocate(self._new(found), found, func in _ZEROS))
             return
@@ -414,18 +428,20 @@ class _Recorder(TorchDispatchMode):
                 return self._new(t, (root, offset + moved))
         return self._new(t)
 
-    def recording(self, result: Any) -> "Recording | bool":
-        """What was recorded; True where a result is no tensor that is known."""
+    def recording(self, result: Any) -> "Recording | None":
+        """What was recorded; None where it cannot be repeated."""
+        return self._note(self._recording, result)
+
+    def _recording(self, result: Any) -> "Recording":
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         if any(r is not None and id(r) not in self._number for r in results):
-            return True
+            raise _Unknown
         numbers = [None if r is None else self._number[id(r)] for r in results]
         for place, t in enumerate(results):
             self._make_as_result(numbers, place, t)
         form = type(result) if isinstance(result, (tuple, list)) else None
-        return Recording(
-            _together(self._needed(numbers), numbers), self._count - self._inputs, numbers, form, self._device
-        )
+        steps = _together(self._needed(numbers), numbers)
+        return Recording(steps, self._count - self._inputs, numbers, form, self._device)
 
     def _make_as_result(self, numbers: list[int | None], place: int, t: Tensor | None) -> None:
         """Where a result is all of an allocation seen in another form, allocate it in that form at once."""

@@ -219,10 +219,15 @@ def _constant(value: bool | int | float) -> str:
     if isinstance(value, bool):
         return f"tl.full((), {value}, tl.int1)"
     if isinstance(value, int):
-        return f"tl.full((), {value}, tl.int{32 if -(2**31) <= value < 2**31 else 64})"
+        return f"tl.full((), {value}, tl.int{constant_bits(value)})"
     if value != value or abs(value) == float("inf"):
         return f'tl.full((), float("{value}"), tl.float32)'
     return f"tl.full((), {_to_float32(value)!r}, tl.float32)"
+
+
+def constant_bits(value: int) -> int:
+    """32, or 64 where a position added to the constant may be beyond 32 bits."""
+    return 32 if abs(value) < 2**30 else 64
 
 
 def _to_float32(value: float) -> float:

@@ -46,4 +46,6 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes ``device`` the current one, on which Triton launches kernels, where it is not."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
+    if device.type == "xpu" and device.index != torch.xpu.current_device():
+        return torch.xpu.device(device)
     return nullcontext()

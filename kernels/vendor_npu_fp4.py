@@ -1,8 +1,9 @@
 """FP4 linear layers on Huawei Ascend 950, whose matrix units read MXFP4 (E2M1 codes, an E8M0 scale every 32 columns).
 
 ``npu_weight_quant_batchmatmul`` multiplies activations as they are; with ``activations="fp8"`` or ``"fp4"`` they may be
-rounded to MXFP8 or MXFP4 by ``npu_dynamic_mx_quant``, for ``npu_quant_matmul``. Weights are read as checkpoints hold
-them: the operators take them transposed, packed along the columns. Older chips have no unit for FP4: weights keep their
+rounded to MXFP8 or MXFP4 by ``npu_dynamic_mx_quant``, for ``npu_quant_matmul``; to MXFP4 as an implementation of
+``fp4_quantize``, which weights that want the nearest rule take too. Weights are read as checkpoints hold them: the
+operators take them transposed, packed along the columns. Older chips have no unit for FP4: weights keep their
 precision there.
 """
 
@@ -18,6 +19,7 @@ from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import MXFP4
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.fp4_linear_gpu import bits_per_weight
+from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, rounded
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.vendor_operators import VendorOperator
 
@@ -31,6 +33,7 @@ _OUTPUT_CODES = {torch.float16: 5, torch.bfloat16: 15}
 _MOST = 65535
 _LATER = "2.7.1"
 _OPERATIONS_A_BYTE = 250.0
+_PAIRED = f"columns in multiples of {2 * MXFP4.block_size}"
 
 
 def _refuses_target(target: Target) -> str | None:
@@ -69,7 +72,7 @@ def _refuses_rounding(activations: str, target: Target, case: Fp4LinearCase | No
     if case.activations != activations:
         return f"rounds activations to {activations.upper()}, which was not asked for"
     if case.k % (2 * MXFP4.block_size):
-        return f"takes columns in multiples of {2 * MXFP4.block_size}"
+        return f"takes {_PAIRED}"
     return _refuses_case(case)
 
 
@@ -97,8 +100,12 @@ def _rounding(
     format_name: str, layout: str,
 ) -> Tensor:  # fmt: skip
     """``x @ weight.T + bias``, x rounded to E4M3 (E2M1) with a power of two every 32 columns."""
-    four = activations == "fp4"
-    rows, scales = QUANTIZE(_padded_rows(x, k, k), dst_type=_FLOAT4 if four else _FLOAT8_E4M3)
+    four, rows = activations == "fp4", _padded_rows(x, k, k)
+    if four:
+        packed = rounded(rows, MXFP4.name, "nearest")
+        rows, scales = packed.codes, packed.block_scales.unflatten(1, (-1, 2))
+    else:
+        rows, scales = QUANTIZE(rows, dst_type=_FLOAT8_E4M3)
     out = PRODUCT(
         rows,
         codes.t(),
@@ -112,6 +119,26 @@ def _rounding(
         group_sizes=[1, 1, MXFP4.block_size] if four else [0, 0, MXFP4.block_size],
     )
     return _scaled(out, None if _is_one(row_scale) else row_scale, bias, x)
+
+
+def _quantize(weight: Tensor, format_name: str, method: str, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """MXFP4 by the nearest rule; blocks that hold NaN or infinity get the scale of NaN."""
+    codes, scales = QUANTIZE(weight, dst_type=_FLOAT4)
+    return codes, scales.flatten(-2), weight.new_ones(*weight.shape[:-2], 1, dtype=torch.float32)
+
+
+def _refuses_quantize(target: Target, case: Fp4QuantizeCase | None) -> str | None:
+    if reason := _refuses_target(target) or QUANTIZE.refuses():
+        return reason
+    if case is None:
+        return None
+    if case.format_name != MXFP4.name:
+        return f"makes MXFP4, not {case.format_name}"
+    if case.method != "nearest":
+        return f"knows the method nearest, not {case.method}"
+    if case.dtype not in _OUTPUT_CODES:
+        return f"takes float16 and bfloat16, not {case.dtype}"
+    return f"takes {_PAIRED}" if case.k % (2 * MXFP4.block_size) else None
 
 
 def _padded_rows(x: Tensor, k: int, columns: int) -> Tensor:
@@ -156,6 +183,9 @@ def _rounded_cost(faster: float) -> Callable[[Target, Fp4LinearCase], float]:
     return cost
 
 
+operator("fp4_quantize").register(
+    Implementation("npu_dynamic_mx", _quantize, _refuses_quantize, lambda target, case: 1.0)
+)
 operator("fp4_linear").register(Implementation("npu_mxfp4", _weight_only, _refuses_weight_only, _cost))
 for _activations, _faster in (("fp8", 2.0), ("fp4", 4.0)):
     operator("fp4_linear").register(

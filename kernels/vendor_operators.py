@@ -1,13 +1,12 @@
 """Operators that vendors' packages add to PyTorch: whether this installation has them, and with which arguments."""
 
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vbcompile.device_vendors import installed_version, platform_of, probe
+from vbcompile.device_vendors import package_version, platform_of, probe
 
 FALLBACK = "plain PyTorch runs instead"
 
@@ -91,10 +90,4 @@ def is_present(device_type: str) -> bool:
 
 def package_found(device_type: str) -> str:
     """``torch-npu (found 2.5.1)``."""
-    platform = platform_of(device_type)
-    version = installed_version(platform.distribution) or _module_version(platform.module) or "no version known"
-    return f"{platform.distribution} (found {version})"
-
-
-def _module_version(module: str) -> str | None:
-    return getattr(sys.modules.get(module), "__version__", None)
+    return f"{platform_of(device_type).distribution} (found {package_version(device_type) or 'no version known'})"

@@ -23,7 +23,7 @@ def _refuses(target: Target, case: AttentionCase | None) -> str | None:
     if target.vendor != "intel":
         return "runs on Intel GPUs"
     if vendor_operators.is_present("xpu") and not all(has_kernel(name, "XPU") for name in _OPERATORS):
-        found = f"PyTorch's flash attention for XPU needs torch 2.13 or later (found {torch.__version__})"
+        found = f"PyTorch's flash attention for XPU needs torch 2.11 or later (found {torch.__version__})"
         return f"{found}; {vendor_operators.FALLBACK}"
     if case is None:
         return None

@@ -23,7 +23,7 @@ class Expression:
     """A node of an expression graph: an operator of ``score_function.POINTWISE`` or a leaf.
 
     Leaves: ``score``; ``axis`` (Atom); ``const`` (bool, int, float); ``size`` (SymInt); ``scalar`` (an FX node with a
-    symbolic float); ``tensor`` (an FX node and its dimensions). ``kind`` is the kind of number: bool, int or float.
+    symbolic float); ``tensor`` (an FX node and its dimensions); ``shift`` (an FX node: one number for a row of scores). ``kind`` is the kind of number: bool, int or float.
     ``empty_row`` of a mask is an operator besides: whether a row's mask hides all keys.
     """
 
@@ -72,7 +72,7 @@ class Expression:
         return f"{self.name}({', '.join(map(repr, self.arguments))})"
 
 
-LEAF_NAMES: Final = {"score", "axis", "const", "size", "scalar", "tensor"}
+LEAF_NAMES: Final = {"score", "axis", "const", "size", "scalar", "tensor", "shift"}
 Affine = tuple[dict[Atom, int], Any]  # coefficients, constant (int or SymInt)
 
 _COMPARISONS: Final[dict[str, Callable[[Any, Any], bool]]] = {
@@ -133,6 +133,10 @@ class Algebra:
     def scalar(self, node: fx.Node) -> Expression:
         """A symbolic float."""
         return self._leaf("scalar", (node,), FLOAT)
+
+    def shift(self, node: fx.Node) -> Expression:
+        """A number that all scores of a row share, computed from them."""
+        return self._leaf("shift", (node,), FLOAT)
 
     def tensor(self, node: fx.Node, dims: Dims, kind: str) -> Expression:
         """Elements of a tensor, not looked into."""

@@ -42,6 +42,12 @@ _PROGRAM_LIMIT = 48  # instructions; a longer expression of indices is cheaper t
 _EXPENSIVE = {"exp", "log", "log1p", "pow", "sin", "cos", "sqrt", "rsqrt", "tanh", "sigmoid", "div", "mod", "floordiv"}
 
 
+_SHIFTS = {
+    "amax", "max", "mean", "getitem", "detach", "mul", "div", "neg", "to", "float", "type", "reshape", "unsqueeze",
+    "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
+}  # fmt: skip
+
+
 class Refusal(Exception):
     """Why a site is left alone."""
 
@@ -67,6 +73,7 @@ class Lifter:
     Args:
         contraction: the matrix product whose elements are the scores; None where there is none (a fused call's mask).
         recalled: what was found out about tensors for other sites of the graph.
+        keys: the axes of the softmax.
         may_cut: whether axes may be cut to follow a reshape of a mask or bias.
         symbolic_sizes: whether sizes that are known only at run time may become part of an expression.
         position: place of every node of the graph.
@@ -87,6 +94,7 @@ class Lifter:
         representative: Callable[[fx.Node], fx.Node],
         outer: Mapping[fx.Node, fx.Node],
         recalled: dict[Any, tuple[Expression, list[Atom]]],
+        keys: Dim = (),
         may_cut: bool = True,
         symbolic_sizes: bool = True,
     ) -> None:
@@ -101,6 +109,7 @@ class Lifter:
         self._representative = representative
         self._outer = outer
         self._recalled = recalled
+        self.keys = keys
         self._may_cut = may_cut
         self._symbolic_sizes = symbolic_sizes
         self._memo: dict[Any, Expression | None] = {}
@@ -243,10 +252,33 @@ class Lifter:
         try:
             result = self._apply(node, coordinates)
         except (Opaque, AxisError) as error:
+            if self._is_shift(node, coordinates):
+                return self.algebra.shift(node)
             detail = f": {error}" if str(error) else ""
             raise Refusal(f"{_name(node)} between the first matrix product and the softmax{detail}") from None
         self._memo[key] = result
         return result
+
+    def _is_shift(self, node: fx.Node, coordinates: Coordinates) -> bool:
+        """Whether all keys of a row read one number here, made of finite scores alone."""
+        if not self._plain(coordinates) or not tensor_of(node).is_floating_point():
+            return False
+        read = {atom for c in self.space.resolve_all(coordinates) for atom in c}  # type: ignore[arg-type]
+        if read & set(self.space.resolve(self.keys)):
+            return False
+        todo, way = [node], set()
+        while todo:
+            n = todo.pop()
+            call = call_of(n)
+            if call is None or call.in_place or call.name not in _SHIFTS:
+                return False
+            way.add(n)
+            dependent = [i for i in n.all_input_nodes if self.depends(i)]
+            if len(dependent) != 1 or any(is_tensor(i) for i in n.all_input_nodes if i not in dependent):
+                return False
+            todo += [i for i in dependent if i is not self.score]
+        self.region |= way
+        return True
 
     # ---------------------------------------------------------------------------------------- independent tensors
     def value(self, node: fx.Node, coordinates: Coordinates) -> Expression:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import Guard, Logits, conjuncts, split_logits
+from vbcompile.passes.attention_shifts import without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, read_softmax
 from vbcompile.passes.attention_terms import split_term
@@ -140,8 +142,12 @@ class Matcher:
         out = way[-1]
         self.check_place(first.node)
         begin, end = self.effects.position[first.node], self.effects.position[out]
-        lifter = self.lifter(space, algebra, first, begin, end, detail)
+        lifter = self.lifter(space, algebra, first, begin, end, detail, keys)
         logits = self._logits(lifter, softmax)
+        if "shift" in logits.leaves:
+            if softmax.sink is not None:
+                raise Refusal("scores less a number of their row, beside a sink")
+            logits, softmax = without_shifts(algebra, logits), replace(softmax, exact_logits=False)
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
@@ -183,7 +189,14 @@ class Matcher:
             raise Refusal("a function transform (vmap, grad) around the attention")
 
     def lifter(
-        self, space: Space, algebra: Algebra, first: Contraction | None, begin: int, end: int, detail: "Detail"
+        self,
+        space: Space,
+        algebra: Algebra,
+        first: Contraction | None,
+        begin: int,
+        end: int,
+        detail: "Detail",
+        keys: Dim = (),
     ) -> Lifter:
         position, is_written = self.effects.position, self.effects.is_written
 
@@ -194,7 +207,7 @@ class Matcher:
 
         return Lifter(
             space, algebra, contraction=first, position=position, stable=stable,
-            recalled=self._recalled,
+            recalled=self._recalled, keys=keys,
             representative=self.effects.representative, outer=self.outer,
             may_cut=detail in (Detail.FULL, Detail.SPREAD), symbolic_sizes=detail is not Detail.LOADED,
         )  # fmt: skip

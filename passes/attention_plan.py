@@ -91,6 +91,8 @@ def _check_arrangement(made: Plan) -> None:
         *((k.dims, [*made.lead, made.keys, space.resolve(axis)]) for _, k, axis in made.terms),
     ]
     for dims, target in targets:
+        if not {*target[-2], *target[-1]} <= _set(space.resolve_all(dims)):
+            raise Refusal("queries, keys or values are repeated along an axis of theirs")
         _check_dims(space.resolve_all(dims), target)
     for _, dims in made.captured:
         _check_dims(space.resolve_all(dims), outer, spread=site.spread)
@@ -181,8 +183,17 @@ class _Peeler:
         if moved is None:
             return None
         node, dims = moved
+        if self._loses_an_axis(here.dims, dims):
+            return None
         gain = call.name in ("expand", "expand_as", "repeat", "repeat_interleave")
         return Operand(node, dims), gain or storage_of(node) != storage_of(here.node), 1.0
+
+    def _loses_an_axis(self, before: Dims, after: Dims) -> bool:
+        """Whether a row, key or feature axis is there only because a copy was repeated along it."""
+        site, resolve = self.site, self.site.space.resolve
+        lost = _set(site.space.resolve_all(before)) - _set(site.space.resolve_all(after))
+        axes = [site.rows, site.keys, site.features, site.values, *(axis for *_, axis in site.terms)]
+        return any(lost & set(resolve(axis)) for axis in axes)
 
     def _scaling(self, call: Call, here: Operand) -> tuple[Operand, bool, float] | None:
         factor = value_of(call.get("other"))

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from vbcompile.passes.attention_contraction import contraction_of
+from vbcompile.passes.attention_exact import compared_in, is_exact, may_be_cut, may_wrap, rounded
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
 
@@ -59,6 +60,20 @@ class _Rules:
 
         return Opaque(reason)
 
+    def check_decision(self, arguments: list[Expression], dtype: torch.dtype) -> None:
+        """Raise Opaque where rounding may decide an operator that jumps; what depends on the scores is theirs."""
+        if self._direct:
+            return
+        score = self._lifter.score
+        scores = None if score is None else tensor_of(score).dtype
+        if not all(is_exact(e, dtype, scores) for e in arguments):
+            raise self.opaque()
+
+    def check_range(self, arguments: list[Expression]) -> None:
+        """Raise Opaque where integers of the result's dtype may wrap."""
+        if self.kind == INT and may_wrap(self.call.name, self._dtype, arguments):
+            raise self.opaque()
+
     # --------------------------------------------------------------------------------------------- by operator
     def same_name(self) -> Expression:
         """Arithmetic in the kind of the result."""
@@ -68,6 +83,9 @@ class _Rules:
         arguments = [self.read_as(self.kind, name) for name in names]
         if "alpha" in self.call.arguments:
             arguments[1] = self.make("mul", arguments[1], self.convert(self.kind, self.read("alpha")))
+        self.check_range(arguments)
+        if self.call.name == "mod" and self.kind == FLOAT:
+            self.check_decision(arguments, self._dtype)
         return self.make(self.call.name, *arguments)
 
     def float_only(self) -> Expression:
@@ -76,20 +94,41 @@ class _Rules:
     def comparison(self) -> Expression:
         a, b = self.read("input"), self.read("other")
         if FLOAT in (a.kind, b.kind):
-            a, b = self.convert(FLOAT, a), self.convert(FLOAT, b)
+            a, b = self._compared(a), self._compared(b)
         elif a.kind != b.kind and not any(e.name == "const" for e in (a, b)):
             a, b = self.convert(INT, a), self.convert(INT, b)
         return self.make(self.call.name, a, b)
 
+    def _compared(self, e: Expression) -> Expression:
+        """One side of a comparison of floats; a number is rounded as the other side's dtype wants it."""
+        dtype = compared_in([self.call.input, self.call.get("other")])
+        if dtype.is_floating_point:
+            e = self.const(rounded(float(e.value), dtype)) if e.name == "const" else e
+            self.check_decision([e], dtype)
+        return self.convert(FLOAT, e)
+
+    def _truth(self, parameter: str) -> Expression:
+        """Whether an operand differs from zero."""
+        value = self.read(parameter)
+        if value.kind == FLOAT:
+            self.check_decision([value], compared_in([self.call.get(parameter)]))
+        return self.convert(BOOL, value)
+
     def logical(self) -> Expression:
         if self.kind != BOOL:
             raise self.opaque()
-        return self.make(self.call.name, self.read_as(BOOL, "input"), self.read_as(BOOL, "other"))
+        return self.make(self.call.name, self._truth("input"), self._truth("other"))
 
     def cast(self) -> Expression:
         value = self.read("input")
-        if self.kind == INT and value.kind == FLOAT and self._direct:
-            raise self.opaque("a conversion to integers")
+        if self.kind == BOOL:
+            return self._truth("input")
+        if self.kind == INT and value.kind == FLOAT:
+            if self._direct:
+                raise self.opaque("a conversion to integers")
+            self.check_decision([value], compared_in([self.call.input]))
+        if self.kind == INT and may_be_cut(self._lifter.algebra, value, self._dtype):
+            raise self.opaque()
         if value.kind == INT and self._dtype in (torch.float16, torch.bfloat16) and "axis" in value.leaves:
             raise self.opaque()  # positions would be rounded
         return self.convert(self.kind, value)
@@ -128,10 +167,15 @@ class _Rules:
     def floordiv(self) -> Expression:
         if self.kind == BOOL:
             raise self.opaque()
-        return self.make("floordiv", self.read_as(self.kind, "input"), self.read_as(self.kind, "other"))
+        arguments = [self.read_as(self.kind, name) for name in ("input", "other")]
+        self.check_range(arguments)
+        if self.kind == FLOAT:
+            self.check_decision(arguments, self._dtype)
+        return self.make("floordiv", *arguments)
 
     def pow(self) -> Expression:
         base, exponent = self.read_as(self.kind, "input"), self.read("other")
+        self.check_range([base])
         if exponent.name == "const" and exponent.value == 2:
             return self.make("mul", base, base)
         if self.kind != FLOAT:
@@ -147,6 +191,7 @@ class _Rules:
 
     def square(self) -> Expression:
         value = self.read_as(self.kind, "input")
+        self.check_range([value])
         return self.make("mul", value, value)
 
     def reciprocal(self) -> Expression:
@@ -198,7 +243,7 @@ class _Rules:
     def logical_not(self) -> Expression:
         if self.kind != BOOL:
             raise self.opaque()
-        return self.make("not", self.read_as(BOOL, "input"))
+        return self.make("not", self._truth("input"))
 
     def clamp(self) -> Expression:
         value = self.read_as(self.kind, "input")
@@ -218,6 +263,8 @@ class _Rules:
     def addcmul(self) -> Expression:
         factor = self.make("mul", self.read_as(self.kind, "tensor1"), self.read_as(self.kind, "tensor2"))
         scaled = self.make("mul", self.convert(self.kind, self.read("value", 1)), factor)
+        if self.kind == INT:
+            raise self.opaque()
         return self.make("add", self.read_as(self.kind, "input"), scaled)
 
     def max(self) -> Expression:

@@ -124,8 +124,8 @@ class _Source:
         make = self.lifter.algebra.make
         dtype = tensor_of(node).dtype
         start, step = self.lifter.number(call.get("start", 0)), self.lifter.number(call.get("step", 1))
-        if dtype in (torch.float16, torch.bfloat16):
-            raise Opaque  # would round the positions
+        if dtype not in (torch.int64, torch.int32, torch.float32, torch.float64):
+            raise Opaque  # would round the positions, or wrap
         index = self.lifter.index(coordinates[0])
         if dtype.is_floating_point:
             start, step, index = (make("to_float", e) for e in (start, step, index))
@@ -140,6 +140,8 @@ class _Source:
             )
         if not isinstance(value, (bool, int, float)):
             raise Opaque
+        if kind == INT and not torch.iinfo(dtype).min <= int(value) <= torch.iinfo(dtype).max:
+            raise Opaque  # wraps
         if kind != FLOAT:
             return self.lifter.algebra.const(bool(value) if kind == BOOL else int(value))
         rounded = value if dtype in (torch.float64, torch.float32) else torch.tensor(value, dtype=dtype).item()
@@ -173,7 +175,8 @@ class _Source:
     def diff(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
         """``x[i] - x[i - 1]`` of a formula, where what is prepended continues the formula to ``i = -1``."""
         prepend = call.get("prepend")
-        if call.get("n", 1) != 1 or call.get("append") is not None or tensor_of(node).dtype == torch.bool:
+        is_whole = tensor_of(node).dtype in (torch.int64, torch.int32)
+        if call.get("n", 1) != 1 or call.get("append") is not None or not is_whole:
             raise Opaque
         dim = positive_dim(call.get("dim", -1), len(coordinates))
         make, const = self.lifter.algebra.make, self.lifter.algebra.const
@@ -197,7 +200,7 @@ class _Source:
         dim = positive_dim(call.get("dim"), len(coordinates))
         axis = self.lifter.space.dim(shape_of(node)[dim])
         value = self.lifter.value(call.input, (*coordinates[:dim], axis, *coordinates[dim + 1 :]))
-        if not axis or axis[0] in value.atoms or value.kind == FLOAT:
+        if not axis or axis[0] in value.atoms or value.kind == FLOAT or tensor_of(node).dtype != torch.int64:
             raise Opaque
         count = make("add", self.lifter.index(coordinates[dim]), self.lifter.algebra.const(1))
         return make("mul", make("to_int", value), count)

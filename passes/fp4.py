@@ -19,7 +19,7 @@ from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, make_case
 from vbcompile.kernels.fp4_linear_triton import prepare
-from vbcompile.kernels.fp4_quantize import refuse_weight
+from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, refuse_weight
 from vbcompile.kernels.fp4_tuning import relative_cost
 from vbcompile.kernels.registry import Choice, operator
 from vbcompile.kernels.triton_target import refuses_triton
@@ -377,6 +377,7 @@ class _Fp4Pass:
                 "bytes": weight.numel() * weight.element_size(),
                 "packed_bytes": linear.nbytes * n // total,
                 "layout": linear.layout,
+                "packed_by": self._packed_by(candidate, weight),
                 "fused_with": others,
                 "epilogue": then,
                 "master": {"keep": "kept", "host": "in host memory", "drop": "dropped"}[
@@ -384,6 +385,12 @@ class _Fp4Pass:
                 ],
             },
         )
+
+    def _packed_by(self, candidate: Candidate, weight: Tensor) -> str:
+        """What packs the weight on the target, and why nothing else."""
+        key = candidate.key
+        case = Fp4QuantizeCase(weight.dtype, candidate.k, key.format_name, key.method, False)
+        return operator("fp4_quantize").choose(self.context.target, case).explain()
 
     def _train(self, sites: list[LinearSite | ExpertSite]) -> int:
         """Round the trained weights of ``sites`` in the forward; returns how many sites were rewritten."""

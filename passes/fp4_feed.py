@@ -63,8 +63,9 @@ class WeightFeed:
         return with_packed_weights
 
     def _tensors(self, args: Sequence[Any]) -> list[Tensor]:
-        if self._last is not None:
-            seen, extra = self._last
+        last = self._last
+        if last is not None:
+            seen, extra = last
             for position, state, contents in seen:
                 if state.contents != contents or not state.is_as_seen(args[position]):
                     break
@@ -75,16 +76,16 @@ class WeightFeed:
     def _looked_for(self, args: Sequence[Any]) -> list[Tensor]:
         """The tensors after a look at every weight, those made again that have to be."""
         extra: list[Tensor] = []
+        seen: list[tuple[int, WeightState, int]] = []
         for fed in self._fed:
             weights = [args[position] for position in fed.positions]
-            if not fed.packed.is_current(weights, self._watch) or max(fed.packed.errors) > self._max_error:
-                fed.packed = self._packed_again(fed, weights)
-            extra += fed.packed.linear.tensors
-        if not any(looks_inside(args[position], self._watch) for fed in self._fed for position in fed.positions):
-            pairs = (
-                (p, *looked) for fed in self._fed for p, looked in zip(fed.positions, fed.packed.states, strict=True)
-            )
-            self._last = [*pairs], extra
+            packed = fed.packed  # at once: another thread may call with other weights
+            if not packed.is_current(weights, self._watch) or max(packed.errors) > self._max_error:
+                packed = fed.packed = self._packed_again(fed, weights)
+            extra += packed.linear.tensors
+            seen += [(p, *looked) for p, looked in zip(fed.positions, packed.states, strict=True)]
+        if not any(looks_inside(args[position], self._watch) for position, *_ in seen):
+            self._last = seen, extra
         return extra
 
     def _packed_again(self, fed: FedWeight, weights: list[Tensor]) -> Packed:

@@ -28,6 +28,7 @@ from vbcompile.kernels.fp4_linear_fp8 import multiplies_fp8
 from vbcompile.kernels.fp4_linear_triton import preferred_layout
 from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
+from vbcompile.kernels.registry import as_text
 
 WATCHES = ("samples", "contents")
 _SAMPLED = 4  # rows, and columns, of a weight that are looked at
@@ -43,6 +44,7 @@ class PackKey:
         method: of rounding weights that were not packed before, see :mod:`vbcompile.kernels.fp4_quantize`.
         gate: which half of the rows is a gate's, ``first`` or ``second``, to be packed in turns with the other half
             (:mod:`vbcompile.kernels.fp4_epilogue`); empty for rows as they are.
+        implementations: the option of that name, as text.
     """
 
     format_name: str
@@ -50,6 +52,7 @@ class PackKey:
     transposed: bool
     method: str = "mse"
     gate: str = ""
+    implementations: str = ""
 
 
 def pack_key(
@@ -67,7 +70,8 @@ def pack_key(
     native = linear and not context.training
     layout = native_layout(target, format_name, activations, dtype, rows) if native else None
     in_fp8 = linear and activations == "fp8" and multiplies_fp8(target)
-    return PackKey(format_name, layout or preferred_layout(target), transposed, "fp8" if in_fp8 else "mse")
+    asked, method = as_text(context.implementations), "fp8" if in_fp8 else "mse"
+    return PackKey(format_name, layout or preferred_layout(target), transposed, method, implementations=asked)
 
 
 @dataclass(eq=False)
@@ -278,7 +282,7 @@ def canonical_form(weight: Tensor, state: WeightState, key: PackKey, name: str) 
             raise ValueError(f"{name}: its high-precision values were dropped, so it cannot be packed another way")
         source = state.master.to(weight.device)
     source = source.transpose(-2, -1) if key.transposed else source
-    packed = quantize(source, key.format_name, method=key.method, name=name)
+    packed = quantize(source, key.format_name, method=key.method, name=name, implementations=key.implementations)
     return packed, relative_error(source, packed)
 
 

@@ -118,6 +118,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "logsumexp": ("input", "dim", "keepdim"),
     "sum": ("input", "dim", "keepdim"),
     "amax": ("input", "dim", "keepdim"),
+    "mean": ("input", "dim", "keepdim"),
     "max": ("input", "dim", "keepdim"),
     "min": ("input", "dim", "keepdim"),
     "dropout": ("input", "p", "training", "inplace"),

@@ -22,7 +22,8 @@ from vbcompile.report import Decision
 def _operators() -> tuple[Any, ...]:
     """Those whose calls carry the option."""
     ours = torch.ops.vblackwell
-    return ours.attention.default, ours.fp4_linear.default, ours.fp4_grouped_linear.default
+    rounding = ours.fp4_fake_quantize.default
+    return ours.attention.default, ours.fp4_linear.default, ours.fp4_grouped_linear.default, rounding
 
 
 def name_implementations(graph: fx.Graph, implementations: Mapping[str, str]) -> None:

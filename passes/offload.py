@@ -131,8 +131,9 @@ class StreamedGraphs:
 
     def run(self, *args: Any) -> Any:
         """Called with the inputs of the graph; offloaded ones are only names."""
-        handles, run = [args[position] for position in self.positions], self.last[1]
-        if len(handles) != len(self.last[0]) or not all(map(operator.is_, handles, self.last[0])):
+        handles = [args[position] for position in self.positions]
+        known, run = self.last  # at once: another thread may call with other weights
+        if len(handles) != len(known) or not all(map(operator.is_, handles, known)):
             run = self._run_of(handles)
             self.last = handles, run
         return run(*args)

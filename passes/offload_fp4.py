@@ -204,7 +204,7 @@ class Packer:
         known: float | str | None = self.store.forms.get(place)
         if known is None:
             try:
-                fresh[member] = self._quantized(member, candidate.key.method)
+                fresh[member] = self._quantized(member, candidate.key)
                 known = fresh[member][1]
             except ValueError as problem:
                 known = str(problem)
@@ -247,14 +247,14 @@ class Packer:
     def _packed(
         self, members: Sequence[_Member], key: PackKey, fresh: dict[_Member, _Quantized]
     ) -> tuple[LinearWeight, list[float]]:
-        found = [fresh.get(member) or self._quantized(member, key.method) for member in members]
+        found = [fresh.get(member) or self._quantized(member, key) for member in members]
         parts = [packed for packed, _ in found]
         whole = concat_rows(parts) if len(parts) > 1 else parts[0]
         return to_layout(whole, "plain" if refuses_layout(whole, key.layout) else key.layout), [
             error for _, error in found
         ]
 
-    def _quantized(self, member: _Member, method: str) -> _Quantized:
+    def _quantized(self, member: _Member, key: PackKey) -> _Quantized:
         """A weight packed as checkpoints hold it, on the device, and its relative error.
 
         Raises:
@@ -267,7 +267,8 @@ class Packer:
             reason = refuse_weight(weight, fp4_format(self.config.fp4_format))
             if reason is not None:
                 raise ValueError(reason)
-            packed = quantize(weight, self.config.fp4_format, method=method, name=member.payload.name)
+            fmt, name = self.config.fp4_format, member.payload.name
+            packed = quantize(weight, fmt, method=key.method, name=name, implementations=key.implementations)
             return packed, float(relative_error(weight, packed))
 
     def _rewrite(self, group: Sequence[Candidate], form: _Form) -> None:

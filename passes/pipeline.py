@@ -56,6 +56,12 @@ class PassContext:
         """The option of that name as far as the graph can follow it here."""
         return {} if self.elsewhere else self.config.implementations
 
+    @property
+    def followed(self) -> Mapping[str, str]:
+        """The option of that name as far as passes follow it: weights are packed here, wherever the graph runs."""
+        named = self.config.implementations
+        return {k: v for k, v in named.items() if k != "fp4_quantize"} if self.elsewhere else named
+
     def undo(self, inputs: int, wrappers: int) -> None:
         """Forget the inputs and wrappers that were added beyond these numbers, and what was put around the compiler."""
         del self.example_inputs[inputs:]
@@ -147,7 +153,7 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
         saved = backup = backup or copy_graphs(gm)
         added = len(context.example_inputs), len(context.wrappers)
         try:
-            with option(context.config.implementations):
+            with option(context.followed):
                 found = pass_.run(gm, context)
                 report.decisions += explain_choices(gm, context.target, context.training, found)
             for module in module_graphs(gm):

@@ -24,6 +24,7 @@ LONGEST = (
     "test_vendor_attention.py",
     "test_offload_pass.py",
     "test_recompute.py",
+    "test_bench_scripts.py",
 )
 
 

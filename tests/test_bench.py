@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vbcompile import bench, bench_cases
+from vbcompile import bench, bench_cases, bench_models
 from vbcompile.__main__ import main
 from vbcompile.bench import Result, Row, load
 from vbcompile.bench_cases import Case, attention_case, copy_case, linear_case, quantize_case
@@ -56,6 +56,26 @@ def test_linear_case_is_checked_against_the_decoded_weights():
         case = linear_case(CPU, torch.float32, 3, 128, 512)
         assert case.error <= case.allowed and set(case.runs) == {"vblackwell", "eager"}
         assert len(case.runs["vblackwell"]) == len(case.runs["eager"]) == 4
+
+
+def test_a_model_beyond_its_budget_beside_accelerate():
+    pytest.importorskip("accelerate")
+    with torch.no_grad():
+        case = bench_models.offloaded_case(CPU, 2, "1200KB", 256, "64KiB")
+        assert set(case.runs) == {"vblackwell", "accelerate"} and not case.absent
+        assert 0 < case.error <= case.allowed and case.over_link and not case.graphs
+        assert "cpu: " in case.implementation  # weights stream
+
+
+def test_a_model_whose_package_is_missing_says_so(monkeypatch, small, tmp_path, capsys):
+    monkeypatch.setattr(bench_models.bench_peers, "missing", lambda package: f"{package} is not installed")
+    cases = [lambda: bench_models.diffusion_case(CPU, 2, 16, 1, 16), lambda: copy_case(CPU)]
+    monkeypatch.setattr(bench, "makers", lambda device, quick: cases)
+    out = tmp_path / "bench.json"
+    assert main(["bench", "--out", str(out)]) == 0
+    assert "FLUX" in capsys.readouterr().out and "diffusers" in load(out.read_text()).rows[0].absent
+    assert main(["bench", "report", str(out), "--out", str(tmp_path)]) == 0
+    assert "diffusers is not installed" in (tmp_path / "bench.md").read_text()
 
 
 def test_peers_that_cannot_run_say_why():

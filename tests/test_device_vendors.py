@@ -27,16 +27,16 @@ def bare(monkeypatch):
             delattr(torch, kind)
 
 
-def _write_package(monkeypatch, folder, module: str, source: str, requires: str = "") -> None:
+def _write_package(monkeypatch, folder, module: str, source: str, requires: str = "", version: str = "9.9.0") -> None:
     """Put a package on the import path; ``requires`` also gives it metadata with that requirement."""
     path = folder.joinpath(*module.split("."))
     path.mkdir(parents=True)
     (path / "__init__.py").write_text(source)
     if requires:
-        info = folder / "torch_npu-9.9.0.dist-info"
+        info = folder / f"torch_npu-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: torch-npu\nVersion: 9.9.0\nRequires-Dist: {requires}\n"
+            f"Metadata-Version: 2.1\nName: torch-npu\nVersion: {version}\nRequires-Dist: {requires}\n"
         )
     monkeypatch.syspath_prepend(str(folder))
     forget_devices()
@@ -58,15 +58,18 @@ def test_a_missing_vendor_names_what_to_install(kind, package):
     assert package in str(caught.value) and "Fix: " in str(caught.value)
 
 
-def test_a_package_without_its_libraries_is_broken_not_fatal(monkeypatch, tmp_path):
+def test_a_package_without_its_libraries_is_broken_not_fatal(monkeypatch, tmp_path, caplog):
     source = "raise ImportError('libhccl.so: cannot open shared object file')"
-    _write_package(monkeypatch, tmp_path, "torch_npu", source)
+    _write_package(monkeypatch, tmp_path, "torch_npu", source, f"torch=={MINOR}.*", f"{MINOR}.0")
     found = probe("npu")
     assert found.state == "broken" and not vb.is_npu_available()
-    assert "ImportError: libhccl.so: cannot open shared object file" in found.reason
+    failure = "importing torch_npu failed with ImportError: libhccl.so: cannot open shared object file"
+    assert found.reason == f"torch-npu {MINOR}.0 is installed, and {failure}"
     assert "CANN" in found.fix and f"{MINOR}.*" in found.fix
-    assert vb.get_device(prefer_npu=True).type == "cpu"
-    with pytest.raises(DeviceError, match="libhccl"):
+    assert vb.get_device().type == "cpu"  # nobody asked for it, but the package is there
+    (message,) = caplog.messages
+    assert message.startswith(f"passing over npu: {found.reason}. Fix: ") and message.endswith("Instead cpu is used")
+    with pytest.raises(DeviceError, match=r"libhccl.*Devices that can be used: cpu"):
         vb.get_unified_backend("npu:0")
 
 
@@ -82,6 +85,24 @@ def test_a_package_for_another_torch_is_named_as_such(monkeypatch, tmp_path):
     reason = f"torch-npu 9.9.0 needs torch 1.13.0, this is torch {torch.__version__}"
     assert probe("npu").reason == reason
     assert pair_problem("torch-npu") == reason
+
+
+def test_a_package_for_another_torch_that_loads_is_named_too(monkeypatch, tmp_path, caplog):
+    cards = "is_available=lambda: True, device_count=lambda: 1, init=lambda: None"
+    source = f"import torch, types\ntorch.npu = types.SimpleNamespace({cards})"
+    _write_package(monkeypatch, tmp_path, "torch_npu", source, "torch==1.13.0")
+    assert probe("npu").ready
+    (message,) = caplog.messages
+    assert message.startswith(f"torch-npu 9.9.0 needs torch 1.13.0, this is torch {torch.__version__}; it was loaded")
+
+
+def test_a_driver_without_a_card_is_not_passed_over_in_silence(monkeypatch, tmp_path, caplog):
+    cards = "is_available=lambda: False, device_count=lambda: 0, init=lambda: None"
+    source = f"import torch, types\ntorch.npu = types.SimpleNamespace({cards})"
+    _write_package(monkeypatch, tmp_path, "torch_npu", source, f"torch=={MINOR}.*", f"{MINOR}.0")
+    assert vb.get_device().type == "cpu"
+    (message,) = caplog.messages
+    assert message.startswith(f"passing over npu: torch-npu {MINOR}.0 found no Huawei Ascend. Fix: install the CANN")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +139,8 @@ def test_no_card_gives_the_drivers_own_words(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", refuse)
     found = probe("cuda")
     assert found.state == "no device"
-    assert found.reason == "no NVIDIA GPU is usable (RuntimeError: Found no NVIDIA driver on your system.)"
+    found_by = f"torch {torch.__version__} can use no NVIDIA GPU"
+    assert found.reason == f"{found_by} (RuntimeError: Found no NVIDIA driver on your system.)"
     assert "nvidia-smi" in found.fix
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from vbcompile.__main__ import _parser
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = ("make ", "git ", "pip install", "export ", "source ")  # what sets up, here or on a vendor's machine
+PARSED = ("vbcompile tune", "vbcompile calibrate path/")  # needs a card, or a model of the reader's
 BY_CI = ("pytest ", "cd tests && python -m ")  # tests themselves, and their longer forms: what they name has to exist
 MODEL = """
 import torch
 def make():
-    return torch.nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), [torch.randn(2, 8, 64)]
+    return torch.nn.TransformerEncoderLayer(64, 4, 1024, dropout=0.0, batch_first=True), [torch.randn(2, 8, 64)]
 if __name__ == "__main__":
     model, inputs = make()
     model(*inputs).sum().backward()
@@ -89,9 +92,25 @@ def test_commands_run(page, text, tmp_path, done):
             named = [ROOT / w for w in words if w.endswith(".py")]
             named += [ROOT / "tests" / w.replace(".", "/") for w in words if w.startswith("vendors.")]
             assert named and all(path.exists() or path.with_suffix(".py").exists() for path in named), line
+        elif line.startswith(PARSED):
+            _parser().parse_args(words[1:])
         elif not line.startswith(ELSEWHERE):
             words[0] = sys.executable if words[0] == "python" else words[0]
             run(words, tmp_path, **environment)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_in_a_block_that_runs(page):
+    text = re.sub(r"^```(?:python|sh)\n.*?^```", "", page.read_text(), flags=re.M | re.S)
+    assert not re.findall(r"^ *(?:[A-Z_]+=\S+ )*(?:vbcompile|python|pytest|torchrun|make) \S.*$", text, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_the_text_exist(page):
+    named = set(
+        re.findall(r"`(?:python |pytest )?((?:bench|tests|kernels|passes|vbcompile)/[\w/]+\.\w+)", page.read_text())
+    )
+    assert not {name for name in named if "NAME" not in name and not (ROOT / name).exists()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

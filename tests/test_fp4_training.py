@@ -98,7 +98,8 @@ def test_the_operator_follows_the_rules():
 def test_what_is_not_finite_stays_visible():
     weight = torch.randn(32, 32)
     weight[3, 4] = torch.nan
-    assert fp4_fake_quantize(weight, "nvfp4", False).isnan().all()
+    broken = fp4_fake_quantize(weight, "nvfp4", False).isnan()
+    assert broken[3, :16].all() and int(broken.sum()) == 16  # its block
     with pytest.raises(ValueError, match=r"torch\.int8 weights cannot be quantized"):
         fp4_fake_quantize(torch.ones(32, 32, dtype=torch.int8), "nvfp4", False)
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from fp4_compiling import interpreted, reasons, rounded
 from torch import nn
 
+from vbcompile.passes import fp4_weights
+
 pytestmark = [pytest.mark.usefixtures("fresh_weights"), pytest.mark.filterwarnings("ignore:.*batching rule")]
 
 
@@ -102,3 +104,24 @@ def test_the_bias_of_an_expert_under_autocast(reports):
     got, want, _ = outcome(run, reports)
     assert got.dtype == want.dtype == torch.bfloat16 and reports[0].count("rewritten", "fp4") == 1
     torch.testing.assert_close(got, want, rtol=2e-2, atol=0.3)
+
+
+def test_another_thread_may_come_between(monkeypatch):
+    """Two layers share one compiled graph; the second is called while the packed tensors of the first are looked up."""
+    layers, x = [nn.Linear(192, 192).requires_grad_(False) for _ in range(2)], torch.randn(3, 192)
+    run = interpreted(lambda layer, x: layer(x))
+    want = [F.linear(x, rounded(layer.weight), layer.bias) for layer in layers]
+    for layer in layers[::-1]:
+        run(layer, x)  # the graph now holds the weights of the first
+    looked, between = fp4_weights.Packed.is_current, []
+
+    def interrupted(self, weights, watch):
+        current = looked(self, weights, watch)
+        if not between:
+            between.append(None)
+            between.append(run(layers[1], x))
+        return current
+
+    monkeypatch.setattr(fp4_weights.Packed, "is_current", interrupted)
+    torch.testing.assert_close(run(layers[0], x), want[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(between[1], want[1], rtol=1e-4, atol=1e-4)

@@ -299,6 +299,17 @@ def test_what_is_not_recorded(repeated, run):
 _BESIDE = torch.ones(4)
 
 
+def test_a_call_that_cannot_be_noted_is_right_and_reported(repeated, monkeypatch, caplog):
+    def broken(*given):
+        raise ValueError("no such step")
+
+    monkeypatch.setattr(replay, "_Call", broken)
+    x = torch.randn(4, device=DEVICE)
+    for result in called(lambda t: t + 1, x):
+        torch.testing.assert_close(result, x + 1)
+    assert not repeated and caplog.text.count("not remembered: ValueError: no such step") == 1
+
+
 def test_an_implementation_that_does_not_say_so_is_not_recorded(repeated):
     runs = []
 

@@ -5,8 +5,9 @@ import torch
 from attention_cases.case import INFERENCE, TRAINING
 from attention_corpus import CASES
 from attention_forms import make_forms
+from vendors import intel
 from vendors.coverage import run
-from vendors.packages import HPU_RELEASES, NPU_RELEASES, SCHEMAS
+from vendors.packages import HPU_RELEASES, NPU_RELEASES, SCHEMAS, XPU_RELEASES
 from vendors.trial import intel_gpu, pretend, results, vendor
 
 from vbcompile.config import ConfigError
@@ -82,11 +83,23 @@ def test_one_query_on_ascend():
     assert package.calls[0] == "npu_fused_infer_attention_score_v2"
 
 
+@pytest.mark.parametrize("version", XPU_RELEASES)
 @pytest.mark.parametrize("name", ["plain", "causal", "rows_first"])
-def test_intel(name):
-    with intel_gpu() as calls:
+def test_intel(name, version):
+    """Beside the installed PyTorch's own schema, that of each release holds the call."""
+    with intel_gpu(version) as calls:
         check(results(make_forms(33, 33, 64, 64)[name], torch.bfloat16))
     assert [c.endswith("backward") for c in calls] == [False, True]
+
+
+def test_recorded_schemas_of_pytorch():
+    """The installed release's are those recorded, and a call that a recorded one does not take is refused."""
+    for recorded in SCHEMAS["torch"]["releases"].get(torch.__version__.partition("+")[0], ()):
+        own = getattr(torch.ops.aten, recorded.partition("::")[2].partition("(")[0]).default._schema
+        assert own == torch._C.parse_schema(recorded)
+    q = torch.randn(1, 2, 8, 64).bfloat16()
+    with intel.kernels_of(XPU_RELEASES[-1]) as kernels, pytest.raises(RuntimeError, match="window"):
+        kernels["_scaled_dot_product_flash_attention"](q, q, q, window=1)
 
 
 # ------------------------------------------------------------------------------------------------ choices

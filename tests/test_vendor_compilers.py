@@ -61,7 +61,7 @@ def test_ascend(monkeypatch):
     assert "operators that the passes put in" in chosen("Ascend910B1", with_own=True).reason
     register(monkeypatch)
     assert chosen("Ascend910B1") == Compiler(
-        "aot_eager", "torch-npu registered no compiler, and Inductor has none for Ascend"
+        "aot_eager", "torch-npu (no version known) registered no compiler, and Inductor has none for Ascend"
     )
 
 
@@ -83,6 +83,7 @@ def test_lazy_mode_of_the_environment(monkeypatch, value, name, caplog):
             vendor_compilers.say_once(compiler)
             vendor_compilers.say_once(compiler)
         assert [r.message for r in caplog.records] == [f"graphs go to {compiler}"]
+        assert compiler.reason.startswith("lazy mode of habana-torch-plugin (no version known) is on")
         assert "set PT_HPU_LAZY_MODE=0 in the environment before Python starts" in compiler.reason
 
 

@@ -4,6 +4,7 @@ Compiling and running them by Intel's compiler is an opt-in job: ``tests/vendors
 """
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_tuning import KERNELS, tile_config
 from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.registry import operator
+from vbcompile.kernels.triton_target import on_device
 
 ARCHITECTURES = ["pvc", "bmg"]
 FORMS = make_forms(64, 64, 64, 64)
@@ -68,6 +70,14 @@ def test_no_inline_assembly(arch):
     assert all(not tile_config(arch, kernel, 2, 64).tma for kernel in KERNELS)
 
 
+def test_kernels_are_launched_on_the_tensors_card(monkeypatch):
+    """Triton launches on the current device, here the first of two."""
+    monkeypatch.setattr(torch.xpu, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.xpu, "device", lambda device: f"made current: {device}")
+    assert on_device(torch.device("xpu", 1)) == "made current: xpu:1"
+    assert isinstance(on_device(torch.device("xpu", 0)), nullcontext)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_matrix_of_kernels(arch):
     rows = {(r.operator, r.implementation): r.reason for r in list_kernels([arch])}
@@ -76,6 +86,7 @@ def test_the_matrix_of_kernels(arch):
         and rows["attention", "xpu_flash"] == ""
         and rows["fp4_linear", "triton"] == ""
     )
+    assert rows["fp4_quantize", "triton"] == ""
     assert rows["attention", "hopper"] == "uses the instructions of Hopper (sm_90)"
     assert rows["fp4_linear", "triton_few"] == "written for NVIDIA's mma instruction"
     assert re.search("NVIDIA's FP8", rows["fp4_linear", "triton_fp8"])

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vbcompile import __version__
-from vbcompile.bench_cases import Case, copy_case, makers
+from vbcompile.bench_cases import Case, copy_case
+from vbcompile.bench_models import makers
 from vbcompile.device import get_device, get_target, get_unified_backend
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ class Row:
     def right(self) -> bool:
         """Whether the result is within its tolerance."""
         return self.error <= self.allowed
+
+    @property
+    def ours_and_peers(self) -> tuple[float, dict[str, float]]:
+        """Our time, and that of each peer; 0 and nothing where the case could not run here."""
+        ours, *peers = self.times.items() or [("", 0.0)]
+        return ours[1], dict(peers)
 
 
 @dataclass
@@ -85,22 +92,25 @@ def bench(quick: bool = False, device: str | torch.device | None = None) -> Resu
         }
     )
     with torch.no_grad():
-        bandwidth, rate = _bandwidth(place), _matrix_rate(place)
+        bandwidth, link, rate = _bandwidth(place), _link(place), _matrix_rate(place)
         for make in makers(place, quick):
-            result.rows.append(_measure(make(), place, bandwidth, rate, _ROUNDS[quick]))
+            case = make()
+            result.rows.append(_measure(case, place, link if case.over_link else bandwidth, rate, _ROUNDS[quick]))
     return result
 
 
 def _measure(case: Case, device: torch.device, bandwidth: float, rate: float, rounds: int) -> Row:
-    times = {name: seconds * 1e6 for name, seconds in _times(case.runs, device, rounds).items()}
+    times = {name: seconds * 1e6 for name, seconds in _times(case.runs, device, rounds, case.graphs).items()}
     floor = max(case.nbytes / bandwidth, case.flops / rate) * 1e6
-    ours = next(iter(times.values()))
-    return Row(case.name, times, floor, floor / ours, case.error, case.allowed, case.implementation, case.absent)
+    share = floor / next(iter(times.values())) if times else 0.0
+    return Row(case.name, times, floor, share, case.error, case.allowed, case.implementation, case.absent)
 
 
-def _times(runs: dict[str, Sequence[Callable[[], object]]], device: torch.device, rounds: int) -> dict[str, float]:
+def _times(
+    runs: dict[str, Sequence[Callable[[], object]]], device: torch.device, rounds: int, graphs: bool = True
+) -> dict[str, float]:
     """Median seconds of one call of each run, rounds taken in turns."""
-    prepared = {name: round_of(calls, device) for name, calls in runs.items()}
+    prepared = {name: round_of(calls, device, graphs) for name, calls in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in prepared.items():
@@ -110,8 +120,12 @@ def _times(runs: dict[str, Sequence[Callable[[], object]]], device: torch.device
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
-def round_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], None]:
-    """One round over all sets of inputs, ended by waiting for the device; warmed up."""
+def round_of(calls: Sequence[Callable[[], object]], device: torch.device, graphs: bool = True) -> Callable[[], None]:
+    """One round over all sets of inputs, ended by waiting for the device; warmed up.
+
+    Args:
+        graphs: replay it from a CUDA graph where the device has graphs.
+    """
 
     def run() -> None:
         for call in calls:
@@ -121,7 +135,7 @@ def round_of(calls: Sequence[Callable[[], object]], device: torch.device) -> Cal
     if device.type == "cpu":
         return run
     synchronize = torch.get_device_module(device).synchronize
-    replay = _graph(run) if device.type == "cuda" else run
+    replay = _graph(run) if graphs and device.type == "cuda" else run
 
     def timed() -> None:
         replay()
@@ -150,6 +164,14 @@ def _bandwidth(device: torch.device) -> float:
     return case.nbytes / _times(case.runs, device, 5)["copy"]
 
 
+def _link(device: torch.device) -> float:
+    """Bytes per second from pinned host memory; a processor has no such link."""
+    if device.type == "cpu":
+        return _bandwidth(device)
+    case = copy_case(device, to_device=True)
+    return case.nbytes / _times(case.runs, device, 5)["copy"]
+
+
 def _matrix_rate(device: torch.device) -> float:
     """Operations per second of a large matrix product in the dtype that the cases use."""
     size = _PRODUCT.get(device.type, 8192)
@@ -166,11 +188,14 @@ def _table(result: Result) -> "Table":
     for column in ("case", "time", "peers", "share of the floor", "error (allowed)", "runs as"):
         table.add_column(column, overflow="fold")
     for row in result.rows:
-        (_, ours), *peers = row.times.items()
-        beside = [f"{name} {_microseconds(t)} ({t / ours:.2f}x)" for name, t in peers]
+        ours, peers = row.ours_and_peers
+        beside = [f"{name} {_microseconds(t)} ({t / ours:.2f}x)" for name, t in peers.items()]
         beside += [f"no {name}: {reason}" for name, reason in row.absent.items()]
         error = f"{row.error:.2e} ({row.allowed:.2e}){'' if row.right else ' WRONG'}" if row.allowed else ""
-        table.add_row(row.name, _microseconds(ours), "\n".join(beside), f"{row.share:.0%}", error, row.implementation)
+        cells = (
+            (_microseconds(ours), "\n".join(beside), f"{row.share:.0%}") if row.times else ("", "\n".join(beside), "")
+        )
+        table.add_row(row.name, *cells, error, row.implementation)
     return table
 
 

@@ -40,6 +40,8 @@ class Case:
             format's own.
         implementation: what the registry chose, and why.
         absent: peer -> why it has no run here.
+        over_link: whether ``nbytes`` cross the link from host memory, and are not the device's own.
+        graphs: whether a round may be captured in a CUDA graph.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Case:
     allowed: float = 0.0
     implementation: str = ""
     absent: dict[str, str] = field(default_factory=dict)
+    over_link: bool = False
+    graphs: bool = True
 
 
 def makers(device: torch.device, quick: bool) -> list[Callable[[], Case]]:
@@ -84,18 +88,18 @@ def attention_case(device: torch.device, dtype: torch.dtype, shape: Sequence[int
             scores = scores.masked_fill(torch.ones(s, s, device=q.device, dtype=torch.bool).triu(1), -math.inf)
         return torch.softmax(scores, -1) @ v
 
-    ours, implementation = _compiled(formula, sets[0], "balanced")
+    ours, implementation = compiled(formula, _OPTIONS | {"mode": "balanced"}, *sets[0])
     sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     exact = formula(*(t.double() for t in sets[0]))
-    allowed = 2 * _error(formula(*sets[0]), exact)
+    allowed = 2 * error_of(formula(*sets[0]), exact)
     known = bench_peers.ATTENTION if device.type == "cuda" else {}
-    peers, absent = bench_peers.prepared(known, causal, lambda run: _error(run(*sets[0]), exact), 2 * allowed)
+    peers, absent = bench_peers.prepared(known, causal, lambda run: error_of(run(*sets[0]), exact), 2 * allowed)
     return Case(
         name=f"attention {b}x{h}x{s}x{d}{' causal' if causal else ''}, {_name(dtype)}",
         runs={k: _each(run, sets) for k, run in {"vblackwell": ours, "sdpa": sdpa, "eager": formula, **peers}.items()},
         flops=4.0 * b * h * s * s * d * (0.5 if causal else 1.0),
         nbytes=4.0 * b * h * s * d * dtype.itemsize,
-        error=_error(ours(*sets[0]), exact),
+        error=error_of(ours(*sets[0]), exact),
         allowed=allowed,
         implementation=implementation,
         absent=absent,
@@ -107,7 +111,8 @@ def linear_case(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: 
     layers = [nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False) for _ in range(_SETS)]
     inputs = [torch.randn(rows, k, device=device, dtype=dtype) for _ in range(_SETS)]
     ours, implementation = zip(
-        *(_compiled(layer, (x,), "speed") for layer, x in zip(layers, inputs, strict=True)), strict=True
+        *(compiled(layer, _OPTIONS | {"mode": "speed"}, x) for layer, x in zip(layers, inputs, strict=True)),
+        strict=True,
     )
     packed = quantize(layers[0].weight, "nvfp4")
     exact = inputs[0].double() @ dequantize(packed, torch.float64).T
@@ -115,7 +120,7 @@ def linear_case(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: 
     pairs = list(zip(ours, layers, inputs, strict=True))
     dense = inputs[0].double() @ layers[0].weight.double().T
     known = bench_peers.LINEAR if device.type == "cuda" else {}
-    works = lambda run: _error(run(inputs[0]), dense)
+    works = lambda run: error_of(run(inputs[0]), dense)
     peers, absent = bench_peers.prepared(known, layers[0].weight.detach(), works, _LARGEST_FOUR_BIT_ERROR)
     sets = {k: [run, *(known[k].prepare(layer.weight.detach()) for layer in layers[1:])] for k, run in peers.items()}
     return Case(
@@ -127,8 +132,8 @@ def linear_case(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: 
         },
         flops=2.0 * rows * n * k,
         nbytes=float(packed.nbytes + rows * (n + k) * dtype.itemsize),
-        error=_error(ours[0](inputs[0]), exact),
-        allowed=2 * _error(plain, exact),
+        error=error_of(ours[0](inputs[0]), exact),
+        allowed=2 * error_of(plain, exact),
         implementation=implementation[0],
         absent=absent,
     )
@@ -161,12 +166,14 @@ def copy_case(device: torch.device, to_device: bool | None = None) -> Case:
     return Case(name, {"copy": [lambda: target.copy_(source, non_blocking=True)]}, 0.0, nbytes)
 
 
-def _compiled(function: Callable[..., Any], inputs: Sequence[Tensor], mode: str) -> tuple[Callable[..., Any], str]:
-    """The function through the backend, and what its one rewritten site runs as."""
+def compiled(
+    function: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any
+) -> tuple[Callable[..., Any], str]:
+    """The function through the backend, and what its first rewritten site runs as."""
     with collected_reports() as reports, torch.no_grad():
-        run = torch.compile(function, backend="vblackwell", dynamic=False, options={**_OPTIONS, "mode": mode})
-        run(*inputs)
-    found = [d for report in reports for d in report.decisions if d.pass_name in ("attention", "fp4")]
+        run = torch.compile(function, backend="vblackwell", dynamic=False, options=options)
+        run(*args, **kwargs)
+    found = [d for report in reports for d in report.decisions if d.pass_name in ("attention", "fp4", "offload")]
     chosen = [d.implementation or d.reason for d in found if d.action == "rewritten"]
     return run, chosen[0] if chosen else f"not rewritten: {'; '.join(d.reason for d in found) or 'no site'}"
 
@@ -175,7 +182,8 @@ def _each(run: Callable[..., object], sets: Sequence[Sequence[Tensor]]) -> list[
     return [partial(run, *inputs) for inputs in sets]
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
+def error_of(result: Tensor, exact: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
     return float((result.double() - exact).norm() / exact.norm())
 
 

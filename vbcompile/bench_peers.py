@@ -25,7 +25,8 @@ class Peer:
     Attributes:
         package: the module that must be installed; empty for PyTorch's own.
         prepare: for a linear layer ``(weight [N, K]) -> (x -> x @ weight.T)``, packed by the library's own quantiser;
-            for attention ``(causal) -> (q, k, v -> out)`` over ``[batch, heads, length, size]``.
+            for attention ``(causal) -> (q, k, v -> out)`` over ``[batch, heads, length, size]``;
+            for a model ``(model on the CPU, device, budget) -> (tokens -> output)``.
     """
 
     package: str
@@ -33,8 +34,12 @@ class Peer:
 
     def missing(self) -> str | None:
         """Why it cannot be used here, or None."""
-        found = not self.package or importlib.util.find_spec(self.package) is not None
-        return None if found else f"{self.package} is not installed"
+        return missing(self.package) if self.package else None
+
+
+def missing(package: str) -> str | None:
+    """That a package is not installed, or None."""
+    return None if importlib.util.find_spec(package) is not None else f"{package} is not installed"
 
 
 def _gemlite(weight: Tensor) -> Layer:
@@ -111,11 +116,24 @@ def _flash_attention_3(causal: bool) -> Attention:
     return run
 
 
+def _accelerate(argument: tuple[Any, torch.device, str]) -> Any:
+    """Its own map of the model under the same budget; on a processor, which has none, every layer is brought in."""
+    from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
+
+    model, device, budget = argument
+    if device.type == "cpu":
+        return cpu_offload(model, execution_device=device)
+    whole = list(model._no_split_modules)
+    places = infer_auto_device_map(model, {device.index or 0: budget, "cpu": "200GiB"}, no_split_module_classes=whole)
+    return dispatch_model(model, places)
+
+
 LINEAR = {
     "gemlite": Peer("gemlite", _gemlite),
     "torchao": Peer("torchao", _torchao),
     "bitsandbytes": Peer("bitsandbytes", _bitsandbytes),
 }
+OFFLOADED = {"accelerate": Peer("accelerate", _accelerate)}
 ATTENTION = {
     "cudnn": Peer("", _cudnn),
     "flex": Peer("", _flex),

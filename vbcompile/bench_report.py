@@ -34,8 +34,10 @@ def markdown(result: Result) -> str:
     lines = [f"**vbcompile bench** ({where})", "", "| case | time | floor | share | peers | error | allowed |"]
     lines.append("|" + " --- |" * 7)
     for row in result.rows:
-        (_, ours), *peers = row.times.items()
-        beside = ", ".join(f"{name} {t / ours:.2f}x" for name, t in peers)
+        ours, peers = row.ours_and_peers
+        beside = ", ".join(f"{name} {t / ours:.2f}x" for name, t in peers.items())
+        if not row.times:
+            beside = "; ".join(row.absent.values())
         cells = (row.name, f"{ours:.1f} us", f"{row.floor:.1f} us", f"{row.share:.0%}", beside)
         lines.append("| " + " | ".join((*cells, f"{row.error:.2e}", f"{row.allowed:.2e}")) + " |")
     return "\n".join(lines) + "\n"
@@ -44,9 +46,9 @@ def markdown(result: Result) -> str:
 def _speedup(result: Result, path: Path) -> Path:
     """Bars: how many times faster than each peer; 1 is as fast."""
     bars = [
-        (f"{row.name}\nover {name}", t / next(iter(row.times.values())))
+        (f"{row.name}\nover {name}", t / row.ours_and_peers[0])
         for row in result.rows
-        for name, t in list(row.times.items())[1:]
+        for name, t in row.ours_and_peers[1].items()
     ]
     figure, axes = _figure(len(bars))
     axes.barh([label for label, _ in bars], [value for _, value in bars], color="#3566c4")

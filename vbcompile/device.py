@@ -8,7 +8,6 @@ are ``cuda``, ``hpu``, ``npu``, ``xpu``, ``cpu``. A device that was asked for by
 import importlib
 import operator
 import random
-import sys
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from vbcompile.device_backend import (
 )
 from vbcompile.device_host import HostModule
 from vbcompile.device_target import FEATURES, Target, get_target
-from vbcompile.device_vendors import PRIORITY, DeviceError, installed_version, probe
+from vbcompile.device_vendors import PRIORITY, DeviceError, package_version, probe
 
 __all__ = [
     "FEATURES",
@@ -133,8 +132,8 @@ def get_device_info() -> dict[str, Any]:
         "cuda_version": torch.version.cuda,
         "rocm_version": torch.version.hip,
         "xpu_version": getattr(torch.version, "xpu", None),
-        "hpu_version": _package_version("hpu"),
-        "npu_version": _package_version("npu"),
+        "hpu_version": package_version("hpu"),
+        "npu_version": package_version("npu"),
     }
 
 
@@ -196,10 +195,3 @@ def forget_devices() -> None:
 def _memory_of_cards(kind: str) -> dict[str, dict[str, float | None]]:
     backend = DeviceBackend(kind)
     return {f"{kind}_{index}": backend.memory_use(index) for index in range(backend.device_count())}
-
-
-def _package_version(kind: str) -> str | None:
-    """Version of the package that brings a device type; read from the module where it is not a distribution."""
-    platform = device_vendors.platform_of(kind)
-    module = sys.modules.get(platform.module) if probe(kind).ready else None
-    return installed_version(platform.distribution) or getattr(module, "__version__", None)

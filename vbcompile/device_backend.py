@@ -3,6 +3,7 @@
 import difflib
 import functools
 import gc
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ class DeviceBackend:
 
     def _module(self) -> Any:
         if not self.is_available():
-            raise DeviceError(self._availability.refusal)
+            raise DeviceError(f"{self._availability.refusal}. Devices that can be used: {', '.join(valid_devices())}")
         return self._availability.module
 
     def _checked(self, index: int | None) -> int:
@@ -232,8 +233,9 @@ class UnifiedDeviceManager:
     ) -> torch.device:
         """The device to use: the CPU if forced, else the first usable of the preferred ones, else of the priority list.
 
-        A preference that cannot be met is logged as a warning with its reason and repair. So is a run on the CPU while
-        the system shows a card. Several preferences are tried in order of priority: Gaudi, Ascend, Intel GPU.
+        A preference that cannot be met is logged as a warning with its reason, its repair and what is used instead. So
+        is passing over a card that the system shows, or a vendor's package that is installed and finds none. Several
+        preferences are tried in order of priority: Gaudi, Ascend, Intel GPU.
         """
         wanted = [name for name, flag in (("hpu", prefer_hpu), ("npu", prefer_npu), ("xpu", prefer_xpu)) if flag]
         self.last_choice = DeviceChoice(torch.device("cpu")) if force_cpu else self.choose(*wanted)
@@ -241,15 +243,14 @@ class UnifiedDeviceManager:
 
     def choose(self, *wanted: str) -> DeviceChoice:
         """The first usable of the device types ``wanted``, then of the priority list, without recording it."""
-        passed_over: list[str] = []
-        for kind in dict.fromkeys((*wanted, *PRIORITY)):
-            availability = probe(kind)
-            if availability.ready:
-                return DeviceChoice(torch.device(kind), tuple(passed_over))
-            passed_over.append(availability.refusal)
-            if kind in wanted or availability.platform.card_seen():
-                self._warn_once(availability.refusal)
-        raise AssertionError("the CPU is always usable")
+        kinds = [*dict.fromkeys((*wanted, *PRIORITY))]
+        passed_over = [*itertools.takewhile(lambda found: not found.ready, map(probe, kinds))]
+        chosen = kinds[len(passed_over)]  # the CPU is always usable
+        for found in passed_over:
+            expected = found.platform.card_seen() or (found.platform.distribution and found.state != "missing")
+            if found.platform.device_type in wanted or expected:
+                self._warn_once(f"{found.refusal}. Instead {chosen} is used")
+        return DeviceChoice(torch.device(chosen), tuple(found.refusal for found in passed_over))
 
     def get_backend(self, device: str | torch.device | None = None) -> DeviceBackend:
         """The backend of a usable device; None: of the best one.

@@ -9,6 +9,7 @@ import glob
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ from typing import Any, Literal
 import torch
 
 from vbcompile.device_host import HostModule
+
+log = logging.getLogger(__name__)
 
 PRIORITY = ("cuda", "hpu", "npu", "xpu", "cpu")
 """Torch device types in the order in which :func:`vbcompile.get_device` tries them."""
@@ -222,6 +225,20 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
+def package_version(device_type: str) -> str | None:
+    """Release of the package that brings a device type; read from its module where it is not a distribution."""
+    platform = platform_of(device_type)
+    return installed_version(platform.distribution) or getattr(sys.modules.get(platform.module), "__version__", None)
+
+
+def package_of(device_type: str) -> str:
+    """The package that brings a device type, with the release found: ``torch-npu 2.13.0``; PyTorch for its own."""
+    package = platform_of(device_type).distribution
+    if not package:
+        return f"torch {torch.__version__}"
+    return f"{package} {package_version(device_type) or '(no version known)'}"
+
+
 def pair_problem(distribution: str) -> str:
     """Why an installed package does not belong to the installed PyTorch, by its own requirement; empty if it does."""
     try:
@@ -257,6 +274,7 @@ def _load_problem(platform: Platform) -> Availability | None:
         reason = f"this PyTorch ({torch.__version__}) is built without support for {names}"
         return Availability(platform, "missing", reason=reason, fix=fix)
     if hasattr(torch, platform.device_type):  # loaded by PyTorch's own start-up, or by the user
+        _warn_of_pair(platform)
         return None
     if not is_installed(platform.module):
         reason = f"the package {platform.distribution} is not installed"
@@ -264,12 +282,23 @@ def _load_problem(platform: Platform) -> Availability | None:
     try:
         importlib.import_module(platform.module)
     except Exception as error:  # noqa: BLE001 - vendors' packages raise anything at import; it is reported, not dropped
-        reason = pair_problem(platform.distribution) or f"importing {platform.module} failed with {first_line(error)}"
+        if mismatch := pair_problem(platform.distribution):
+            return Availability(platform, "broken", reason=mismatch, fix=fill_in(platform.install))
+        found, why = package_of(platform.device_type), first_line(error)
+        reason = f"{found} is installed, and importing {platform.module} failed with {why}"
         return Availability(platform, "broken", reason=reason, fix=fill_in(platform.repair))
     if not hasattr(torch, platform.device_type):
-        reason = f"{platform.module} was imported but added no torch.{platform.device_type}"
+        found = package_of(platform.device_type)
+        reason = f"{platform.module} of {found} was imported but added no torch.{platform.device_type}"
         return Availability(platform, "broken", reason=reason, fix=fill_in(platform.repair))
+    _warn_of_pair(platform)
     return None
+
+
+def _warn_of_pair(platform: Platform) -> None:
+    """Say that a package which loads belongs to another PyTorch: what goes wrong later would not name it."""
+    if problem := pair_problem(platform.distribution):
+        log.warning("%s; it was loaded all the same. Fix: %s", problem, fill_in(platform.install))
 
 
 def is_installed(module: str) -> bool:
@@ -285,7 +314,7 @@ def _count_cards(platform: Platform) -> Availability:
     try:
         count = int(module.device_count()) if module.is_available() else 0
     except Exception as error:  # noqa: BLE001 - a driver's failure is a finding, whatever its type
-        reason = f"asking for cards failed with {first_line(error)}"
+        reason = f"{package_of(platform.device_type)} failed to count its cards with {first_line(error)}"
         return Availability(platform, "broken", module, reason=reason, fix=fill_in(platform.repair))
     if count > 0:
         return Availability(platform, "ready", module, count)
@@ -295,12 +324,12 @@ def _count_cards(platform: Platform) -> Availability:
 def _why_no_card(platform: Platform, module: Any) -> str:
     hiding = _hiding_variables(platform)
     if hiding:
-        return f"no {platform.label} is visible while {hiding}"
+        return f"{package_of(platform.device_type)} sees no {platform.label} while {hiding}"
     try:
         module.init()  # says what the driver complains about, which is_available() keeps to itself
     except Exception as error:  # noqa: BLE001 - its message is the answer
-        return f"no {platform.label} is usable ({first_line(error)})"
-    return f"no {platform.label} was found"
+        return f"{package_of(platform.device_type)} can use no {platform.label} ({first_line(error)})"
+    return f"{package_of(platform.device_type)} found no {platform.label}"
 
 
 def _how_to_show(platform: Platform) -> str:

@@ -170,14 +170,17 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _requirements(distribution: str) -> list[str]:
+    try:
+        return importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
 def _requirement_problems() -> list[Problem]:
     """Installed packages that are older than this package's own metadata asks for."""
-    try:
-        requirements = importlib.metadata.requires("vbcompile") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []  # run from a checkout: the missing entry point says so
     problems = []
-    for line in requirements:
+    for line in _requirements("vbcompile"):  # none where run from a checkout: the missing entry point says so
         found = re.match(r"([\w.-]+?)\s*>=\s*([\d.]+)", line)
         if found is None:
             continue
@@ -206,7 +209,9 @@ def _torch_loads(found: Diagnosis) -> bool:
             found.problems.append(Problem(f"import torch failed: {text}", _REINSTALL))
             return False
         name = culprit.group(1)
-        fix = f"repair or uninstall {name}, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to start without it"
+        needs = next((line for line in _requirements(name) if re.match(r"torch\b(?!-)", line)), "no release of torch")
+        pair = f"{_version(name) or 'no version known'}: it asks for {needs}, this is torch {_version('torch')}"
+        fix = f"repair or uninstall {name} ({pair}), or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to start without it"
         if name == "vbcompile":  # our own start-up refuses nothing but a variable's value
             fix = "correct or unset that variable"
         found.problems.append(Problem(f"import torch failed while loading {name}: {text}", fix))
@@ -257,7 +262,7 @@ def _pair_problems() -> list[Problem]:
 
 def _triton_mismatch() -> Problem | None:
     """The installed Triton, if PyTorch's metadata asks for another."""
-    for line in importlib.metadata.requires("torch") or []:
+    for line in _requirements("torch"):
         found = re.match(r"((?:pytorch-)?triton[\w-]*)\s*==\s*([\w.+]+)", line)
         if found is None:
             continue

@@ -83,6 +83,17 @@ def calls(x: Tensor, weights: list[LinearWeight], run: Callable[..., Any], **ext
     return [functools.partial(run, x, *w.tensors, None, w.k, w.format_name, w.layout, **extra) for w in order]
 
 
+def dense_copies(n: int, k: int) -> list[Tensor]:
+    """Unpacked weights, as many as no cache holds."""
+    count = max(2, int(_CACHE_BYTES // (2 * n * k)) + 1)
+    return [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+
+
+def dense_calls(x: Tensor, weights: list[Tensor]) -> list[Callable[[], Any]]:
+    """At least eight of the vendor's products that go round the weights."""
+    return [functools.partial(F.linear, x, w) for w in (weights * 8)[: max(len(weights), 8)]]
+
+
 def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Callable[..., Tensor], Any]]:
     """``(implementation, function, configuration or None)`` of every way worth timing."""
     for few in _diagonal_candidates(m, n, k, target.multiprocessors or 128):
@@ -141,7 +152,7 @@ def _few_candidates(m: int) -> Iterator[fp4_linear_few.FewConfig]:
 def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int]) -> Iterator[list[Any]]:
     """Rows of the table of :mod:`vbcompile.kernels.fp4_tuning`, one a count of rows of x."""
     weights = copies(n, k, format_name)
-    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    dense = dense_copies(n, k)
     implementations = {i.name: i for i in operator("fp4_linear").implementations}
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
@@ -159,7 +170,7 @@ def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int
                 continue
             if name not in times or time < times[name][0]:
                 times[name] = [round(time, 2), None if config is None else astuple(config)]
-        vendor = microseconds([functools.partial(F.linear, x, w) for w in dense * 3])
+        vendor = microseconds(dense_calls(x, dense))
         yield [format_name, n, k, m, round(vendor, 2), times]
 
 

@@ -12,6 +12,7 @@ import torch.fx as fx
 from vbcompile import compat
 from vbcompile.config import Config
 from vbcompile.device import Target
+from vbcompile.device_vendors import package_of
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def choose_compiler(config: Config, target: Target, gm: fx.GraphModule) -> Compi
 
 def _ascend(gm: fx.GraphModule) -> Compiler:
     if not compat.is_registered_backend("npu"):
-        return Compiler("aot_eager", "torch-npu registered no compiler, and Inductor has none for Ascend")
+        reason = f"{package_of('npu')} registered no compiler, and Inductor has none for Ascend"
+        return Compiler("aot_eager", reason)
     if _holds_own_operators(gm):
         return Compiler("aot_eager", "torch-npu's compiler does not know the operators that the passes put in")
     return Compiler("npu", "torch-npu's own compiler")
@@ -62,12 +64,13 @@ def _ascend(gm: fx.GraphModule) -> Compiler:
 def _gaudi() -> Compiler:
     if is_lazy_mode():
         reason = (
-            f"Gaudi's lazy mode is on, which torch.compile cannot be used with: set {LAZY_MODE}=0 in the environment "
-            "before Python starts; until then the rewritten graph runs operator by operator"
+            f"lazy mode of {package_of('hpu')} is on, which torch.compile cannot be used with: set {LAZY_MODE}=0 in "
+            "the environment before Python starts; until then the rewritten graph runs operator by operator"
         )
         return Compiler("eager", reason)
     if not compat.is_registered_backend("hpu_backend"):
-        return Compiler("aot_eager", "habana-torch-plugin registered no compiler, and Inductor has none for Gaudi")
+        reason = f"{package_of('hpu')} registered no compiler, and Inductor has none for Gaudi"
+        return Compiler("aot_eager", reason)
     return Compiler("hpu_backend", "Gaudi's own compiler")
 
 

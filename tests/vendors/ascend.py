@@ -264,12 +264,12 @@ def _decoded(codes: Tensor, scales: Tensor) -> Tensor:
     packed = codes if along_n else codes.mT
     values = _E2M1[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()].double()
     values = values if along_n else values.mT
-    return values * torch.exp2(scales.double() - 127).repeat_interleave(32, 0)[: values.shape[0]]
+    return values * _powers(scales.t()).t()[: values.shape[0]]
 
 
 def _powers(scales: Tensor) -> Tensor:
-    """E8M0 scales of blocks of 32 columns, one a column."""
-    return torch.exp2(scales.double() - 127).repeat_interleave(32, 1)
+    """E8M0 scales of blocks of 32 columns, one a column; 255 is NaN."""
+    return torch.exp2(scales.double() - 127).masked_fill(scales == 255, math.nan).repeat_interleave(32, 1)
 
 
 def npu_weight_quant_batchmatmul(x, weight, antiquant_scale, antiquant_offset=None, quant_scale=None, quant_offset=None,
@@ -293,10 +293,13 @@ def npu_dynamic_mx_quant(input, *, axis=-1, round_mode="rint", dst_type=296, blo
     _check(dst_type in (292, FLOAT4), "only float8_e4m3fn and float4_e2m1 are simulated")
     _check(input.shape[-1] % 64 == 0, "scales come in pairs")
     blocks = input.double().unflatten(-1, (-1, 32))
+    broken = ~blocks.isfinite().all(-1)
+    blocks = blocks.nan_to_num(0, 0, 0)
     largest = blocks.abs().amax(-1, keepdim=True)
     top = 2 if dst_type == FLOAT4 else 8  # the exponent of the type's largest number
     exponent = torch.floor(torch.log2(largest.clamp_min(2.0**-120))) - top
-    scales = (exponent.flatten(-2) + 127).to(torch.uint8).unflatten(-1, (-1, 2))
+    scales = torch.where(largest == 0, 0, exponent + 127).flatten(-2).to(torch.uint8)
+    scales = scales.masked_fill(broken, 255).unflatten(-1, (-1, 2))
     values = (blocks / torch.exp2(exponent)).flatten(-2)
     if dst_type == FLOAT4:
         return _packed(values), scales

@@ -1,12 +1,14 @@
 """PyTorch's flash attention of its XPU build, on CPU tensors: other builds have the operator but no kernel."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vendors.packages import release
 
 
 def _check(condition: bool, message: str) -> None:
@@ -42,24 +44,34 @@ def _backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is
     return tuple(g.to(q.dtype) for g in grads)
 
 
+KERNELS = {
+    "_scaled_dot_product_flash_attention": _forward,
+    "_scaled_dot_product_flash_attention_backward": _backward,
+}
+
+
+@contextmanager
+def kernels_of(version: str) -> Iterator[dict[str, Any]]:
+    """The kernels behind the schemas of a release of PyTorch, which hold each call before it runs."""
+    with release("torch", version, KERNELS, namespace="recorded_torch") as opened:
+        yield {name: getattr(getattr(torch.ops, opened.namespace), name) for name in KERNELS}
+
+
 @contextmanager
 def flash_kernels(
-    adapt: Callable[[dict[str, Any]], dict[str, Any]] = dict, keys: Sequence[str] = ("CPU", "XPU")
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    keys: Sequence[str] = ("CPU", "XPU"),
+    kernels: Mapping[str, Callable[..., Any]] = KERNELS,
 ) -> Iterator[list[str]]:
     """The operators have kernels until the block ends; gives the list of their calls.
 
     Args:
         adapt: makes kernels for CPU tensors into ones for the device's.
         keys: dispatch keys of the tensors that they run on; XPU so that the operator counts as present there.
+        kernels: for CPU tensors, by operator.
     """
     library, calls = torch.library.Library("aten", "IMPL"), []
-    kernels = adapt(
-        {
-            "_scaled_dot_product_flash_attention": _forward,
-            "_scaled_dot_product_flash_attention_backward": _backward,
-        }
-    )
-    for name, kernel in kernels.items():
+    for name, kernel in adapt(dict(kernels)).items():
 
         def run(*args: Any, _name: str = name, _kernel: Callable[..., Any] = kernel, **kwargs: Any) -> Any:
             calls.append(_name)

@@ -15,6 +15,7 @@ import torch
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text())
 NPU_RELEASES = tuple(SCHEMAS["torch-npu"]["releases"])
 HPU_RELEASES = tuple(SCHEMAS["habana-torch-plugin"]["releases"])
+XPU_RELEASES = tuple(SCHEMAS["torch"]["releases"])
 
 
 class Release:
@@ -22,10 +23,14 @@ class Release:
 
     Attributes:
         calls: names of the operators that were called, in order.
+        namespace: where they are registered instead of their own, which PyTorch has taken; empty: in their own.
     """
 
-    def __init__(self, distribution: str, version: str, kernels: Mapping[str, Callable[..., Any]], key: str) -> None:
+    def __init__(
+        self, distribution: str, version: str, kernels: Mapping[str, Callable[..., Any]], key: str, namespace: str = ""
+    ) -> None:
         self.calls: list[str] = []
+        self.namespace = namespace
         self._libraries: dict[str, torch.library.Library] = {}
         self._names: list[tuple[str, str]] = []
         for schema in SCHEMAS[distribution]["releases"][version]:
@@ -38,7 +43,8 @@ class Release:
                 self._libraries[namespace].impl(name, shapes[name], "Meta")
 
     def _define(self, schema: str, kernels: Mapping[str, Callable[..., Any]], key: str) -> None:
-        namespace, _, rest = schema.partition("::")
+        own, _, rest = schema.partition("::")
+        namespace = self.namespace or own
         name = rest.partition("(")[0]
         library = self._libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
         library.define(rest)
@@ -66,10 +72,10 @@ class Release:
 
 @contextmanager
 def release(
-    distribution: str, version: str, kernels: Mapping[str, Callable[..., Any]], key: str = "CPU"
+    distribution: str, version: str, kernels: Mapping[str, Callable[..., Any]], key: str = "CPU", namespace: str = ""
 ) -> Iterator[Release]:
     """The operators of a release, for tensors of a dispatch key, until the block ends."""
-    opened = Release(distribution, version, kernels, key)
+    opened = Release(distribution, version, kernels, key, namespace)
     try:
         yield opened
     finally:

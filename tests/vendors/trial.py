@@ -10,10 +10,10 @@ import torch
 from attention_forms import Form, eager
 from torch import Tensor
 
-from vbcompile import backend
+from vbcompile import backend, device_vendors
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
-from vbcompile.kernels import attention, attention_training, fp4_linear, registry, vendor_operators
+from vbcompile.kernels import attention, attention_training, fp4_linear, fp4_quantize, registry, vendor_operators
 from vbcompile.kernels.attention import attention_reference
 from vendors import ascend, gaudi, intel
 from vendors.packages import Release, release
@@ -31,10 +31,10 @@ NEWEST = {"npu": "2.13.0", "hpu": "1.19.0"}
 def pretend(target: Target, version: str = "") -> Iterator[None]:
     """CPU tensors count as tensors of ``target``, whose package is here in release ``version``."""
     with ExitStack() as stack:
-        for module in (attention, attention_training, fp4_linear, backend):
+        for module in (attention, attention_training, fp4_linear, fp4_quantize, backend):
             stack.enter_context(patch.object(module, "get_target", lambda device=None: target))
         stack.enter_context(patch.object(vendor_operators, "is_present", lambda kind: kind == target.device_type))
-        stack.enter_context(patch.object(vendor_operators, "installed_version", lambda name: version or None))
+        stack.enter_context(patch.object(device_vendors, "installed_version", lambda name: version or None))
         registry._choose.cache_clear()
         try:
             yield
@@ -52,10 +52,16 @@ def vendor(kind: str, version: str = "", arch: str = "") -> Iterator[Release]:
 
 
 @contextmanager
-def intel_gpu() -> Iterator[list[str]]:
-    """An Intel GPU: PyTorch's own operators have kernels there; Triton's are left out, nothing here could run them."""
+def intel_gpu(version: str = "") -> Iterator[list[str]]:
+    """An Intel GPU: PyTorch's own operators have kernels there; Triton's are left out, nothing here could run them.
+
+    With ``version``, the recorded schemas of that PyTorch hold the calls too, not only those of the installed one.
+    """
     target = catalog_target("pvc")
-    with intel.flash_kernels() as calls, pretend(replace(target, features=target.features - {"triton"})):
+    with ExitStack() as stack:
+        kernels = stack.enter_context(intel.kernels_of(version)) if version else intel.KERNELS
+        calls = stack.enter_context(intel.flash_kernels(kernels=kernels))
+        stack.enter_context(pretend(replace(target, features=target.features - {"triton"})))
         yield calls
 
 

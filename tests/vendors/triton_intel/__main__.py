@@ -5,7 +5,8 @@
 Makes ``build/vendors/triton_intel``, an environment of its own with triton-xpu 3.3.0b1 (182 MB), pyopencl and Intel's
 OpenCL runtime for processors; Python 3.9 to 3.11, Linux, x86-64. ``compile``: SPIR-V for the cards, with local memory
 within their limit. ``run``: SPIR-V without matrix units, run on this processor and compared with plain PyTorch; the
-runtime compiles for half a minute to some minutes a kernel. Both where none is named.
+runtime compiles for half a minute to some minutes a kernel. Both where none is named, each in a process of its own:
+Triton asks for the device once a process.
 """
 
 import argparse
@@ -25,13 +26,14 @@ def inside(options: argparse.Namespace) -> int:
     from vendors.triton_intel import kernels
 
     wrong = []
-    if "compile" in options.what:
+    if options.what == ["compile"]:
         driver = kernels.CompilingDriver()
         for arch in ARCHITECTURES:
             wrong += kernels.compile_all(arch, driver)
-    if "run" in options.what:
+    else:
         wrong += kernels.run_all(tuple(options.form or kernels.FORMS))
-    print("\n".join(["wrong:", *wrong]) if wrong else "triton-xpu: all right")
+    (what,) = options.what
+    print("\n".join(["wrong:", *wrong]) if wrong else f"triton-xpu, {what}: all right", flush=True)
     return 1 if wrong else 0
 
 
@@ -51,7 +53,9 @@ def main(arguments: list[str]) -> int:
     runtime.mkdir(exist_ok=True)  # the wheel's own names a folder of its build machine
     (runtime / "cpu.icd").write_text(str(folder / "lib" / "libintelocl.so"))
     variables = {"OCL_ICD_VENDORS": str(runtime), "LD_LIBRARY_PATH": str(folder / "lib")}
-    return run_inside(folder, "vendors.triton_intel", [*arguments, INSIDE], **variables)
+    forms = [word for form in options.form or () for word in ("--form", form)]
+    commands = [[what, *forms, INSIDE] for what in options.what]
+    return max(run_inside(folder, "vendors.triton_intel", command, **variables) for command in commands)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the opt-in job compiles and runs: attention and FP4 linear layers, by the product's own launches."""
+"""What the opt-in job compiles and runs: attention, FP4 linear layers and packing, by the product's own launches."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +13,19 @@ from torch import Tensor
 
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
-from vbcompile.kernels import attention_problem, attention_triton, fp4_grouped, fp4_linear_gpu, fp4_linear_triton
+from vbcompile.kernels import (
+    attention_problem,
+    attention_triton,
+    fp4_grouped,
+    fp4_linear_gpu,
+    fp4_linear_triton,
+    fp4_quantize_triton,
+)
 from vbcompile.kernels.attention_tuning import refuses_tiles
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_layout import to_layout
 from vbcompile.kernels.fp4_quantize import quantize
+from vbcompile.kernels.fp4_rounding import quantize_reference
 from vbcompile.kernels.score_function import ScoreFunction
 from vendors.triton_intel.opencl import LOCAL_BYTES, CompilingDriver, OpenClDriver, without_card
 
@@ -74,6 +82,7 @@ def _jobs(target: Target) -> Iterator[tuple[str, Callable[[], str | None]]]:
             yield f"fp4_linear {kind} {rows} rows", lambda kind=kind, rows=rows: _product(target, kind, rows)
         yield f"fp4_linear {kind} decoding", lambda kind=kind: _decoding(target, kind)
         yield f"fp4_grouped_linear {kind}", lambda kind=kind: _grouped(target, kind)
+        yield f"fp4_quantize {kind}", lambda kind=kind: _packing(kind)
 
 
 def _attention(target: Target, size: int, dtype: str) -> str | None:
@@ -114,6 +123,11 @@ def _grouped(target: Target, kind: str) -> None:
     fp4_grouped.grouped_product(x, *weight.tensors, ends, weight.k, weight.format_name, weight.layout)
 
 
+def _packing(kind: str) -> None:
+    for method in fp4_quantize_triton.METHODS:
+        fp4_quantize_triton.quantize(torch.ones(2, 4096, dtype=torch.bfloat16), kind, method, True)
+
+
 # -------------------------------------------------------------------------------------------------------------- running
 def run_all(forms: tuple[str, ...]) -> list[str]:
     """Run kernels on the processor and compare with plain PyTorch by the 2x rule; returns what is wrong."""
@@ -126,6 +140,8 @@ def run_all(forms: tuple[str, ...]) -> list[str]:
         for kind in FORMATS:
             for rows in (1, 40):
                 wrong += _compare_product(target, kind, rows)
+            for method in ("mse", "nearest"):
+                wrong += _compare_packing(kind, method)
     return wrong
 
 
@@ -177,6 +193,19 @@ def _compare_product(target: Target, kind: str, rows: int) -> list[str]:
     if rows > 1:
         ours.append(row("decoding", fp4_linear_gpu.dequantize_product(x, *tensors, bias, k, name, layout)))
     return _judge(f"fp4_linear {kind} {rows} rows", ours, start)
+
+
+def _compare_packing(kind: str, method: str) -> list[str]:
+    start, weight = time.perf_counter(), torch.randn(8, 200)
+
+    def error(tensors: tuple[Tensor, Tensor, Tensor]) -> float:
+        return float((dequantize(PackedWeight(*tensors, kind, (8, 200))) - weight).norm())
+
+    ours = fp4_quantize_triton.quantize(weight, kind, method, True)
+    plain = quantize_reference(weight, kind, method, True)
+    other = float(sum((a != b).sum() for a, b in zip(ours, plain, strict=True)))
+    rows = [("error", error(ours), 1.0001 * error(plain)), ("bytes that differ", other, 0.01 * plain[0].numel())]
+    return _judge(f"fp4_quantize {kind} {method}", rows, start)
 
 
 def _judge(what: str, rows: list[tuple[str, float, float]], start: float) -> list[str]:

@@ -1,0 +1,90 @@
+"""Variants of a benchmark that compile at the same time, each in a process of its own, and are measured one by one.
+
+Compiling takes most of a run. A worker says when it is ready and waits for its turn; while one measures, those that
+still compile are stopped. Every row is handed on as it comes, so that a run cut short has results.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+_EACH = 5.0  # seconds that a variant may need to be measured
+
+
+def take_turns(
+    command: Sequence[str],
+    names: Sequence[str],
+    seconds: float,
+    folder: Path,
+    found: Callable[[list[dict]], object],
+    before: subprocess.Popen | None = None,
+) -> list[dict]:
+    """Rows of the variants that were done in time, in the order of ``names``.
+
+    Args:
+        command: of a worker; a variant's name is appended.
+        seconds: for everything.
+        folder: where workers and this process leave each other files.
+        found: called with all rows so far after each one.
+        before: nothing is measured while this process runs.
+    """
+    end = time.monotonic() + seconds
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("COMPILE_THREADS", "4")}
+    workers = {name: subprocess.Popen([*command, name], env=environment, start_new_session=True) for name in names}
+    rows: dict[str, dict] = {}
+
+    def waiting() -> list[str]:
+        return [n for n in names if n not in rows and workers[n].poll() is None]
+
+    def ready() -> list[str]:
+        return [n for n in waiting() if _file(folder, n, "ready").exists()]
+
+    try:
+        while waiting() and time.monotonic() < end:
+            hurry = time.monotonic() > end - _EACH * len(waiting())
+            busy = before is not None and before.poll() is None
+            if busy or not ready() or (len(ready()) < len(waiting()) and not hurry):
+                time.sleep(0.1)
+                continue
+            name = ready()[0]
+            others = [workers[n] for n in waiting() if n not in ready()]
+            for process in others:
+                os.killpg(process.pid, signal.SIGSTOP)
+            _file(folder, name, "turn").touch()
+            done = _file(folder, name, "json")
+            while workers[name].poll() is None and not done.exists() and time.monotonic() < end:
+                time.sleep(0.02)
+            for process in others:
+                os.killpg(process.pid, signal.SIGCONT)
+            if done.exists():
+                rows[name] = json.loads(done.read_text())
+                print(rows[name], flush=True)
+                found([rows[n] for n in names if n in rows])
+    finally:
+        for process in workers.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return [rows[name] for name in names if name in rows]
+
+
+def await_turn(folder: Path, name: str) -> None:
+    """In a worker: everything is compiled; returns when it may measure."""
+    _file(folder, name, "ready").touch()
+    while not _file(folder, name, "turn").exists():
+        time.sleep(0.02)
+
+
+def hand_in(folder: Path, name: str, row: dict) -> None:
+    """In a worker: its row."""
+    temporary = _file(folder, name, "part")
+    temporary.write_text(json.dumps(row))
+    temporary.rename(_file(folder, name, "json"))
+
+
+def _file(folder: Path, name: str, suffix: str) -> Path:
+    return folder / f"{name.replace(' ', '_').replace(',', '')}.{suffix}"
