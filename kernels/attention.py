@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
-from vbcompile.kernels import replay
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
 from vbcompile.kernels.quick_operator import quick_operator
-from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator
+from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator, to_be_run
 from vbcompile.kernels.replay import remembered
 from vbcompile.kernels.score_function import (
     ScoreFunction,
@@ -222,10 +221,7 @@ def attention(
 
 
 def _chosen(name: str, q: Tensor, case: AttentionCase) -> Implementation:
-    chosen = operator(name).choose(get_target(q.device), case).implementation
-    if not chosen.replays:
-        replay.refuse()
-    return chosen
+    return to_be_run(operator(name).choose(get_target(q.device), case))
 
 
 def _settings(name: str, q: Tensor, implementations: str) -> tuple[Any, ...]:

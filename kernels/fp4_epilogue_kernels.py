@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vbcompile.kernels.fp4_epilogue import TURN, epilogue_options, out_features
+from vbcompile.kernels.launches import launch
 
 _BLOCK = 1024
 
@@ -94,7 +95,14 @@ def epilogue_alone(y: Tensor, epilogue: str) -> Tensor:
     """The epilogue of a contiguous ``y [..., N]`` by a kernel of its own, for products that cannot do it themselves."""
     out = y.new_empty([*y.shape[:-1], out_features(y.shape[-1], epilogue)])
     if out.numel():
-        epilogue_kernel[(-(-out.numel() // _BLOCK),)](
-            y, out, out.numel(), TURN=TURN, BLOCK=_BLOCK, **epilogue_options(epilogue)
+        launch(
+            epilogue_kernel,
+            (-(-out.numel() // _BLOCK),),
+            y,
+            out,
+            out.numel(),
+            TURN=TURN,
+            BLOCK=_BLOCK,
+            **epilogue_options(epilogue),
         )
     return out

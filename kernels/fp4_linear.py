@@ -22,7 +22,9 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
-from vbcompile.kernels.registry import Choice, Implementation, operator
+from vbcompile.kernels.quick_operator import quick_operator
+from vbcompile.kernels.registry import Choice, Implementation, forced_implementation, operator, to_be_run
+from vbcompile.kernels.replay import remembered
 from vbcompile.kernels.triton_target import interpreted, on_device, refuses_triton
 
 
@@ -76,7 +78,7 @@ def fp4_linear_backward_reference(
 
 
 # ------------------------------------------------------------------------------------------------------------- operator
-@torch.library.custom_op("vblackwell::fp4_linear", mutates_args=())
+@quick_operator("vblackwell::fp4_linear")
 def fp4_linear(
     x: Tensor,
     codes: Tensor,
@@ -109,20 +111,26 @@ def fp4_linear(
     Raises:
         ValueError: unknown format, layout or kind of activations; shapes, dtypes or devices that do not fit together.
     """
-    check_operands(x, codes, block_scales, row_scale, bias, k, layout, fp4_format(format_name).block_size)
-    if activations not in FP4_ACTIVATIONS:
-        raise ValueError(f"unknown activations {activations!r}; valid: {', '.join(FP4_ACTIVATIONS)}")
-    n = row_scale.shape[0]
-    check_epilogue(n, epilogue)
-    case = make_case(x.dtype, math.prod(x.shape[:-1]), n, k, format_name, layout, activations)
-    chosen = choose(get_target(x.device), case, implementations).implementation
-    arguments = (x, codes, block_scales, row_scale, bias, k, format_name, layout)
-    with on_device(x.device):
-        if epilogue == "none":
-            return chosen.run(*arguments).contiguous()
-        if "epilogue" in chosen.options:
-            return chosen.run(*arguments, epilogue=epilogue).contiguous()
-        return _apply(chosen.run(*arguments).contiguous(), epilogue)
+
+    def run() -> Tensor:
+        check_operands(x, codes, block_scales, row_scale, bias, k, layout, fp4_format(format_name).block_size)
+        if activations not in FP4_ACTIVATIONS:
+            raise ValueError(f"unknown activations {activations!r}; valid: {', '.join(FP4_ACTIVATIONS)}")
+        n = row_scale.shape[0]
+        check_epilogue(n, epilogue)
+        case = make_case(x.dtype, math.prod(x.shape[:-1]), n, k, format_name, layout, activations)
+        chosen = to_be_run(choose(get_target(x.device), case, implementations))
+        arguments = (x, codes, block_scales, row_scale, bias, k, format_name, layout)
+        with on_device(x.device):
+            if epilogue == "none":
+                return chosen.run(*arguments).contiguous()
+            if "epilogue" in chosen.options:
+                return chosen.run(*arguments, epilogue=epilogue).contiguous()
+            return _apply(chosen.run(*arguments).contiguous(), epilogue)
+
+    asked = implementations, forced_implementation("fp4_linear")
+    static = (k, format_name, layout, activations, epilogue, *asked)
+    return remembered("fp4_linear", static, (x, codes, block_scales, row_scale, bias), run)
 
 
 def _apply(y: Tensor, epilogue: str) -> Tensor:
@@ -142,17 +150,22 @@ def _(
     return x.new_empty([*x.shape[:-1], out_features(row_scale.shape[0], epilogue)])
 
 
-@torch.library.custom_op("vblackwell::fp4_linear_backward", mutates_args=())
+@quick_operator("vblackwell::fp4_linear_backward")
 def fp4_linear_backward(
     grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str,
     *, implementations: str = "",
 ) -> Tensor:  # fmt: skip
     """Gradient with respect to x, ``[..., K]``, of ``grad [..., N]`` through the decoded weight."""
-    n = row_scale.shape[0]
-    case = make_case(grad.dtype, math.prod(grad.shape[:-1]), n, k, format_name, layout)
-    choice = operator("fp4_linear_backward").choose(get_target(grad.device), case, implementations)
-    with on_device(grad.device):
-        return choice.implementation.run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
+
+    def run() -> Tensor:
+        rows, n = math.prod(grad.shape[:-1]), row_scale.shape[0]
+        case = make_case(grad.dtype, rows, n, k, format_name, layout)
+        choice = operator("fp4_linear_backward").choose(get_target(grad.device), case, implementations)
+        with on_device(grad.device):
+            return to_be_run(choice).run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
+
+    static = k, format_name, layout, implementations, forced_implementation("fp4_linear_backward")
+    return remembered("fp4_linear_backward", static, (grad, codes, block_scales, row_scale), run)
 
 
 @fp4_linear_backward.register_fake

@@ -14,7 +14,9 @@ from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_linear_triton import counters
-from vbcompile.kernels.fp4_tuning import tuned_config
+from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
+from vbcompile.kernels.launches import launch
+from vbcompile.kernels.replay import each_time
 from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS = 32
@@ -73,7 +75,7 @@ def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str)
     return f"takes columns in multiples of {TILE}" if k % TILE else None
 
 
-@functools.lru_cache(maxsize=256)
+@from_tables
 def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "triton_few", n, k, m)) is not None:
@@ -91,25 +93,39 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     return FewConfig(together, warps, unroll, _REGISTERS)
 
 
-_multiplied: dict[int, tuple[StorageWeakRef, tuple[int, int]]] = {}  # while the reference lives, so does the key
+# by address; while the references live, memory of others is elsewhere
+_multiplied: dict[tuple[int, int], tuple[StorageWeakRef, StorageWeakRef, int, int]] = {}
 
 
 def _may_overlap(codes: Tensor, block_scales: Tensor) -> bool:
     """Whether the kernel ahead cannot be the one that wrote these weights: they have been multiplied with, unchanged.
 
     A kernel that is launched early reads weights while the one ahead of it ends, so a weight that is new or was written
-    to wants another kernel in between.
+    to wants another kernel in between. Codes and scales count as one: either may be new.
     """
     if codes.is_inference() or block_scales.is_inference():
         return False  # these do not count their versions
-    storage, versions = codes.untyped_storage(), (codes._version, block_scales._version)
-    known = _multiplied.get(storage._cdata)
-    if known is not None and known[1] == versions:
+    key = codes.data_ptr(), block_scales.data_ptr()
+    known = _multiplied.get(key)
+    if (
+        known is not None
+        and known[2] == codes._version
+        and known[3] == block_scales._version
+        and not known[0].expired()
+        and not known[1].expired()
+    ):
         return True
-    for key in [key for key, (reference, _) in list(_multiplied.items()) if reference.expired()]:
-        _multiplied.pop(key, None)
-    _multiplied[storage._cdata] = (StorageWeakRef(storage), versions)
+    for old in [old for old, (one, other, *_) in list(_multiplied.items()) if one.expired() or other.expired()]:
+        _multiplied.pop(old, None)
+    references = StorageWeakRef(codes.untyped_storage()), StorageWeakRef(block_scales.untyped_storage())
+    _multiplied[key] = (*references, codes._version, block_scales._version)
     return False
+
+
+def _kernel_in_between(codes: Tensor, block_scales: Tensor) -> None:
+    """A small kernel ahead of one that is launched early, where that one wants it."""
+    if not _may_overlap(codes, block_scales):
+        torch.zeros(1, device=codes.device)
 
 
 def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
@@ -121,7 +137,7 @@ def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout:
     return f"takes columns in multiples of {CHUNK}" if k % CHUNK else refuses_few(target, dtype, m, k, layout)
 
 
-@functools.lru_cache(maxsize=256)
+@from_tables
 def diagonal_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     """Like :func:`few_config`: all blocks run at once, with about 14 warps a multiprocessor."""
     if (tuned := tuned_config(target, "triton_diagonal", n, k, m)) is not None:
@@ -143,7 +159,7 @@ def refuses_stream(target: Target, dtype: torch.dtype, m: int, k: int, layout: s
     return refuses_diagonal(target, dtype, 1, k, layout) or refuses_few(target, dtype, m, k, layout)
 
 
-@functools.lru_cache(maxsize=256)
+@from_tables
 def stream_config(target: Target, m: int, n: int, k: int) -> StreamConfig:
     """Like :func:`few_config`."""
     if (tuned := tuned_config(target, "triton_stream", n, k, m)) is not None:
@@ -195,7 +211,8 @@ def product_few(
     target = get_target(x.device)
     config = config or few_config(target, 1 << (m - 1).bit_length(), n, k)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
-    fp4_decode_kernel[(-(-n // (16 * config.strips)),)](
+    launch(
+        fp4_decode_kernel, (-(-n // (16 * config.strips)),),
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, k // TILE, rows.stride(0),
         codes.shape[1], BIAS=bias is not None,
         **launch_options(target, x.dtype, m, format_name, layout, config, epilogue),
@@ -243,10 +260,10 @@ def product_diagonal(
     m, n = rows.shape[0], row_scale.shape[0]
     config = config or diagonal_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
-    if not _may_overlap(codes, block_scales):
-        out.zero_()  # a kernel in between
+    each_time(_kernel_in_between, codes, block_scales)
     steps = k // (CHUNK * config.warps * config.unroll)
-    fp4_diagonal_kernel[(-(-n // (16 * config.strips)),)](
+    launch(
+        fp4_diagonal_kernel, (-(-n // (16 * config.strips)),),
         rows, codes, block_scales, row_scale, row_scale if bias is None else bias, out, m, n, steps, rows.stride(0),
         codes.shape[1], BIAS=bias is not None, **diagonal_options(x.dtype, m, format_name, config, epilogue),
     )  # fmt: skip
@@ -282,13 +299,13 @@ def product_stream(
     config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)
     options = stream_options(x.dtype, m, format_name, config, epilogue)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
-    if not _may_overlap(codes, block_scales):
-        out.zero_()  # a kernel in between
+    each_time(_kernel_in_between, codes, block_scales)
     tiles, chunks = -(-n // (16 * config.strips * config.warps)), k // CHUNK
     programs = min(tiles * chunks, (target.multiprocessors or 132) * config.blocks)
     size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps
     partial = torch.empty(2 * programs * size, dtype=torch.float32, device=x.device)
-    fp4_stream_kernel[(programs,)](
+    launch(
+        fp4_stream_kernel, (programs,),
         rows.view(torch.int32), codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial,
         counters(x.device, tiles), m, n, rows.stride(0) // 2, chunks, codes.shape[1], tiles * chunks,
         BIAS=bias is not None, **options,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vbcompile.device import Target
 from vbcompile.kernels import fp4_linear_triton
+from vbcompile.kernels.launches import launch
 
 NEEDS = "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
 _OLDEST = (8, 9)
@@ -53,7 +54,9 @@ def quantize_rows(x: Tensor, paired: bool = False, factor: float = 1.0) -> tuple
     scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     most = _ROW_BLOCK if m >= _ENOUGH_ROWS else 16384  # the longest rows are read twice, which keeps more in flight
     block = min(most, 1 << (k - 1).bit_length())
-    fp8_rows_kernel[(m,)](
+    launch(
+        fp8_rows_kernel,
+        (m,),
         x,
         out,
         scale,

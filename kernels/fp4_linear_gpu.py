@@ -186,7 +186,9 @@ for _name, _run, _refuses, _cost, _options in (
     ("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost, frozenset()),
     ("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost, frozenset()),
 ):
-    operator("fp4_linear").register(Implementation(_name, _run, _refuses, _measured_or(_name, _cost), _options))
+    operator("fp4_linear").register(
+        Implementation(_name, _run, _refuses, _measured_or(_name, _cost), _options, replays=True)
+    )
 operator("fp4_linear_backward").register(
-    Implementation("triton_dequantize", dequantize_backward, _refuses_dequantize, _dequantize_cost),
+    Implementation("triton_dequantize", dequantize_backward, _refuses_dequantize, _dequantize_cost, replays=True),
 )

@@ -1,6 +1,5 @@
 """Launches of the FP4 product for many rows of x on Hopper (:mod:`vbcompile.kernels.fp4_linear_wide`)."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
-from vbcompile.kernels.fp4_tuning import tuned_config
+from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
+from vbcompile.kernels.launches import launch
 from vbcompile.kernels.triton_target import refuses_triton
 
 _CONSUMERS = 2
@@ -85,7 +85,7 @@ def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
             yield from (wide_shape(block_m, tiles, splits, fp8) for splits in (1, 0, 2, 3, 4, 6, 8))
 
 
-@functools.lru_cache(maxsize=256)
+@from_tables
 def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> WideConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None:
@@ -212,7 +212,8 @@ def _launch(
         size = (2 * shares.programs * parts, TILE * config.block_m)
         partial = torch.empty(size, dtype=torch.float32, device=out.device)
         arrived = counters(out.device, (shares.left // shares.pairs) * parts)
-    fp4_wide_kernel[(shares.programs,)](
+    launch(
+        fp4_wide_kernel, (shares.programs,),
         *descriptors(rows, codes, block_scales, out, format_name, config, epilogue), row_scale,
         row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n,
         -(-m // config.block_m), shares.pairs, shares.whole, shares.left, BIAS=bias is not None,

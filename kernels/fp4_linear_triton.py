@@ -4,19 +4,22 @@ Tile shapes come from the tables of :mod:`vbcompile.kernels.fp4_tuning`, or from
 shape of the weight): nothing is tuned at run time.
 """
 
-import functools
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vbcompile.compat_calls import current_stream
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
-from vbcompile.kernels.fp4_tuning import tuned_config
+from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
+from vbcompile.kernels.launches import launch
+from vbcompile.kernels.replay import each_time
 from vbcompile.kernels.triton_target import refuses_triton
 
 MOST_ROWS: int = 512  # of x; beyond, decoding once and a vendor product is always faster
@@ -78,7 +81,7 @@ def refuses_product(target: Target, dtype: torch.dtype, m: int, layout: str) -> 
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles
-@functools.lru_cache(maxsize=1024)
+@from_tables
 def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
     """The tile shape for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula from the bucket of m."""
     if (tuned := tuned_config(target, "triton", n, k, m)) is not None:
@@ -153,7 +156,8 @@ def product(
     if splits > 1:
         partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
         arrived = counters(x.device, grid[0] * grid[2])
-    fp4_product_kernel[grid](
+    launch(
+        fp4_product_kernel, grid,
         rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial,
         arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
         BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
@@ -174,7 +178,8 @@ def dequantize(
 
     n, column_tiles = row_scale.shape[0], codes.shape[1]
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
-    fp4_dequantize_kernel[(-(-n // TILE), column_tiles // 2)](
+    launch(
+        fp4_dequantize_kernel, (-(-n // TILE), column_tiles // 2),
         codes.view(torch.int32), block_scales, row_scale, out, n, k, column_tiles, COLUMNS=2, num_warps=8,
         SCALED=dtype != torch.float8_e4m3fn, **decoding(get_target(codes.device), format_name, layout, dtype),
     )  # fmt: skip
@@ -222,15 +227,21 @@ def counters(device: torch.device, count: int) -> Tensor:
     a graph may be replayed on any stream; where none are left, or :func:`prepare` was not called before the recording
     began, the graph zeroes fresh ones at each replay.
     """
+    found = each_time(partial(_counters, device, count))
+    assert found is not None
+    return found
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
+    capturing, key = torch.cuda.is_current_stream_capturing(), (device, current_stream(device))
+    have = None if capturing else _by_stream.get(key)
+    if have is not None and have.numel() >= count:
+        return have
     prepare(device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
     with _lock:
-        pool, have = _pools.get(device), None if capturing else _by_stream.get(key)
-        if have is not None and have.numel() >= count:
-            return have
+        pool = _pools.get(device)
         wanted = -(-(count if capturing else max(count, 1024)) // 4) * 4
         if pool is None or pool.used + wanted > pool.counters.numel():
             return torch.zeros(count, dtype=torch.int32, device=device)

@@ -2,21 +2,23 @@
 
 Nothing is measured when a model runs. ``tuned/fp4_linear.json`` holds, per architecture, the device that was measured
 and rows of ``[format, N, K, rows of x, microseconds of the bfloat16 product, {implementation: [microseconds,
-configuration or null]}]``; the user's table, written by ``vbcompile tune``, has the same form. Shapes that are in
-neither are cut up by formula.
+configuration or null]}]``, infinite for one that does not run; the user's table, written by ``vbcompile tune``, has
+the same form. Shapes that are in neither are cut up by formula. A table knows nothing of implementations that are newer
+than it: those keep what the shipped table says of the shape, or their estimate.
 """
 
 import functools
 import json
 import logging
-import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from vbcompile.device import Target
+from vbcompile.kernels.registry import forget_choices
 
 log = logging.getLogger(__name__)
 _SHIPPED = "tuned/fp4_linear.json"
@@ -62,11 +64,11 @@ def tuned_config(target: Target, implementation: str, n: int, k: int, m: int) ->
 
 
 def relative_cost(target: Target, implementation: str, format_name: str, n: int, k: int, m: int) -> float | None:
-    """Measured time in units of the bfloat16 product's; infinite where others were measured and this one was not."""
+    """Measured time in units of the bfloat16 product's; None where this implementation was not measured."""
     measured = lookup(target.arch, format_name, n, k, m)
-    if measured is None:
+    if measured is None or implementation not in measured.times:
         return None
-    return measured.times.get(implementation, math.inf) / measured.dense
+    return measured.times[implementation] / measured.dense
 
 
 def write_user_table(arch: str, device: str, rows: list[list[Any]]) -> Path:
@@ -82,13 +84,27 @@ def write_user_table(arch: str, device: str, rows: list[list[Any]]) -> Path:
     content[arch] = {"device": device, "rows": sorted(kept + rows, key=lambda row: row[:4])}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    _tables.cache_clear()
+    forget()
     return path
 
 
 def forget() -> None:
-    """Read the tables anew at the next question."""
+    """Read the tables anew at the next question, and make every choice anew that follows from them."""
     _tables.cache_clear()
+    for clear in _choices:
+        clear()
+    forget_choices()
+
+
+_choices: list[Callable[[], None]] = []
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def from_tables(function: F) -> F:
+    """Remembers what a function of hashable arguments chooses, until the tables change."""
+    remembering = functools.lru_cache(maxsize=1024)(function)
+    _choices.append(remembering.cache_clear)
+    return cast(F, remembering)
 
 
 @functools.cache
@@ -123,9 +139,11 @@ def _read(text: str) -> dict[str, Any]:
 def _merge(tables: dict[str, dict[tuple[str, int, int], dict[int, Measured]]], content: dict[str, Any]) -> None:
     for arch, table in content.items():
         for format_name, n, k, m, dense, times in table["rows"]:
-            measured = Measured(
+            rows = tables.setdefault(arch, {}).setdefault((format_name, n, k), {})
+            before = rows.get(m, Measured(dense, {}, {}))
+            known = {name: time * dense / before.dense for name, time in before.times.items()}
+            rows[m] = Measured(
                 dense,
-                {name: time for name, (time, _) in times.items()},
-                {name: None if config is None else tuple(config) for name, (_, config) in times.items()},
+                known | {name: time for name, (time, _) in times.items()},
+                before.configs | {name: None if c is None else tuple(c) for name, (_, c) in times.items()},
             )
-            tables.setdefault(arch, {}).setdefault((format_name, n, k), {})[m] = measured

@@ -171,22 +171,26 @@ def _maker(argument: Any) -> Callable[[Sequence[int]], Any] | None:
 
 
 class _TensorMap:
-    """Makes a descriptor's argument, the driver's map of the tensor; the last one is kept with its address."""
+    """Makes a descriptor's argument, the driver's map of a tensor; kept by address: layers share the rest."""
+
+    _MOST = 512
 
     def __init__(self, placed: PlacedDescriptor, metadata: Any) -> None:
         self._root, self._offset = placed.place.root, placed.place.offset
         self._descriptor, self._metadata = _maker(placed), metadata
-        self._last: tuple[int, Any] = (-1, None)
+        self._known: dict[int, Any] = {}
         shape = [*placed.original.shape]
         shape[-1] *= 2 if metadata["fp4_padded"] else 1
         self.after = (*shape, *placed.original.strides)  # the launcher wants them again
 
     def __call__(self, addresses: Sequence[int]) -> Any:
         address = addresses[self._root] + self._offset
-        last = self._last
-        if last[0] != address:
-            self._last = last = (address, self._make(addresses))
-        return last[1]
+        found = self._known.get(address)
+        if found is None:
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            found = self._known[address] = self._make(addresses)
+        return found
 
     def _make(self, addresses: Sequence[int]) -> Any:
         from triton.backends.nvidia.driver import make_tensordesc_arg

@@ -109,8 +109,7 @@ class Operator:
         if any(i.name == implementation.name for i in self.implementations):
             raise ValueError(f"operator {self.name!r} already has an implementation {implementation.name!r}")
         self.implementations.append(implementation)
-        _choose.cache_clear()
-        replay.forget()
+        forget_choices()
 
     def choose(self, target: Target, case: Hashable, asked: str = "") -> Choice:
         """The cheapest implementation that takes ``case`` on ``target``, or the forced one; remembered per case.
@@ -123,6 +122,19 @@ class Operator:
         """
         with following(asked):
             return _choose(self.name, target, case, forced_implementation(self.name))
+
+
+def to_be_run(choice: Choice) -> Implementation:
+    """The implementation; a recording of the call that is under way is given up if it does not take part in that."""
+    if not choice.implementation.replays:
+        replay.refuse()
+    return choice.implementation
+
+
+def forget_choices() -> None:
+    """Make every choice anew: implementations or their costs have changed."""
+    _choose.cache_clear()
+    replay.forget()
 
 
 _OPERATORS = {name: Operator(name) for name in MODULES}

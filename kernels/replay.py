@@ -49,6 +49,19 @@ def refuse() -> None:
         recorder.refused = True
 
 
+def each_time(function: Callable[..., Tensor | None], *tensors: Tensor) -> Tensor | None:
+    """``function(*tensors)``, which a repeated call does again: for what depends on more than the key.
+
+    The tensors are ones that the call was given or made. What the function does is not recorded; its result is a tensor
+    that is alike every time, at an address that is a multiple of 16 bytes.
+    """
+    recorder = getattr(_this_thread, "recorder", None)
+    if recorder is None:
+        return function(*tensors)
+    found: Tensor | None = recorder.each_time(function, tensors)
+    return found
+
+
 def takes(device: torch.device) -> bool:
     """Whether calls on a device are remembered: where our kernels run and the host is the slower one."""
     return device.type == "cuda" and torch.version.hip is None
@@ -230,6 +243,21 @@ class _Call(_Step):
                 tensors[number], addresses[number] = t, t.data_ptr()
 
 
+class _Again(_Step):
+    """A function of :func:`each_time`."""
+
+    writes = True
+
+    def __init__(self, function: Callable[..., Tensor | None], numbers: Sequence[int], result: int | None) -> None:
+        self.function, self.reads, self.number = function, numbers, result
+        self.makes = [] if result is None else [result]
+
+    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
+        found = self.function(*[tensors[n] for n in self.reads])
+        if found is not None and self.number is not None:
+            tensors[self.number], addresses[self.number] = found, found.data_ptr()
+
+
 class _Launched(_Step):
     writes = True
 
@@ -299,6 +327,22 @@ class _Recorder(TorchDispatchMode):
         given = [launches.placed(a, self._place) for a in arguments]
         named = {name: launches.placed(a, self._place) for name, a in options.items()}
         self._steps.append(_Launched(Repeated(kernel, grid, given, named, compiled)))
+
+    def each_time(self, function: Callable[..., Tensor | None], given: Sequence[Tensor]) -> Tensor | None:
+        """The result; the call becomes a step."""
+        outermost, self._inside = not self._inside, True
+        try:
+            found = function(*given)
+        finally:
+            self._inside = not outermost
+        if self.refused or self._inside:
+            return found
+        if any(id(t) not in self._number for t in given):
+            self.refused = True
+            return found
+        numbers = [self._number[id(t)] for t in given]
+        self._steps.append(_Again(function, numbers, None if found is None else self._new(found)))
+        return found
 
     def _place(self, t: Tensor) -> Place:
         if id(t) not in self._number:

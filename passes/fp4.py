@@ -18,12 +18,10 @@ from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
 from vbcompile.kernels.fp4_linear import Fp4LinearCase, make_case
-from vbcompile.kernels.fp4_linear_fp8 import multiplies_fp8
-from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
-from vbcompile.kernels.fp4_native import native_layout
+from vbcompile.kernels.fp4_linear_triton import prepare
 from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, refuse_weight
 from vbcompile.kernels.fp4_tuning import relative_cost
-from vbcompile.kernels.registry import Choice, as_text, operator
+from vbcompile.kernels.registry import Choice, operator
 from vbcompile.kernels.triton_target import refuses_triton
 from vbcompile.passes.fp4_epilogues import Epilogue, find_epilogues
 from vbcompile.passes.fp4_experts import ExpertSite, expert_sites, rewrite_experts
@@ -49,7 +47,16 @@ from vbcompile.passes.fp4_sites import (
     weight_inputs,
 )
 from vbcompile.passes.fp4_training import TrainedWeights
-from vbcompile.passes.fp4_weights import Packed, PackKey, adopted_format, canonical_form, is_hollow, pack, state_of
+from vbcompile.passes.fp4_weights import (
+    Packed,
+    PackKey,
+    adopted_format,
+    canonical_form,
+    is_hollow,
+    pack,
+    pack_key,
+    state_of,
+)
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import describe_site, module_graphs, value_of
 from vbcompile.report import Decision
@@ -165,20 +172,9 @@ class _Fp4Pass:
         dtype, rows = self._dtype(site), _rows(site.x)
         n, k = reversed(weight.shape[-2:]) if site.transposed else weight.shape[-2:]
         format_name = adopted_format(weight) or self.config.fp4_format
-        in_fp8 = self.config.fp4_activations == "fp8" and isinstance(site, LinearSite)
-        method = "fp8" if in_fp8 and multiplies_fp8(self.context.target) else "mse"
-        layout, asked = self._layout(site, format_name), as_text(self.context.implementations)
-        key = PackKey(format_name, layout, site.transposed, method, implementations=asked)
+        key = pack_key(self.context, format_name, site.transposed, dtype, rows, isinstance(site, LinearSite))
         candidate = Candidate(site, key, dtype, rows, int(n), int(k))
         return candidate if is_hollow(weight) else self._too_slow(candidate) or candidate
-
-    def _layout(self, site: LinearSite | ExpertSite, format_name: str) -> str:
-        """Tiles, but for hardware that reads FP4 as it is; gradients are made from tiles."""
-        target, native = self.context.target, None
-        if isinstance(site, LinearSite) and not self.context.training:
-            dtype, rows = self._dtype(site), _rows(site.x)
-            native = native_layout(target, format_name, self.config.fp4_activations, dtype, rows)
-        return native or preferred_layout(target)
 
     def _refuses(self, site: LinearSite | ExpertSite) -> str | None:
         """Why a site stays as it is, as far as that shows without reading the weight's data."""

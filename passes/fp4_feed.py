@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vbcompile.passes.fp4_weights import Packed, PackKey, give_up, pack
+from vbcompile.passes.fp4_weights import Packed, PackKey, WeightState, give_up, looks_inside, pack
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class WeightFeed:
         self._fed, self._max_error, self._watch, self._unpacked = fed, max_error, watch, unpacked
         self._gives_up = any(master != "keep" for one in fed for master in one.master)
         self._warned = False
+        # positions of weights with what was last seen of them, and the tensors that go with that
+        self._last: tuple[list[tuple[int, WeightState, int]], list[Tensor]] | None = None
 
     def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """``compiled`` called with the packed tensors added."""
@@ -61,13 +63,29 @@ class WeightFeed:
         return with_packed_weights
 
     def _tensors(self, args: Sequence[Any]) -> list[Tensor]:
+        last = self._last
+        if last is not None:
+            seen, extra = last
+            for position, state, contents in seen:
+                if state.contents != contents or not state.is_as_seen(args[position]):
+                    break
+            else:
+                return extra
+        return self._looked_for(args)
+
+    def _looked_for(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors after a look at every weight, those made again that have to be."""
         extra: list[Tensor] = []
+        seen: list[tuple[int, WeightState, int]] = []
         for fed in self._fed:
             weights = [args[position] for position in fed.positions]
             packed = fed.packed  # at once: another thread may call with other weights
             if not packed.is_current(weights, self._watch) or max(packed.errors) > self._max_error:
                 packed = fed.packed = self._packed_again(fed, weights)
             extra += packed.linear.tensors
+            seen += [(p, *looked) for p, looked in zip(fed.positions, packed.states, strict=True)]
+        if not any(looks_inside(args[position], self._watch) for position, *_ in seen):
+            self._last = seen, extra
         return extra
 
     def _packed_again(self, fed: FedWeight, weights: list[Tensor]) -> Packed:

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,11 @@ from vbcompile.kernels.fp4 import PackedWeight, concat_rows, row_ranges, row_sca
 from vbcompile.kernels.fp4_epilogue import turns
 from vbcompile.kernels.fp4_grouped import to_grouped_layout
 from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
+from vbcompile.kernels.fp4_linear_fp8 import multiplies_fp8
+from vbcompile.kernels.fp4_linear_triton import preferred_layout
+from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
+from vbcompile.kernels.registry import as_text
 
 WATCHES = ("samples", "contents")
 _SAMPLED = 4  # rows, and columns, of a weight that are looked at
@@ -48,6 +53,25 @@ class PackKey:
     method: str = "mse"
     gate: str = ""
     implementations: str = ""
+
+
+def pack_key(
+    context: Any, format_name: str, transposed: bool, dtype: torch.dtype, rows: int | None, linear: bool = True
+) -> PackKey:
+    """How a weight is packed for the products that it will get under the options.
+
+    Args:
+        context: what a pass may know (``pipeline.PassContext``).
+        dtype, rows: of the activation; None for rows that are not known.
+        linear: whether the weight is of a linear layer, not a stack of experts.
+    """
+    target, activations = context.target, context.config.fp4_activations
+    # tiles, but for hardware that reads FP4 as it is; gradients are made from tiles
+    native = linear and not context.training
+    layout = native_layout(target, format_name, activations, dtype, rows) if native else None
+    in_fp8 = linear and activations == "fp8" and multiplies_fp8(target)
+    asked, method = as_text(context.implementations), "fp8" if in_fp8 else "mse"
+    return PackKey(format_name, layout or preferred_layout(target), transposed, method, implementations=asked)
 
 
 @dataclass(eq=False)
@@ -77,11 +101,15 @@ class WeightState:
 
     def look(self, weight: Tensor, watch: str) -> int:
         """Compare the weight with what was last seen of it, and return the number of its contents."""
-        if weight._version != self.version or weight.data_ptr() != self.address:
+        if not self.is_as_seen(weight):
             self.changed(weight)
-        elif not self.dropped:
+        elif not self.dropped and looks_inside(weight, watch):
             self._look_inside(weight, watch)
         return self.contents
+
+    def is_as_seen(self, weight: Tensor) -> bool:
+        """Whether this is the weight, with the version and address that it had."""
+        return self.weight() is weight and weight._version == self.version and weight.data_ptr() == self.address
 
     def _look_inside(self, weight: Tensor, watch: str) -> None:
         if weight.device.type == "cpu":
@@ -105,6 +133,11 @@ class WeightState:
         """What the weight is now is what is known of it."""
         self.version, self.address = weight._version, weight.data_ptr()
         self.sample = self.checksum = None
+
+
+def looks_inside(weight: Tensor, watch: str) -> bool:
+    """Whether values of a weight are looked at, besides its version and address."""
+    return weight.device.type == "cpu" or watch == "contents"
 
 
 @dataclass(eq=False)

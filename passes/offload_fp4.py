@@ -8,7 +8,7 @@ memory; when the weight is written to, it is packed again before the next step.
 import logging
 import math
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from vbcompile.kernels.fp4 import PackedWeight, concat_rows
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_linear import choose, make_case
-from vbcompile.kernels.fp4_linear_triton import preferred_layout, prepare
+from vbcompile.kernels.fp4_linear_triton import prepare
 from vbcompile.kernels.fp4_quantize import quantize, refuse_weight, relative_error
-from vbcompile.kernels.registry import as_text
 from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
 from vbcompile.passes.fp4_sites import (
     LinearSite,
@@ -34,7 +33,7 @@ from vbcompile.passes.fp4_sites import (
     linear_sites,
     rematch,
 )
-from vbcompile.passes.fp4_weights import PackKey
+from vbcompile.passes.fp4_weights import PackKey, pack_key
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import value_of
 from vbcompile.report import Decision
@@ -53,13 +52,14 @@ class _Form:
     """The packed form of some weights, one below the other.
 
     Attributes:
+        key: How they were packed, with the layout that they are in.
         errors: Relative error of each.
         versions: Of each when it was packed.
     """
 
     bundle: Bundle
     k: int
-    layout: str
+    key: PackKey
     errors: list[float]
     versions: list[int]
 
@@ -98,6 +98,7 @@ class Packer:
         self.graph, self.weights, self.fakes, self.fake_mode = graph, weights, fakes, fake_mode
         self.store, self.context, self.config = store, context, context.config
         self.parts: dict[fx.Node, int] = {}
+        self._forms: dict[tuple[_Member, ...], _Form] = {}
         self._nodes: dict[tuple[_Member, ...], tuple[fx.Node, ...]] = {}
         self._decisions: dict[fx.Node, Decision] = {}
         self._effects = Effects(graph)
@@ -125,10 +126,9 @@ class Packer:
 
     def refresh(self) -> None:
         """Pack again what was written to since."""
-        for members in self._nodes:
-            form = self.store.forms[members, self.config.fp4_format]
+        for members, form in self._forms.items():
             if form.versions != [member.payload.version for member in members]:
-                linear, form.errors = self._packed(members, form.layout, {})
+                linear, form.errors = self._packed(members, form.key, {})
                 refill(form.bundle, linear.tensors)
                 form.versions = [member.payload.version for member in members]
 
@@ -142,7 +142,8 @@ class Packer:
             return None
         sizes = value_of(site.x).shape[:-1]
         rows = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
-        key = PackKey(self.config.fp4_format, preferred_layout(self.context.target), site.transposed)
+        # whatever the rows: a weight has one packed form for all graphs
+        key = pack_key(self.context, self.config.fp4_format, site.transposed, self._dtype(site), None)
         n, k = self._shape(site)
         candidate = Candidate(site, key, self._dtype(site), rows, n, k)
         if (reason := self._too_slow(candidate)) is not None:
@@ -170,7 +171,10 @@ class Packer:
 
     def _too_slow(self, candidate: Candidate) -> str | None:
         rows, key = candidate.rows, candidate.key
-        case = make_case(candidate.dtype, rows or 1, candidate.n, candidate.k, key.format_name, key.layout)
+        case = make_case(
+            candidate.dtype, rows or 1, candidate.n, candidate.k, key.format_name, key.layout,
+            self.config.fp4_activations,
+        )  # fmt: skip
         choice = choose(self.context.target, case)
         if choice.asked:
             return None
@@ -196,11 +200,11 @@ class Packer:
     def _accepts(self, candidate: Candidate, fresh: dict[_Member, _Quantized]) -> bool:
         """Whether a weight loses no more than it may; that is found out once for all graphs and contents."""
         member = self._member(candidate)
-        place = (member, member.payload.version, self.config.fp4_format, "error")
+        place = (member, member.payload.version, candidate.key, "error")
         known: float | str | None = self.store.forms.get(place)
         if known is None:
             try:
-                fresh[member] = self._quantized(member)
+                fresh[member] = self._quantized(member, candidate.key)
                 known = fresh[member][1]
             except ValueError as problem:
                 known = str(problem)
@@ -214,17 +218,18 @@ class Packer:
     def _form(self, group: Sequence[Candidate], fresh: dict[_Member, _Quantized]) -> _Form:
         """The packed form of a group's weights, made once for all graphs."""
         members = tuple(map(self._member, group))
-        key = members, self.config.fp4_format
+        key = members, group[0].key
         if key not in self.store.forms:
-            linear, errors = self._packed(members, group[0].key.layout, fresh)
+            linear, errors = self._packed(members, group[0].key, fresh)
             device, name = members[0].payload.device, " + ".join(m.payload.name for m in members)
             if linear.layout != "plain":
                 prepare(device)
             made = bundle(f"{name} packed", linear.tensors, device, self.store.host, self._folder(linear))
             self.store.add(made)
             versions = [member.payload.version for member in members]
-            self.store.forms[key] = _Form(made, linear.k, linear.layout, errors, versions)
+            self.store.forms[key] = _Form(made, linear.k, replace(group[0].key, layout=linear.layout), errors, versions)
         found: _Form = self.store.forms[key]
+        self._forms[members] = found
         return found
 
     def _folder(self, linear: LinearWeight) -> Path | None:
@@ -240,14 +245,16 @@ class Packer:
         return self.store.folder
 
     def _packed(
-        self, members: Sequence[_Member], layout: str, fresh: dict[_Member, _Quantized]
+        self, members: Sequence[_Member], key: PackKey, fresh: dict[_Member, _Quantized]
     ) -> tuple[LinearWeight, list[float]]:
-        found = [fresh.get(member) or self._quantized(member) for member in members]
+        found = [fresh.get(member) or self._quantized(member, key) for member in members]
         parts = [packed for packed, _ in found]
         whole = concat_rows(parts) if len(parts) > 1 else parts[0]
-        return to_layout(whole, "plain" if refuses_layout(whole, layout) else layout), [error for _, error in found]
+        return to_layout(whole, "plain" if refuses_layout(whole, key.layout) else key.layout), [
+            error for _, error in found
+        ]
 
-    def _quantized(self, member: _Member) -> _Quantized:
+    def _quantized(self, member: _Member, key: PackKey) -> _Quantized:
         """A weight packed as checkpoints hold it, on the device, and its relative error.
 
         Raises:
@@ -260,8 +267,8 @@ class Packer:
             reason = refuse_weight(weight, fp4_format(self.config.fp4_format))
             if reason is not None:
                 raise ValueError(reason)
-            asked = as_text(self.context.implementations)
-            packed = quantize(weight, self.config.fp4_format, name=member.payload.name, implementations=asked)
+            fmt, name = self.config.fp4_format, member.payload.name
+            packed = quantize(weight, fmt, method=key.method, name=name, implementations=key.implementations)
             return packed, float(relative_error(weight, packed))
 
     def _rewrite(self, group: Sequence[Candidate], form: _Form) -> None:
@@ -276,7 +283,7 @@ class Packer:
             bias = shared_bias(self.graph, sites)
             new = self.graph.call_function(
                 torch.ops.vblackwell.fp4_linear.default,
-                (x, *nodes, bias, form.k, self.config.fp4_format, form.layout, self.config.fp4_activations),
+                (x, *nodes, bias, form.k, self.config.fp4_format, form.key.layout, self.config.fp4_activations),
             )
         new.meta = dict(first.node.meta)
         for candidate, error in zip(group, form.errors, strict=True):
@@ -306,7 +313,7 @@ class Packer:
             {
                 "bytes": payload.nbytes,
                 "packed_bytes": form.bundle.nbytes * candidate.n // total,
-                "layout": form.layout,
+                "layout": form.key.layout,
                 "error": error,
                 "fused_with": others,
             },

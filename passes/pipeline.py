@@ -18,6 +18,7 @@ from vbcompile.passes.graph_ops import module_graphs
 from vbcompile.passes.implementation_choice import explain_choices, name_implementations
 from vbcompile.passes.offload import stream_weights
 from vbcompile.passes.precision import use_mixed_precision
+from vbcompile.passes.shared_values import compute_once
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_plan import PlanError
 
@@ -129,6 +130,7 @@ PASSES = (
     Pass("mixed_precision", use_mixed_precision, _wants_mixed_precision),
     # after mixed precision: the layers that it runs in bfloat16 take bfloat16 activations
     Pass("fp4", quantize_weights, lambda config: config.fp4, _no_fp4_kernel),
+    Pass("shared_values", compute_once, lambda config: config.fp4),
     # last: it plans what the others have left, and in every mode, since weights that are elsewhere have to arrive
     Pass("offload", stream_weights, lambda config: True),
 )

@@ -56,6 +56,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p, void 
   for (int n = 0; n < count; n++) note(p[n], sizes[n]);
   return CUDA_SUCCESS; }
 """
+_loaded: list["Stub"] = []  # the first that a process loads stays
 _BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}
 
 
@@ -115,9 +116,11 @@ def stub_driver(folder: Path, monkeypatch) -> Iterator[Stub]:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    stub = Stub(folder)
-    monkeypatch.setattr(knobs.nvidia, "libcuda_path", str(folder))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))  # launchers that are linked with the stub
+    if not _loaded:
+        _loaded.append(Stub(folder))
+    (stub,) = _loaded
+    monkeypatch.setattr(knobs.nvidia, "libcuda_path", str(stub.folder))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(stub.folder / "cache"))  # launchers that are linked with the stub
 
     class Driver(CudaDriver):
         def __init__(self) -> None:

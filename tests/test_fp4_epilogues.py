@@ -100,6 +100,10 @@ from test_fp4_epilogues import AFTER, exact, gated_weight
 from vbcompile.kernels import fp4_linear_triton as T
 from vbcompile.kernels.fp4_epilogue import apply_epilogue, is_gated
 from vbcompile.kernels.fp4_epilogue_kernels import epilogue_alone
+from vbcompile.kernels import replay
+from vbcompile.kernels.fp4_linear import fp4_linear
+from vbcompile.kernels.registry import force
+replay.takes = lambda device: True
 torch.manual_seed(0)
 for epilogue in AFTER:
     w, gate, up = gated_weight(160, 100, "fragments2")
@@ -112,6 +116,11 @@ for epilogue in AFTER:
         torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=2e-3)
         wide = T.product(x.float(), *w.tensors, bias, 100, "nvfp4", "fragments2", config, epilogue)
         torch.testing.assert_close(wide, want, rtol=2e-5, atol=1e-6)
+    for _ in range(4):  # the third and fourth repeat what the second did
+        x = torch.randn(2, 5, 104).half()[..., :100]
+        with force(fp4_linear="triton"):
+            got = fp4_linear(x, *w.tensors, bias, 100, "nvfp4", "fragments2", "same", epilogue)
+        assert torch.equal(got, T.product(x, *w.tensors, bias, 100, "nvfp4", "fragments2", None, epilogue))
     y = torch.randn(3, 1040)
     torch.testing.assert_close(epilogue_alone(y, epilogue), apply_epilogue(y, epilogue), rtol=1e-5, atol=1e-6)
     assert epilogue_alone(y[:0], epilogue).shape == apply_epilogue(y[:0], epilogue).shape

@@ -6,6 +6,7 @@ import torch
 from ptx_words import run_warp
 
 from vbcompile.device import Target
+from vbcompile.kernels import fp4_linear_few, replay
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
 from vbcompile.kernels.fp4_linear_decode import load_assembly, load_x_assembly, strip_assembly
 from vbcompile.kernels.fp4_linear_few import _may_overlap, refuses_diagonal, refuses_few, refuses_stream
@@ -115,8 +116,31 @@ def test_products_overlap_only_with_kernels_that_do_not_write_their_weight():
             written.zero_()
         assert not _may_overlap(codes, scales)
         assert _may_overlap(codes, scales) and _may_overlap(codes.detach(), scales)
+    other = torch.zeros(4, dtype=torch.uint8)
+    assert not _may_overlap(codes, other) and _may_overlap(codes, other)  # its codes alone were multiplied with
     with torch.inference_mode():
         unversioned = torch.zeros(8, dtype=torch.uint8)
     assert not any(_may_overlap(unversioned, scales) for _ in range(3))
     del codes, written
     assert not _may_overlap(torch.zeros(8, dtype=torch.uint8), scales)  # in the same place, perhaps
+
+
+def test_repeated_calls_look_at_their_weight_each_time(monkeypatch):
+    monkeypatch.setattr(replay, "takes", lambda device: True)
+    found, look = [], fp4_linear_few._may_overlap
+    monkeypatch.setattr(fp4_linear_few, "_may_overlap", lambda *weight: found.append(look(*weight)) or found[-1])
+    codes, scales = torch.zeros(8, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+
+    def call(x):
+        def run():
+            replay.each_time(fp4_linear_few._kernel_in_between, codes, scales)
+            return x + 1
+
+        return replay.remembered("a product", (), (x, codes, scales), run)
+
+    for number, (write, overlaps) in enumerate(((0, 0), (0, 1), (0, 1), (1, 0), (0, 1), (1, 0))):
+        if write:
+            scales.zero_()
+        x = torch.full((2,), float(number))
+        assert torch.equal(call(x), x + 1)
+        assert found[-1] == overlaps and len(found) == number + 1

@@ -181,6 +181,18 @@ def test_masters_move_to_the_host_and_back():
         assert model.gate.weight.isnan().all()  # the option holds for every call
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("master", ["host", "drop"])
+def test_graphs_of_inductor_run_on_without_masters_on_a_gpu(master):
+    model, x = Feed().cuda(), torch.randn(2, 128, device="cuda")
+    twin = decoded_twin(model, *FEED)
+    run = torch.compile(model, backend="vblackwell", options={"fp4": True, "fp4_master": master, "strict": True})
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(run(x), twin(x), rtol=2e-2, atol=2e-2)
+        assert model.gate.weight.isnan().all()
+
+
 def test_a_graph_that_needs_a_dropped_weight_fails():
     """bfloat16 with a few dozen rows runs unpacked on CPUs, unless only the packed weight is left."""
     model = nn.Linear(192, 192).bfloat16().requires_grad_(False)

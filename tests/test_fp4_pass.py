@@ -13,7 +13,7 @@ from torch import nn
 from vbcompile.config import ConfigError, resolve_config
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
-from vbcompile.passes import fp4, fp4_weights, pipeline
+from vbcompile.passes import fp4, fp4_feed, fp4_weights, pipeline
 
 pytestmark = pytest.mark.usefixtures("fresh_weights")
 
@@ -139,8 +139,24 @@ def test_updated_weights_are_packed_again(update):
     assert not torch.allclose(before, got)
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_updates_are_noticed_where_values_are_not_looked_at(update, monkeypatch):
+    """As on accelerators, where a call compares versions and addresses alone."""
+    monkeypatch.setattr(fp4_weights, "looks_inside", lambda weight, watch: False)
+    monkeypatch.setattr(fp4_feed, "looks_inside", lambda weight, watch: False)
+    model, x = Feed(), torch.randn(2, 128)
+    run = compiled(model)
+    with torch.no_grad():
+        run(x)
+        for _ in range(2):
+            UPDATES[update](model)
+            got = run(x)
+            torch.testing.assert_close(got, decoded_twin(model, *FEED)(x), rtol=1e-5, atol=1e-5)
+            assert torch.equal(got, run(x))
+
+
 def test_weights_are_packed_for_the_products_that_they_get(monkeypatch):
-    monkeypatch.setattr(fp4, "multiplies_fp8", lambda target: True)
+    monkeypatch.setattr(fp4_weights, "multiplies_fp8", lambda target: True)
     layer, x = nn.Linear(256, 256), torch.randn(2, 256)
     with torch.no_grad():
         for activations, method in (("same", "mse"), ("fp8", "fp8")):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -18,26 +19,16 @@ HOPPER = Target("nvidia", "cuda", "sm_90", multiprocessors=132, features=frozens
 SHAPE = (640, 1920)  # in no table
 
 
-def forget():
-    fp4_tuning.forget()
-    for cached in (fp4_linear_few.few_config, fp4_linear_hopper.wide_config, fp4_linear_triton.tile_config):
-        cached.cache_clear()
-    from vbcompile.kernels import registry
-
-    registry._choose.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def own_table(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    forget()
+    fp4_tuning.forget()
     yield tmp_path / "vbcompile" / "fp4_linear.json"
-    forget()
+    fp4_tuning.forget()
 
 
 def write(times, m=16, dense=10.0, shape=SHAPE):
     fp4_tuning.write_user_table("sm_90", "a card", [["nvfp4", *shape, m, dense, times]])
-    forget()
 
 
 def chosen(m, activations="same", shape=SHAPE):
@@ -61,6 +52,22 @@ def test_the_fastest_measured_one_runs_as_it_was_measured():
 def test_fp8_is_measured_and_still_has_to_be_asked_for():
     write({"triton_fp8": [1.0, None], "triton": [3.0, [64, 1, 2, 3, 4, 2]]}, m=64)
     assert (chosen(64), chosen(64, "fp8")) == ("triton", "triton_fp8")
+
+
+def test_kernels_that_a_table_does_not_know_keep_what_the_shipped_one_says_or_their_estimate():
+    shape, shipped = (4096, 4096), fp4_tuning.lookup("sm_90", "nvfp4", 4096, 4096, 16)
+    assert shipped is not None and "triton_stream" in shipped.times
+    cost = lambda name: fp4_tuning.relative_cost(HOPPER, name, "nvfp4", *shape, 16)
+    before = cost("triton_stream")
+    write({"triton": [300.0, None]}, dense=10 * shipped.dense, shape=shape)
+    assert cost("triton_stream") == pytest.approx(before) and cost("triton") == pytest.approx(30.0 / shipped.dense)
+    assert chosen(16, shape=shape) != "triton"
+    write({"triton": [9.0, None], "triton_few": [math.inf, None]})  # in no other table
+    assert cost("triton_stream") is not None and math.isinf(
+        fp4_tuning.relative_cost(HOPPER, "triton_few", "nvfp4", *SHAPE, 16)
+    )
+    assert fp4_tuning.relative_cost(HOPPER, "triton_stream", "nvfp4", *SHAPE, 16) is None
+    assert chosen(16) == "triton_stream"
 
 
 def test_rows_of_a_shape_are_replaced_and_others_stay(own_table):
@@ -116,6 +123,5 @@ def test_shapes_of_a_model():
 def test_tuning_on_a_gpu(own_table):
     (row,) = tune.tune([(512, 1024)], rows=[16])
     assert row[:4] == ["nvfp4", 512, 1024, 16] and row[4] > 0 and "triton" in row[5]
-    forget()
     fastest = min((time, name) for name, (time, _) in row[5].items() if name != "triton_fp8")[1]
     assert chosen(16, shape=(512, 1024)) == fastest

@@ -9,7 +9,14 @@ import torch
 from tests.stub_driver import stub_driver
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import attention as logical
-from vbcompile.kernels import attention_hopper, attention_problem, launches, registry, replay
+from vbcompile.kernels import (
+    attention_hopper,
+    attention_hopper_gradients,
+    attention_problem,
+    launches,
+    registry,
+    replay,
+)
 from vbcompile.kernels.score_function import Builder, ScoreFunction
 
 pytest.importorskip("triton")
@@ -38,7 +45,8 @@ def stub(folder, monkeypatch):
     target = catalog_target("sm_90")
     monkeypatch.setattr(logical, "get_target", lambda device: target)
     monkeypatch.setattr(attention_problem, "arch_of", lambda t: "sm_90")
-    monkeypatch.setattr(attention_hopper, "refuses", lambda *call: None)
+    for module in (attention_hopper, attention_hopper_gradients):
+        monkeypatch.setattr(module, "refuses", lambda *call: None)
     monkeypatch.setattr(attention_hopper, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(replay, "takes", lambda device: True)

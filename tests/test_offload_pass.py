@@ -11,6 +11,10 @@ from torch import nn
 
 import vbcompile
 from vbcompile.compat import own_tracing_context
+from vbcompile.config import Config
+from vbcompile.device_catalog import catalog_target
+from vbcompile.passes import fp4_weights
+from vbcompile.passes.pipeline import PassContext
 from vbcompile.runtime_disk import StorageError
 from vbcompile.vgpu_plan import PlanError
 
@@ -302,6 +306,24 @@ def test_packed_weights_are_what_is_streamed(reports):
         for each in (model, twin):
             each[1].up.weight.mul_(2)
     assert torch.equal(run(x), compiled(twin, mode="speed")(x))
+
+
+def test_streamed_weights_are_packed_for_the_activations_that_were_asked_for(monkeypatch):
+    monkeypatch.setattr(fp4_weights, "multiplies_fp8", lambda target: True)
+    model, x = blocks(128), torch.randn(2, 128)
+    twin = copy.deepcopy(model)
+    offload(model, "200KiB")
+    found = []
+    for activations in ("same", "fp8"):
+        torch._dynamo.reset()
+        options = {"mode": "full", "strict": True, "downstream": "eager", "fp4_activations": activations}
+        streamed, held = (torch.compile(m, backend="vblackwell", options=options) for m in (model, twin))
+        found.append(streamed(x))
+        assert torch.equal(found[-1], held(x))
+    assert not torch.equal(*found)
+    for arch, layout in (("sm_100", "plain"), ("sm_90", "fragments2t")):
+        context = PassContext(Config(fp4_activations="fp4"), catalog_target(arch), False)
+        assert fp4_weights.pack_key(context, "nvfp4", False, torch.bfloat16, None).layout == layout
 
 
 def test_packed_weights_that_share_their_input_are_one_product(reports):

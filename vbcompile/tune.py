@@ -5,6 +5,7 @@ Times are medians of CUDA-graph replays that go round copies of the weight, so t
 
 import functools
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
@@ -165,6 +166,7 @@ def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int
                 time = microseconds(calls(x, weights, run, **extra))
             except Exception as error:  # noqa: BLE001 - too much shared memory, say; logged, the others go on
                 log.warning("%s %s does not run with %d rows: %s", name, config, m, error)
+                times.setdefault(name, [math.inf, None])
                 continue
             if name not in times or time < times[name][0]:
                 times[name] = [round(time, 2), None if config is None else astuple(config)]
