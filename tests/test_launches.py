@@ -47,7 +47,7 @@ def stub(folder, monkeypatch):
     monkeypatch.setattr(attention_problem, "arch_of", lambda t: "sm_90")
     for module in (attention_hopper, attention_hopper_gradients):
         monkeypatch.setattr(module, "refuses", lambda *call: None)
-    monkeypatch.setattr(attention_hopper, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(replay, "takes", lambda device: True)
     for name in ("attention", "attention_backward"):
