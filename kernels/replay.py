@@ -12,16 +12,26 @@ the key, and it says so (``registry.Implementation.replays``).
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vbcompile.compat_calls import current_stream, empty_on_device, seen_as, storage_identity
+from vbcompile.compat_calls import current_stream, storage_identity
 from vbcompile.kernels import launches
 from vbcompile.kernels.launches import Place, Repeated
+from vbcompile.kernels.replay_steps import (
+    Again,
+    Allocate,
+    AllocateTogether,
+    Call,
+    Launched,
+    Number,
+    Step,
+    View,
+    leaves,
+)
 from vbcompile.kernels.triton_target import on_device
 
 log = logging.getLogger(__name__)
@@ -141,129 +151,7 @@ _SEED_ON_HOST = {  # give the seed of a dropout that is off
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
 }
-_ALIGNED = 512  # bytes, as PyTorch's allocator aligns
 _READ_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-class _Number:
-    """Stands for the tensor of a number in recorded arguments."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _filled(argument: Any, tensors: Sequence[Any]) -> Any:
-    """A recorded argument with its tensors."""
-    if argument.__class__ is _Number:
-        return tensors[argument.number]
-    if isinstance(argument, (tuple, list)):
-        return [_filled(a, tensors) for a in argument]
-    return argument
-
-
-def _leaves(argument: Any) -> list[Any]:
-    if isinstance(argument, (tuple, list)):
-        return [leaf for a in argument for leaf in _leaves(a)]
-    return [argument]
-
-
-def _numbers(argument: Any) -> list[int]:
-    return [leaf.number for leaf in _leaves(argument) if leaf.__class__ is _Number]
-
-
-class _Step:
-    """One thing to do again: ``reads`` and ``makes`` are numbers of tensors, ``addresses`` of those read by address."""
-
-    reads: Sequence[int] = ()
-    makes: Sequence[int] = ()
-    addresses: Sequence[int] = ()
-    writes = False  # into a tensor that it did not make
-
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        raise NotImplementedError
-
-
-class _Allocate(_Step):
-    def __init__(self, number: int, like: Tensor, zero: bool) -> None:
-        self.number, self.makes, self.zero = number, [number], zero
-        self.size, self.strides = tuple(like.shape), like.stride()
-        self.dtype, self.device = like.dtype, like.device
-        self.bytes = like.untyped_storage().nbytes()
-
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        t = empty_on_device(self.size, self.strides, self.dtype, self.device)
-        if self.zero:
-            t.zero_()
-        tensors[self.number], addresses[self.number] = t, t.data_ptr()
-
-
-class _AllocateTogether(_Step):
-    """One piece of memory for buffers that nothing but launches by address know."""
-
-    def __init__(self, parts: Sequence[_Allocate]) -> None:
-        self.makes = [part.number for part in parts]
-        *starts, total = accumulate((-(-part.bytes // _ALIGNED) * _ALIGNED for part in parts), initial=0)
-        self.parts = [*zip(self.makes, starts, strict=True)]
-        self.first, self.size, self.device = self.makes[0], (total,), parts[0].device
-
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        t = empty_on_device(self.size, (1,), torch.uint8, self.device)
-        begin = t.data_ptr()
-        tensors[self.first] = t
-        for number, start in self.parts:
-            addresses[number] = begin + start
-
-
-class _View(_Step):
-    """Memory of another tensor seen in another form."""
-
-    def __init__(self, number: int, root: int, offset: int, like: Tensor) -> None:
-        self.number, self.makes, self.root, self.reads = number, [number], root, [root]
-        self.size, self.strides, self.offset = tuple(like.shape), like.stride(), offset // like.element_size()
-
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        tensors[self.number] = seen_as(tensors[self.root], self.size, self.strides, self.offset)
-
-
-class _Call(_Step):
-    def __init__(self, function: Any, args: Any, kwargs: Any, results: Sequence[int | None], single: bool) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
-        self.results, self.single = results, single
-        self.reads = _numbers([*args, *kwargs.values()])
-        self.makes = [r for r in results if r is not None]
-        self.writes = function._schema.is_mutable
-
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        kwargs = {name: _filled(value, tensors) for name, value in self.kwargs.items()}
-        found = self.function(*[_filled(a, tensors) for a in self.args], **kwargs)
-        for number, t in zip(self.results, (found,) if self.single else found, strict=True):
-            if number is not None:
-                tensors[number], addresses[number] = t, t.data_ptr()
-
-
-class _Again(_Step):
-    """A function of :func:`each_time`."""
-
-    writes = True
-
-    def __init__(self, function: Callable[..., Tensor | None], numbers: Sequence[int], result: int | None) -> None:
-        self.function, self.reads, self.number = function, numbers, result
-        self.makes = [] if result is None else [result]
-
-    def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        found = self.function(*[tensors[n] for n in self.reads])
-        if found is not None and self.number is not None:
-            tensors[self.number], addresses[self.number] = found, found.data_ptr()
-
-
-class _Launched(_Step):
-    writes = True
-
-    def __init__(self, repeated: Repeated) -> None:
-        self.repeated = repeated
-        self.addresses = [place.root for place in repeated.places]
 
 
 class _Unknown(Exception):
@@ -282,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         self._number: dict[int, int] = {}  # by id
         self._root: dict[int, tuple[int, int]] = {}  # number -> number of the tensor that it is a view of, bytes
         self._first: dict[int, Tensor] = {}  # tensors that are no views, by number
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._device = next(t.device for t in inputs if t is not None)
         for n, t in enumerate(inputs):
             if t is not None and id(t) not in self._number:
@@ -326,7 +214,7 @@ class _Recorder(TorchDispatchMode):
     def _launched(self, kernel: Any, grid: Any, arguments: Any, options: dict[str, Any], compiled: Any) -> None:
         given = [launches.placed(a, self._place) for a in arguments]
         named = {name: launches.placed(a, self._place) for name, a in options.items()}
-        self._steps.append(_Launched(Repeated(kernel, grid, given, named, compiled)))
+        self._steps.append(Launched(Repeated(kernel, grid, given, named, compiled)))
 
     def each_time(self, function: Callable[..., Tensor | None], given: Sequence[Tensor]) -> Tensor | None:
         """The result; the call becomes a step."""
@@ -341,7 +229,7 @@ class _Recorder(TorchDispatchMode):
             self.refused = True
             return found
         numbers = [self._number[id(t)] for t in given]
-        self._steps.append(_Again(function, numbers, None if found is None else self._new(found)))
+        self._steps.append(Again(function, numbers, None if found is None else self._new(found)))
         return found
 
     def _place(self, t: Tensor) -> Place:
@@ -363,7 +251,7 @@ class _Recorder(TorchDispatchMode):
         return found
 
     def _called(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
-        given = [t for t in _leaves([*args, *kwargs.values()]) if isinstance(t, Tensor)]
+        given = [t for t in leaves([*args, *kwargs.values()]) if isinstance(t, Tensor)]
         results = list(found) if isinstance(found, (tuple, list)) else [found]
         made = [t for t in results if isinstance(t, Tensor)]
         if (
@@ -376,7 +264,7 @@ class _Recorder(TorchDispatchMode):
         ):
             raise _Unknown
         if func in _ALLOCATE or func in _ZEROS:
-            self._steps.append(_Allocate(self._new(found), found, func in _ZEROS))
+            self._steps.append(Allocate(self._new(found), found, func in _ZEROS))
             return
         if not func._schema.is_mutable and all(id(t) in self._number for t in made):
             return  # it gave back what it got
@@ -387,11 +275,11 @@ class _Recorder(TorchDispatchMode):
         arguments = [self._numbered(a) for a in args]
         named = {name: self._numbered(a) for name, a in kwargs.items()}
         single = not isinstance(found, (tuple, list))
-        self._steps.append(_Call(func, arguments, named, numbers, single))
+        self._steps.append(Call(func, arguments, named, numbers, single))
 
     def _numbered(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
-            return _Number(self._number[id(argument)])
+            return Number(self._number[id(argument)])
         if isinstance(argument, (tuple, list)):
             return [self._numbered(a) for a in argument]
         return argument
@@ -414,7 +302,7 @@ class _Recorder(TorchDispatchMode):
             self._kept.append(t)
             return True
         number = self._result(t, [base])
-        self._steps.append(_View(number, *self._root[number], t))
+        self._steps.append(View(number, *self._root[number], t))
         return True
 
     def _result(self, t: Tensor, given: Sequence[Tensor]) -> int:
@@ -449,7 +337,7 @@ class _Recorder(TorchDispatchMode):
         if number is None or t is None or self._root[number][0] == number:
             return
         root, offset = self._root[number]
-        made = next((s for s in self._steps if isinstance(s, _Allocate) and s.number == root), None)
+        made = next((s for s in self._steps if isinstance(s, Allocate) and s.number == root), None)
         extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         if made is None or offset or extent * t.element_size() != made.bytes or t.dtype != made.dtype:
             return
@@ -464,11 +352,11 @@ class _Recorder(TorchDispatchMode):
     def _at_root(self, t: Tensor) -> int:
         return self._root[self._number[id(t)]][0]
 
-    def _needed(self, results: Sequence[int | None]) -> list[_Step]:
+    def _needed(self, results: Sequence[int | None]) -> list[Step]:
         """The steps without which a result or a launch would not be the same."""
         by_value: set[int | None] = set(results)
         by_address: set[int] = set()
-        kept: list[_Step] = []
+        kept: list[Step] = []
         for step in reversed(self._steps):
             if step.writes or by_value.intersection(step.makes) or by_address.intersection(step.makes):
                 kept.append(step)
@@ -477,25 +365,25 @@ class _Recorder(TorchDispatchMode):
         return kept[::-1]
 
 
-def _together(steps: list[_Step], results: Sequence[int | None]) -> list[_Step]:
+def _together(steps: list[Step], results: Sequence[int | None]) -> list[Step]:
     """The steps with one allocation in the place of all that nothing but launches by address know."""
-    if not all(step.repeated.direct for step in steps if isinstance(step, _Launched)):
+    if not all(step.repeated.direct for step in steps if isinstance(step, Launched)):
         return steps
     known = {*results, *(n for step in steps for n in step.reads)}
-    parts = [s for s in steps if isinstance(s, _Allocate) and not s.zero and s.number not in known]
+    parts = [s for s in steps if isinstance(s, Allocate) and not s.zero and s.number not in known]
     if len(parts) < 2:
         return steps
-    return [_AllocateTogether(parts), *(s for s in steps if s not in parts)]
+    return [AllocateTogether(parts), *(s for s in steps if s not in parts)]
 
 
 class Recording:
     """A call, to be done again on tensors that are alike."""
 
     def __init__(
-        self, steps: Sequence[_Step], makes: int, results: Sequence[int | None], form: Any, device: torch.device
+        self, steps: Sequence[Step], makes: int, results: Sequence[int | None], form: Any, device: torch.device
     ) -> None:
         self._steps, self._results, self._form, self._device = tuple(steps), tuple(results), form, device
-        self._runs = [step.repeated.run if isinstance(step, _Launched) else step.run for step in steps]
+        self._runs = [step.repeated.run if isinstance(step, Launched) else step.run for step in steps]
         self._nothing, self._zeros = [None] * makes, [0] * makes
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:

@@ -303,7 +303,7 @@ def test_a_call_that_cannot_be_noted_is_right_and_reported(repeated, monkeypatch
     def broken(*given):
         raise ValueError("no such step")
 
-    monkeypatch.setattr(replay, "_Call", broken)
+    monkeypatch.setattr(replay, "Call", broken)
     x = torch.randn(4, device=DEVICE)
     for result in called(lambda t: t + 1, x):
         torch.testing.assert_close(result, x + 1)
