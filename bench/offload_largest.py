@@ -150,14 +150,14 @@ def packed_once(packed: Packed) -> Iterator[None]:
         packed.clear()
         return found
 
-    def quantized_once(self: Packer, member: Any) -> Any:
-        return packed.get(_first(member.payload.name)) or quantized(self, member)
+    def quantized_once(self: Packer, member: Any, key: Any) -> Any:
+        return packed.get(_first(member.payload.name)) or quantized(self, member, key)
 
-    def arrange_once(self: Packer, members: Any, layout: str, fresh: Any) -> Any:
-        key = tuple(_first(member.payload.name) for member in members), layout
-        if key not in laid:
-            laid[key] = arrange(self, members, layout, fresh)
-        return laid[key]
+    def arrange_once(self: Packer, members: Any, key: Any, fresh: Any) -> Any:
+        place = tuple(_first(member.payload.name) for member in members), key
+        if place not in laid:
+            laid[place] = arrange(self, members, key, fresh)
+        return laid[place]
 
     Packer.run, Packer._packed, Packer._quantized = run_once, arrange_once, quantized_once  # type: ignore[method-assign]
     try:

@@ -65,6 +65,8 @@ class IntervalEmitter:
         pairs = [self.bounds(a) for a in arguments]
         if any(pair is None for pair in pairs):
             return None
+        if name in ("mul", "floordiv"):
+            return self._scaled(name, arguments, pairs[0] or ("", ""))
         kinds = [self._kinds[a] for a in arguments]
         return self._pointwise(name, [p for p in pairs if p is not None], kinds)
 
@@ -79,6 +81,16 @@ class IntervalEmitter:
             whole = f"tl.cast({value}, tl.int32)"
             return f"tl.max({whole}, {axis}) != 0", f"tl.min({whole}, {axis}) != 0"
         return f"tl.min({value}, {axis})", f"tl.max({value}, {axis})"
+
+    def _scaled(self, name: str, arguments: list[int], pair: Pair) -> Pair | None:
+        """By a positive constant on the right, which keeps the order of integers."""
+        other, *constant = self._program[arguments[1]]
+        if other != "const" or type(constant[0]) is not int or constant[0] <= 0 or self._kinds[arguments[0]] != "int":
+            return None
+        factor = self._emitter.value(arguments[1])
+        if name == "floordiv":
+            return f"math.floor_divide({pair[0]}, {factor})", f"math.floor_divide({pair[1]}, {factor})"
+        return f"tl.cast({pair[0]}, tl.int64) * {factor}", f"tl.cast({pair[1]}, tl.int64) * {factor}"
 
     def _pointwise(self, name: str, pairs: list[Pair], kinds: list[str]) -> Pair | None:
         (low, high), (other_low, other_high) = pairs[0], pairs[-1]
@@ -96,6 +108,11 @@ class IntervalEmitter:
                 return f"{low} - {other_high}", f"{high} - {other_low}"
             case "neg":
                 return f"-{high}", f"-{low}"
+            case "maximum" | "minimum":
+                return f"tl.{name}({low}, {other_low})", f"tl.{name}({high}, {other_high})"
+            case "abs":
+                least = f"tl.where(({low} <= 0) & ({high} >= 0), 0, tl.minimum(tl.abs({low}), tl.abs({high})))"
+                return least, f"tl.maximum(tl.abs({low}), tl.abs({high}))"
             case "lt":
                 return f"{low} < {other_high}", f"{high} < {other_low}"
             case "le":

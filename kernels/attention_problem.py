@@ -41,6 +41,7 @@ class Problem:
     """
 
     arch: str
+    device: torch.device
     lead: tuple[int, ...]
     q_length: int
     k_length: int
@@ -147,7 +148,7 @@ class Problem:
         from vbcompile.kernels.attention_summary import mask_summary_kernel
 
         sizes = self.mask_sizes
-        summary = self.captured[0].new_empty([*sizes, rows, columns], dtype=torch.uint8)
+        summary = torch.empty([*sizes, rows, columns], dtype=torch.uint8, device=self.device)
         launch(
             mask_summary_kernel, (columns, rows, math.prod(sizes)),
             summary, self.captured, tuple(sizes), self.captured_strides, self.q_length, self.k_length,
@@ -229,6 +230,7 @@ def describe(
     plain = program.logits is None and program.sink is None and scale > 0 and not precise
     return Problem(
         arch=arch_of(q),
+        device=q.device,
         lead=tuple(map(int, lead)),
         q_length=int(q.shape[-2]),
         k_length=int(k.shape[-2]),

@@ -2,14 +2,16 @@
 
 Nothing is measured when a model runs. ``tuned/fp4_linear.json`` holds, per architecture, the device that was measured
 and rows of ``[format, N, K, rows of x, microseconds of the bfloat16 product, {implementation: [microseconds,
-configuration or null]}]``, infinite for one that does not run; the user's table, written by ``vbcompile tune``, has
-the same form. Shapes that are in neither are cut up by formula. A table knows nothing of implementations that are newer
-than it: those keep what the shipped table says of the shape, or their estimate.
+configuration or null]}]``, without those that are slower than others; the user's table, written by ``vbcompile tune``,
+has the same form, with all, infinite for one that does not run. Shapes that are in neither are cut up by formula. A
+user's table knows nothing of implementations that are newer than it: those keep what the shipped table says of the
+shape, or their estimate.
 """
 
 import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,11 +35,13 @@ class Measured:
         dense: of the vendor's bfloat16 product with an unpacked weight.
         times: of each implementation.
         configs: how each implementation cuts it up, as the arguments of its configuration; None where it has none.
+        whole: what is not among ``times`` is known to be slower than the fastest there.
     """
 
     dense: float
     times: dict[str, float]
     configs: dict[str, tuple[Any, ...] | None]
+    whole: bool = False
 
 
 def user_table() -> Path:
@@ -64,11 +68,12 @@ def tuned_config(target: Target, implementation: str, n: int, k: int, m: int) ->
 
 
 def relative_cost(target: Target, implementation: str, format_name: str, n: int, k: int, m: int) -> float | None:
-    """Measured time in units of the bfloat16 product's; None where this implementation was not measured."""
+    """Measured time in units of the bfloat16 product's, infinite for what is known to be slower than others; None where
+    this implementation was not measured."""
     measured = lookup(target.arch, format_name, n, k, m)
-    if measured is None or implementation not in measured.times:
+    if measured is None or (implementation not in measured.times and not measured.whole):
         return None
-    return measured.times[implementation] / measured.dense
+    return measured.times.get(implementation, math.inf) / measured.dense
 
 
 def write_user_table(arch: str, device: str, rows: list[list[Any]]) -> Path:
@@ -111,10 +116,10 @@ def from_tables(function: F) -> F:
 def _tables() -> dict[str, dict[tuple[str, int, int], dict[int, Measured]]]:
     """Architecture -> (format, N, K) -> rows of x -> times."""
     tables: dict[str, dict[tuple[str, int, int], dict[int, Measured]]] = {}
-    _merge(tables, _read(resources.files("vbcompile.kernels").joinpath(_SHIPPED).read_text()))
+    _merge(tables, _read(resources.files("vbcompile.kernels").joinpath(_SHIPPED).read_text()), True)
     path = user_table()
     try:
-        _merge(tables, _read(path.read_text()))
+        _merge(tables, _read(path.read_text()), False)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -136,14 +141,17 @@ def _read(text: str) -> dict[str, Any]:
     return content
 
 
-def _merge(tables: dict[str, dict[tuple[str, int, int], dict[int, Measured]]], content: dict[str, Any]) -> None:
+def _merge(
+    tables: dict[str, dict[tuple[str, int, int], dict[int, Measured]]], content: dict[str, Any], whole: bool
+) -> None:
     for arch, table in content.items():
         for format_name, n, k, m, dense, times in table["rows"]:
             rows = tables.setdefault(arch, {}).setdefault((format_name, n, k), {})
-            before = rows.get(m, Measured(dense, {}, {}))
+            before = rows.get(m, Measured(dense, {}, {}, whole))
             known = {name: time * dense / before.dense for name, time in before.times.items()}
             rows[m] = Measured(
                 dense,
                 known | {name: time for name, (time, _) in times.items()},
                 before.configs | {name: None if c is None else tuple(c) for name, (_, c) in times.items()},
+                before.whole,
             )

@@ -24,13 +24,13 @@ from vbcompile.kernels.launches import Place, Repeated
 from vbcompile.kernels.replay_steps import (
     Again,
     Allocate,
-    AllocateTogether,
     Call,
     Launched,
     Number,
     Step,
     View,
     leaves,
+    together,
 )
 from vbcompile.kernels.triton_target import on_device
 
@@ -328,7 +328,7 @@ class _Recorder(TorchDispatchMode):
         for place, t in enumerate(results):
             self._make_as_result(numbers, place, t)
         form = type(result) if isinstance(result, (tuple, list)) else None
-        steps = _together(self._needed(numbers), numbers)
+        steps = together(self._needed(numbers), numbers)
         return Recording(steps, self._count - self._inputs, numbers, form, self._device)
 
     def _make_as_result(self, numbers: list[int | None], place: int, t: Tensor | None) -> None:
@@ -363,17 +363,6 @@ class _Recorder(TorchDispatchMode):
                 by_value.update(step.reads)
                 by_address.update(step.addresses)
         return kept[::-1]
-
-
-def _together(steps: list[Step], results: Sequence[int | None]) -> list[Step]:
-    """The steps with one allocation in the place of all that nothing but launches by address know."""
-    if not all(step.repeated.direct for step in steps if isinstance(step, Launched)):
-        return steps
-    known = {*results, *(n for step in steps for n in step.reads)}
-    parts = [s for s in steps if isinstance(s, Allocate) and not s.zero and s.number not in known]
-    if len(parts) < 2:
-        return steps
-    return [AllocateTogether(parts), *(s for s in steps if s not in parts)]
 
 
 class Recording:

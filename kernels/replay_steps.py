@@ -1,7 +1,4 @@
-"""What a remembered call does again, step by step (:mod:`vbcompile.kernels.replay` records it).
-
-Tensors and addresses are in two lists by number: what the call was given first, then what it makes.
-"""
+"""What a recorded call does again, step by step (:mod:`vbcompile.kernels.replay`)."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -135,3 +132,14 @@ class Launched(Step):
     def __init__(self, repeated: Repeated) -> None:
         self.repeated = repeated
         self.addresses = [place.root for place in repeated.places]
+
+
+def together(steps: list[Step], results: Sequence[int | None]) -> list[Step]:
+    """The steps with one allocation in the place of all that nothing but launches by address know."""
+    if not all(step.repeated.direct for step in steps if isinstance(step, Launched)):
+        return steps
+    known = {*results, *(n for step in steps for n in step.reads)}
+    parts = [s for s in steps if isinstance(s, Allocate) and not s.zero and s.number not in known]
+    if len(parts) < 2:
+        return steps
+    return [AllocateTogether(parts), *(s for s in steps if s not in parts)]

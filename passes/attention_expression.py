@@ -23,7 +23,8 @@ class Expression:
     """A node of an expression graph: an operator of ``score_function.POINTWISE`` or a leaf.
 
     Leaves: ``score``; ``axis`` (Atom); ``const`` (bool, int, float); ``size`` (SymInt); ``scalar`` (an FX node with a
-    symbolic float); ``tensor`` (an FX node and its dimensions); ``shift`` (an FX node: one number for a row of scores). ``kind`` is the kind of number: bool, int or float.
+    symbolic float); ``tensor`` (an FX node and its dimensions); ``shift`` (an FX node: one number for a row of scores).
+    ``kind`` is the kind of number: bool, int or float.
     ``empty_row`` of a mask is an operator besides: whether a row's mask hides all keys.
     """
 

@@ -134,6 +134,7 @@ class StreamedGraphs:
         handles = [args[position] for position in self.positions]
         known, run = self.last  # at once: another thread may call with other weights
         if len(handles) != len(known) or not all(map(operator.is_, handles, known)):
+            del known  # else weights that are gone would look alive
             run = self._run_of(handles)
             self.last = handles, run
         return run(*args)

@@ -173,6 +173,22 @@ def additive_padding(q_length: int, k_length: int) -> Maker:
     return make
 
 
+def every_third(b: Builder) -> int:
+    """Keys whose distance is a multiple of three: no bounds, no tensor."""
+    distance = b.emit("sub", b.emit("q_index"), b.emit("k_index"))
+    return b.emit("eq", b.emit("mod", distance, b.emit("const", 3)), b.emit("const", 0))
+
+
+def same_chunk(size: int) -> Callable[[Builder], int]:
+    """Rows see the keys of their own chunk."""
+
+    def mask(b: Builder) -> int:
+        chunks = (b.emit("floordiv", b.emit(index), b.emit("const", size)) for index in ("q_index", "k_index"))
+        return b.emit("eq", *chunks)
+
+    return mask
+
+
 def make_forms(nq: int, nk: int, d: int, dv: int) -> dict[str, Form]:
     """Every family, for ``nq`` queries of size ``d`` and ``nk`` keys with values of size ``dv``."""
 
@@ -194,6 +210,8 @@ def make_forms(nq: int, nk: int, d: int, dv: int) -> dict[str, Form]:
         "window": form(make_function(mask=window(nq // 5))),
         "both_sides": form(make_function(mask=both_sides(nq // 7))),
         "prefix": form(make_function(mask=prefix(nk // 3))),
+        "every_third": form(make_function(mask=every_third)),
+        "chunks": form(make_function(mask=same_chunk(nq // 3))),
         "document": form(make_function(mask=same_document), (documents(2, 1, nq, 1), documents(2, 1, 1, nk))),
         "document_causal": form(
             make_function(mask=lambda b: b.emit("and", causal()(b), same_document(b))),

@@ -10,12 +10,13 @@ import torch._inductor.config
 # Files that take longest begin first, so that no process is left with one at the end.
 LONGEST = (
     "test_docs.py",
+    "test_model_families.py",
     "test_attention_corpus.py",
     "test_demo.py",
     "test_attention_hopper_compiled.py",
     "test_attention_interpreted.py",
     "test_attention_property.py",
-    "test_model_families.py",
+    "test_backend.py",
     "test_attention_aot.py",
     "test_fp4_gluon_aot.py",
     "test_fp4_aot.py",

@@ -163,6 +163,7 @@ SCORED = {  # form -> head dimensions, the first in every run
     "alibi": (128,),
     "sink": (64,),
     "bool_mask": (128,),
+    "chunks": (64,),
 }
 
 

@@ -44,7 +44,9 @@ def test_float16(name):
     check(ODD_SIZES[name], torch.float16)
 
 
-@pytest.mark.parametrize("name", ["document_causal", "bool_mask", "key_padding", "static_cache"])
+@pytest.mark.parametrize(
+    "name", ["document_causal", "bool_mask", "key_padding", "static_cache", "every_third", "chunks"]
+)
 def test_summary_of_opaque_masks(name, monkeypatch):
     monkeypatch.setattr(attention_problem, "SUMMARY_TILES", 1)
     check(FORMS[name], torch.float32)
@@ -75,7 +77,7 @@ def test_deterministic_backward_is_right(name):
 
 
 PLANNED = ["causal_empty_rows", "window", "both_sides", "prefix", "document", "document_causal", "bool_mask",
-           "key_padding", "static_cache", "lengths"]  # fmt: skip
+           "key_padding", "static_cache", "lengths", "every_third", "chunks"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANNED)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from importlib import resources
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def write(times, m=16, dense=10.0, shape=SHAPE):
 def chosen(m, activations="same", shape=SHAPE):
     case = make_case(torch.bfloat16, m, *shape, "nvfp4", "fragments2t", activations)
     return choose(HOPPER, case).implementation.name
+
+
+def test_of_every_shape_in_the_shipped_table_the_fastest_runs():
+    """An implementation that the table leaves out was slower, whatever its estimate."""
+    table = json.loads(resources.files("vbcompile.kernels").joinpath("tuned/fp4_linear.json").read_text())["sm_90"]
+    for format_name, n, k, m, _, times in table["rows"]:
+        case = make_case(torch.bfloat16, m, n, k, format_name, "fragments2t", "same")
+        allowed = {i.name: i for i in operator("fp4_linear").implementations if not i.refuses(HOPPER, case)}
+        fastest = min((name for name in times if name in allowed), key=lambda name: times[name][0])
+        assert choose(HOPPER, case).implementation.name == fastest, (format_name, n, k, m)
 
 
 def test_the_fastest_measured_one_runs_as_it_was_measured():

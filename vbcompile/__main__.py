@@ -52,9 +52,11 @@ def _check_files(arguments: argparse.Namespace) -> None:
 def _check_settings(mode: str | None = None) -> None:
     """Raise UsageError for a mode or an environment variable that does not exist or makes no sense."""
     from vbcompile.config import ConfigError, resolve_config
+    from vbcompile.kernels.registry import parse_forced
 
     try:
         resolve_config(mode)
+        parse_forced(os.environ)
     except ConfigError as error:
         raise UsageError(str(error)) from error
 

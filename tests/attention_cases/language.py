@@ -191,7 +191,7 @@ def gemma2_softcap_and_window(q, k, v, padding):
 @fuses("language", plus(grouped, lambda d: d.normal(d.H)))
 def gpt_oss_sinks_in_five_dimensions(q, k, v, sinks):
     """OpenAI's own code: einsum over groups, a concatenated column that is cut off again."""
-    b, h, n, d = q.shape
+    b, _, n, _ = q.shape
     q = q.permute(0, 2, 1, 3).unflatten(2, (k.shape[1], -1))
     k = k.permute(0, 2, 1, 3)[:, :, :, None, :].expand(-1, -1, -1, 3, -1)
     v = v.permute(0, 2, 1, 3)[:, :, :, None, :].expand(-1, -1, -1, 3, -1)

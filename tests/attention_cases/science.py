@@ -16,7 +16,6 @@ def _pairs(d: Draw) -> tuple:
 @fuses("science", _pairs)
 def evoformer_rows_with_pair_bias(x, padding, bias):
     """Five dimensions; a mask of -1e9 per sequence and a bias that all rows of the alignment share."""
-    b, r, n, c = x.shape
     q, k, v = (y.unflatten(-1, (6, -1)) for y in (x * 0.35, x.sin(), x.cos()))
     gate = torch.sigmoid(x).unflatten(-1, (6, -1))
     mask = 1e9 * (padding[:, None, None, None, :].float() - 1.0)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention_cases.case import INFERENCE, TRAINING, Draw, Sizes, cross, either, fuses, plus, qkv, refuses, tokens
+from attention_cases.case import INFERENCE, Draw, Sizes, cross, either, fuses, plus, refuses, tokens
 
 INF = float("inf")
 

@@ -34,7 +34,7 @@ def vit_of_timm(x, weight):
 
 @fuses("vision", plus(_packed, lambda d: d.normal(2 * d.S - 1, d.H)))
 def beit_with_relative_positions(x, weight, table):
-    b, n, c = x.shape
+    b, n, _ = x.shape
     qkv = F.linear(x, weight).reshape(b, n, 3, 6, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv[0] * 8**-0.5, qkv[1], qkv[2]
     places = torch.arange(n, device=x.device)
@@ -47,7 +47,7 @@ def beit_with_relative_positions(x, weight, table):
 @fuses("vision", plus(_packed, lambda d: d.normal(3, d.H * d.D)))
 def deit_with_extra_tokens(x, weight, extra):
     x = torch.cat([extra[None, :2].expand(x.shape[0], -1, -1), x], dim=1)
-    b, n, c = x.shape
+    b, n, _ = x.shape
     q, k, v = F.linear(x, weight).chunk(3, dim=-1)
     q, k, v = (y.reshape(b, n, 6, -1).transpose(1, 2) for y in (q, k, v))
     scores = torch.einsum("bhid,bhjd->bhij", q, k) * 8**-0.5
