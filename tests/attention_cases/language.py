@@ -239,11 +239,11 @@ def falcon_fused_projection(x):
     return F.scaled_dot_product_attention(q, k, v, keep[None, None], 0.0, is_causal=False).transpose(1, 2).flatten(2)
 
 
-@fuses("language", plus(folded, lambda d: d.constant(d.B, 1, d.S, d.T)), static_only=True)
+@fuses("language", plus(folded, lambda d: d.constant(d.B, 1, d.S, d.T)))
 def opt_maximum_of_the_lowest(q, k, v, mask):
     """Masked, then raised to the lowest number so that no row is lost."""
     weights = torch.bmm(q * 0.35, k.transpose(1, 2))
-    weights = weights.view(2, 6, *weights.shape[1:]) + mask * 100
+    weights = weights.view(-1, 6, *weights.shape[1:]) + mask * 100
     weights = torch.max(weights, torch.tensor(torch.finfo(weights.dtype).min, device=weights.device))
     weights = weights.view(-1, *weights.shape[2:])
     return torch.bmm(F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype), v)
