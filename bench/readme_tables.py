@@ -107,6 +107,8 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("what", _column("what")),
             ("backend and weights", _column("name")),
             ("time", lambda row: f"{row['ms']:.2f} ms"),
+            ("without CUDA graphs", _optional("ms_without_graph", "{:.2f} ms")),
+            ("date", _optional("date")),
         ],
     ),
     "fp4_peers": (
@@ -221,7 +223,6 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("ours", lambda row: f"{row['ours_tflops']}{'*' if 'note' in row else ''}"),
             ("cuDNN", _column("cudnn_tflops")),
             ("ratio", _column("ratio")),
-            ("date", _column("date")),
         ],
     ),
     "attention_scores": (

@@ -156,11 +156,14 @@ def run(names: list[str], small: bool, repeats: int, seconds: float, folder: Pat
     """Rows of the variants that were done in time, in the order asked for."""
     arguments = ["--folder", str(folder), "--repeats", str(repeats), *(["--small"] if small else [])]
     command = [sys.executable, __file__, *arguments, "--worker"]
-    reference = subprocess.Popen([*command, "reference"])
-    try:
-        return take_turns(command, names, seconds, folder, lambda rows: _write(rows, small), reference)
-    finally:
-        reference.kill()
+    end = time.monotonic() + seconds
+    subprocess.run([*command, "reference"], timeout=seconds, check=True)
+    rows: list[dict] = []
+    for name in names:  # one by one: a plan follows from speeds measured as it is made
+        before = list(rows)
+        left = end - time.monotonic()
+        rows += take_turns(command, [name], left, folder, lambda new, before=before: _write([*before, *new], small))
+    return rows
 
 
 def _write(rows: list[dict], small: bool) -> Path:

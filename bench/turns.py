@@ -22,7 +22,6 @@ def take_turns(
     seconds: float,
     folder: Path,
     found: Callable[[list[dict]], object],
-    before: subprocess.Popen | None = None,
 ) -> list[dict]:
     """Rows of the variants that were done in time, in the order of ``names``.
 
@@ -31,7 +30,6 @@ def take_turns(
         seconds: for everything.
         folder: where workers and this process leave each other files.
         found: called with all rows so far after each one.
-        before: nothing is measured while this process runs.
     """
     end = time.monotonic() + seconds
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("COMPILE_THREADS", "4")}
@@ -47,8 +45,7 @@ def take_turns(
     try:
         while waiting() and time.monotonic() < end:
             hurry = time.monotonic() > end - _EACH * len(waiting())
-            busy = before is not None and before.poll() is None
-            if busy or not ready() or (len(ready()) < len(waiting()) and not hurry):
+            if not ready() or (len(ready()) < len(waiting()) and not hurry):
                 time.sleep(0.1)
                 continue
             name = ready()[0]

@@ -23,6 +23,7 @@ _HOPPER_COST = {  # by head dimension and whether the mask is causal; where equa
     "attention": {(64, False): 0.91, (64, True): 0.94, (128, False): 0.94, (128, True): 0.94},
     "attention_backward": {(64, False): 0.99, (64, True): 0.86, (128, False): 0.99, (128, True): 0.96},
 }
+_LONG, _LONG_COST = 8192, 1.05  # keys from which cuDNN's backward without a mask is faster, and by how much
 
 
 def _triton_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
@@ -128,9 +129,15 @@ def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
 
 
 def _hopper_cost(name: str) -> Callable[[Target, AttentionCase], float]:
-    return lambda target, case: (
-        _HOPPER_COST[name][case.q[-1], case.form == "causal"] if _is_plain(case) else _SCORED_COST
-    )
+    def cost(target: Target, case: AttentionCase) -> float:
+        if not _is_plain(case):
+            return _SCORED_COST
+        dim, causal = case.q[-1], case.form == "causal"
+        if name == "attention_backward" and dim == 128 and not causal and case.k[-2] >= _LONG:
+            return _LONG_COST
+        return _HOPPER_COST[name][dim, causal]
+
+    return cost
 
 
 def _triton_cost(name: str) -> Callable[[Target, AttentionCase], float]:
