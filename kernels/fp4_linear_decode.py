@@ -201,9 +201,6 @@ def fp4_decode_kernel(
     scale_at = scales_ptr.to(gl.int64) + (at * 8 + row) * (4 * WORDS)
     x_at = x_ptr.to(gl.int64) + (row.to(gl.int64) * x_stride + tile * 64 + lane % 4 * (8 if WIDE else 2)) * 2
     left = k_tiles - tile
-    rows = ()
-    for b in gl.static_range(BLOCKS):
-        rows += (_opaque(gl.where(row + 8 * b < m, -1, 0)),)
     selector = 0x4040 + lane % 4 // 2 * 0x0202  # the byte of a thread's scale, of two for 32 columns
     zero = gl.zeros([32 * WARPS], gl.float32, LAYOUT)
     sums = ()
@@ -212,8 +209,10 @@ def fp4_decode_kernel(
     for _ in range(gl.cdiv(k_tiles, WARPS * UNROLL)):
         codes = call_assembly(LOAD, (code_at, scale_at, left), (4 + WORDS) * STRIPS * UNROLL, True, True)
         x = ()
+        own = _anew(row)
         for b in gl.static_range(BLOCKS):
-            x = x + call_assembly(LOAD_X, (x_at + x_stride * (16 * b), left & rows[b]), 8 * UNROLL, True, True)
+            there = gl.where(own + 8 * b < m, left, 0)
+            x = x + call_assembly(LOAD_X, (x_at + x_stride * (16 * b), there), 8 * UNROLL, True, True)
         for u in gl.static_range(UNROLL):
             after = ()
             for i in gl.static_range(STRIPS):
@@ -234,12 +233,12 @@ def fp4_decode_kernel(
 
 
 @gluon.jit
-def _opaque(mask):
-    """A mask that the compiler knows nothing of.
+def _anew(row):
+    """A number that may differ from step to step, for all the compiler knows.
 
     It would make two loops, one for the lanes without a row of x, and the lanes of a warp have to multiply together.
     """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [mask], gl.int32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

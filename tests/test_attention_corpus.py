@@ -15,9 +15,11 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _trials(mode: str, every: int = 1, families: tuple[str, ...] = ()) -> list:
-    chosen = [c for c in CASES.values() if mode in c.modes and (not families or c.family in families)]
-    return [pytest.param(case, id=case.name) for case in chosen[::every]]
+def _trials(mode: str, every: int = 1, families: tuple[str, ...] = (), always: int = 1) -> list:
+    """Cases of a mode; of those, all but each ``always``-th are left to ``make test-all``."""
+    chosen = [c for c in CASES.values() if mode in c.modes and (not families or c.family in families)][::every]
+    left = [() if n % always == 0 else pytest.mark.matrix for n in range(len(chosen))]
+    return [pytest.param(case, id=case.name, marks=marks) for case, marks in zip(chosen, left, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_inference(case, backend):
     _check(attempt(case, backend, mode=INFERENCE))
 
 
-@pytest.mark.parametrize("case", _trials(TRAINING))
+@pytest.mark.parametrize("case", _trials(TRAINING, always=2))
 def test_training(case, backend):
     _check(attempt(case, backend, mode=TRAINING))
 

@@ -132,8 +132,10 @@ def pooling_by_a_learned_query(x, query, padding):
 
 @either("science", lambda d: (d.normal(d.B, 6, d.D), d.normal(9, d.D)))
 def prototypes_by_distance(x, prototypes):
-    """Soft assignment to prototypes by squared distances through cdist."""
-    return torch.softmax(-torch.cdist(x, prototypes[None]).square(), dim=-1) @ prototypes
+    """Soft assignment to prototypes by squared distances through cdist, which knows no type of 16 bits."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    distances = torch.cdist(x.to(wide), prototypes[None].to(wide)).to(x.dtype)
+    return torch.softmax(-distances.square(), dim=-1) @ prototypes
 
 
 @fuses("science", lambda d: (d.normal(9, d.D), d.normal(7, d.D), d.normal(7, 5)))
