@@ -16,6 +16,7 @@ from torch import nn
 
 from vbcompile import device_target
 from vbcompile.device_catalog import catalog_target
+from vbcompile.kernels.registry import force
 from vbcompile.kernels.triton_target import interpreted
 
 simulated = pytest.mark.skipif(not interpreted(), reason="runs in Triton's interpreter, in a process of its own")
@@ -42,6 +43,8 @@ def gfx942(monkeypatch):
     monkeypatch.setattr(device_target, "_read_target", lambda kind, index: catalog_target("gfx942"))
     torch._dynamo.reset()
     torch.manual_seed(0)
+    with force(fp4_quantize="reference"):  # interpreted, the search for scales takes a minute
+        yield
 
 
 def compiled(model, mode):
