@@ -5,8 +5,8 @@
 The model, weights and tokens of ``training_step.py`` with PyTorch's fused attention: 16 layers, hidden 2048, batch
 4 x 2048, bfloat16; forward, loss and backward, no optimizer. Peak memory counts the model's weights.
 
-Each variant has a process of its own. All compile at the same time; then they are measured one after the other, while
-those that still compile are stopped. Gradients are compared with those of the same weights in float32: memory mode's
+Each variant has a process of its own, one after the other: a plan follows from speeds that are measured as it is made.
+Gradients are compared with those of the same weights in float32: memory mode's
 largest relative error must not exceed twice Inductor's (exit status 1 otherwise).
 
 Floor: weights and gradients, 2 x 2.2 GB, are alive together when the backward ends; when it begins, logits, their
@@ -159,7 +159,7 @@ def run(names: list[str], small: bool, repeats: int, seconds: float, folder: Pat
     end = time.monotonic() + seconds
     subprocess.run([*command, "reference"], timeout=seconds, check=True)
     rows: list[dict] = []
-    for name in names:  # one by one: a plan follows from speeds measured as it is made
+    for name in names:
         before = list(rows)
         left = end - time.monotonic()
         rows += take_turns(command, [name], left, folder, lambda new, before=before: _write([*before, *new], small))

@@ -133,7 +133,7 @@ def _hopper_cost(name: str) -> Callable[[Target, AttentionCase], float]:
         if not _is_plain(case):
             return _SCORED_COST
         dim, causal = case.q[-1], case.form == "causal"
-        if name == "attention_backward" and dim == 128 and not causal and case.k[-2] >= _LONG:
+        if name == "attention_backward" and dim == 128 and not causal and case.k_length >= _LONG:
             return _LONG_COST
         return _HOPPER_COST[name][dim, causal]
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from vbcompile.kernels import launches, replay
+
 _SOURCE = r"""
 #include <cuda.h>
 #include <string.h>
@@ -139,3 +141,24 @@ def stub_driver(folder: Path, monkeypatch) -> Iterator[Stub]:
         yield stub
     finally:
         driver._active = before
+
+
+def compare_repeats(stub: Stub, monkeypatch) -> list[int]:
+    """Every repeated launch is done in both ways; the one number of the result counts them."""
+    count = [0]
+    by_launcher = launches.Repeated.run
+
+    def run(self, tensors, addresses, stream):
+        stub.read_parameters(self._compiled.compiled.src.signature)
+        by_launcher(self, tensors, addresses, stream)
+        direct = stub.taken()
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "_compiled", None)
+            by_launcher(self, tensors, addresses, stream)
+        assert direct == stub.taken() != b""
+        stub.ignore_parameters()
+        count[0] += 1
+
+    monkeypatch.setattr(launches.Repeated, "run", run)
+    monkeypatch.setattr(replay, "together", lambda steps, results: steps)  # for Triton's own, which wants tensors
+    return count

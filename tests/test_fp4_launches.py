@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from tests.stub_driver import stub_driver
+from tests.stub_driver import compare_repeats, stub_driver
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import fp4_linear as logical
-from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton, launches, registry, replay
+from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton, registry, replay
 from vbcompile.kernels.fp4_layout import to_layout
 from vbcompile.kernels.fp4_quantize import quantize
 
@@ -40,24 +40,7 @@ def stub(folder, monkeypatch):
 
 @pytest.fixture
 def compared(stub, monkeypatch):
-    """Every repeated launch is done in both ways; gives how many were compared."""
-    count = [0]
-    by_launcher = launches.Repeated.run
-
-    def run(self, tensors, addresses, stream):
-        stub.read_parameters(self._compiled.compiled.src.signature)
-        by_launcher(self, tensors, addresses, stream)
-        direct = stub.taken()
-        with monkeypatch.context() as patch:
-            patch.setattr(self, "_compiled", None)
-            by_launcher(self, tensors, addresses, stream)
-        assert direct == stub.taken() != b""
-        stub.ignore_parameters()
-        count[0] += 1
-
-    monkeypatch.setattr(launches.Repeated, "run", run)
-    monkeypatch.setattr(replay, "together", lambda steps, results: steps)  # for Triton's own, which wants tensors
-    return count
+    return compare_repeats(stub, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,13 @@ import shutil
 import pytest
 import torch
 
-from tests.stub_driver import stub_driver
+from tests.stub_driver import compare_repeats, stub_driver
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import attention as logical
 from vbcompile.kernels import (
     attention_hopper,
     attention_hopper_gradients,
     attention_problem,
-    launches,
     registry,
     replay,
 )
@@ -60,24 +59,7 @@ def stub(folder, monkeypatch):
 
 @pytest.fixture
 def compared(stub, monkeypatch):
-    """Every repeated launch is done in both ways; gives how many were compared."""
-    count = [0]
-    by_launcher = launches.Repeated.run
-
-    def run(self, tensors, addresses, stream):
-        stub.read_parameters(self._compiled.compiled.src.signature)
-        by_launcher(self, tensors, addresses, stream)
-        direct = stub.taken()
-        with monkeypatch.context() as patch:
-            patch.setattr(self, "_compiled", None)
-            by_launcher(self, tensors, addresses, stream)
-        assert direct == stub.taken() != b""
-        stub.ignore_parameters()
-        count[0] += 1
-
-    monkeypatch.setattr(launches.Repeated, "run", run)
-    monkeypatch.setattr(replay, "together", lambda steps, results: steps)  # for Triton's own, which wants tensors
-    return count
+    return compare_repeats(stub, monkeypatch)
 
 
 def inputs(q_length, k_length, dim, rows_first):
