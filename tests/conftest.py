@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.guards
 import torch._inductor.config
+from warm_python import WarmPython
 
 # Files that take longest begin first, so that no process is left with one at the end.
 LONGEST = (
@@ -66,6 +67,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Runs programs in processes of their own without the time of importing PyTorch."""
+    with WarmPython() as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def interpreting_python():
+    """As ``warm_python``, with Triton's interpreter on: Triton decides at import whether it interprets."""
+    with WarmPython(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") as python:
+        yield python
 
 
 @pytest.fixture

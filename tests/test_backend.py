@@ -3,10 +3,7 @@
 import copy
 import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
+from warm_python import WarmPython
 
 from vbcompile import compat
 from vbcompile.backend import vblackwell
@@ -318,14 +316,13 @@ print(json.dumps({"fused": counters["vblackwell"]["fuse_attention"]}
 
 def test_a_second_process_hits_the_cache_without_importing_us(tmp_path):
     # A cache of its own; without the trial compilations by which Inductor finds the processor's instructions.
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
     found = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True, check=True
-        )
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+    with WarmPython(**variables) as python:
+        for _ in range(2):
+            done = python.run(["-c", _CHILD])
+            assert done.returncode == 0, done.stderr
+            found.append(json.loads(done.stdout.splitlines()[-1]))
     assert found == [
         {"fused": 1, "hit": 0, "miss": 1, "bypass": 0},
         {"fused": 1, "hit": 1, "miss": 0, "bypass": 0},
