@@ -49,7 +49,7 @@ def _inlined(
         return None
     if not all(type(n) is int for t in (q, k, v, *captured) for n in (*t.shape, *t.stride())):
         return None
-    if not isinstance(scale, float) or not isinstance(dropout_p, float):
+    if not isinstance(scale, float) or dropout_p != 0:
         return None
     case = make_case(q, k, v, captured, scale, dropout_p, score_function, traced=True)
     chosen = registry.operator("attention").choose(get_target(q.device), case, implementations).implementation
