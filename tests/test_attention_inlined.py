@@ -7,6 +7,7 @@ from torch._inductor.utils import run_and_get_code
 from vbcompile.kernels.registry import force
 
 OURS, THEIRS = "ops.vblackwell.attention", "_scaled_dot_product_flash_attention_for_cpu"
+THEIRS_ON_GPU = "_scaled_dot_product_cudnn_attention.default("
 
 
 def plain(q, k, v):
@@ -102,3 +103,17 @@ def test_a_forced_implementation_is_followed():
     assert OURS not in source and THEIRS not in source
     _, source = code(plain, *heads(), implementations={"attention": "cpu_flash"})
     assert THEIRS in source
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [plain, grouped])
+def test_on_a_gpu(function):
+    """Head size 96 is cuDNN's on Hopper, FlashAttention-2's elsewhere on NVIDIA."""
+    if torch.version.hip:
+        pytest.skip("on AMD our own kernel runs")
+    inputs = [torch.randn(2, 4, 128, 96, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    got, source = code(function, *inputs)
+    expected = THEIRS_ON_GPU if torch.cuda.get_device_capability() in ((9, 0), (10, 0)) else "flash_attention.default("
+    assert expected in source and OURS not in source
+    want = function(*(t.double() for t in inputs))
+    assert (got - want).abs().max() <= 2 * (function(*inputs) - want).abs().max()
