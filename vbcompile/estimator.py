@@ -179,7 +179,7 @@ def _evaluate(sweep: Sweep, stack: VGPUStack, states: int, notes: list[str]) -> 
 
 
 def _memory(plan: Plan, live: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Device memory as operators begin, and at the end: what the plan takes all the time, and what is alive with each."""
+    """Device memory as operators begin, and at the end: what the plan takes throughout, and what is alive with each."""
     if not live:
         return ()
     constant = plan.peak_bytes - max(live)

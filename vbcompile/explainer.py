@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _STYLE = {"rewritten": "green", "left": "yellow"}
 _UNCOMPILED = (
-    "Measured in the call that was explained, whose segments ran uncompiled from an empty ring; vbcompile.write_timeline "
-    "draws a step of the compiled model."
+    "Measured in the call that was explained, whose segments ran uncompiled from an empty ring; "
+    "vbcompile.write_timeline draws a step of the compiled model."
 )
 
 

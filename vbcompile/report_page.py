@@ -50,9 +50,7 @@ class Movement:
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
 
-def html_page(
-    reports: Sequence[GraphReport], title: str, movements: Sequence[Movement] = (), note: str = ""
-) -> str:
+def html_page(reports: Sequence[GraphReport], title: str, movements: Sequence[Movement] = (), note: str = "") -> str:
     """The page as text.
 
     Args:
