@@ -154,9 +154,8 @@ def _describe(config: Config) -> str:
     passes = [name for name in ("attention", "fp4", "recompute", "offload") if getattr(config, name)]
     if config.wants_mixed_precision(target.device_type):
         passes.append("mixed precision (bfloat16 products; mixed_precision=False turns it off)")
-    return (
-        f"vblackwell: on, mode {config.mode}, {target.name or target.arch} ({target.device_type}), passes: "
-        + (", ".join(passes) or "none")
+    return f"vblackwell: on, mode {config.mode}, {target.name or target.arch} ({target.device_type}), passes: " + (
+        ", ".join(passes) or "none"
     )
 
 
