@@ -69,7 +69,7 @@ def _replace(node: fx.Node, run: Callable[..., Any], decompositions: Mapping[Any
     traced.eliminate_dead_code()
     known = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
     with node.graph.inserting_before(node):
-        results = node.graph.graph_copy(traced, known)
+        results: Any = node.graph.graph_copy(traced, known)
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])

@@ -1,10 +1,17 @@
 """Attention by PyTorch's own operators is in the compiled graph itself, without a call of ours, and equally right."""
 
+import copy
+
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from vbcompile.config import resolve_config
+from vbcompile.device import Target
 from vbcompile.kernels.registry import force
+from vbcompile.passes import pipeline
+from vbcompile.passes.attention import fuse_attention
+from vbcompile.passes.implementation_choice import explain_choices
 
 OURS, THEIRS = "ops.vblackwell.attention", "_scaled_dot_product_flash_attention_for_cpu"
 THEIRS_ON_GPU = "_scaled_dot_product_cudnn_attention.default("
@@ -36,8 +43,8 @@ def capped(q, k, v):
     return torch.softmax(torch.tanh(q @ k.transpose(-2, -1) * 0.25) * 20, -1) @ v
 
 
-def heads(dtype=torch.float32, rows=12, requires_grad=False):
-    return [torch.randn(2, 4, rows, 16, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
+def heads(dtype=torch.float32, rows=12, width=16, requires_grad=False):
+    return [torch.randn(2, 4, rows, width, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
 
 
 @pytest.fixture(autouse=True)
@@ -105,13 +112,51 @@ def test_a_forced_implementation_is_followed():
     assert THEIRS in source
 
 
+def implementations(rows, **options):
+    """As the report of a Hopper card names them."""
+    target = Target("nvidia", "cuda", "sm_90", multiprocessors=132, features=frozenset({"triton", "bf16", "tma"}))
+    found = []
+
+    def backend(gm, example_inputs):
+        rewritten = copy.deepcopy(gm)
+        context = pipeline.PassContext(resolve_config(None, options), target, False, False, list(example_inputs))
+        found.extend(explain_choices(rewritten, target, False, fuse_attention(rewritten, context)))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(plain, backend=backend, dynamic=False)(*heads(torch.bfloat16, rows=rows, width=128))
+    torch._dynamo.reset()
+    return [decision.implementation for decision in found]
+
+
+def test_small_calls_run_by_the_operator_that_costs_the_host_least():
+    (small,) = implementations(256)
+    assert small.startswith(("cudnn, since", "flash_attention_2, since")) and "otherwise hopper" in small
+    (large,) = implementations(1024)
+    (graphs,) = implementations(256, inductor_mode="reduce-overhead")
+    (named,) = implementations(256, implementations={"attention": "triton"})
+    (eager,) = implementations(256, downstream="aot_eager")
+    assert all(how.startswith("hopper (not") for how in (large, graphs, named, eager))
+
+
+@pytest.mark.gpu
+def test_small_calls_on_a_gpu():
+    inputs = [torch.randn(2, 4, n, 128, dtype=torch.bfloat16, device="cuda") for n in (1, 300, 300)]
+    inputs[1:] = [t[:, :2] for t in inputs[1:]]
+    repeated = lambda q, k, v: plain(q, *(t.repeat_interleave(2, 1) for t in (k, v)))
+    got, source = code(repeated, *inputs)
+    assert ("flash_attention.default(" in source) == (torch.version.hip is None)
+    want = repeated(*(t.double() for t in inputs))
+    assert (got - want).abs().max() <= 2 * (repeated(*inputs) - want).abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("function", [plain, grouped])
 def test_on_a_gpu(function):
     """Head size 96 is cuDNN's on Hopper, FlashAttention-2's elsewhere on NVIDIA."""
     if torch.version.hip:
         pytest.skip("on AMD our own kernel runs")
-    inputs = [torch.randn(2, 4, 128, 96, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    inputs = [torch.randn(2, 4, 1024, 96, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
     got, source = code(function, *inputs)
     expected = THEIRS_ON_GPU if torch.cuda.get_device_capability() in ((9, 0), (10, 0)) else "flash_attention.default("
     assert expected in source and OURS not in source

@@ -99,6 +99,14 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     return dict(list_mode_options(mode))
 
 
+def uses_cudagraphs(mode: str, options: Mapping[str, Any]) -> bool:
+    """Whether Inductor captures CUDA graphs in this mode with these of its options."""
+    from torch._inductor import config
+
+    asked = {**inductor_mode_options(mode), **options}
+    return bool(asked.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def reset_cudagraphs() -> None:
     """Free Inductor's CUDA graphs, as ``torch._dynamo.reset`` does for Inductor itself."""
     if torch.cuda.is_available():
