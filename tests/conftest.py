@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.guards
 import torch._inductor.config
+from torch._dynamo.utils import counters
 from warm_python import WarmPython
 
 # Files that take longest begin first, so that no process is left with one at the end.
@@ -93,13 +94,31 @@ def reports():
 
 
 @pytest.fixture
-def fresh_weights():
+def fresh_dynamo():
+    """Nothing compiled or counted by an earlier test; the same random numbers in every run."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def bare_machine(monkeypatch):
+    """No card, whatever this machine has."""
+    from fake_devices import make_bare
+
+    from vbcompile.device import forget_devices
+
+    make_bare(monkeypatch)
+    yield
+    forget_devices()
+
+
+@pytest.fixture
+def fresh_weights(fresh_dynamo):
     """Nothing compiled or packed by an earlier test; the same random numbers in every run."""
     from vbcompile.passes import fp4_weights
 
-    torch._dynamo.reset()
     fp4_weights.forget()
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["simulated", pytest.param("card", marks=pytest.mark.gpu)])

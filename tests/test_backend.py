@@ -1,10 +1,12 @@
 """The backend end to end on CPU: training and inference, shapes, states, caches, failures."""
 
 import copy
+import gc
 import json
 import logging
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -18,12 +20,7 @@ from vbcompile.backend import vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, **options):
@@ -361,5 +358,10 @@ def test_size_hint_and_source_hash():
 
 
 def test_reset_frees_what_was_compiled():
-    torch.compile(nn.Linear(2, 2), backend=vblackwell)(torch.randn(1, 2))
+    model = nn.Linear(2, 2)
+    alive = weakref.ref(model.weight)
+    torch.compile(model, backend=vblackwell)(torch.randn(1, 2))
+    del model
     torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None

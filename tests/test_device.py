@@ -15,12 +15,7 @@ from fake_devices import KIND, make_bare, plug_in
 import vbcompile as vb
 from vbcompile.device import GIB, DeviceError, forget_devices, parse_device
 
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    make_bare(monkeypatch)
-    yield
-    forget_devices()
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 def test_cpu_is_the_answer_on_a_bare_machine():

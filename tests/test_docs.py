@@ -116,9 +116,8 @@ def test_every_command_is_in_a_block_that_runs(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_named_in_the_text_exist(page):
-    named = set(
-        re.findall(r"`(?:python |pytest )?((?:bench|tests|kernels|passes|vbcompile)/[\w/]+\.\w+)", page.read_text())
-    )
+    text = page.read_text()
+    named = set(re.findall(r"`(?:python |pytest )?((?:bench|docs|tests|kernels|passes|vbcompile)/[\w/]+\.\w+)", text))
     assert not {name for name in named if "NAME" not in name and not (ROOT / name).exists()}
 
 
