@@ -77,6 +77,18 @@ def test_explain_a_script(model_file, warm_python):
     assert "torch.Size([2, 4])" in done.stdout and "graph 0/0" in done.stdout
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_script_that_ends_itself_is_explained(status, tmp_path, capsys):
+    path = tmp_path / "script.py"
+    path.write_text(f"import sys, torch\ntorch.nn.Linear(4, 4)(torch.randn(2, 4))\nsys.exit({status})\n")
+    try:
+        assert main(["explain", str(path)]) == bool(status)
+    finally:
+        vbcompile.disable()
+    shown = capsys.readouterr()
+    assert "nodes, mode balanced" in shown.out and ("ended with status 3" in shown.err) == bool(status)
+
+
 @pytest.mark.parametrize(
     "target", ["nothing.py:make", "no.such.module:make", "{file}:nothing", "{file}:wrong", "no.py"]
 )

@@ -164,14 +164,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     _check_settings(arguments.mode)
     path, _, name = arguments.target.rpartition(":")
-    explanation = _explain_call(path, name, arguments) if path else _explain_script(arguments)
+    explanation, status = (_explain_call(path, name, arguments), 0) if path else _explain_script(arguments)
     if arguments.html:
         Path(arguments.html).write_text(explanation.to_html(arguments.target), encoding="utf-8")
     if arguments.json:
         print(explanation.to_json())
     elif not arguments.html:
         Console().print(explanation)
-    return 1 if any(r.failures for r in explanation.reports) else 0
+    return 1 if status or any(r.failures for r in explanation.reports) else 0
 
 
 def _explain_call(path: str, name: str, arguments: argparse.Namespace) -> Any:
@@ -222,14 +222,27 @@ def _load(path: str, name: str) -> Callable[..., Any]:
     return namespace[name]
 
 
-def _explain_script(arguments: argparse.Namespace) -> Any:
+def _explain_script(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """What was compiled, and the status with which the script ended: many end with ``sys.exit(main())``."""
     from vbcompile.explainer import explain_script
     from vbcompile.global_switch import enable
 
     if arguments.arch:
         raise UsageError("--as needs FILE.py:NAME or package.module:NAME: a script runs on the devices that are here")
     enable(arguments.mode, verbose=False)
-    return explain_script(lambda: _run_script(arguments.target, arguments.rest))
+    status: list[Any] = [0]
+
+    def run() -> Any:
+        try:
+            return _run_script(arguments.target, arguments.rest)
+        except SystemExit as end:
+            status[0] = end.code
+            return end  # its frames hold what the script made
+
+    explanation = explain_script(run)
+    if status[0]:
+        print(f"vbcompile: the script ended with status {status[0]}", file=sys.stderr)
+    return explanation, status[0]
 
 
 def _plan(arguments: argparse.Namespace) -> int:
