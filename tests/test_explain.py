@@ -163,6 +163,8 @@ def narrow():
         ("calibrate f.py:number --out packed.safetensors", {}, "first, not int"),
         ("bench --device nope", {}, "unknown device 'nope'"),
         ("bench --quick --out none/result.json", {}, "no such folder"),
+        ("bench --quick --out .", {}, "this is a folder"),
+        ("explain f.py:make --html .", {}, "this is a folder"),
     ],
 )
 def test_wrong_usage_is_one_line(command, variables, message, tmp_path, monkeypatch, capsys):

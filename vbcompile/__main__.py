@@ -45,7 +45,9 @@ def _check_files(arguments: argparse.Namespace) -> None:
         return
     for option in ("html", "out"):
         named = getattr(arguments, option, None)
-        if named and not (Path(named).is_dir() or Path(named).resolve().parent.is_dir()):
+        if named and Path(named).is_dir():
+            raise UsageError(f"--{option} {named}: this is a folder, and a file is to be written")
+        if named and not Path(named).resolve().parent.is_dir():
             raise UsageError(f"--{option} {named}: no such folder: {Path(named).resolve().parent}")
 
 
