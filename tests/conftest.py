@@ -28,6 +28,7 @@ LONGEST = (
     "test_offload_pass.py",
     "test_recompute.py",
     "test_bench_scripts.py",
+    "test_global_switch.py",
 )
 
 
