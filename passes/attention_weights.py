@@ -149,7 +149,7 @@ class _Walk:
         return self._without_nan(call.input, dims, here)
 
     def _masked_fill(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
-        if call.get("value") != 0 or not is_tensor(call.get("mask")):
+        if not _is_zero(call.get("value")) or not is_tensor(call.get("mask")):
             raise Refusal("the attention weights are filled with another value than zero")
         if is_nan_of(call.get("mask"), call.input):
             return self._without_nan(call.input, dims, here)
@@ -255,7 +255,9 @@ def _is_zero(value: Any) -> bool:
     if isinstance(value, (int, float)):
         return value == 0
     call = call_of(value)
-    return call is not None and (call.name in ("zeros", "zeros_like", "new_zeros") or call.get("data") == 0)
+    if call is None or call.in_place:
+        return False
+    return call.name in ("zeros", "zeros_like", "new_zeros") or 0 in (call.get("data"), call.get("fill_value"))
 
 
 def _cut_column(call: Call, dims: Dims) -> str:
