@@ -10,7 +10,7 @@ finest atoms.
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import SymInt, fx
 
 from vbcompile.passes.graph_ops import Call, known, known_equal, positive_dim, shape_of, value_of
 
@@ -210,7 +210,7 @@ def is_full_slice(item: Any, size: Size) -> bool:
     if not isinstance(item, slice) or item.step not in (None, 1):
         return False
     start, stop = value_of(item.start), value_of(item.stop)
-    begins = start is None or (type(start) is int and start == 0)
+    begins = start is None or (isinstance(start, (int, SymInt)) and (known_equal(start, 0) or known(start + size <= 0)))
     return begins and (
         stop is None or known_equal(stop, size) or (type(stop) is int and type(size) is int and stop >= size)
     )
