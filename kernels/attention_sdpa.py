@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbcompile.device import Target
-from vbcompile.kernels.attention import attention_backward_reference
+from vbcompile.kernels.attention import attention_backward_reference, attention_reference
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_dense import DenseScores
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
@@ -182,6 +182,8 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *call.tensors, 0.0, call.causal, attn_mask=call.bias, scale=scale
     )
+    if _loses_nan(out, lse, call):
+        return attention_reference(q, k, v, captured, scale, dropout_p, seed, score_function)
     out = out[..., : v.shape[-1]].reshape(*call.lead, *out.shape[-2:-1], v.shape[-1])
     lse = lse.reshape(*call.lead, q.shape[-2]).to(accumulation_dtype(q.dtype))
     if call.empty is not None:
@@ -191,10 +193,26 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     return arrange(out, function.rows_first), lse.contiguous()
 
 
+def _loses_nan(out: Tensor, lse: Tensor, call: _CpuCall) -> bool:
+    """Whether scores are infinite or NaN, so that the kernel may give what plain PyTorch does not.
+
+    Its largest score of a row ignores NaN, and a row without one counts as a row without keys: zeros in place of NaN.
+    Under a mask, which it adds, NaN of hidden keys spreads to rows that do not see them.
+    """
+    odd = ~lse.isfinite()
+    unseen = lse == 0.0
+    if bool(unseen.any()):
+        odd = odd | (unseen & (out == 0.0).all(-1))
+    if call.empty is not None:
+        odd = odd & ~call.empty.reshape(lse.shape)
+    return bool(odd.any())
+
+
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
     call = _CpuCall(q, k, v, captured, function)
-    if call.scores is not None and call.scores.absorbed:
+    odd = ~lse.isfinite() if call.empty is None else ~lse.isfinite() & ~call.empty
+    if bool(odd.any()) or (call.scores is not None and call.scores.absorbed):
         return attention_backward_reference(
             grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
         )

@@ -77,7 +77,7 @@ class RobertaWithRelativeKeyQuery(nn.Module):
         scores = scores + torch.einsum("bhld,lrd->bhlr", q, table) + torch.einsum("bhrd,lrd->bhlr", k, table)
         weights = nn.functional.softmax(scores / math.sqrt(self.features), dim=-1)
         context = torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous()
-        return context.view(context.size()[:-2] + (-1,))
+        return context.view((*context.size()[:-2], -1))
 
 
 @fuses("eras", plus(cross, lambda d: d.constant(d.B, 1, 1, d.T)))
