@@ -218,11 +218,14 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
         )
     out4, grad4 = (call.folded(t) for t in (out, grad_out))
     lse4 = lse.reshape(-1, call.heads, lse.shape[-1])
+    bias = call.bias
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
         rows = call.empty.reshape(lse4.shape)
         out4, lse4 = out4.masked_fill(rows.unsqueeze(-1), 0.0), lse4.masked_fill(rows, 0.0)
+    if _is_rounded(lse4, q.dtype):
+        bias, lse4 = _shifted(call, lse4, scale)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=call.bias, scale=scale
+        grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=bias, scale=scale
     )
     if call.scores is not None and call.scores.poisoned is not None:
         poisoned = call.scores.poisoned.expand(*call.lead, -1).reshape(lse4.shape)
@@ -231,6 +234,21 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
         dv = dv.masked_fill(rows.any(-1)[..., None, None], torch.nan)
     grads = [g[..., :width] for g, width in zip((dq, dk, dv), call.widths, strict=True)]
     return unfold_gradients(grads, (q, k, v), call.lead, captured)
+
+
+def _is_rounded(lse: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights ``exp(score - lse)`` would be worse than a softmax's, for digits that ``lse`` has no room for."""
+    unit = torch.finfo(lse.dtype).eps * lse.abs().amax() if lse.numel() else lse.new_zeros(())
+    return bool(unit > 16 * torch.finfo(dtype).eps)
+
+
+def _shifted(call: _CpuCall, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``lse`` as a part of the bias, and the small rest of it, from another forward."""
+    bias = -lse.unsqueeze(-1) if call.bias is None else call.bias.to(lse.dtype) - lse.unsqueeze(-1)
+    _, rest = aten._scaled_dot_product_flash_attention_for_cpu(
+        *call.tensors, 0.0, call.causal, attn_mask=bias, scale=scale
+    )
+    return bias, rest.to(lse.dtype)
 
 
 # ---------------------------------------------------------------------------------------- registration
