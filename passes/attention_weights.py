@@ -9,7 +9,16 @@ from torch import fx
 
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, index_items, view_input
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of, value_of
+from vbcompile.passes.graph_ops import (
+    Call,
+    call_of,
+    is_tensor,
+    known_equal,
+    positive_dim,
+    shape_of,
+    tensor_of,
+    value_of,
+)
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 

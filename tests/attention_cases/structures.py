@@ -77,7 +77,7 @@ def outer_product_mean(q, k, v, pair):
 
 
 @fuses("structures", plus(qkv, lambda d: d.normal(d.B, d.S, 3)))
-def invariant_points(q, k, v, x):
+def squared_distances_of_points(q, k, v, x):
     """Squared distances of points beside the product."""
     distance = (x[:, :, None] - x[:, None, :]).square().sum(-1)
     logits = _scores(q, k) - 0.5 * distance[:, None]
