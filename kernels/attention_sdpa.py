@@ -265,5 +265,9 @@ for _operator, _cudnn, _flash, _cpu in (
         ("cudnn", _cudnn, _refuses_cudnn),
         ("flash_attention_2", _flash, _refuses_cuda),
     ):
-        operator(_operator).register(Implementation(_name, _run, _refuses, _cost(_name), replays=True))
-    operator(_operator).register(Implementation("cpu_flash", _cpu, _refuses_cpu, _cost("cpu_flash")))
+        operator(_operator).register(
+            Implementation(_name, _run, _refuses, _cost(_name), replays=True, inlines=_cpu is _cpu_forward),
+        )
+    operator(_operator).register(
+        Implementation("cpu_flash", _cpu, _refuses_cpu, _cost("cpu_flash"), inlines=_cpu is _cpu_forward),
+    )

@@ -9,9 +9,11 @@ import weakref
 
 import pytest
 import torch
+from fake_devices import make_bare, plug_in
 from torch import nn
 
 import vbcompile as vb
+from vbcompile.device import forget_devices
 from vbcompile.global_switch import _switch
 
 
@@ -80,6 +82,22 @@ def test_every_enable_function_sets_its_mode(function, mode, capsys):
     function()
     assert vb.is_enabled() and _switch.config.mode == mode
     assert f"mode {mode}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"mode": "balanced"}, True), ({}, False), ({"mode": "memory", "mixed_precision": False}, False)],
+)
+def test_mixed_precision_is_announced_where_it_is_on(options, says, monkeypatch, capsys):
+    monkeypatch.delenv("VB_MODE", raising=False)
+    make_bare(monkeypatch)
+    vb.enable(**options)
+    assert "bfloat16" not in capsys.readouterr().out  # on the CPU never by a mode
+    plug_in(monkeypatch, "nvidia")
+    vb.enable(**options)
+    assert ("bfloat16 products" in capsys.readouterr().out) == says
+    vb.disable()
+    forget_devices()
 
 
 @pytest.mark.parametrize("make", [Net, lambda: nn.Linear(8, 8), lambda: nn.Sequential(nn.Linear(8, 8))])

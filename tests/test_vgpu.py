@@ -213,7 +213,7 @@ def test_a_driver_that_does_not_tell_free_memory(monkeypatch, caplog):
 
 def test_without_a_card_host_memory_computes_and_the_disk_is_behind_it(tmp_path):
     stack = create_vgpu_stack()
-    assert [(level.kind, level.device) for level in stack.levels] == [("device", "cpu"), ("disk", "ssd")]
+    assert [(lv.kind, lv.device, lv.speed_gbps) for lv in stack.levels] == [("device", "cpu", 40), ("disk", "ssd", 7)]
     (disk,) = stack.tiers()
     assert disk.via is None and stack.levels[1].path == str(tmp_path / "vbcompile" / "offload")
     (tmp_path / "file").write_text("")

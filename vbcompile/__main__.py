@@ -150,12 +150,13 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_script(script: str, arguments: Sequence[str]) -> None:
+def _run_script(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The script's names, which keep its models alive."""
     if not Path(script).is_file():
         raise UsageError(f"no such file: {script}")
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    return runpy.run_path(script, run_name="__main__")
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -222,18 +223,13 @@ def _load(path: str, name: str) -> Callable[..., Any]:
 
 
 def _explain_script(arguments: argparse.Namespace) -> Any:
-    from vbcompile.backend import add_listener
-    from vbcompile.explainer import Explanation
+    from vbcompile.explainer import explain_script
     from vbcompile.global_switch import enable
-    from vbcompile.report import GraphReport
 
     if arguments.arch:
         raise UsageError("--as needs FILE.py:NAME or package.module:NAME: a script runs on the devices that are here")
-    reports: list[GraphReport] = []
-    add_listener(reports.append)
     enable(arguments.mode, verbose=False)
-    _run_script(arguments.target, arguments.rest)
-    return Explanation(reports)
+    return explain_script(lambda: _run_script(arguments.target, arguments.rest))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -265,7 +261,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from vbcompile.report_page import Movement, html_page
 
-        Path(arguments.html).write_text(html_page([], arguments.target, Movement(result.plan)), encoding="utf-8")
+        page = html_page([], arguments.target, [Movement(result.plan, result.memory)])
+        Path(arguments.html).write_text(page, encoding="utf-8")
     print(result.to_json() if arguments.json else result)
     return 0
 

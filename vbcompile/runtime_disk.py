@@ -148,7 +148,8 @@ class OpenFiles:
             there = max(found[0] - source.offset, 0)
             raise StorageError(source.file, source.offset, source.nbytes, there, "the file has been truncated")
         if found != source.identity:
-            raise StorageError(source.file, source.offset, source.identity, found, "the file has been changed")
+            reason = "the file has been changed, by its size and time of last write"
+            raise StorageError(source.file, source.offset, source.identity, found, reason)
 
 
 def set_buffered(descriptor: int) -> None:

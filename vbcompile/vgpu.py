@@ -370,7 +370,8 @@ def _cache_folder(environ: Mapping[str, str]) -> Path:
 
 def _level(number: int, spec: LevelSpec, path: str | os.PathLike[str] | None) -> VGPULevel:
     kind = _kind(number, spec.device)
-    rate = int((DEFAULT_GBPS[kind] if spec.speed_gbps is None else spec.speed_gbps) * 10**9)
+    default = DEFAULT_GBPS["host" if spec.device == "cpu" else kind]  # also where the CPU is what computes
+    rate = int((default if spec.speed_gbps is None else spec.speed_gbps) * 10**9)
     return VGPULevel(
         number=number,
         kind=kind,
