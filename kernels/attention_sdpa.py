@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vbcompile.compat import is_fake
 from vbcompile.device import Target
 from vbcompile.kernels.attention import attention_backward_reference, attention_reference
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
@@ -182,7 +183,10 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *call.tensors, 0.0, call.causal, attn_mask=call.bias, scale=scale
     )
-    if _loses_nan(out, lse, call):
+    odd = _odd_rows(out, lse, call)
+    if is_fake(out):  # a graph is made, which cannot choose by values
+        out, lse = out.masked_fill(odd.unsqueeze(-1), torch.nan), lse.masked_fill(odd, torch.nan)
+    elif bool(odd.any()):
         return attention_reference(q, k, v, captured, scale, dropout_p, seed, score_function)
     out = out[..., : v.shape[-1]].reshape(*call.lead, *out.shape[-2:-1], v.shape[-1])
     lse = lse.reshape(*call.lead, q.shape[-2]).to(accumulation_dtype(q.dtype))
@@ -193,19 +197,14 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     return arrange(out, function.rows_first), lse.contiguous()
 
 
-def _loses_nan(out: Tensor, lse: Tensor, call: _CpuCall) -> bool:
-    """Whether scores are infinite or NaN, so that the kernel may give what plain PyTorch does not.
+def _odd_rows(out: Tensor, lse: Tensor, call: _CpuCall) -> Tensor:
+    """Rows with infinite scores or NaN, where the kernel may give what plain PyTorch does not.
 
     Its largest score of a row ignores NaN, and a row without one counts as a row without keys: zeros in place of NaN.
     Under a mask, which it adds, NaN of hidden keys spreads to rows that do not see them.
     """
-    odd = ~lse.isfinite()
-    unseen = lse == 0.0
-    if bool(unseen.any()):
-        odd = odd | (unseen & (out == 0.0).all(-1))
-    if call.empty is not None:
-        odd = odd & ~call.empty.reshape(lse.shape)
-    return bool(odd.any())
+    odd = ~lse.isfinite() | ((lse == 0.0) & (out == 0.0).all(-1))
+    return odd if call.empty is None else odd & ~call.empty.reshape(lse.shape)
 
 
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):

@@ -149,11 +149,13 @@ def _sum_of_product(call: Call, node: fx.Node) -> Contraction | None:
     dims = call.get("dim")
     dims = range(len(shape)) if dims is None else dims if isinstance(dims, (tuple, list)) else (dims,)
     summed = {positive_dim(d, len(shape)) for d in dims}
-    lhs, rhs = (_broadcast_labels(side, x, len(shape)) for side, x in zip("lr", operands, strict=True))
     kept = [f"k{d}" if d in summed else f"b{d}" for d in range(len(shape)) if d not in summed or call.get("keepdim")]
     renamed = {f"b{d}": f"c{d}" for d in summed}
-    labels = (tuple(renamed.get(x, x) for x in side) for side in (lhs, rhs))
-    return Contraction(node, *operands, *labels, tuple(kept), before=before)
+    lhs_labels, rhs_labels = (
+        tuple(renamed.get(label, label) for label in _broadcast_labels(side, x, len(shape)))
+        for side, x in zip("lr", operands, strict=True)
+    )
+    return Contraction(node, *operands, lhs_labels, rhs_labels, tuple(kept), before=before)
 
 
 def _broadcast_labels(side: str, node: fx.Node, rank: int) -> Labels:

@@ -230,8 +230,9 @@ class Matcher:
         """Check masks that are applied to the weights; returns what rows without a key give."""
         if not weights.kept:
             return split, "zero" if weights.zero_empty else "nan"
-        if len(weights.kept) == 1 and not weights.factors and weights.kept[0].rows(lifter.space, keys) is not None:
-            return self._keep_rows(lifter, split, logits, *weights.kept[0].rows(lifter.space, keys), keys)
+        rows = weights.kept[0].rows(lifter.space, keys) if len(weights.kept) == 1 and not weights.factors else None
+        if rows is not None:
+            return self._keep_rows(lifter, split, logits, rows, keys)
         after: set[Expression] = set()
         for kept in weights.kept:
             condition = lifter.algebra.make("to_bool", lifter.lift(kept.condition, kept.dims))
@@ -252,10 +253,10 @@ class Matcher:
         return split, "zero"
 
     def _keep_rows(
-        self, lifter: Lifter, split: Logits, logits: Expression, keep: fx.Node, dims: Dims, keys: Dim
+        self, lifter: Lifter, split: Logits, logits: Expression, rows: tuple[fx.Node, Dims], keys: Dim
     ) -> tuple[Logits, str]:
         """Check that the rows set to zero are those without a key, told by ``keep.any(-1)``."""
-        shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(keep, dims)))) - {lifter.algebra.true}
+        shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(*rows)))) - {lifter.algebra.true}
         for found in (split, split_logits(lifter.algebra, logits, keys, low_fills=True)):
             if shown == set(found.mask):
                 return found, "zero"

@@ -365,12 +365,6 @@ def nan_in_the_keys(q, k, v):
     return _attend(q, k, v)
 
 
-@fuses("circumstances", _one_bad(1, float("nan")), modes=(INFERENCE,))
-def nan_in_a_hidden_key(q, k, v):
-    keep = torch.arange(k.shape[2]) != 3
-    return _scores(q, k).masked_fill(~keep, -INF).softmax(-1) @ v
-
-
 @fuses("circumstances", _one_bad(1, INF), modes=(INFERENCE,))
 def infinity_in_the_keys(q, k, v):
     return _attend(q, k, v)

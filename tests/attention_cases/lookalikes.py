@@ -170,7 +170,7 @@ def linformer(q, k, v, e, f):
 @either("lookalikes", cross, sites=1)
 def nystrom_three_softmaxes(q, k, v):
     """The first one meets values; the middle one is inverted, the last one squared."""
-    ql, kl = q.unflatten(2, (2, -1)).mean(3), k[:, :, :6].unflatten(2, (2, -1)).mean(3)
+    ql, kl = q[:, :, :6].unflatten(2, (2, -1)).mean(3), k[:, :, :6].unflatten(2, (2, -1)).mean(3)
     first, middle, last = (torch.softmax(_scores(a, b), -1) for a, b in ((q, kl), (ql, kl), (ql, k)))
     return first @ torch.linalg.inv(middle + torch.eye(2, dtype=q.dtype)).to(q.dtype) @ last.square() @ v
 
