@@ -206,7 +206,7 @@ def mask_of_bytes(q, k, v, mask):
 
 @fuses("circumstances", plus(cross, _mask("B", "1", "1", "T", kind=torch.int32)))
 def mask_of_int32_inverted_by_subtraction(q, k, v, mask):
-    return torch.softmax(_scores(q, k) + (1 - mask) * torch.finfo(q.dtype).min, -1) @ v
+    return torch.softmax(_scores(q, k) + (1 - mask).to(q.dtype) * torch.finfo(q.dtype).min, -1) @ v
 
 
 @fuses("circumstances", plus(cross, _mask("H", "1", "T")))

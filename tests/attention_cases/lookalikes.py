@@ -109,7 +109,7 @@ def soft_argmax_of_heat_maps(keypoints, pixels):
 @fuses("lookalikes", lambda d: (d.normal(d.B, d.H, d.D), d.normal(d.B, d.S, d.D), d.normal(d.B, d.S, 2)))
 def soft_correspondence_of_points(source, target, points):
     """Features of two point clouds matched, the other's points averaged: attention by another name."""
-    return torch.softmax(-torch.cdist(source, target).square() * 0 + source @ target.mT, dim=-1) @ points
+    return torch.softmax(source @ target.mT / 0.7 - target.square().sum(-1).unsqueeze(1), dim=-1) @ points
 
 
 @fuses("lookalikes", lambda d: (d.normal(d.S, d.D), d.normal(d.T, d.D), d.normal(d.T, 3)))
@@ -172,7 +172,8 @@ def nystrom_three_softmaxes(q, k, v):
     """The first one meets values; the middle one is inverted, the last one squared."""
     ql, kl = q[:, :, :6].unflatten(2, (2, -1)).mean(3), k[:, :, :6].unflatten(2, (2, -1)).mean(3)
     first, middle, last = (torch.softmax(_scores(a, b), -1) for a, b in ((q, kl), (ql, kl), (ql, k)))
-    return first @ torch.linalg.inv(middle + torch.eye(2, dtype=q.dtype)).to(q.dtype) @ last.square() @ v
+    inverse = torch.linalg.inv(middle.float() + torch.eye(2)).to(q.dtype)
+    return first @ inverse @ last.square() @ v
 
 
 @refuses(cross, modes=(INFERENCE,))
