@@ -1,7 +1,6 @@
 """``explain`` and the command line."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -72,9 +71,9 @@ def test_explain_a_function_from_a_file(model_file, capsys):
     assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}
 
 
-def test_explain_a_script(model_file):
-    command = [sys.executable, "-m", "vbcompile", "explain", str(model_file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_explain_a_script(model_file, warm_python):
+    done = warm_python.run(["-m", "vbcompile", "explain", str(model_file)])
+    assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 4])" in done.stdout and "graph 0/0" in done.stdout
 
 
