@@ -9,7 +9,16 @@ from torch import fx
 
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, index_items, view_input
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, shape_of, tensor_of, value_of
+from vbcompile.passes.graph_ops import (
+    Call,
+    call_of,
+    is_tensor,
+    known_equal,
+    positive_dim,
+    shape_of,
+    tensor_of,
+    value_of,
+)
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 
@@ -34,6 +43,21 @@ class Kept:
         """Whether the mask is a factor, which leaves NaN as it is."""
         call = call_of(self.node)
         return call is not None and call.name == "mul"
+
+    def rows(self, space: Space, keys: Dim) -> tuple[fx.Node, Dims] | None:
+        """The mask and its dimensions where only rows are kept in which it shows ``any`` key."""
+        node, dims, keep = self.condition, self.dims, self.keep
+        while (call := call_of(node)) is not None and not call.in_place and call.name != "any":
+            moved = (call.input, dims) if call.name == "not" else view_input(space, call, node, dims)
+            if moved is None:
+                return None
+            keep = keep != (call.name == "not")
+            node, dims = moved
+        dim = None if call is None or self.multiplies or not keep else call.get("dim")
+        if call is None or call.in_place or not isinstance(dim, int) or tensor_of(call.input).dtype != torch.bool:
+            return None
+        dim = positive_dim(dim, len(shape_of(call.input)))
+        return call.input, (*dims[:dim], keys, *dims[dim + bool(call.get("keepdim")) :])
 
 
 @dataclass(frozen=True)
