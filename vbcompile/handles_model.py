@@ -94,7 +94,9 @@ def offload(
     reason = _fits(model, sites, places)
     on_disk = set() if reason else places.choose_disk([site.nbytes for site in large], beside)
     if not (reason or large):
-        reason = f"declined, no tensor has {least} bytes or more: smallest= says from what size on one is kept elsewhere"
+        reason = (
+            f"declined, no tensor has {least} bytes or more: smallest= says from what size on one is kept elsewhere"
+        )
     if reason:
         for site in sites:
             _move(site, found, places.device)
