@@ -280,6 +280,7 @@ def forward(
             **score_operands(q, k, scale, config, call),
             num_warps=4,
             maxnreg=config.registers,
+            launch_pdl=call is not None and call.planned,
         )
     return out, lse
 
@@ -291,7 +292,7 @@ def work_counter(q: Tensor, config: ForwardConfig, plan: Tensor | None) -> Tenso
     return torch.zeros(1, dtype=torch.int32, device=q.device) if plan is None else plan.view(-1)[7:]
 
 
-_FUNCTIONS = ("LOGITS", "MASK", "ROWS", "OFFSET", "BOUNDS", "SINK")
+_FUNCTIONS = ("LOGITS", "MASK", "ROWS", "OFFSET", "SLOPE", "BOUNDS", "SINK")
 
 
 def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, call: ScoreCall | None) -> dict[str, Any]:

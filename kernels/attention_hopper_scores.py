@@ -133,6 +133,16 @@ def describe_rows(
 
 
 @gluon.jit
+def at_tile(context, slope, place, SLOPE: gl.constexpr):
+    """``context`` with what is added to all logits of a row in one tile: ``slope [64]`` times where the tile lies."""
+    if SLOPE is None:
+        return context
+    else:
+        rows, lead, queries, offset = context
+        return rows, lead, queries, offset + slope * (place[1] - place[0]).to(gl.float32)
+
+
+@gluon.jit
 def bits_below(bound):
     """A lane's keys ``8 a + 2 lane + c`` below ``bound + 2 lane``, one bit each: keys of a lane in their order."""
     count = gl.maximum(2 * (bound >> 3) + gl.minimum(bound & 7, 2), 0)
@@ -209,6 +219,18 @@ def load_tile(tiles, slot, layout: gl.constexpr):
 
 
 @gluon.jit
+def widen(tile):
+    """Stored numbers as float32 where that is all a function makes of them. Neighbours of 16 bits are taken apart by one
+    instruction each; extracting the upper one first would take two."""
+    if tile.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=r,=r,r", [tile], dtype=gl.int32, is_pure=True, pack=2
+        ).to(gl.float32, bitcast=True)
+    else:
+        return tile
+
+
+@gluon.jit
 def score_tile(
     s,
     number,
@@ -244,14 +266,14 @@ def score_tile(
     fi = i.to(gl.float32)
     fj = lanes.to(gl.float32) + steps.to(gl.float32)
     step = steps.to(gl.float32)
-    distance = (lanes - first_row).to(gl.float32)
+    distance = lanes_of(split).to(gl.float32)
     score = parts
     layout: gl.constexpr = s.type.layout
     tile = 0
     if TILED > 0:
         slot = wait_for_tile(tiles, number, w, CONSUMERS)
     if TILED == 1:
-        tile = load_tile(tiles, slot, layout)
+        tile = widen(load_tile(tiles, slot, layout))
         mbarrier.arrive(tiles[2].index(slot))
     if LOGITS is not None:
         score = parts * inner

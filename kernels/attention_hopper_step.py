@@ -77,12 +77,11 @@ def refer(
     UNBOUNDED: gl.constexpr,
 ):
     """Products of queries and keys -> (logits or, where capped, products; new reference of the rows; factor of the sums
-    so far; what ``exponentials`` or ``capped_exponentials`` take)."""
-    inner, factor, _, _, _, _, _, _ = program
+    so far; what ``exponentials`` takes). Nothing of that changes where logits are capped."""
+    factor = program[1]
     if CAP is not None:
-        s = zero_masked(s, 0, place, context, program, sizes, BOUNDED or PLANNED, BOUNDS)
-        new_m, alpha, outside = capped_reference(s, m, inner, factor, CAP)
-        return s, new_m, alpha, outside, new_m
+        reference = capped_reference(gl.SliceLayout(1, s.type.layout), factor, CAP)
+        return s, reference, 1.0, factor, reference
     else:
         s = to_logits(
             s, number, tiles, place, context, program, sizes, w, CONSUMERS, BOUNDED, TILED, PLANNED, BOUNDS, LOGITS,
@@ -109,7 +108,7 @@ def weigh(
 ):
     """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``."""
     if CAP is not None:
-        p = capped_exponentials(s, own, base, program[0], program[1])
+        p = capped_exponentials(s, program[0], program[1], CAP)
         return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS)
     else:
         return exponentials(s, own, base, POLY)
@@ -194,7 +193,10 @@ def advance(
         else:
             o, carried = warpgroup_mma_wait(0, [o, carried])
         mbarrier.arrive(v_empty.index(slot))
-    o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     part = gl.convert_layout(part, total.type.layout)
-    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None] + part
-    return new_m, total, o, carried
+    if CAP is not None:
+        return new_m, total + part, o, carried
+    else:
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+        total = total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None] + part
+        return new_m, total, o, carried

@@ -108,13 +108,18 @@ def larger_of(x, axis: gl.constexpr, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def row_maximum(s, SIZE: gl.constexpr):
-    """Largest element, or SIZE: magnitude, of each row ``[64]``; NaN wins. Neighbours are compared first, then four
-    parts of what a lane holds side by side: one chain of dependent instructions would be longer than the tile's work.
-    """
+def lane_maximum(s, SIZE: gl.constexpr):
+    """Largest element, or SIZE: magnitude, of what a lane holds of each row ``[64, 4]``; NaN wins. Neighbours are
+    compared first, then four parts side by side: one chain of dependent instructions would be longer than the tile's
+    work."""
     pairs = larger_of(s.reshape(64, 2, s.shape[1] // 16, 4, 2), 4, SIZE)
-    lanes = larger_of(larger_of(pairs, 2, SIZE), 1, SIZE)
-    return gl.convert_layout(larger_of(lanes, 1, SIZE), gl.SliceLayout(1, s.type.layout))
+    return larger_of(larger_of(pairs, 2, SIZE), 1, SIZE)
+
+
+@gluon.jit
+def row_maximum(s):
+    """Largest element of each row ``[64]``; NaN wins."""
+    return gl.convert_layout(larger_of(lane_maximum(s, False), 1, False), gl.SliceLayout(1, s.type.layout))
 
 
 @gluon.jit
@@ -212,7 +217,7 @@ def finish_first(x):
 
 @gluon.jit
 def any_row(condition):
-    """Whether a condition ``[64]`` on rows holds for any row of a warp, int32 ``[64]``."""
+    """Whether a condition ``[64, 4]`` on lanes' parts of rows holds for any of a warp, int32 ``[64, 4]``."""
     asm: gl.constexpr = """{
         .reg .pred q;
         .reg .b32 t;
@@ -237,7 +242,7 @@ def next_reference(s, m, offset, factor, UNBOUNDED: gl.constexpr):
         new maximum; factor of the sums so far; what logits are multiplied by, and what is then taken away.
     """
     if UNBOUNDED:
-        new_m = larger(m, row_maximum(s, False) + offset)
+        new_m = larger(m, row_maximum(s) + offset)
         base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
         own = gl.where(gl.abs(base) < 1e38, factor, 7.9e-31)
         before = gl.where((gl.abs(m) < 1e38) | (m == float("-inf")), factor, 7.9e-31)
@@ -246,7 +251,7 @@ def next_reference(s, m, offset, factor, UNBOUNDED: gl.constexpr):
         return new_m, alpha, own, scaled - rounded_product(offset, own)
     else:
         offset = offset * factor
-        new_m = larger(m, row_maximum(s, False) * factor + offset)
+        new_m = larger(m, row_maximum(s) * factor + offset)
         base = gl.where(new_m == float("-inf"), 0.0, new_m)
         return new_m, gl.exp2(m - base), factor, base - offset
 
@@ -295,33 +300,22 @@ _CAPPED_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64 + ["r"] * 32
 
 
 @gluon.jit
-def capped_reference(s, m, inner, factor, SHIFT: gl.constexpr):
-    """As ``next_reference`` for logits ``tanh(inner * s)``, of products ``s`` none of which is masked.
-
-    The reference of a row is that of its largest magnitude less SHIFT: one maximum tells the reference and whether the
-    polynomial will do. Returns new reference, factor of the sums so far, whether it will not do for the warp.
-    """
-    size = row_maximum(s, True) * gl.abs(inner)
-    outside = any_row((size <= TANH_LIMIT) == 0)
-    new_m = larger(m, tanh_fast(size) * factor - SHIFT)
-    return new_m, gl.exp2(m - new_m), outside
+def capped_reference(s_rows: gl.constexpr, factor, SHIFT: gl.constexpr):
+    """What the logarithm of capped weights is taken from, in base two, ``[64]``: the same for all rows and tiles."""
+    return gl.full([64], 0.0, gl.float32, s_rows) + (factor - SHIFT)
 
 
 @gluon.jit
-def capped_exponentials(s, outside, base, inner, factor):
-    """Weights of part of a tile, ``outside`` and ``base`` from ``capped_reference``."""
-    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    base = gl.convert_layout(base, rows)[:, None]
-    outside = gl.convert_layout(outside, rows)[:, None]
+def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr):
+    """Weights ``2 ** (factor * (tanh(inner * s) - 1) + SHIFT)`` of part of a tile: no maximum of the row is needed."""
+    parts = s.reshape(64, s.shape[1] // 8, 4, 2)
+    outside = any_row((lane_maximum(s, True) * gl.abs(inner) <= TANH_LIMIT) == 0)
+    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, parts.type.layout))
+    outside = gl.expand_dims(gl.expand_dims(gl.convert_layout(outside, lanes), 1), 3)
     square = inner * inner
     a = factor * inner * TANH_A
     b = factor * inner * TANH_B * square
     c = factor * inner * TANH_C * square * square
-    arguments = [s, -base, outside, a, b, c, inner, factor]
-    return gl.inline_asm_elementwise(_CAPPED, _CAPPED_REGISTERS, arguments, dtype=gl.float32, is_pure=True, pack=32)
-
-
-@gluon.jit
-def tanh_fast(x):
-    """By NVIDIA's instruction."""
-    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+    arguments = [parts, SHIFT - factor, outside, a, b, c, inner, factor]
+    parts = gl.inline_asm_elementwise(_CAPPED, _CAPPED_REGISTERS, arguments, dtype=gl.float32, is_pure=True, pack=32)
+    return gl.convert_layout(parts.reshape(64, s.shape[1]), s.type.layout, assert_trivial=True)
