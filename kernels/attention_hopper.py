@@ -273,7 +273,7 @@ def forward(
             T_STAGES=config.t_stages,
             GROUP=batch if call and call.shared else config.group,
             CAUSAL=causal,
-            PING_PONG=config.ping_pong and config.consumers == 2,
+            PING_PONG=int(config.ping_pong),
             ROUNDING=config.rounding,
             POLY=config.poly,
             DYNAMIC=config.dynamic,

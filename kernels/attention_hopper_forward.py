@@ -105,7 +105,7 @@ def consume(
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    if PING_PONG and w == 1:
+    if PING_PONG > 0 and w == CONSUMERS - 1:
         pass_turn(TURN)
     query_tile, batch, head, first, end, clear, sure = take_over(work, done, 4)
     while head < heads:
@@ -118,14 +118,16 @@ def consume(
         mbarrier.wait(q_full.index(q_slot), done // Q_STAGES & 1)
         slot = taken % STAGES
         mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
-        if PING_PONG:
+        if PING_PONG > 0:
             wait_turn(TURN + w)
         k_tile = k_smem.index(slot).reshape([BLOCK_K, D]).permute((1, 0))
         zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
         s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
-        if PING_PONG:
-            pass_turn(TURN + 1 - w)
+        if PING_PONG == 1:
+            pass_turn(TURN + (w + 1) % CONSUMERS)
         s = warpgroup_mma_wait(0, [s])
+        if PING_PONG == 2:
+            pass_turn(TURN + (w + 1) % CONSUMERS)
         mbarrier.arrive(k_empty.index(slot))
         place = place_tile(first_row, end - 1, clear, sure, BLOCK_K, PLANNED)
         nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
@@ -133,7 +135,7 @@ def consume(
             s, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS, True,
             TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
         )  # fmt: skip
-        p = weigh(s, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
+        p, own = weigh(s, None, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
         state = (
             m,
             sum_within_lane(p),
@@ -171,7 +173,7 @@ def consume(
         gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
         query_tile, batch, head, first, end, clear, sure = upcoming
         done += 1
-    if PING_PONG and w == 0:
+    if PING_PONG > 0 and w == 0:
         wait_turn(TURN)
     tma.store_wait(0)
 
@@ -293,11 +295,11 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
+                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
+                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
+                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
                 (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
                 (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K)),

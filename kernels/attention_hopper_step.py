@@ -10,8 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, zero_masked
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
-    capped_exponentials,
+    beyond_limit,
     capped_reference,
+    capped_weights,
     carry_weights,
     exponentials,
     finish_first,
@@ -94,6 +95,7 @@ def refer(
 @gluon.jit
 def weigh(
     s,
+    following,
     own,
     base,
     step: gl.constexpr,
@@ -106,12 +108,21 @@ def weigh(
     BOUNDS: gl.constexpr,
     CAP: gl.constexpr,
 ):
-    """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``."""
+    """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``. Also ``own`` for the part
+    ``following``, None for the last."""
     if CAP is not None:
-        p = capped_exponentials(s, program[0], program[1], CAP)
-        return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS)
+        inner, factor, _, _, _, _, _, _ = program
+        parts = s.reshape(64, s.shape[1] // 8, 4, 2)
+        outside = own
+        if step == 0:
+            outside = beyond_limit(parts, inner)
+        if following is not None:
+            following = following.reshape(64, following.shape[1] // 8, 4, 2)
+        parts, outside = capped_weights(parts, following, outside, inner, factor, CAP)
+        p = gl.convert_layout(parts.reshape(64, s.shape[1]), s.type.layout, assert_trivial=True)
+        return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS), outside
     else:
-        return exponentials(s, own, base, POLY)
+        return exponentials(s, own, base, POLY), own
 
 
 @gluon.jit
@@ -157,7 +168,7 @@ def advance(
     slot = taken % STAGES
     next_slot = (taken + 1) % STAGES
     mbarrier.wait(k_full.index(next_slot), (taken + 1) // STAGES & 1)
-    if PING_PONG:
+    if PING_PONG > 0:
         wait_turn(TURN + w)
     k_tile = k_smem.index(next_slot).reshape([BLOCK_K, D]).permute((1, 0))
     zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
@@ -165,9 +176,11 @@ def advance(
     weights = use_weights(p, q_tile.dtype, o_layout, ROUNDING)
     mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
     o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
-    if PING_PONG:
-        pass_turn(TURN + 1 - w)
+    if PING_PONG == 1:
+        pass_turn(TURN + (w + 1) % CONSUMERS)
     s = warpgroup_mma_wait(1, [s])
+    if PING_PONG == 2:
+        pass_turn(TURN + (w + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(next_slot))
     s, new_m, alpha, own, base = refer(
         s, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS,
@@ -176,15 +189,17 @@ def advance(
     MASKED: gl.constexpr = CAUSAL or PLANNED
     if ROUNDING == "halfway":
         left, right = halves(s)
-        left = weigh(left, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        left, own = weigh(left, right, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
         part = finish_first(sum_within_lane(left))
         o, left, right = warpgroup_mma_wait(0, [o, left, right])
         mbarrier.arrive(v_empty.index(slot))
-        right = weigh(right, own, base, BLOCK_K // 2, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        right, own = weigh(
+            right, None, own, base, BLOCK_K // 2, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP
+        )  # fmt: skip
         part = part + gl.convert_layout(sum_within_lane(right), part.type.layout)
         carried = (pack_weights(left, q_tile.dtype), pack_weights(right, q_tile.dtype))
     else:
-        weighed = weigh(s, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        weighed, own = weigh(s, None, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
         part = finish_first(sum_within_lane(weighed))
         carried = carry_weights(weighed, q_tile.dtype, ROUNDING)
         if ROUNDING == "early":

@@ -78,19 +78,6 @@ def larger(a, b):
 
 
 @gluon.jit
-def larger_size(a, b):
-    """Maximum of magnitudes; NaN wins."""
-    return gl.inline_asm_elementwise(
-        "{.reg .f32 s, t; abs.f32 s, $1; abs.f32 t, $2; max.NaN.f32 $0, s, t;}",
-        "=f,f,f",
-        [a, b],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def rounded_product(a, b):
     """a * b, rounded: it is never made part of another instruction."""
     return gl.inline_asm_elementwise(
@@ -99,27 +86,12 @@ def rounded_product(a, b):
 
 
 @gluon.jit
-def larger_of(x, axis: gl.constexpr, SIZE: gl.constexpr):
-    """Largest element along an axis, or SIZE: largest magnitude; NaN wins."""
-    if SIZE:
-        return gl.reduce(x, axis, larger_size)
-    else:
-        return gl.reduce(x, axis, larger)
-
-
-@gluon.jit
-def lane_maximum(s, SIZE: gl.constexpr):
-    """Largest element, or SIZE: magnitude, of what a lane holds of each row ``[64, 4]``; NaN wins. Neighbours are
-    compared first, then four parts side by side: one chain of dependent instructions would be longer than the tile's
-    work."""
-    pairs = larger_of(s.reshape(64, 2, s.shape[1] // 16, 4, 2), 4, SIZE)
-    return larger_of(larger_of(pairs, 2, SIZE), 1, SIZE)
-
-
-@gluon.jit
 def row_maximum(s):
-    """Largest element of each row ``[64]``; NaN wins."""
-    return gl.convert_layout(larger_of(lane_maximum(s, False), 1, False), gl.SliceLayout(1, s.type.layout))
+    """Largest element of each row ``[64]``; NaN wins. Neighbours are compared first, then four parts of what a lane holds
+    side by side: one chain of dependent instructions would be longer than the tile's work."""
+    pairs = gl.reduce(s.reshape(64, 2, s.shape[1] // 16, 4, 2), 4, larger)
+    lanes = gl.reduce(gl.reduce(pairs, 2, larger), 1, larger)
+    return gl.convert_layout(gl.reduce(lanes, 1, larger), gl.SliceLayout(1, s.type.layout))
 
 
 @gluon.jit
@@ -271,32 +243,45 @@ TANH_LIMIT = gl.constexpr(0.75)
 TANH_A, TANH_B, TANH_C = gl.constexpr(0.99978519), gl.constexpr(-0.32629661), gl.constexpr(0.09735521)
 
 
-def _capped(n: int) -> gl.constexpr:
+_FAST = (
+    "mul.rn.ftz.f32 t, {X}, {X}; fma.rn.ftz.f32 w, t, {C}, {B}; fma.rn.ftz.f32 w, w, t, {A};"
+    "fma.rn.ftz.f32 w, w, {X}, {BASE}; ex2.approx.ftz.f32 {OUT}, w;"
+)
+_SLOW = (
+    "mul.rn.ftz.f32 t, {X}, {INNER}; tanh.approx.f32 t, t; fma.rn.ftz.f32 w, t, {FACTOR}, {BASE};"
+    "ex2.approx.ftz.f32 {OUT}, w;"
+)
+_AHEAD = "neg.f32 t, {MOST}; fma.rn.f32 t, {NEXT}, {NEXT}, t; mov.b32 i, t; and.b32 all, all, i;"
+
+
+def _capped(n: int, ahead: bool) -> gl.constexpr:
     """2 ** (factor * tanh(inner * x) - base) of ``n`` numbers: by the polynomial, or by the special function units
-    where any row of the warp is beyond its limit."""
-    fast = (
-        "mul.rn.ftz.f32 t, {X}, {X}; fma.rn.ftz.f32 w, t, {C}, {B}; fma.rn.ftz.f32 w, w, t, {A};"
-        "fma.rn.ftz.f32 w, w, {X}, {BASE}; ex2.approx.ftz.f32 {OUT}, w;"
-    )
-    slow = (
-        "mul.rn.ftz.f32 t, {X}, {INNER}; tanh.approx.f32 t, t; fma.rn.ftz.f32 w, t, {FACTOR}, {BASE};"
-        "ex2.approx.ftz.f32 {OUT}, w;"
-    )
-    names = ("OUT", "X", "BASE", "OUTSIDE", "A", "B", "C", "INNER", "FACTOR")  # n operands each
+    where any of the warp's is beyond its limit. ``ahead``: also a number whose sign says whether ``n`` others are within
+    it (the polynomial leaves time for that), -1 in the places of the rest; not within where these are not."""
+    names = ("OUT", *("FLAG",) * ahead, "X", *("NEXT", "MOST") * ahead, "BASE", "OUTSIDE", "A", "B", "C", "INNER", "FACTOR")
 
     def each(text: str) -> str:
         operands = [{name: f"${place * n + k}" for place, name in enumerate(names)} for k in range(n)]
-        return "".join("{.reg .f32 t, w;" + text.format(**own) + "}" for own in operands)
+        return "".join("{.reg .f32 t, w; .reg .b32 i;" + text.format(**own) + "}" for own in operands)
+
+    def flags(first: str) -> str:
+        return "".join(f"mov.b32 ${n + k}, {first if k == 0 else -1};" for k in range(n)) if ahead else ""
 
     outside = f"${names.index('OUTSIDE') * n}"
+    fast = each(_FAST + _AHEAD * ahead)
     return gl.constexpr(
-        f"{{.reg .pred q; setp.eq.b32 q, {outside}, 0; @q bra.uni FAST;{each(slow)} bra.uni DONE;"
-        f"FAST: {each(fast)} DONE: }}"
+        f"{{.reg .pred q; .reg .b32 all; mov.b32 all, -1; setp.eq.b32 q, {outside}, 0; @q bra.uni FAST;"
+        f"{each(_SLOW)} {flags('0')} bra.uni DONE; FAST: {fast} {flags('all')} DONE: }}"
     )
 
 
-_CAPPED = _capped(32)
-_CAPPED_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64 + ["r"] * 32 + ["f"] * 160))
+def _registers(ahead: bool) -> gl.constexpr:
+    kinds = ["=&f", *["=&r"] * ahead, "f", *["f", "f"] * ahead, "f", "r", *["f"] * 5]
+    return gl.constexpr(",".join(kind for kind in kinds for _ in range(32)))
+
+
+_CAPPED, _CAPPED_REGISTERS = _capped(32, False), _registers(False)
+_CAPPED_AHEAD, _CAPPED_AHEAD_REGISTERS = _capped(32, True), _registers(True)
 
 
 @gluon.jit
@@ -306,16 +291,44 @@ def capped_reference(s_rows: gl.constexpr, factor, SHIFT: gl.constexpr):
 
 
 @gluon.jit
-def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr):
-    """Weights ``2 ** (factor * (tanh(inner * s) - 1) + SHIFT)`` of part of a tile: no maximum of the row is needed."""
-    parts = s.reshape(64, s.shape[1] // 8, 4, 2)
-    outside = any_row((lane_maximum(s, True) * gl.abs(inner) <= TANH_LIMIT) == 0)
-    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, parts.type.layout))
-    outside = gl.expand_dims(gl.expand_dims(gl.convert_layout(outside, lanes), 1), 3)
+def both(a, b):
+    """Bits that are set in both."""
+    return a & b
+
+
+@gluon.jit
+def any_outside(signs):
+    """Whether any number of a warp's part of ``signs [64, N / 8, 4, 2]`` is positive, int32 ``[64, 1, 4, 1]``."""
+    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, signs.type.layout))
+    lane = gl.convert_layout(gl.reduce(gl.reduce(signs, 3, both), 1, both), lanes)
+    return gl.expand_dims(gl.expand_dims(any_row(lane >= 0), 1), 3)
+
+
+@gluon.jit
+def beyond_limit(parts, inner):
+    """``any_outside`` for the limit of the polynomial."""
+    most = TANH_LIMIT / inner
+    return any_outside((parts * parts - most * most).to(gl.int32, bitcast=True))
+
+
+@gluon.jit
+def capped_weights(parts, following, outside, inner, factor, SHIFT: gl.constexpr):
+    """Weights ``2 ** (factor * (tanh(inner * s) - 1) + SHIFT)`` of part of a tile, ``[64, N / 8, 4, 2]``: no maximum of
+    the row is needed. ``outside``: from ``beyond_limit``; with ``following``, the part to come, also that of it."""
     square = inner * inner
     a = factor * inner * TANH_A
     b = factor * inner * TANH_B * square
     c = factor * inner * TANH_C * square * square
-    arguments = [parts, SHIFT - factor, outside, a, b, c, inner, factor]
-    parts = gl.inline_asm_elementwise(_CAPPED, _CAPPED_REGISTERS, arguments, dtype=gl.float32, is_pure=True, pack=32)
-    return gl.convert_layout(parts.reshape(64, s.shape[1]), s.type.layout, assert_trivial=True)
+    if following is None:
+        return gl.inline_asm_elementwise(
+            _CAPPED, _CAPPED_REGISTERS, [parts, SHIFT - factor, outside, a, b, c, inner, factor], dtype=gl.float32,
+            is_pure=True, pack=32,
+        ), outside  # fmt: skip
+    else:
+        most = TANH_LIMIT / inner
+        weights, signs = gl.inline_asm_elementwise(
+            _CAPPED_AHEAD, _CAPPED_AHEAD_REGISTERS,
+            [parts, following, most * most, SHIFT - factor, outside, a, b, c, inner, factor],
+            dtype=(gl.float32, gl.int32), is_pure=True, pack=32,
+        )  # fmt: skip
+        return weights, any_outside(signs)
