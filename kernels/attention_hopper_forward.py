@@ -135,7 +135,7 @@ def consume(
             s, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS, True,
             TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
         )  # fmt: skip
-        p, own = weigh(s, None, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
+        p = weigh(s, own, base, 0, place, context, program, sizes, CONSUMERS, True, POLY, BOUNDS, CAP)
         state = (
             m,
             sum_within_lane(p),

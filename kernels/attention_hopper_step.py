@@ -10,9 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, zero_masked
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
-    beyond_limit,
+    capped_exponentials,
     capped_reference,
-    capped_weights,
     carry_weights,
     exponentials,
     finish_first,
@@ -95,7 +94,6 @@ def refer(
 @gluon.jit
 def weigh(
     s,
-    following,
     own,
     base,
     step: gl.constexpr,
@@ -103,26 +101,18 @@ def weigh(
     context,
     program,
     sizes,
+    CONSUMERS: gl.constexpr,
     BOUNDED: gl.constexpr,
     POLY: gl.constexpr,
     BOUNDS: gl.constexpr,
     CAP: gl.constexpr,
 ):
-    """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``. Also ``own`` for the part
-    ``following``, None for the last."""
+    """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``."""
     if CAP is not None:
-        inner, factor, _, _, _, _, _, _ = program
-        parts = s.reshape(64, s.shape[1] // 8, 4, 2)
-        outside = own
-        if step == 0:
-            outside = beyond_limit(parts, inner)
-        if following is not None:
-            following = following.reshape(64, following.shape[1] // 8, 4, 2)
-        parts, outside = capped_weights(parts, following, outside, inner, factor, CAP)
-        p = gl.convert_layout(parts.reshape(64, s.shape[1]), s.type.layout, assert_trivial=True)
-        return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS), outside
+        p = capped_exponentials(s, program[0], program[1], CAP, 32 if CONSUMERS == 2 else 16)
+        return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS)
     else:
-        return exponentials(s, own, base, POLY), own
+        return exponentials(s, own, base, POLY)
 
 
 @gluon.jit
@@ -189,17 +179,17 @@ def advance(
     MASKED: gl.constexpr = CAUSAL or PLANNED
     if ROUNDING == "halfway":
         left, right = halves(s)
-        left, own = weigh(left, right, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        left = weigh(left, own, base, 0, place, context, program, sizes, CONSUMERS, MASKED, POLY, BOUNDS, CAP)
         part = finish_first(sum_within_lane(left))
         o, left, right = warpgroup_mma_wait(0, [o, left, right])
         mbarrier.arrive(v_empty.index(slot))
-        right, own = weigh(
-            right, None, own, base, BLOCK_K // 2, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP
+        right = weigh(
+            right, own, base, BLOCK_K // 2, place, context, program, sizes, CONSUMERS, MASKED, POLY, BOUNDS, CAP
         )  # fmt: skip
         part = part + gl.convert_layout(sum_within_lane(right), part.type.layout)
         carried = (pack_weights(left, q_tile.dtype), pack_weights(right, q_tile.dtype))
     else:
-        weighed, own = weigh(s, None, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        weighed = weigh(s, own, base, 0, place, context, program, sizes, CONSUMERS, MASKED, POLY, BOUNDS, CAP)
         part = finish_first(sum_within_lane(weighed))
         carried = carry_weights(weighed, q_tile.dtype, ROUNDING)
         if ROUNDING == "early":

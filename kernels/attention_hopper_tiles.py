@@ -188,21 +188,6 @@ def finish_first(x):
 
 
 @gluon.jit
-def any_row(condition):
-    """Whether a condition ``[64, 4]`` on lanes' parts of rows holds for any of a warp, int32 ``[64, 4]``."""
-    asm: gl.constexpr = """{
-        .reg .pred q;
-        .reg .b32 t;
-        or.b32 t, $2, $3;
-        setp.ne.b32 q, t, 0;
-        vote.sync.any.pred q, q, 0xFFFFFFFF;
-        selp.b32 $0, 1, 0, q;
-        mov.b32 $1, $0;
-    }"""
-    return gl.inline_asm_elementwise(asm, "=r,=r,r,r", [condition.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=2)
-
-
-@gluon.jit
 def next_reference(s, m, offset, factor, UNBOUNDED: gl.constexpr):
     """What a tile ``s`` of logits less ``offset`` makes of the rows' maximum ``m``, and how its weights are computed.
 
@@ -243,45 +228,37 @@ TANH_LIMIT = gl.constexpr(0.75)
 TANH_A, TANH_B, TANH_C = gl.constexpr(0.99978519), gl.constexpr(-0.32629661), gl.constexpr(0.09735521)
 
 
-_FAST = (
-    "mul.rn.ftz.f32 t, {X}, {X}; fma.rn.ftz.f32 w, t, {C}, {B}; fma.rn.ftz.f32 w, w, t, {A};"
-    "fma.rn.ftz.f32 w, w, {X}, {BASE}; ex2.approx.ftz.f32 {OUT}, w;"
-)
-_SLOW = (
-    "mul.rn.ftz.f32 t, {X}, {INNER}; tanh.approx.f32 t, t; fma.rn.ftz.f32 w, t, {FACTOR}, {BASE};"
-    "ex2.approx.ftz.f32 {OUT}, w;"
-)
-_AHEAD = "neg.f32 t, {MOST}; fma.rn.f32 t, {NEXT}, {NEXT}, t; mov.b32 i, t; and.b32 all, all, i;"
-
-
-def _capped(n: int, ahead: bool) -> gl.constexpr:
-    """2 ** (factor * tanh(inner * x) - base) of ``n`` numbers: by the polynomial, or by the special function units
-    where any of the warp's is beyond its limit. ``ahead``: also a number whose sign says whether ``n`` others are within
-    it (the polynomial leaves time for that), -1 in the places of the rest; not within where these are not."""
-    names = ("OUT", *("FLAG",) * ahead, "X", *("NEXT", "MOST") * ahead, "BASE", "OUTSIDE", "A", "B", "C", "INNER", "FACTOR")
+def _capped(n: int) -> gl.constexpr:
+    """2 ** (factor * tanh(inner * x) - base) of ``n`` numbers: by the polynomial and, if any of the warp's turns out to be
+    beyond its limit, all once more by the special function units. The exponentials leave time for that test: ``all``
+    stays negative while all squares are below ``MOST``."""
+    fast = (
+        "mul.rn.ftz.f32 t, {X}, {X}; fma.rn.ftz.f32 w, t, {C}, {B}; fma.rn.ftz.f32 w, w, t, {A};"
+        "fma.rn.ftz.f32 w, w, {X}, {BASE}; ex2.approx.ftz.f32 {OUT}, w;"
+        "fma.rn.f32 t, {X}, {X}, {MOST}; mov.b32 i, t; and.b32 all, all, i;"
+    )
+    slow = (
+        "mul.rn.ftz.f32 t, {X}, {INNER}; tanh.approx.f32 t, t; fma.rn.ftz.f32 w, t, {FACTOR}, {BASE};"
+        "ex2.approx.ftz.f32 {OUT}, w;"
+    )
+    names = ("OUT", "X", "MOST", "BASE", "A", "B", "C", "INNER", "FACTOR")  # n operands each
 
     def each(text: str) -> str:
         operands = [{name: f"${place * n + k}" for place, name in enumerate(names)} for k in range(n)]
         return "".join("{.reg .f32 t, w; .reg .b32 i;" + text.format(**own) + "}" for own in operands)
 
-    def flags(first: str) -> str:
-        return "".join(f"mov.b32 ${n + k}, {first if k == 0 else -1};" for k in range(n)) if ahead else ""
-
-    outside = f"${names.index('OUTSIDE') * n}"
-    fast = each(_FAST + _AHEAD * ahead)
     return gl.constexpr(
-        f"{{.reg .pred q; .reg .b32 all; mov.b32 all, -1; setp.eq.b32 q, {outside}, 0; @q bra.uni FAST;"
-        f"{each(_SLOW)} {flags('0')} bra.uni DONE; FAST: {fast} {flags('all')} DONE: }}"
+        f"{{.reg .pred q; .reg .b32 all; mov.b32 all, -1; {each(fast)} setp.ge.s32 q, all, 0;"
+        f"vote.sync.any.pred q, q, 0xFFFFFFFF; @!q bra.uni DONE; {each(slow)} DONE: }}"
     )
 
 
-def _registers(ahead: bool) -> gl.constexpr:
-    kinds = ["=&f", *["=&r"] * ahead, "f", *["f", "f"] * ahead, "f", "r", *["f"] * 5]
-    return gl.constexpr(",".join(kind for kind in kinds for _ in range(32)))
+def _registers(n: int) -> gl.constexpr:
+    return gl.constexpr(",".join(["=&f"] * n + ["f"] * 8 * n))
 
 
-_CAPPED, _CAPPED_REGISTERS = _capped(32, False), _registers(False)
-_CAPPED_AHEAD, _CAPPED_AHEAD_REGISTERS = _capped(32, True), _registers(True)
+_CAPPED_16, _CAPPED_16_REGISTERS = _capped(16), _registers(16)
+_CAPPED_32, _CAPPED_32_REGISTERS = _capped(32), _registers(32)
 
 
 @gluon.jit
@@ -291,44 +268,15 @@ def capped_reference(s_rows: gl.constexpr, factor, SHIFT: gl.constexpr):
 
 
 @gluon.jit
-def both(a, b):
-    """Bits that are set in both."""
-    return a & b
-
-
-@gluon.jit
-def any_outside(signs):
-    """Whether any number of a warp's part of ``signs [64, N / 8, 4, 2]`` is positive, int32 ``[64, 1, 4, 1]``."""
-    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, signs.type.layout))
-    lane = gl.convert_layout(gl.reduce(gl.reduce(signs, 3, both), 1, both), lanes)
-    return gl.expand_dims(gl.expand_dims(any_row(lane >= 0), 1), 3)
-
-
-@gluon.jit
-def beyond_limit(parts, inner):
-    """``any_outside`` for the limit of the polynomial."""
-    most = TANH_LIMIT / inner
-    return any_outside((parts * parts - most * most).to(gl.int32, bitcast=True))
-
-
-@gluon.jit
-def capped_weights(parts, following, outside, inner, factor, SHIFT: gl.constexpr):
-    """Weights ``2 ** (factor * (tanh(inner * s) - 1) + SHIFT)`` of part of a tile, ``[64, N / 8, 4, 2]``: no maximum of
-    the row is needed. ``outside``: from ``beyond_limit``; with ``following``, the part to come, also that of it."""
+def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr, AT_ONCE: gl.constexpr):
+    """Weights ``2 ** (factor * (tanh(inner * s) - 1) + SHIFT)`` of part of a tile: no maximum of the row is needed.
+    AT_ONCE: how many are tested together, 16 or 32; all their products take registers."""
     square = inner * inner
     a = factor * inner * TANH_A
     b = factor * inner * TANH_B * square
     c = factor * inner * TANH_C * square * square
-    if following is None:
-        return gl.inline_asm_elementwise(
-            _CAPPED, _CAPPED_REGISTERS, [parts, SHIFT - factor, outside, a, b, c, inner, factor], dtype=gl.float32,
-            is_pure=True, pack=32,
-        ), outside  # fmt: skip
-    else:
-        most = TANH_LIMIT / inner
-        weights, signs = gl.inline_asm_elementwise(
-            _CAPPED_AHEAD, _CAPPED_AHEAD_REGISTERS,
-            [parts, following, most * most, SHIFT - factor, outside, a, b, c, inner, factor],
-            dtype=(gl.float32, gl.int32), is_pure=True, pack=32,
-        )  # fmt: skip
-        return weights, any_outside(signs)
+    most = TANH_LIMIT / inner
+    asm: gl.constexpr = _CAPPED_32 if AT_ONCE == 32 else _CAPPED_16
+    registers: gl.constexpr = _CAPPED_32_REGISTERS if AT_ONCE == 32 else _CAPPED_16_REGISTERS
+    arguments = [s, -most * most, SHIFT - factor, a, b, c, inner, factor]
+    return gl.inline_asm_elementwise(asm, registers, arguments, dtype=gl.float32, is_pure=True, pack=AT_ONCE)
