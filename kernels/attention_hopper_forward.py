@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vbcompile.kernels.attention_hopper_producer import produce, produce_tiles, take_over
-from vbcompile.kernels.attention_hopper_scores import at_tile, describe_rows, per_row, place_tile
+from vbcompile.kernels.attention_hopper_scores import at_tile, describe_rows, per_row, place_tile, take_tile
 from vbcompile.kernels.attention_hopper_step import advance, refer, weigh
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
@@ -125,6 +125,9 @@ def consume(
         s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
         if PING_PONG == 1:
             pass_turn(TURN + (w + 1) % CONSUMERS)
+        tile = 0
+        if TILED == 1 and CONSUMERS == 2:
+            tile = take_tile(tiles, taken, w, CONSUMERS, s_layout)
         s = warpgroup_mma_wait(0, [s])
         if PING_PONG == 2:
             pass_turn(TURN + (w + 1) % CONSUMERS)
@@ -132,7 +135,7 @@ def consume(
         place = place_tile(first_row, end - 1, clear, sure, BLOCK_K, PLANNED)
         nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
         s, m, _decay, own, base = refer(
-            s, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS, True,
+            s, tile, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS, True,
             TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
         )  # fmt: skip
         p = weigh(s, own, base, 0, place, context, program, sizes, CONSUMERS, True, POLY, BOUNDS, CAP)

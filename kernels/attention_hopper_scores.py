@@ -231,8 +231,18 @@ def widen(tile):
 
 
 @gluon.jit
+def take_tile(tiles, number, w: gl.constexpr, CONSUMERS: gl.constexpr, layout: gl.constexpr):
+    """The part of the captured tensor under tile ``number`` of scores, its buffer given back."""
+    slot = wait_for_tile(tiles, number, w, CONSUMERS)
+    tile = load_tile(tiles, slot, layout)
+    mbarrier.arrive(tiles[2].index(slot))
+    return tile
+
+
+@gluon.jit
 def score_tile(
     s,
+    tile,
     number,
     tiles,
     place,
@@ -248,7 +258,7 @@ def score_tile(
 ):
     """Logits of a tile of products of queries and keys ``s [64, N]``, less what is added to whole rows.
 
-    ``number`` counts key tiles; ``place``: see ``place_tile``; ``context``: see ``describe_rows``. Without LOGITS they
+    ``tile``: what ``take_tile`` gave, if it was called already; ``number`` counts key tiles; ``place``: see ``place_tile``; ``context``: see ``describe_rows``. Without LOGITS they
     stay unscaled. TILED: 1 where LOGITS reads a captured tensor's tile, 2 where MASK alone does, 0 where neither does.
     """
     N: gl.constexpr = s.shape[1]
@@ -269,12 +279,12 @@ def score_tile(
     distance = lanes_of(split).to(gl.float32)
     score = parts
     layout: gl.constexpr = s.type.layout
-    tile = 0
-    if TILED > 0:
-        slot = wait_for_tile(tiles, number, w, CONSUMERS)
     if TILED == 1:
-        tile = widen(load_tile(tiles, slot, layout))
-        mbarrier.arrive(tiles[2].index(slot))
+        if CONSUMERS == 3:
+            tile = take_tile(tiles, number, w, CONSUMERS, layout)
+        tile = widen(tile)
+    if TILED == 2:
+        slot = wait_for_tile(tiles, number, w, CONSUMERS)
     if LOGITS is not None:
         score = parts * inner
         parts = LOGITS(

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, zero_masked
+from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, take_tile, zero_masked
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
     capped_exponentials,
@@ -28,6 +28,7 @@ from vbcompile.kernels.attention_hopper_tiles import (
 @gluon.jit
 def to_logits(
     s,
+    tile,
     number,
     tiles,
     place,
@@ -47,7 +48,7 @@ def to_logits(
     causal bound and the end of the keys are checked where the place says so."""
     if LOGITS is not None or PLANNED:
         s = score_tile(
-            s, number, tiles, place, context, program, sizes, w, CONSUMERS, TILED, BOUNDS, LOGITS, MASK
+            s, tile, number, tiles, place, context, program, sizes, w, CONSUMERS, TILED, BOUNDS, LOGITS, MASK
         )  # fmt: skip
     if BOUNDED and not PLANNED:  # noqa: SIM102 - known at compile time, the place is not
         if place[2]:
@@ -58,6 +59,7 @@ def to_logits(
 @gluon.jit
 def refer(
     s,
+    tile,
     m,
     number,
     tiles,
@@ -84,8 +86,8 @@ def refer(
         return s, reference, 1.0, factor, reference
     else:
         s = to_logits(
-            s, number, tiles, place, context, program, sizes, w, CONSUMERS, BOUNDED, TILED, PLANNED, BOUNDS, LOGITS,
-            MASK,
+            s, tile, number, tiles, place, context, program, sizes, w, CONSUMERS, BOUNDED, TILED, PLANNED, BOUNDS,
+            LOGITS, MASK,
         )  # fmt: skip
         new_m, alpha, own, base = next_reference(s, m, context[3], factor, UNBOUNDED)
         return s, new_m, alpha, own, base
@@ -168,12 +170,15 @@ def advance(
     o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
     if PING_PONG == 1:
         pass_turn(TURN + (w + 1) % CONSUMERS)
+    tile = 0
+    if TILED == 1 and CONSUMERS == 2:  # there are registers for it while S is computed
+        tile = take_tile(tiles, taken + 1, w, CONSUMERS, s_layout)
     s = warpgroup_mma_wait(1, [s])
     if PING_PONG == 2:
         pass_turn(TURN + (w + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(next_slot))
     s, new_m, alpha, own, base = refer(
-        s, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS,
+        s, tile, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS,
         MASK, CAP, UNBOUNDED,
     )  # fmt: skip
     MASKED: gl.constexpr = CAUSAL or PLANNED
