@@ -67,32 +67,26 @@ FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
 }
 
 
-def scored_config(dim: int, causal: bool, call: ScoreCall, queries: int) -> ForwardConfig:
+def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     """The configuration for a score function."""
     config = SCORED_CONFIGS[dim, call.tile is not None]
     masked = causal or call.planned
-    if call.program.cap is not None and dim == 64 and (masked or queries >= _MANY_QUERIES):
-        config = CAPPED_CONFIG  # a third warpgroup fills the gaps
     if dim == 128:  # weights are rounded early where anything else takes registers
         others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
         config = replace(config, rounding="early" if masked or others else config.rounding)
         config = config if call.program.cap is None else replace(config, rounding="halfway")
-    if call.planned:  # along a plan of 128 queries a tile
-        config = replace(config, consumers=2)
-    if call.tile is None or call.tile.element_size() < 4:
+    if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
-    return replace(config, block_k=64) if dim == 128 else replace(config, consumers=2)  # what a block can hold
+    return replace(config, block_k=64)  # what a block can hold
 
 
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
 SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
-    (64, True): ForwardConfig(consumers=3, ping_pong=False, rounding="halfway", dynamic=True),
+    (64, False): ForwardConfig(stages=3, q_stages=2, rounding="halfway", group=32, dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, rounding="halfway", dynamic=True),
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
     (128, True): ForwardConfig(dynamic=True),
 }
-_MANY_QUERIES = 1024  # fewer, where all are full, are better cut into tiles of 128 than of 192
-CAPPED_CONFIG = ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=32, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -245,7 +239,7 @@ def forward(
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     causal = causal_offset is not None and causal_offset < keys - 1
-    config = config or (scored_config(dim, causal, call, queries) if call else FORWARD_CONFIGS[dim, causal])
+    config = config or (scored_config(dim, causal, call) if call else FORWARD_CONFIGS[dim, causal])
     out = allocate(q, rows_first)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     items = -(-queries // (64 * config.consumers)) * batch * heads

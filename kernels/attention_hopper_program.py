@@ -270,7 +270,17 @@ def compile_hopper(
         outer=outer if scaled else outer * inner,
         **{
             name: names.get(name)
-            for name in ("logits", "offset", "slope", "bounds", "mask", "gradient", "captured_gradients", "rows", "sink")
+            for name in (
+                "logits",
+                "offset",
+                "slope",
+                "bounds",
+                "mask",
+                "gradient",
+                "captured_gradients",
+                "rows",
+                "sink",
+            )
         },
         tile=tiles[0] if tiles else None,
         tiled=0 if not tiles else 1 if tiles[0] in function.captured(function.score) else 2,

@@ -93,7 +93,11 @@ class _HopperEmitter(Emitter):
             rest += [f"{constant}.0"] * bool(constant)
             rest += [f"(fi - first) * {row}.0"] if row == -column else [f"fi * {row}.0 + first * {column}.0"]
             factor_of_rows = rows.as_float(factor)
-            return f"(step + distance) * {own}", f"({' + '.join(rest)}) * {factor_of_rows}", f"{factor_of_rows} * {column}.0"
+            return (
+                f"(step + distance) * {own}",
+                f"({' + '.join(rest)}) * {factor_of_rows}",
+                f"{factor_of_rows} * {column}.0",
+            )
         return None
 
     def _as_integer(self, position: int) -> int:
