@@ -135,8 +135,8 @@ def consume(
         place = place_tile(first_row, end - 1, clear, sure, BLOCK_K, PLANNED)
         nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
         s, m, _decay, own, base = refer(
-            s, tile, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS, True,
-            TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
+            s, tile, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS,
+            True, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
         )  # fmt: skip
         p = weigh(s, own, base, 0, place, context, program, sizes, CONSUMERS, True, POLY, BOUNDS, CAP)
         state = (
@@ -149,7 +149,8 @@ def consume(
             place = place_tile(first_row, end - 1 - j, clear, sure, BLOCK_K, PLANNED)
             state = advance(
                 state, taken, q_tile, k_smem, v_smem, barriers, tiles, place, at_tile(context, slope, place, SLOPE),
-                program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
+                program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK,
+                CAP, UNBOUNDED,
             )  # fmt: skip
             taken += 1
         m, total, o, p = state
@@ -286,9 +287,11 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
                 (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K)),
             ],
@@ -299,11 +302,14 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
                 (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K)),
             ],

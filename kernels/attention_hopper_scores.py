@@ -220,8 +220,8 @@ def load_tile(tiles, slot, layout: gl.constexpr):
 
 @gluon.jit
 def widen(tile):
-    """Stored numbers as float32 where that is all a function makes of them. Neighbours of 16 bits are taken apart by one
-    instruction each; extracting the upper one first would take two."""
+    """bfloat16 as float32, anything else as it is. Neighbours are taken apart by one instruction each; extracting the
+    upper one first would take two."""
     if tile.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=r,=r,r", [tile], dtype=gl.int32, is_pure=True, pack=2
@@ -258,8 +258,9 @@ def score_tile(
 ):
     """Logits of a tile of products of queries and keys ``s [64, N]``, less what is added to whole rows.
 
-    ``tile``: what ``take_tile`` gave, if it was called already; ``number`` counts key tiles; ``place``: see ``place_tile``; ``context``: see ``describe_rows``. Without LOGITS they
-    stay unscaled. TILED: 1 where LOGITS reads a captured tensor's tile, 2 where MASK alone does, 0 where neither does.
+    ``tile``: what ``take_tile`` gave, where it was called already; ``number`` counts key tiles; ``place``: see
+    ``place_tile``; ``context``: see ``describe_rows``. Without LOGITS they stay unscaled. TILED: 1 where LOGITS reads a
+    captured tensor's tile, 2 where MASK alone does, 0 where neither does.
     """
     N: gl.constexpr = s.shape[1]
     first_row, first_key, masked, unsure = place

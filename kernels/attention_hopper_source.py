@@ -1,8 +1,8 @@
 """Source text of a score function for the Hopper kernels, in Triton's language as Gluon understands it.
 
 Functions of elements take ``score``, ``i``, ``j`` (row and column), ``fi``, ``fj`` (the same in float32), ``step`` and
-``distance`` (floats; ``step + distance`` is the column less the first one of the tile, or backward, where ``step`` is 0,
-less its first row), ``rows`` (what ``rows`` loaded), ``tile`` (a captured tensor's tile as stored), and the context of
+``distance`` (floats; ``step + distance`` is the column less the first one of the tile or, backward, where ``step`` is
+0, less its first row), ``rows`` (what ``rows`` loaded), ``tile`` (a captured tensor's tile), and the context of
 :mod:`vbcompile.kernels.score_triton`. Functions of rows take ``first``, the first row of the tile as a float, instead.
 """
 

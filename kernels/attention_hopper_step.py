@@ -178,8 +178,8 @@ def advance(
         pass_turn(TURN + (w + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(next_slot))
     s, new_m, alpha, own, base = refer(
-        s, tile, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS,
-        MASK, CAP, UNBOUNDED,
+        s, tile, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS,
+        LOGITS, MASK, CAP, UNBOUNDED,
     )  # fmt: skip
     MASKED: gl.constexpr = CAUSAL or PLANNED
     if ROUNDING == "halfway":

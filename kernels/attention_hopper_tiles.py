@@ -87,8 +87,8 @@ def rounded_product(a, b):
 
 @gluon.jit
 def row_maximum(s):
-    """Largest element of each row ``[64]``; NaN wins. Neighbours are compared first, then four parts of what a lane holds
-    side by side: one chain of dependent instructions would be longer than the tile's work."""
+    """Largest element of each row ``[64]``; NaN wins. Neighbours are compared first, then four parts of what a lane
+    holds side by side: one chain of dependent instructions would be longer than the tile's work."""
     pairs = gl.reduce(s.reshape(64, 2, s.shape[1] // 16, 4, 2), 4, larger)
     lanes = gl.reduce(gl.reduce(pairs, 2, larger), 1, larger)
     return gl.convert_layout(gl.reduce(lanes, 1, larger), gl.SliceLayout(1, s.type.layout))
@@ -229,9 +229,9 @@ TANH_A, TANH_B, TANH_C = gl.constexpr(0.99978519), gl.constexpr(-0.32629661), gl
 
 
 def _capped(n: int) -> gl.constexpr:
-    """2 ** (factor * tanh(inner * x) - base) of ``n`` numbers: by the polynomial and, if any of the warp's turns out to be
-    beyond its limit, all once more by the special function units. The exponentials leave time for that test: ``all``
-    stays negative while all squares are below ``MOST``."""
+    """2 ** (factor * tanh(inner * x) + BASE) of ``n`` numbers: by the polynomial and, if any of the warp's turns out to
+    be beyond its limit, all once more by the special function units. The exponentials leave time for that test: ``all``
+    stays negative while all squares are below ``-MOST``."""
     fast = (
         "mul.rn.ftz.f32 t, {X}, {X}; fma.rn.ftz.f32 w, t, {C}, {B}; fma.rn.ftz.f32 w, w, t, {A};"
         "fma.rn.ftz.f32 w, w, {X}, {BASE}; ex2.approx.ftz.f32 {OUT}, w;"
