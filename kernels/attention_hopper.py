@@ -314,6 +314,8 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         "SHARED": call.shared,
         "TILED": program.tiled,
         **{name: getattr(program, name.lower()) for name in _FUNCTIONS},
+        # Counted from a tile's first column positions are the same for all tiles: there must be registers for them.
+        "SLOPE": program.slope if q.shape[-1] == 64 else None,
         "CAP": program.cap,
         "UNBOUNDED": program.unbounded,
         "EMPTY_IS_ZERO": call.empty_is_zero,

@@ -34,7 +34,7 @@ class HopperProgram:
         inner, outer: factors of the score, of the logits.
         logits: ``(score, *context) -> logits / outer``, less ``offset``; None where those are the scores.
         offset: ``(*row context) -> what is the same for a whole row``; None for nothing. slope: ``(*row context) ->
-            factor of a tile's first column less its first row``, which the forward adds to whole rows; None for none.
+            factor of a tile's first column less its first row``: what elements lack that count from that column.
         bounds: ``(*row context) -> first and end of the keys that a row sees``; None for all.
         mask: ``(score, *context) -> keep``, the part of the mask that ``bounds`` does not cover; None for all.
         gradient: ``(score, value, upstream, *context) -> upstream * derivative of logits / outer``, for the backward;

@@ -7,7 +7,7 @@ the tensor cores leave them. Key numbers are a register plus a constant of the i
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 
 @gluon.jit
@@ -134,12 +134,14 @@ def describe_rows(
 
 @gluon.jit
 def at_tile(context, slope, place, SLOPE: gl.constexpr):
-    """``context`` with what is added to all logits of a row in one tile: ``slope [64]`` times where the tile lies."""
+    """``context`` for one tile, and how far it lies from the rows as far as elements count that; with SLOPE they do
+    not, and rows get ``slope [64]`` times that distance instead."""
+    rows, lead, queries, offset = context
+    away = place[1] - place[0]
     if SLOPE is None:
-        return context
+        return rows, lead, queries, offset, away
     else:
-        rows, lead, queries, offset = context
-        return rows, lead, queries, offset + slope * (place[1] - place[0]).to(gl.float32)
+        return rows, lead, queries, offset + slope * away.to(gl.float32), 0
 
 
 @gluon.jit
@@ -190,9 +192,9 @@ def zero_masked(s, step: gl.constexpr, place, context, program, sizes, BOUNDED: 
             i = rows_of(first_row, split)
             lanes = lanes_of(split) + first_key + step
             if BOUNDS is not None:
-                rows, lead, queries, _ = context
                 first, end = BOUNDS(
-                    i, i.to(gl.float32), first_row, rows, lead, queries, sizes[0], program[2], program[3]
+                    i, i.to(gl.float32), first_row, context[0], context[1], context[2], sizes[0], program[2],
+                    program[3],
                 )  # fmt: skip
                 parts = keep_range(parts, first, gl.minimum(end, sizes[0]), lanes, 0.0)
             else:
@@ -231,11 +233,18 @@ def widen(tile):
 
 
 @gluon.jit
+def give_back(tiles, slot):
+    """Lets the copy engine overwrite a buffer: what was read of it must have arrived, a barrier alone does not wait."""
+    fence_async_shared()
+    mbarrier.arrive(tiles[2].index(slot))
+
+
+@gluon.jit
 def take_tile(tiles, number, w: gl.constexpr, CONSUMERS: gl.constexpr, layout: gl.constexpr):
     """The part of the captured tensor under tile ``number`` of scores, its buffer given back."""
     slot = wait_for_tile(tiles, number, w, CONSUMERS)
     tile = load_tile(tiles, slot, layout)
-    mbarrier.arrive(tiles[2].index(slot))
+    give_back(tiles, slot)
     return tile
 
 
@@ -259,14 +268,14 @@ def score_tile(
     """Logits of a tile of products of queries and keys ``s [64, N]``, less what is added to whole rows.
 
     ``tile``: what ``take_tile`` gave, where it was called already; ``number`` counts key tiles; ``place``: see
-    ``place_tile``; ``context``: see ``describe_rows``. Without LOGITS they stay unscaled. TILED: 1 where LOGITS reads a
+    ``place_tile``; ``context``: see ``at_tile``. Without LOGITS they stay unscaled. TILED: 1 where LOGITS reads a
     captured tensor's tile, 2 where MASK alone does, 0 where neither does.
     """
     N: gl.constexpr = s.shape[1]
     first_row, first_key, masked, unsure = place
     if BOUNDS is None:  # then MASK checks the end of the keys, too
         unsure = masked
-    rows, lead, queries, _ = context
+    rows, lead, queries, _, away = context
     inner, _, captured, strides, _, _, _, _ = program
     keys = sizes[0]
     parts = s.reshape(64, N // 8, 4, 2)
@@ -277,7 +286,7 @@ def score_tile(
     fi = i.to(gl.float32)
     fj = lanes.to(gl.float32) + steps.to(gl.float32)
     step = steps.to(gl.float32)
-    distance = lanes_of(split).to(gl.float32)
+    distance = (lanes_of(split) + away).to(gl.float32)
     score = parts
     layout: gl.constexpr = s.type.layout
     if TILED == 1:
@@ -306,5 +315,5 @@ def score_tile(
             )
             parts = gl.where((steps < keys - lanes) & (keep != 0), parts, float("-inf"))
     if TILED == 2:
-        mbarrier.arrive(tiles[2].index(slot))
+        give_back(tiles, slot)
     return gl.convert_layout(parts.reshape(64, N), layout, assert_trivial=True)

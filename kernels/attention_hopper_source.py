@@ -1,9 +1,10 @@
 """Source text of a score function for the Hopper kernels, in Triton's language as Gluon understands it.
 
 Functions of elements take ``score``, ``i``, ``j`` (row and column), ``fi``, ``fj`` (the same in float32), ``step`` and
-``distance`` (floats; ``step + distance`` is the column less the first one of the tile or, backward, where ``step`` is
-0, less its first row), ``rows`` (what ``rows`` loaded), ``tile`` (a captured tensor's tile), and the context of
-:mod:`vbcompile.kernels.score_triton`. Functions of rows take ``first``, the first row of the tile as a float, instead.
+``distance`` (floats; ``step + distance`` is the column less the first row of the tile or, where ``slope`` makes up for
+the difference, less its first column), ``rows`` (what ``rows`` loaded), ``tile`` (a captured tensor's tile), and the
+context of :mod:`vbcompile.kernels.score_triton`. Functions of rows take ``first``, the first row of the tile as a
+float, instead.
 """
 
 from collections.abc import Callable
@@ -77,9 +78,8 @@ class _HopperEmitter(Emitter):
 
     def slope(self, position: int, rows: "_HopperEmitter") -> tuple[str, str, str] | None:
         """``(part of elements, part of rows, factor)`` of a multiple of a position that is the same for a head, such as
-        ALiBi's; None for anything else. The part of elements counts from the tile's first column: the same for all
-        tiles, it is computed once. Where the tile lies (its first column less its first row, times the factor) is added
-        to whole rows."""
+        ALiBi's; None for anything else. The part of elements counts from the tile's first row or column, so that it
+        stays small."""
         name, *arguments = self._program[position]
         if name != "mul":
             return None
@@ -94,7 +94,7 @@ class _HopperEmitter(Emitter):
             rest += [f"(fi - first) * {row}.0"] if row == -column else [f"fi * {row}.0 + first * {column}.0"]
             factor_of_rows = rows.as_float(factor)
             return (
-                f"(step + distance) * {own}",
+                f"tl.fma(step, {own}, distance * {own})",
                 f"({' + '.join(rest)}) * {factor_of_rows}",
                 f"{factor_of_rows} * {column}.0",
             )

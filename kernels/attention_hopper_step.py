@@ -82,7 +82,8 @@ def refer(
     so far; what ``exponentials`` takes). Nothing of that changes where logits are capped."""
     factor = program[1]
     if CAP is not None:
-        reference = capped_reference(gl.SliceLayout(1, s.type.layout), factor, CAP)
+        nothing = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s.type.layout))
+        reference = nothing + capped_reference(factor, CAP)
         return s, reference, 1.0, factor, reference
     else:
         s = to_logits(

@@ -262,14 +262,15 @@ _CAPPED_32, _CAPPED_32_REGISTERS = _capped(32), _registers(32)
 
 
 @gluon.jit
-def capped_reference(s_rows: gl.constexpr, factor, SHIFT: gl.constexpr):
-    """What the logarithm of capped weights is taken from, in base two, ``[64]``: the same for all rows and tiles."""
-    return gl.full([64], 0.0, gl.float32, s_rows) + (factor - SHIFT)
+def capped_reference(factor, SHIFT: gl.constexpr):
+    """What is taken from capped logits, in base two, the same for all rows and tiles: their bound less SHIFT. A whole
+    number: equal scores near zero, the common case of equal ones, then have weights that rounding does not change."""
+    return (factor - SHIFT + 1.0).to(gl.int32).to(gl.float32)
 
 
 @gluon.jit
 def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr, AT_ONCE: gl.constexpr):
-    """Weights ``2 ** (factor * (tanh(inner * s) - 1) + SHIFT)`` of part of a tile: no maximum of the row is needed.
+    """Weights ``2 ** (factor * tanh(inner * s) - capped_reference)`` of part of a tile: no row's maximum is needed.
     AT_ONCE: how many are tested together, 16 or 32; all their products take registers."""
     square = inner * inner
     a = factor * inner * TANH_A
@@ -278,5 +279,5 @@ def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr, AT_ONCE: gl.const
     most = TANH_LIMIT / inner
     asm: gl.constexpr = _CAPPED_32 if AT_ONCE == 32 else _CAPPED_16
     registers: gl.constexpr = _CAPPED_32_REGISTERS if AT_ONCE == 32 else _CAPPED_16_REGISTERS
-    arguments = [s, -most * most, SHIFT - factor, a, b, c, inner, factor]
+    arguments = [s, -most * most, -capped_reference(factor, SHIFT), a, b, c, inner, factor]
     return gl.inline_asm_elementwise(asm, registers, arguments, dtype=gl.float32, is_pure=True, pack=AT_ONCE)
