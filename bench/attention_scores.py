@@ -190,7 +190,7 @@ def configs(shape: tuple, case: str, explore: bool) -> list[Any]:
     if case == "softcap":
         tries.append(replace(base, poly=2))
     elif case == "alibi_causal":
-        tries.append(replace(base, ping_pong=False))
+        tries.append(replace(base, ping_pong=0))
     elif case == "bias":
         tries += [replace(base, t_stages=2)] * narrow
     else:

@@ -35,8 +35,9 @@ class ForwardConfig:
     """Shape of one forward launch.
 
     consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages, q_stages: K and V tiles, query
-    tiles in flight; ping_pong: two consumers take turns at the tensor cores; rounding: when weights
-    are rounded (``attention_hopper_step.advance``); poly: eighths of the exponentials on the FMA units;
+    tiles in flight; ping_pong: consumers take turns at the tensor cores, passed on when (1) a turn's products are
+    issued, (2) its scores have come, 0 without; rounding: when weights are rounded (``attention_hopper_step.advance``);
+    poly: eighths of the exponentials on the FMA units;
     group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds; t_stages:
     tiles of a captured tensor in flight per consumer.
     """
@@ -45,7 +46,7 @@ class ForwardConfig:
     block_k: int = 128
     stages: int = 2
     q_stages: int = 1
-    ping_pong: bool = True
+    ping_pong: int = 1
     rounding: str = "next"
     poly: int = 0
     group: int = 8
@@ -60,10 +61,10 @@ class ForwardConfig:
 
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=1),
+    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=0, rounding="halfway", group=1),
     (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
-    (128, False): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
-    (128, True): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, ping_pong=0, rounding="early", group=8, dynamic=True),
+    (128, True): ForwardConfig(q_stages=2, ping_pong=0, rounding="early", group=8, dynamic=True),
 }
 
 
@@ -83,9 +84,9 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
 SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(stages=3, q_stages=2, rounding="halfway", group=32, dynamic=True),
-    (64, True): ForwardConfig(stages=3, q_stages=2, rounding="halfway", dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, ping_pong=2, rounding="halfway", dynamic=True),
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
-    (128, True): ForwardConfig(dynamic=True),
+    (128, True): ForwardConfig(rounding="early", dynamic=True),
 }
 
 
@@ -267,7 +268,7 @@ def forward(
             T_STAGES=config.t_stages,
             GROUP=batch if call and call.shared else config.group,
             CAUSAL=causal,
-            PING_PONG=int(config.ping_pong),
+            PING_PONG=config.ping_pong,
             ROUNDING=config.rounding,
             POLY=config.poly,
             DYNAMIC=config.dynamic,

@@ -3,14 +3,15 @@
 One block of threads works on query tiles of ``64 * consumers`` rows. One producer warp copies Q, K and V tiles to
 shared memory with the tensor memory accelerator; each consumer is one warpgroup that owns 64 query rows. The matrix
 product S of the next key tile is issued before the product P V of the current one, so that the softmax of the next
-tile runs under the tensor cores' work (FlashAttention-3, arXiv 2407.08608, algorithm 2); with ``PING_PONG`` two
+tile runs under the tensor cores' work (FlashAttention-3, arXiv 2407.08608, algorithm 2); with ``PING_PONG`` the
 consumers take turns at the tensor cores (section 3.1 there).
 
     shared memory   Q [Q_STAGES * consumers, 64, D] | O [consumers, 64, D] | K, V [STAGES, BLOCK_K, D] | next work item
-    barriers        full / empty per buffer; named hardware barriers 8 and 9 give the turns
+    barriers        full / empty per buffer; named hardware barriers from 8 on give the turns
 
 Work items (a query tile of a head) are handed out in rounds or, DYNAMIC, from a counter in device memory: with a causal
-mask tiles differ in length, and whoever is free takes the longest that is left.
+mask tiles differ in length, and whoever is free takes the longest that is left. The producer works out where an item
+lies and which key tiles it needs; the others read that while their last product runs.
 
 Key tiles are walked from the last to the first: tiles that need a mask come first and every row's own keys come last.
 """
@@ -126,7 +127,7 @@ def consume(
         if PING_PONG == 1:
             pass_turn(TURN + (w + 1) % CONSUMERS)
         tile = 0
-        if TILED == 1 and CONSUMERS == 2:
+        if TILED == 1:
             tile = take_tile(tiles, taken, w, CONSUMERS, s_layout)
         s = warpgroup_mma_wait(0, [s])
         if PING_PONG == 2:
@@ -138,7 +139,7 @@ def consume(
             s, tile, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS,
             True, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
         )  # fmt: skip
-        p = weigh(s, own, base, 0, place, context, program, sizes, CONSUMERS, True, POLY, BOUNDS, CAP)
+        p = weigh(s, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
         state = (
             m,
             sum_within_lane(p),

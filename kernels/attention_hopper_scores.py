@@ -267,7 +267,7 @@ def score_tile(
 ):
     """Logits of a tile of products of queries and keys ``s [64, N]``, less what is added to whole rows.
 
-    ``tile``: what ``take_tile`` gave, where it was called already; ``number`` counts key tiles; ``place``: see
+    ``tile``: what ``take_tile`` gave where LOGITS reads it; ``number`` counts key tiles; ``place``: see
     ``place_tile``; ``context``: see ``at_tile``. Without LOGITS they stay unscaled. TILED: 1 where LOGITS reads a
     captured tensor's tile, 2 where MASK alone does, 0 where neither does.
     """
@@ -290,8 +290,6 @@ def score_tile(
     score = parts
     layout: gl.constexpr = s.type.layout
     if TILED == 1:
-        if CONSUMERS == 3:
-            tile = take_tile(tiles, number, w, CONSUMERS, layout)
         tile = widen(tile)
     if TILED == 2:
         slot = wait_for_tile(tiles, number, w, CONSUMERS)

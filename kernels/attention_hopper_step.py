@@ -104,7 +104,6 @@ def weigh(
     context,
     program,
     sizes,
-    CONSUMERS: gl.constexpr,
     BOUNDED: gl.constexpr,
     POLY: gl.constexpr,
     BOUNDS: gl.constexpr,
@@ -112,7 +111,7 @@ def weigh(
 ):
     """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``."""
     if CAP is not None:
-        p = capped_exponentials(s, program[0], program[1], CAP, 32 if CONSUMERS == 2 else 16)
+        p = capped_exponentials(s, program[0], program[1], CAP)
         return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS)
     else:
         return exponentials(s, own, base, POLY)
@@ -172,7 +171,7 @@ def advance(
     if PING_PONG == 1:
         pass_turn(TURN + (w + 1) % CONSUMERS)
     tile = 0
-    if TILED == 1 and CONSUMERS == 2:  # there are registers for it while S is computed
+    if TILED == 1:  # there are registers for it while S is computed
         tile = take_tile(tiles, taken + 1, w, CONSUMERS, s_layout)
     s = warpgroup_mma_wait(1, [s])
     if PING_PONG == 2:
@@ -185,17 +184,17 @@ def advance(
     MASKED: gl.constexpr = CAUSAL or PLANNED
     if ROUNDING == "halfway":
         left, right = halves(s)
-        left = weigh(left, own, base, 0, place, context, program, sizes, CONSUMERS, MASKED, POLY, BOUNDS, CAP)
+        left = weigh(left, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
         part = finish_first(sum_within_lane(left))
         o, left, right = warpgroup_mma_wait(0, [o, left, right])
         mbarrier.arrive(v_empty.index(slot))
         right = weigh(
-            right, own, base, BLOCK_K // 2, place, context, program, sizes, CONSUMERS, MASKED, POLY, BOUNDS, CAP
+            right, own, base, BLOCK_K // 2, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP
         )  # fmt: skip
         part = part + gl.convert_layout(sum_within_lane(right), part.type.layout)
         carried = (pack_weights(left, q_tile.dtype), pack_weights(right, q_tile.dtype))
     else:
-        weighed = weigh(s, own, base, 0, place, context, program, sizes, CONSUMERS, MASKED, POLY, BOUNDS, CAP)
+        weighed = weigh(s, own, base, 0, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
         part = finish_first(sum_within_lane(weighed))
         carried = carry_weights(weighed, q_tile.dtype, ROUNDING)
         if ROUNDING == "early":

@@ -253,12 +253,8 @@ def _capped(n: int) -> gl.constexpr:
     )
 
 
-def _registers(n: int) -> gl.constexpr:
-    return gl.constexpr(",".join(["=&f"] * n + ["f"] * 8 * n))
-
-
-_CAPPED_16, _CAPPED_16_REGISTERS = _capped(16), _registers(16)
-_CAPPED_32, _CAPPED_32_REGISTERS = _capped(32), _registers(32)
+_CAPPED = _capped(32)
+_CAPPED_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 8 * 32))
 
 
 @gluon.jit
@@ -269,15 +265,12 @@ def capped_reference(factor, SHIFT: gl.constexpr):
 
 
 @gluon.jit
-def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr, AT_ONCE: gl.constexpr):
-    """Weights ``2 ** (factor * tanh(inner * s) - capped_reference)`` of part of a tile: no row's maximum is needed.
-    AT_ONCE: how many are tested together, 16 or 32; all their products take registers."""
+def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr):
+    """Weights ``2 ** (factor * tanh(inner * s) - capped_reference)`` of part of a tile: no row's maximum is needed."""
     square = inner * inner
     a = factor * inner * TANH_A
     b = factor * inner * TANH_B * square
     c = factor * inner * TANH_C * square * square
     most = TANH_LIMIT / inner
-    asm: gl.constexpr = _CAPPED_32 if AT_ONCE == 32 else _CAPPED_16
-    registers: gl.constexpr = _CAPPED_32_REGISTERS if AT_ONCE == 32 else _CAPPED_16_REGISTERS
     arguments = [s, -most * most, -capped_reference(factor, SHIFT), a, b, c, inner, factor]
-    return gl.inline_asm_elementwise(asm, registers, arguments, dtype=gl.float32, is_pure=True, pack=AT_ONCE)
+    return gl.inline_asm_elementwise(_CAPPED, _CAPPED_REGISTERS, arguments, dtype=gl.float32, is_pure=True, pack=32)
