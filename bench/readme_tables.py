@@ -176,7 +176,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
         ],
     ),
     "offload_fits": (
-        "A model that fits: Llama shape of hidden size 2048, median time per step beside Inductor, steps taking turns",
+        "A model that fits its budget: median time per step beside Inductor, steps taking turns",
         [
             ("what", _column("what")),
             ("Inductor", lambda row: f"{row['inductor_ms']:.3f} ms"),

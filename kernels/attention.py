@@ -350,7 +350,7 @@ def _reference_cost(target: Target, case: AttentionCase) -> float:
 
 
 operator("attention").register(
-    Implementation("reference", attention_reference, _never_refuses, _reference_cost),
+    Implementation("reference", attention_reference, _never_refuses, _reference_cost, inlines=True),
 )
 operator("attention_backward").register(
     Implementation("reference", attention_backward_reference, _never_refuses, _reference_cost),

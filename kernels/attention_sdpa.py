@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vbcompile.compat import is_fake
 from vbcompile.device import Target
-from vbcompile.kernels.attention import attention_backward_reference
+from vbcompile.kernels.attention import attention_backward_reference, attention_reference
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_dense import DenseScores
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
@@ -182,6 +183,11 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *call.tensors, 0.0, call.causal, attn_mask=call.bias, scale=scale
     )
+    odd = _odd_rows(out, lse, call)
+    if is_fake(out):  # a graph is made, which cannot choose by values
+        out, lse = out.masked_fill(odd.unsqueeze(-1), torch.nan), lse.masked_fill(odd, torch.nan)
+    elif bool(odd.any()):
+        return attention_reference(q, k, v, captured, scale, dropout_p, seed, score_function)
     out = out[..., : v.shape[-1]].reshape(*call.lead, *out.shape[-2:-1], v.shape[-1])
     lse = lse.reshape(*call.lead, q.shape[-2]).to(accumulation_dtype(q.dtype))
     if call.empty is not None:
@@ -191,20 +197,34 @@ def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     return arrange(out, function.rows_first), lse.contiguous()
 
 
+def _odd_rows(out: Tensor, lse: Tensor, call: _CpuCall) -> Tensor:
+    """Rows with infinite scores or NaN, where the kernel may give what plain PyTorch does not.
+
+    Its largest score of a row ignores NaN, and a row without one counts as a row without keys: zeros in place of NaN.
+    Under a mask, which it adds, NaN of hidden keys spreads to rows that do not see them.
+    """
+    odd = ~lse.isfinite() | ((lse == 0.0) & (out == 0.0).all(-1))
+    return odd if call.empty is None else odd & ~call.empty.reshape(lse.shape)
+
+
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
     call = _CpuCall(q, k, v, captured, function)
-    if call.scores is not None and call.scores.absorbed:
+    odd = ~lse.isfinite() if call.empty is None else ~lse.isfinite() & ~call.empty
+    if bool(odd.any()) or (call.scores is not None and call.scores.absorbed):
         return attention_backward_reference(
             grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
         )
     out4, grad4 = (call.folded(t) for t in (out, grad_out))
     lse4 = lse.reshape(-1, call.heads, lse.shape[-1])
+    bias = call.bias
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
         rows = call.empty.reshape(lse4.shape)
         out4, lse4 = out4.masked_fill(rows.unsqueeze(-1), 0.0), lse4.masked_fill(rows, 0.0)
+    if _is_rounded(lse4, q.dtype):
+        bias, lse4 = _shifted(call, lse4, scale)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=call.bias, scale=scale
+        grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=bias, scale=scale
     )
     if call.scores is not None and call.scores.poisoned is not None:
         poisoned = call.scores.poisoned.expand(*call.lead, -1).reshape(lse4.shape)
@@ -213,6 +233,21 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
         dv = dv.masked_fill(rows.any(-1)[..., None, None], torch.nan)
     grads = [g[..., :width] for g, width in zip((dq, dk, dv), call.widths, strict=True)]
     return unfold_gradients(grads, (q, k, v), call.lead, captured)
+
+
+def _is_rounded(lse: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights ``exp(score - lse)`` would be worse than a softmax's, for digits that ``lse`` has no room for."""
+    unit = torch.finfo(lse.dtype).eps * lse.abs().amax() if lse.numel() else lse.new_zeros(())
+    return bool(unit > 16 * torch.finfo(dtype).eps)
+
+
+def _shifted(call: _CpuCall, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``lse`` as a part of the bias, and the small rest of it, from another forward."""
+    bias = -lse.unsqueeze(-1) if call.bias is None else call.bias.to(lse.dtype) - lse.unsqueeze(-1)
+    _, rest = aten._scaled_dot_product_flash_attention_for_cpu(
+        *call.tensors, 0.0, call.causal, attn_mask=bias, scale=scale
+    )
+    return bias, rest.to(lse.dtype)
 
 
 # ---------------------------------------------------------------------------------------- registration
@@ -229,5 +264,9 @@ for _operator, _cudnn, _flash, _cpu in (
         ("cudnn", _cudnn, _refuses_cudnn),
         ("flash_attention_2", _flash, _refuses_cuda),
     ):
-        operator(_operator).register(Implementation(_name, _run, _refuses, _cost(_name), replays=True))
-    operator(_operator).register(Implementation("cpu_flash", _cpu, _refuses_cpu, _cost("cpu_flash")))
+        operator(_operator).register(
+            Implementation(_name, _run, _refuses, _cost(_name), replays=True, inlines=_cpu is _cpu_forward),
+        )
+    operator(_operator).register(
+        Implementation("cpu_flash", _cpu, _refuses_cpu, _cost("cpu_flash"), inlines=_cpu is _cpu_forward),
+    )

@@ -3,9 +3,9 @@
 Nothing is measured when a model runs. ``tuned/fp4_linear.json`` holds, per architecture, the device that was measured
 and rows of ``[format, N, K, rows of x, microseconds of the bfloat16 product, {implementation: [microseconds,
 configuration or null]}]``, without those that are slower than others; the user's table, written by ``vbcompile tune``,
-has the same form, with all, infinite for one that does not run. Shapes that are in neither are cut up by formula. A
-user's table knows nothing of implementations that are newer than it: those keep what the shipped table says of the
-shape, or their estimate.
+has the same form, with all, infinite for one that does not run or is not worth timing. Shapes that are in neither are
+cut up by formula. A user's table knows nothing of implementations that are newer than it: those keep what the shipped
+table says of the shape, or their estimate.
 """
 
 import functools

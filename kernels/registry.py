@@ -60,6 +60,8 @@ class Implementation:
         cost: ``(target, case) -> relative time``; the lowest that does not refuse is chosen, ties by registration.
         options: keyword arguments that ``run`` takes beyond those; what it leaves out, the operator does afterwards.
         replays: whether calls may be remembered (:mod:`vbcompile.kernels.replay` says what that takes).
+        inlines: whether ``run`` is a few of PyTorch's operators and reads no values on the host, so that compiled
+            graphs may hold these operators themselves.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Implementation:
     cost: Callable[[Target, Any], float]
     options: frozenset[str] = frozenset()
     replays: bool = False
+    inlines: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,8 @@ def operator(name: str) -> Operator:
 def force(**implementations: str) -> Iterator[None]:
     """Run operators by the named implementations in this process: ``with force(attention="triton"): ...``.
 
-    Graphs compiled earlier follow too: the choice is made when an operator runs.
+    Graphs compiled earlier follow too, since the choice is made when an operator runs; not where they hold PyTorch's
+    own attention operators (:mod:`vbcompile.passes.attention_inlined`).
 
     Raises:
         KeyError: unknown operator.

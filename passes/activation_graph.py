@@ -22,7 +22,6 @@ from vbcompile.compat import OperatorKinds, size_hint
 
 _SMALL_RESULT = 64
 _LONGEST_CHAIN = 64
-_CHECKPOINT_TAG = "recompute"
 
 
 @dataclass

@@ -28,6 +28,7 @@ from vbcompile.passes.attention_report import describe, details
 from vbcompile.passes.attention_rewrite import rewrite
 from vbcompile.passes.attention_rows import EmptyRowsOfGraph
 from vbcompile.passes.attention_site import Detail, Retry, Site
+from vbcompile.passes.attention_small import ask_for_quick_calls
 from vbcompile.passes.attention_weights import Carriers
 from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
@@ -53,6 +54,8 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
         found = _GraphPass(module, _outer_nodes(gm, module), _skips_tiles(context)).run()
         decisions += found
         if any(d.action == "rewritten" for d in found):
+            if context is not None:
+                ask_for_quick_calls(module.graph, context)
             module.graph.lint()
             module.recompile()
     return decisions

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from vbcompile.passes.graph_axes import Dim, Dims, Space
-from vbcompile.passes.graph_ops import Call, is_tensor, known_equal, shape_of
+from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
 Label = str
 Labels = tuple[Label, ...]
@@ -19,6 +19,7 @@ class Contraction:
 
     Attributes:
         addend: what ``baddbmm`` and ``addmm`` add, with ``beta`` and ``alpha``: ``beta * addend + alpha * product``.
+        before: the multiplication whose result ``node`` sums up, where they are two operators.
     """
 
     node: fx.Node
@@ -30,6 +31,7 @@ class Contraction:
     addend: Any = None
     beta: Any = 1
     alpha: Any = 1
+    before: fx.Node | None = None
 
     @property
     def summed(self) -> Labels:
@@ -39,7 +41,7 @@ class Contraction:
         """The same product with its operands named the other way round."""
         return Contraction(
             self.node, self.rhs, self.lhs, self.rhs_labels, self.lhs_labels, self.out_labels,
-            self.addend, self.beta, self.alpha,
+            self.addend, self.beta, self.alpha, self.before,
         )  # fmt: skip
 
     def label_dims(self, space: Space, out_dims: Dims) -> dict[Label, Dim]:
@@ -70,11 +72,14 @@ def contraction_of(call: Call | None, node: fx.Node) -> Contraction | None:
     found = read(call, node) if read is not None else None
     if found is None or not (is_tensor(found.lhs) and is_tensor(found.rhs)):
         return None
-    if set(found.lhs_labels) - set(found.rhs_labels) - set(found.out_labels):
+    lhs, rhs = _broad_labels(found.lhs, found.lhs_labels), _broad_labels(found.rhs, found.rhs_labels)
+    if (lhs ^ rhs) - set(found.out_labels):
         return None  # a plain sum over an axis of one operand
-    if set(found.rhs_labels) - set(found.lhs_labels) - set(found.out_labels):
-        return None
     return found
+
+
+def _broad_labels(node: fx.Node, labels: Labels) -> set[Label]:
+    return {label for label, size in zip(labels, shape_of(node), strict=True) if not known_equal(size, 1)}
 
 
 def _matmul(call: Call, node: fx.Node) -> Contraction | None:
@@ -131,6 +136,35 @@ def _linear(call: Call, node: fx.Node) -> Contraction | None:
     return Contraction(node, lhs, rhs, (*batch, "c"), ("n", "c"), (*batch, "n"))
 
 
+def _sum_of_product(call: Call, node: fx.Node) -> Contraction | None:
+    """``(lhs * rhs).sum(dims)``, the operands broadcast."""
+    before = call.input
+    product = call_of(before)
+    if product is None or product.name != "mul" or product.in_place or call.get("dtype") is not None:
+        return None
+    operands = product.input, product.get("other")
+    if not all(is_tensor(x) and tensor_of(x).is_floating_point() for x in operands):
+        return None
+    shape = shape_of(before)
+    dims = call.get("dim")
+    dims = range(len(shape)) if dims is None else dims if isinstance(dims, (tuple, list)) else (dims,)
+    summed = {positive_dim(d, len(shape)) for d in dims}
+    kept = [f"k{d}" if d in summed else f"b{d}" for d in range(len(shape)) if d not in summed or call.get("keepdim")]
+    renamed = {f"b{d}": f"c{d}" for d in summed}
+    lhs_labels, rhs_labels = (
+        tuple(renamed.get(label, label) for label in _broadcast_labels(side, x, len(shape)))
+        for side, x in zip("lr", operands, strict=True)
+    )
+    return Contraction(node, *operands, lhs_labels, rhs_labels, tuple(kept), before=before)
+
+
+def _broadcast_labels(side: str, node: fx.Node, rank: int) -> Labels:
+    """A label per place in the result; an axis of size one is nobody else's."""
+    shape = shape_of(node)
+    first = rank - len(shape)
+    return tuple(f"{side if known_equal(size, 1) else 'b'}{first + n}" for n, size in enumerate(shape))
+
+
 def _added(first: str, second: str, batch: Labels) -> Callable[[Call, fx.Node], Contraction | None]:
     def read(call: Call, node: fx.Node) -> Contraction | None:
         lhs, rhs = call.get(first), call.get(second)
@@ -180,6 +214,7 @@ _READERS: dict[str, Callable[[Call, fx.Node], Contraction | None]] = {
     "bmm": _matmul,
     "mm": _matmul,
     "linear": _linear,
+    "sum": _sum_of_product,
     "inner": _inner,
     "tensordot": _tensordot,
     "baddbmm": _added("batch1", "batch2", ("b0",)),

@@ -191,10 +191,7 @@ class Lifter:
         if isinstance(value, (bool, int, float)):
             return self.algebra.const(value)
         if isinstance(value, SymInt):
-            size = self.algebra.size(value)
-            if size.name == "size" and not self._symbolic_sizes:
-                raise Refusal("a size that is known only at run time takes part in the scores")
-            return size
+            return self.size(value)
         if isinstance(value, SymFloat):
             constant = value.node.maybe_as_float()
             if constant is not None:
@@ -202,6 +199,13 @@ class Lifter:
             if isinstance(argument, fx.Node):
                 return self.algebra.scalar(argument)
         raise Refusal(f"an operand is neither a tensor nor a number ({type(value).__name__})")
+
+    def size(self, value: Any) -> Expression:
+        """A size; raises Refusal for one that is known only at run time and may take no part."""
+        size = self.algebra.size(value)
+        if size.name == "size" and not self._symbolic_sizes:
+            raise Refusal("a size that is known only at run time takes part in the scores")
+        return size
 
     def depends(self, node: fx.Node) -> bool:
         """Whether the node is computed from the scores."""
@@ -400,7 +404,7 @@ class Lifter:
         result = self.algebra.const(0)
         for position, atom in enumerate(coordinate):
             stride = product(coordinate[position + 1 :])
-            result = make("add", result, make("mul", self.algebra.axis(atom), self.algebra.size(stride)))
+            result = make("add", result, make("mul", self.algebra.axis(atom), self.size(stride)))
         return result
 
     def coordinate(self, index: Expression, size: Any) -> Coordinate:

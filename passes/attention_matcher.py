@@ -169,6 +169,7 @@ class Matcher:
             residual=_residual(second, out_dims), alpha=second.alpha, first=begin, spread=detail is Detail.SPREAD,
         )  # fmt: skip
         site.region = {first.node, *way, *weights.region, *lifter.region}
+        site.region |= set() if second.before is None else {second.before}
         site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
         self._check(site, softmax, keys)
         return site
@@ -229,6 +230,9 @@ class Matcher:
         """Check masks that are applied to the weights; returns what rows without a key give."""
         if not weights.kept:
             return split, "zero" if weights.zero_empty else "nan"
+        rows = weights.kept[0].rows(lifter.space, keys) if len(weights.kept) == 1 and not weights.factors else None
+        if rows is not None:
+            return self._keep_rows(lifter, split, logits, rows, keys)
         after: set[Expression] = set()
         for kept in weights.kept:
             condition = lifter.algebra.make("to_bool", lifter.lift(kept.condition, kept.dims))
@@ -247,6 +251,16 @@ class Matcher:
         if after != set(split.mask) and not split.every_row and not weights.zero_empty:
             raise Refusal("the weights are masked by a part of the mask only")
         return split, "zero"
+
+    def _keep_rows(
+        self, lifter: Lifter, split: Logits, logits: Expression, rows: tuple[fx.Node, Dims], keys: Dim
+    ) -> tuple[Logits, str]:
+        """Check that the rows set to zero are those without a key, told by ``keep.any(-1)``."""
+        shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(*rows)))) - {lifter.algebra.true}
+        for found in (split, split_logits(lifter.algebra, logits, keys, low_fills=True)):
+            if shown == set(found.mask):
+                return found, "zero"
+        raise Refusal("rows of weights are set to zero by something else than the softmax's mask")
 
     def _sink(self, lifter: Lifter, softmax: Softmax) -> Expression | None:
         if softmax.sink is None:

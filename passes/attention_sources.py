@@ -78,14 +78,14 @@ class _Source:
             if not known(start >= 0):
                 raise Opaque
         return self.lifter.coordinate(
-            self.lifter.algebra.make("add", self.lifter.index(coordinate), self.lifter.algebra.size(start)), size
+            self.lifter.algebra.make("add", self.lifter.index(coordinate), self.lifter.size(start)), size
         )
 
     def _fixed(self, index: Any, size: Any) -> Coordinate:
         if known_equal(size, 1):
             return ()
         index = index if known(index >= 0) else index + size
-        return self.lifter.coordinate(self.lifter.algebra.size(index), size)
+        return self.lifter.coordinate(self.lifter.size(index), size)
 
     def narrow(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
         dim = positive_dim(call.get("dim"), len(coordinates))
@@ -107,7 +107,7 @@ class _Source:
             raise Opaque
         dim = positive_dim(call.get("dim", 0), len(coordinates))
         index = self.lifter.index(coordinates[dim])
-        make, size = self.lifter.algebra.make, self.lifter.algebra.size
+        make, size = self.lifter.algebra.make, self.lifter.size
         values, ends, start = [], [], 0
         for part in parts:
             shifted = make("sub", index, size(start))

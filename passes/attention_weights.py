@@ -9,7 +9,16 @@ from torch import fx
 
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, index_items, view_input
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, shape_of, tensor_of, value_of
+from vbcompile.passes.graph_ops import (
+    Call,
+    call_of,
+    is_tensor,
+    known_equal,
+    positive_dim,
+    shape_of,
+    tensor_of,
+    value_of,
+)
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 
@@ -34,6 +43,21 @@ class Kept:
         """Whether the mask is a factor, which leaves NaN as it is."""
         call = call_of(self.node)
         return call is not None and call.name == "mul"
+
+    def rows(self, space: Space, keys: Dim) -> tuple[fx.Node, Dims] | None:
+        """The mask and its dimensions where only rows are kept in which it shows ``any`` key."""
+        node, dims, keep = self.condition, self.dims, self.keep
+        while (call := call_of(node)) is not None and not call.in_place and call.name != "any":
+            moved = (call.input, dims) if call.name == "not" else view_input(space, call, node, dims)
+            if moved is None:
+                return None
+            keep = keep != (call.name == "not")
+            node, dims = moved
+        dim = None if call is None or self.multiplies or not keep else call.get("dim")
+        if call is None or call.in_place or not isinstance(dim, int) or tensor_of(call.input).dtype != torch.bool:
+            return None
+        dim = positive_dim(dim, len(shape_of(call.input)))
+        return call.input, (*dims[:dim], keys, *dims[dim + bool(call.get("keepdim")) :])
 
 
 @dataclass(frozen=True)
@@ -149,7 +173,7 @@ class _Walk:
         return self._without_nan(call.input, dims, here)
 
     def _masked_fill(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
-        if call.get("value") != 0 or not is_tensor(call.get("mask")):
+        if not _is_zero(call.get("value")) or not is_tensor(call.get("mask")):
             raise Refusal("the attention weights are filled with another value than zero")
         if is_nan_of(call.get("mask"), call.input):
             return self._without_nan(call.input, dims, here)
@@ -255,7 +279,9 @@ def _is_zero(value: Any) -> bool:
     if isinstance(value, (int, float)):
         return value == 0
     call = call_of(value)
-    return call is not None and (call.name in ("zeros", "zeros_like", "new_zeros") or call.get("data") == 0)
+    if call is None or call.in_place:
+        return False
+    return call.name in ("zeros", "zeros_like", "new_zeros") or 0 in (call.get("data"), call.get("fill_value"))
 
 
 def _cut_column(call: Call, dims: Dims) -> str:

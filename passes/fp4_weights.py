@@ -30,7 +30,6 @@ from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
 from vbcompile.kernels.registry import as_text
 
-WATCHES = ("samples", "contents")
 _SAMPLED = 4  # rows, and columns, of a weight that are looked at
 
 

@@ -7,10 +7,11 @@ where a reshape cuts an atom in two, the :class:`Space` records the cut, so that
 finest atoms.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import SymInt, fx
 
 from vbcompile.passes.graph_ops import Call, known, known_equal, positive_dim, shape_of, value_of
 
@@ -76,11 +77,39 @@ class Space:
     def regroup(self, dims: Dims, sizes: Sequence[Size]) -> Dims:
         """The same elements in row-major order as dimensions of other sizes; raises AxisError where atoms cannot."""
         atoms = [atom for dim in self.resolve_all(dims) for atom in dim]
-        atoms.reverse()  # a stack
-        result: list[Dim] = []
-        for size in sizes:
-            result.append(() if known_equal(size, 1) else self._take(atoms, size))
-        if atoms:
+        cuts = self.snapshot()
+        try:
+            return self._regroup_in_order(atoms, sizes)
+        except AxisError:
+            if all(type(size) is int for size in (*sizes, *(a.size for a in atoms))):
+                raise
+            self.restore(cuts)
+            return self._regroup_between(atoms, sizes)
+
+    def _regroup_in_order(self, atoms: list[Atom], sizes: Sequence[Size]) -> Dims:
+        rest = atoms[::-1]  # a stack
+        result = tuple(() if known_equal(size, 1) else self._take(rest, size) for size in sizes)
+        if rest:
+            raise AxisError("a reshape whose sizes cannot be followed")
+        return self.resolve_all(result)
+
+    def _regroup_between(self, atoms: list[Atom], sizes: Sequence[Size]) -> Dims:
+        """Equal sizes at either end stay; as a reshape keeps the number of elements, what one atom or one size is left
+        between them equals all that it stands against, whether or not symbols say so."""
+        wanted = [n for n, size in enumerate(sizes) if not known_equal(size, 1)]
+        result: list[Dim] = [() for _ in sizes]
+        for end in (-1, 0):
+            while atoms and wanted and known_equal(atoms[end].size, sizes[wanted[end]]):
+                result[wanted.pop(end)] = (atoms.pop(end),)
+        if len(wanted) == 1:
+            result[wanted[0]] = tuple(atoms)
+        elif len(atoms) == 1 and wanted:
+            (atom,) = atoms
+            for n, place in enumerate(wanted[:-1]):
+                outer, atom = self.cut(atom, sizes[place], math.prod(sizes[p] for p in wanted[n + 1 :]))
+                result[place] = (outer,)
+            result[wanted[-1]] = (atom,)
+        elif atoms or wanted:
             raise AxisError("a reshape whose sizes cannot be followed")
         return self.resolve_all(tuple(result))
 
@@ -210,7 +239,7 @@ def is_full_slice(item: Any, size: Size) -> bool:
     if not isinstance(item, slice) or item.step not in (None, 1):
         return False
     start, stop = value_of(item.start), value_of(item.stop)
-    begins = start is None or (type(start) is int and start == 0)
+    begins = start is None or (isinstance(start, (int, SymInt)) and (known_equal(start, 0) or known(start + size <= 0)))
     return begins and (
         stop is None or known_equal(stop, size) or (type(stop) is int and type(size) is int and stop >= size)
     )

@@ -56,13 +56,16 @@ def explain_choices(gm: fx.GraphModule, target: Target, training: bool, decision
 
 
 def _explain(node: fx.Node, target: Target, training: bool) -> str:
-    case = _case(node)
+    case = case_of(node)
     if case is None:
         return "chosen at the first call"
     together = _in_training(node, target) if training else None
     if together is not None and together.implementation.name != BY_OPERATORS:
         return together.explain()
     text = operator("attention").choose(target, case).explain()
+    if asked := node.kwargs.get("implementations"):  # before the user's option is handed out: attention_small's
+        name = operator("attention").choose(target, case, str(asked)).implementation.name
+        return f"{name}, since the call is small and the graph holds this one itself (otherwise {text})"
     if not training:
         return text
     if together is not None:
@@ -83,7 +86,7 @@ def _in_training(node: fx.Node, target: Target) -> Choice | None:
     return operator("attention_training").choose(target, training_case(q, k, v, captured, dropout, function))
 
 
-def _case(node: fx.Node) -> AttentionCase | None:
+def case_of(node: fx.Node) -> AttentionCase | None:
     """The case with size hints for symbolic sizes; None where a tensor's metadata is missing."""
     arguments: tuple[Any, ...] = node.args
     q, k, v, captured, _, dropout_p, _, function = arguments

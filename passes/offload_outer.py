@@ -56,14 +56,18 @@ def end(key: str, last: int) -> None:
 
 
 class CompiledSegment(nn.Module):
-    """A compiled stretch of the graph; identical stretches share the compiled code."""
+    """A compiled stretch of the graph, an operator of the plan; identical stretches share the compiled code."""
 
-    def __init__(self, compiled: Callable[..., Any]) -> None:
+    def __init__(self, compiled: Callable[..., Any], key: str, operator: int) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.compiled, self.key, self.operator = compiled, key, operator
 
     def forward(self, *args: Any) -> Any:
-        return self.compiled(*args)
+        store = store_of(self.key)
+        store.operator_begin(self.operator)
+        results = self.compiled(*args)
+        store.operator_end(self.operator)
+        return results
 
 
 class Piece(NamedTuple):
@@ -170,12 +174,12 @@ class _Emitter:
             if weight is not None and self.layout.plan.levels[weight] != DEVICE:
                 found = self._call(rows, weight, self._value(indices))
                 return self.outer.call_function(_tuple, (found,))
-        name = f"segment_{number}"
+        name, code = f"segment_{number}", CompiledSegment(piece.compiled, self.layout.key, self.operator)
         inputs = tuple(self._value(node) for node in (*piece.segment.inputs, *piece.extra))
         if not self.layout.training:
-            self.modules[name] = CompiledSegment(piece.compiled)
+            self.modules[name] = code
             return self.outer.call_module(name, inputs)
-        self.modules[name] = TrainedSegment(piece.compiled, self._streamed(number, piece))
+        self.modules[name] = TrainedSegment(code, self._streamed(number, piece))
         return self.outer.call_module(name, (*inputs, *(self.known.get(node) for node in piece.segment.weights)))
 
     def _streamed(self, number: int, piece: Piece) -> Streamed:

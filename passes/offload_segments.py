@@ -71,7 +71,7 @@ def cut(graph: fx.Graph, weights: Mapping[fx.Node, Tensor], largest: int, lookup
         lookups: Give embeddings segments of their own.
     """
     views = _Views(graph, weights)
-    fixed = _fixed(graph, weights, views)
+    fixed = _fixed(graph, views)
     views.sink()
     reads = {node: views.weights_of(node) for node in graph.nodes}
     returned = [node for node in graph.nodes if node in views.roots and views.is_returned(node)]
@@ -143,7 +143,7 @@ def _memory(value: Any) -> Any:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
-def _fixed(graph: fx.Graph, weights: Mapping[fx.Node, Tensor], views: _Views) -> dict[fx.Node, str]:
+def _fixed(graph: fx.Graph, views: _Views) -> dict[fx.Node, str]:
     """Weights that the graph writes to or returns a view of."""
     found: dict[fx.Node, str] = {}
     for node in graph.nodes:

@@ -46,6 +46,7 @@ class Backward:
         if not self.begun and store.plan is self.plan:
             for copy in store.waits(self.operator):
                 store.wait(copy)
+            store.operator_begin(self.operator)
         self.begun = True
 
     def bytes_of(self, payload: Payload) -> Tensor:
@@ -65,6 +66,7 @@ class Backward:
             for copy in self.held:
                 store.release(copy)
             return
+        store.operator_end(self.operator)
         for copy in {*store.releases(self.operator), *self.held}:
             store.release(copy)
         for copy in self.prefetches:

@@ -21,7 +21,7 @@ _announced: set[str] = set()
 def use_mixed_precision(gm: fx.GraphModule, context: Any) -> list[Decision]:
     """Wrap the graph in bfloat16 autocast where the configuration asks for it and the model mixes nothing itself."""
     config, device_type = context.config, context.target.device_type
-    if config.mixed_precision is None and (not config.mode_named or device_type == "cpu"):
+    if not config.wants_mixed_precision(device_type):
         return []
     reason = _reason_to_leave(gm, device_type)
     if reason:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.dropout import dropout_keep
 from vbcompile.kernels.score_function import Builder, ScoreFunction, evaluate
 
@@ -53,6 +55,12 @@ class Form:
             for n in (0, 2):
                 tensors[n] = tensors[n].transpose(-3, -2).contiguous().transpose(-3, -2)
         return tensors, [make(g) for make in self.captured]
+
+    def case(self, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> AttentionCase:
+        """What is known of a call before it runs."""
+        captured = tuple((tuple(t.shape), t.dtype) for t in self.inputs(dtype)[1])
+        function = self.function.dumps()
+        return AttentionCase(dtype, self.q, self.k, self.v, captured, self.dropout_p > 0, function, **fields)
 
 
 def floats(*shape: int, factor: float = 1.0) -> Maker:

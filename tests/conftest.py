@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch._dynamo.guards
 import torch._inductor.config
+from torch._dynamo.utils import counters
+from warm_python import WarmPython
 
 # Files that take longest begin first, so that no process is left with one at the end.
 LONGEST = (
@@ -26,6 +28,7 @@ LONGEST = (
     "test_offload_pass.py",
     "test_recompute.py",
     "test_bench_scripts.py",
+    "test_global_switch.py",
 )
 
 
@@ -68,6 +71,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def warm_python():
+    """Runs programs in processes of their own without the time of importing PyTorch."""
+    with WarmPython() as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def interpreting_python():
+    """As ``warm_python``, with Triton's interpreter on: Triton decides at import whether it interprets."""
+    with WarmPython(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") as python:
+        yield python
+
+
 @pytest.fixture
 def reports():
     """The reports of the graphs that the test compiles."""
@@ -78,13 +95,31 @@ def reports():
 
 
 @pytest.fixture
-def fresh_weights():
+def fresh_dynamo():
+    """Nothing compiled or counted by an earlier test; the same random numbers in every run."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def bare_machine(monkeypatch):
+    """No card, whatever this machine has."""
+    from fake_devices import make_bare
+
+    from vbcompile.device import forget_devices
+
+    make_bare(monkeypatch)
+    yield
+    forget_devices()
+
+
+@pytest.fixture
+def fresh_weights(fresh_dynamo):
     """Nothing compiled or packed by an earlier test; the same random numbers in every run."""
     from vbcompile.passes import fp4_weights
 
-    torch._dynamo.reset()
     fp4_weights.forget()
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["simulated", pytest.param("card", marks=pytest.mark.gpu)])

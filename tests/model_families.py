@@ -252,8 +252,15 @@ FAMILIES: Final[tuple[Family, ...]] = (
         v_head_dim=8,
         first_k_dense_replace=1,
     ),
+    _decoder("diffllama", sites=2),  # the difference of two softmaxes
+    _decoder("doge", sites=1, keep_window_size=64),  # a mask computed from the values
+    _decoder("cohere2", num_hidden_layers=2, sites=2, sliding_window=4),
+    _decoder("lfm2", num_hidden_layers=2, sites=1, layer_types=["conv", "full_attention"]),
     # encoders
     _encoder("bert"),
+    _encoder("cpmant", sites=1, dim_head=8, dim_ff=48, prompt_length=4),
+    _encoder("convbert", sites=1, embedding_size=32, conv_kernel_size=3),
+    _encoder("mobilebert", sites=1, embedding_size=32, true_hidden_size=32, intra_bottleneck_size=32),
     _encoder("roberta"),
     _encoder("electra", embedding_size=16),
     _encoder("albert", embedding_size=16),

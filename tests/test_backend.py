@@ -1,31 +1,26 @@
 """The backend end to end on CPU: training and inference, shapes, states, caches, failures."""
 
 import copy
+import gc
 import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import threading
+import weakref
 
 import pytest
 import torch
 from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
+from warm_python import WarmPython
 
 from vbcompile import compat
 from vbcompile.backend import vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, **options):
@@ -318,14 +313,13 @@ print(json.dumps({"fused": counters["vblackwell"]["fuse_attention"]}
 
 def test_a_second_process_hits_the_cache_without_importing_us(tmp_path):
     # A cache of its own; without the trial compilations by which Inductor finds the processor's instructions.
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
     found = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True, check=True
-        )
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+    with WarmPython(**variables) as python:
+        for _ in range(2):
+            done = python.run(["-c", _CHILD])
+            assert done.returncode == 0, done.stderr
+            found.append(json.loads(done.stdout.splitlines()[-1]))
     assert found == [
         {"fused": 1, "hit": 0, "miss": 1, "bypass": 0},
         {"fused": 1, "hit": 1, "miss": 0, "bypass": 0},
@@ -364,5 +358,10 @@ def test_size_hint_and_source_hash():
 
 
 def test_reset_frees_what_was_compiled():
-    torch.compile(nn.Linear(2, 2), backend=vblackwell)(torch.randn(1, 2))
+    model = nn.Linear(2, 2)
+    alive = weakref.ref(model.weight)
+    torch.compile(model, backend=vblackwell)(torch.randn(1, 2))
+    del model
     torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None

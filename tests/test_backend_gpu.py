@@ -12,20 +12,13 @@ from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_dynamo")]
 DEVICE = "cuda"
 ROUNDING = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4, torch.float32: 1e-6}
 
 
 def grouped_block(**settings):
     return Block(width=256, kv_heads=2, **settings)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
 
 
 def compiled(model, **keywords):

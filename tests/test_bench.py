@@ -10,6 +10,7 @@ from vbcompile.__main__ import main
 from vbcompile.bench import Result, Row, load
 from vbcompile.bench_cases import Case, attention_case, copy_case, linear_case, quantize_case
 from vbcompile.bench_peers import Peer, prepared
+from vbcompile.bench_report import report
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,7 @@ def test_a_model_beyond_its_budget_beside_accelerate():
         assert set(case.runs) == {"vblackwell", "accelerate"} and not case.absent
         assert 0 < case.error <= case.allowed and case.over_link and not case.graphs
         assert "cpu: " in case.implementation  # weights stream
+        assert case.memory[0][0] < case.memory[-1][0] and 0 < max(size for _, size in case.memory) <= 1_200_000
 
 
 def test_a_model_whose_package_is_missing_says_so(monkeypatch, small, tmp_path, capsys):
@@ -119,6 +121,10 @@ def test_usage_errors(tmp_path, capsys):
     assert "vbcompile:" in capsys.readouterr().err
 
 
-def test_json_round_trip():
-    result = Result({"device": "x"}, [Row("a", {"vblackwell": 1.0}, 0.5, 0.5, 0.1, 0.2, "triton")])
+def test_json_round_trip(tmp_path):
+    row = Row("a", {"vblackwell": 1.0}, 0.5, 0.5, 0.1, 0.2, "triton", memory=[[0, 10**9], [10**6, 2 * 10**9]])
+    result = Result({"device": "x"}, [row])
     assert load(result.to_json()) == result and result.right
+    (tmp_path / "bench.json").write_text(result.to_json())
+    assert [path.name for path in report(tmp_path / "bench.json", tmp_path)][-1] == "memory.png"
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")

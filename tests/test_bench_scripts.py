@@ -1,10 +1,7 @@
 """Benchmark scripts that can be tried on a processor do run there, and check what they measure."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +14,10 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("file", SCRIPTS)
-def test_a_script_measures_and_checks(file, tmp_path):
+def test_a_script_measures_and_checks(file, tmp_path, warm_python):
     script, *options = shlex.split(SCRIPTS[file])
-    environment = os.environ | {"BENCH_RESULTS": str(tmp_path), "COMPILE_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "bench" / script), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    variables = {"BENCH_RESULTS": str(tmp_path), "COMPILE_THREADS": "1"}
+    done = warm_python.run([str(ROOT / "bench" / script), *options], variables=variables)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     rows = json.loads((tmp_path / f"{file}.json").read_text())["rows"]
     assert rows and all(row["ms"] > 0 for row in rows)

@@ -14,11 +14,7 @@ from torch._inductor.utils import fresh_cache
 from vbcompile import compat
 from vbcompile.config import INDUCTOR_MODES
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def attend(q, k, v):

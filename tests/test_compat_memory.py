@@ -9,10 +9,7 @@ import torch.fx as fx
 
 from vbcompile import compat
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def nodes_of(*calls):

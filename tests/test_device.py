@@ -15,12 +15,7 @@ from fake_devices import KIND, make_bare, plug_in
 import vbcompile as vb
 from vbcompile.device import GIB, DeviceError, forget_devices, parse_device
 
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    make_bare(monkeypatch)
-    yield
-    forget_devices()
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 def test_cpu_is_the_answer_on_a_bare_machine():
@@ -232,26 +227,24 @@ def test_index_out_of_range_lists_the_valid_ones(monkeypatch, device):
 
 
 def test_first_answer_takes_less_than_a_fifth_of_a_second():
+    """Of the processor, its children's included: other processes that run at the time do not count."""
     program = (
-        "import torch, time; start = time.perf_counter(); import vbcompile;"
-        "vbcompile.get_device(); vbcompile.get_device_info(); print(time.perf_counter() - start)"
+        "import torch, os; took = lambda: sum(os.times()[:4]); start = took(); import vbcompile;"
+        "vbcompile.get_device(); vbcompile.get_device_info(); print(took() - start)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program]
-    took = min(
-        float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        for _ in range(2)
-    )
-    assert took <= 0.2
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 0.2
 
 
 def test_later_answers_are_remembered(monkeypatch):
     plug_in(monkeypatch, "nvidia")
     target = vb.device.get_target("cuda:0")
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(1000):
         assert vb.device.get_target(torch.device("cuda:0")) is target
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 @pytest.mark.gpu

@@ -5,17 +5,12 @@ import mmap
 
 import pytest
 import torch
-from fake_devices import KIND, make_bare, plug_in
+from fake_devices import KIND, plug_in
 
 import vbcompile as vb
-from vbcompile.device import GIB, DeviceError, forget_devices
+from vbcompile.device import GIB, DeviceError
 
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    make_bare(monkeypatch)
-    yield
-    forget_devices()
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 @pytest.mark.parametrize("vendor", KIND)

@@ -4,16 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from fake_devices import PROPERTIES, make_bare, plug_in
+from fake_devices import PROPERTIES, plug_in
 
 from vbcompile.device import FEATURES, GIB, DeviceError, Target, forget_devices, get_target
 
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    make_bare(monkeypatch)
-    yield
-    forget_devices()
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 @pytest.mark.parametrize(

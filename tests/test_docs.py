@@ -35,14 +35,24 @@ def blocks(language: str) -> list:
     return found
 
 
-def run(command: list[str], folder: Path, **environment: str) -> None:
-    scripts = str(Path(sys.executable).parent)
-    path = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    known = {k: v for k, v in os.environ.items() if k not in ("VB_MODE", "ENABLE_VIRTUAL_BLACKWELL")}
-    done = subprocess.run(
-        command, cwd=folder, env=known | {"PATH": path} | environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+@pytest.fixture
+def run(warm_python, monkeypatch):
+    """Runs a command line; programs without variables begin with PyTorch imported."""
+    scripts = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", os.pathsep.join([str(scripts), os.environ.get("PATH", "")]))
+    for name in ("VB_MODE", "ENABLE_VIRTUAL_BLACKWELL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(command: list[str], folder: Path, **environment: str) -> None:
+        program, *words = command
+        if environment or program not in ("python", "vbcompile"):
+            command = [sys.executable, *words] if program == "python" else command
+            done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+        else:
+            done = warm_python.run([str(scripts / "vbcompile"), *words] if program == "vbcompile" else words, folder)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+
+    return run
 
 
 def is_program(text: str) -> bool:
@@ -51,9 +61,9 @@ def is_program(text: str) -> bool:
 
 
 @pytest.mark.parametrize(("page", "text"), [b for b in blocks("python") if is_program(b.values[1])])
-def test_a_program_runs(page, text, tmp_path):
+def test_a_program_runs(page, text, tmp_path, run):
     (tmp_path / "program.py").write_text(text)
-    run([sys.executable, "program.py"], tmp_path)
+    run(["python", "program.py"], tmp_path)
 
 
 @pytest.mark.parametrize(("page", "text"), [b for b in blocks("python") if not is_program(b.values[1])])
@@ -73,7 +83,7 @@ def done():
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("sh"))
-def test_commands_run(page, text, tmp_path, done):
+def test_commands_run(page, text, tmp_path, done, run):
     programs = {"model.py": MODEL, "train.py": MODEL}
     programs |= dict(re.findall(r"^```python\n# file: (\S+)\n(.*?)^```", page.read_text(), re.M | re.S))
     for name, program in programs.items():
@@ -95,7 +105,6 @@ def test_commands_run(page, text, tmp_path, done):
         elif line.startswith(PARSED):
             _parser().parse_args(words[1:])
         elif not line.startswith(ELSEWHERE):
-            words[0] = sys.executable if words[0] == "python" else words[0]
             run(words, tmp_path, **environment)
 
 
@@ -107,9 +116,8 @@ def test_every_command_is_in_a_block_that_runs(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_named_in_the_text_exist(page):
-    named = set(
-        re.findall(r"`(?:python |pytest )?((?:bench|tests|kernels|passes|vbcompile)/[\w/]+\.\w+)", page.read_text())
-    )
+    text = page.read_text()
+    named = set(re.findall(r"`(?:python |pytest )?((?:bench|docs|tests|kernels|passes|vbcompile)/[\w/]+\.\w+)", text))
     assert not {name for name in named if "NAME" not in name and not (ROOT / name).exists()}
 
 

@@ -1,7 +1,6 @@
 """``explain`` and the command line."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -72,10 +71,22 @@ def test_explain_a_function_from_a_file(model_file, capsys):
     assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}
 
 
-def test_explain_a_script(model_file):
-    command = [sys.executable, "-m", "vbcompile", "explain", str(model_file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_explain_a_script(model_file, warm_python):
+    done = warm_python.run(["-m", "vbcompile", "explain", str(model_file)])
+    assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 4])" in done.stdout and "graph 0/0" in done.stdout
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_script_that_ends_itself_is_explained(status, tmp_path, capsys):
+    path = tmp_path / "script.py"
+    path.write_text(f"import sys, torch\ntorch.nn.Linear(4, 4)(torch.randn(2, 4))\nsys.exit({status})\n")
+    try:
+        assert main(["explain", str(path)]) == bool(status)
+    finally:
+        vbcompile.disable()
+    shown = capsys.readouterr()
+    assert "nodes, mode balanced" in shown.out and ("ended with status 3" in shown.err) == bool(status)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +163,8 @@ def narrow():
         ("calibrate f.py:number --out packed.safetensors", {}, "first, not int"),
         ("bench --device nope", {}, "unknown device 'nope'"),
         ("bench --quick --out none/result.json", {}, "no such folder"),
+        ("bench --quick --out .", {}, "this is a folder"),
+        ("explain f.py:make --html .", {}, "this is a folder"),
     ],
 )
 def test_wrong_usage_is_one_line(command, variables, message, tmp_path, monkeypatch, capsys):

@@ -2,8 +2,6 @@
 
 import json
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -170,13 +168,13 @@ def test_files_that_can_run_code_are_refused_with_the_conversion(suffix, tmp_pat
         load_checkpoint(tmp_path)
 
 
-def test_the_conversion_hint_works(tmp_path):
+def test_the_conversion_hint_works(tmp_path, warm_python):
     weight = torch.randn(3, 4)
     torch.save({"a": weight}, tmp_path / "old.bin")
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path / "old.bin")
     program = str(caught.value).split('python -c "')[1].removesuffix('"')
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    assert warm_python.run(["-c", program], tmp_path).returncode == 0
     assert torch.equal(load_checkpoint(tmp_path / "old.safetensors")["a"], weight)
 
 

@@ -1,8 +1,6 @@
 """FP4 products that apply what follows them: activations and SwiGLU gates, the operator and the pass."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,10 +89,8 @@ def test_special_values_go_through_as_in_pytorch():
         torch.testing.assert_close(apply_epilogue(x, name), function(x), equal_nan=True)
 
 
-def test_interpreted_epilogues():
-    program = f"""
-import sys
-sys.path[:0] = {[os.path.dirname(__file__)]!r}
+def test_interpreted_epilogues(interpreting_python):
+    program = """
 import torch
 from test_fp4_epilogues import AFTER, exact, gated_weight
 from vbcompile.kernels import fp4_linear_triton as T
@@ -125,8 +121,8 @@ for epilogue in AFTER:
     torch.testing.assert_close(epilogue_alone(y, epilogue), apply_epilogue(y, epilogue), rtol=1e-5, atol=1e-6)
     assert epilogue_alone(y[:0], epilogue).shape == apply_epilogue(y[:0], epilogue).shape
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+    done = interpreting_python.run(["-c", program], Path(__file__).parent)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # ----------------------------------------------------------------------------------------------------------------- pass

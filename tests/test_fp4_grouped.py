@@ -1,8 +1,6 @@
 """Products of rows sorted by expert with a stack of FP4 weights: meaning, kernel, gradient, contract, bad input."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +98,7 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         to_grouped_layout(quantize(torch.randn(8, 16)), "plain")
 
 
-def test_interpreted_kernel():
+def test_interpreted_kernel(interpreting_python):
     """In a process of its own: Triton decides at import whether it interprets."""
     program = """
 import torch, test_fp4_grouped as T
@@ -113,10 +111,8 @@ for name, layout, (n, k) in (("nvfp4", "fragments2", (70, 100)), ("mxfp4", "frag
         want = T.exact(x, T.decoded(w), ends)
         assert float((got.double() - want).norm()) <= 1e-3 * float(want.norm()), (name, layout, ends)
 """
-    folder = os.path.dirname(__file__)
-    paths = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+    done = interpreting_python.run(["-c", program], Path(__file__).parent)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")

@@ -1,9 +1,6 @@
 """The FP4 linear operator: layouts, every implementation against float64, gradients, contract."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -140,7 +137,7 @@ def test_cpu_product_of_every_remainder(format_name):
         check_error(fp4_linear_cpu.product(x, *w.tensors, None, w.k, format_name, "plain"), x, w, None)
 
 
-def test_cpu_product_runs_on_every_thread_and_gives_the_same_bits():
+def test_cpu_product_runs_on_every_thread_and_gives_the_same_bits(warm_python):
     script = (
         "import os, torch; from vbcompile.kernels import fp4_linear_cpu as c; torch.set_num_threads(1);"
         "codes, scales = torch.arange(999 * 256).view(999, 256).byte(), torch.full((999, 32), 40).byte();"
@@ -148,7 +145,7 @@ def test_cpu_product_runs_on_every_thread_and_gives_the_same_bits():
         "one = run(); before = len(os.listdir('/proc/self/task')); torch.set_num_threads(3);"
         "assert torch.equal(one, run()); print(len(os.listdir('/proc/self/task')) - before)"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    run = warm_python.run(["-c", script])
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) == 2
 
@@ -188,7 +185,7 @@ def test_a_failing_compiler_is_reported(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_interpreted_triton_kernels():
+def test_interpreted_triton_kernels(interpreting_python):
     """In a process of its own: Triton decides at import whether it interprets."""
     program = """
 import torch
@@ -223,8 +220,8 @@ for k, paired in ((1000, False), (17408, False), (17408, True)):
     torch.testing.assert_close(rounded.float() * scale, x, rtol=0.51, atol=2e-4)
     assert float((rounded.float() * scale - x).norm() / x.norm()) < 0.1
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+    done = interpreting_python.run(["-c", program])
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # ------------------------------------------------------------------------------------------------------------- operator

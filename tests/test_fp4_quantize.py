@@ -1,9 +1,5 @@
 """The operator ``fp4_quantize``: what it promises, which implementation runs where, and that they agree."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from fp4_compiling import Feed, compiled
@@ -187,7 +183,7 @@ def test_kernels_compile_without_spills(arch, format_name, method):
     assert compile_launch(launch(format_name, method), arch).spills == 0
 
 
-def test_interpreted_kernels():
+def test_interpreted_kernels(interpreting_python):
     """Every code and scale as in plain PyTorch, but for sums of equal errors in another order."""
     program = """
 import torch
@@ -213,8 +209,8 @@ for weight in weights:
                 same.append(not rows.all() or torch.equal(got.tensor_scale, want.tensor_scale))
                 assert all(same), (name, method, per_row, tuple(weight.shape), same)
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment, timeout=300)
+    done = interpreting_python.run(["-c", program])
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.gpu

@@ -9,9 +9,11 @@ import weakref
 
 import pytest
 import torch
+from fake_devices import make_bare, plug_in
 from torch import nn
 
 import vbcompile as vb
+from vbcompile.device import forget_devices
 from vbcompile.global_switch import _switch
 
 
@@ -80,6 +82,22 @@ def test_every_enable_function_sets_its_mode(function, mode, capsys):
     function()
     assert vb.is_enabled() and _switch.config.mode == mode
     assert f"mode {mode}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"mode": "balanced"}, True), ({}, False), ({"mode": "memory", "mixed_precision": False}, False)],
+)
+def test_mixed_precision_is_announced_where_it_is_on(options, says, monkeypatch, capsys):
+    monkeypatch.delenv("VB_MODE", raising=False)
+    make_bare(monkeypatch)
+    vb.enable(**options)
+    assert "bfloat16" not in capsys.readouterr().out  # on the CPU never by a mode
+    plug_in(monkeypatch, "nvidia")
+    vb.enable(**options)
+    assert ("bfloat16 products" in capsys.readouterr().out) == says
+    vb.disable()
+    forget_devices()
 
 
 @pytest.mark.parametrize("make", [Net, lambda: nn.Linear(8, 8), lambda: nn.Sequential(nn.Linear(8, 8))])
@@ -156,7 +174,7 @@ def test_print_stats_names_the_graphs(capsys):
 
 _SCRIPT = """
 import sys, torch
-model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))  # nothing for a C++ compiler
 print(sys.argv[1:], tuple(model(torch.randn(4, 8)).shape))
 print("backend loaded:", "vbcompile.backend" in sys.modules, torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
@@ -171,12 +189,16 @@ print("backend loaded:", "vbcompile.backend" in sys.modules, torch._dynamo.utils
         ([], {"ENABLE_VIRTUAL_BLACKWELL": "0"}, "False 0"),
     ],
 )
-def test_unchanged_script(tmp_path, command, variables, expected):
+def test_unchanged_script(tmp_path, warm_python, command, variables, expected):
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
-    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, *command, str(script), "--epochs", "3"]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    words = [*command, str(script), "--epochs", "3"]
+    if variables:  # read when PyTorch is imported
+        environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    else:
+        done = warm_python.run(words)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["['--epochs', '3'] (4, 8)", f"backend loaded: {expected}"]
 
 

@@ -271,3 +271,10 @@ def test_a_model_that_fits_just_moves():
     assert "fits" in found.declined and str(found) == found.declined and found.masters == {}
     offloaded(make().train(), "80KiB")  # gradients and moments do not fit
     assert vbcompile.stats(offloaded(make().train(), "80KiB"))[0].masters["cpu"] > 0
+
+
+def test_a_model_of_small_tensors_says_why_nothing_left_the_device():
+    model = vbcompile.offload(make(), "cpu", {0: "60KiB", "cpu": "64MiB"})
+    assert not offloaded_tensors(model)
+    (found,) = vbcompile.stats(model)
+    assert "smallest=" in found.declined

@@ -85,7 +85,7 @@ def test_cuda_graphs_only_where_all_weights_stay(monkeypatch):
 
     asked = []
 
-    def compile_it(gm, example_inputs, options, key):
+    def compile_it(gm, example_inputs, options, key, rewrite):
         static = [node.meta.get("tensor_dict", {}) for node in gm.graph.find_nodes(op="placeholder")]
         asked.append((options["triton.cudagraphs"], [bool(d.get("_dynamo_static_input_type")) for d in static]))
         return gm.forward

@@ -74,7 +74,7 @@ def test_checkout_beside_a_regular_package_named_kernels(tmp_path):
 
 def test_importing_us_is_cheap_and_imports_no_torch():
     program = (
-        "import sys, time; t = time.perf_counter(); import vbcompile; t = time.perf_counter() - t;"
+        "import sys, time; t = time.process_time(); import vbcompile; t = time.process_time() - t;"
         "print(t, 'torch' in sys.modules)"
     )
     seconds, torch_loaded = subprocess.run(

@@ -24,9 +24,3 @@ def test_commands_exist():
     assert set(re.findall(r"^vbcompile (\w+)", text, re.MULTILINE)) <= known
     targets = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
     assert targets and targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-
-
-def test_files_named_in_the_text_exist():
-    text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:passes|kernels|bench|docs|vbcompile|tests)/[\w./]+\.\w+)`", text):
-        assert (ROOT / name).exists(), name

@@ -16,13 +16,9 @@ from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner, operati
 from vbcompile.report import GraphReport
 from vbcompile.vgpu_plan import PlanError
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 RATES = Rates(matmul=10**12, memory=10**11, away=10**10, back=10**10, host_bytes=2**40)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 def joint_graph(model, *inputs):

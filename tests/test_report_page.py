@@ -68,17 +68,24 @@ def make_report():
     return report
 
 
+COUNTERS = {"hits": 7, "stall_ns": 2_500_000, "wasted_bytes": 1536, "gbps": {"h2d": 51.49}, "measured_step_ns": None}
+
+
 def test_the_page_holds_every_fact_and_nothing_foreign():
     plan = make_plan()
     page = html_page(
-        [make_report()], "a <model>", Movement(plan, timeline(plan), [(0, 2**20), (900, 2**21)], {"hits": 7})
+        [make_report()],
+        "a <model>",
+        [Movement(plan, [(0, 2**20), (500, 2**19)], timeline(plan), [(0, 2**20), (900, 2**21)], COUNTERS)],
+        "a <note>",
     )
     found = parse(page)
     text = " ".join(found.text)
     facts = ("a <model>", "model.py:8 <lambda>", "returned & used", "hopper", "ValueError: <b>", "not here", "print(x)")
-    for fact in (*facts, "layer.3.weight", "memory (mode=)", "budget 6.00 MiB", "hits", plan.prediction.bottleneck):
+    counters = ("hits", "2.500 ms", "1.50 KiB", "h2d 51.5", "none yet")
+    for fact in (*facts, *counters, "layer.3.weight", "memory (mode=)", "budget 6.00 MiB", plan.prediction.bottleneck):
         assert fact in text, fact
-    assert found.tags.count("svg") == 3
+    assert found.tags.count("svg") == 4 and "a <note>" in text
     assert not {"script", "link", "img", "iframe"} & set(found.tags) and found.references == []
     assert set(re.findall(r"https?://[^\s\"<]+", page)) <= {"http://www.w3.org/2000/svg"}
 
@@ -89,7 +96,7 @@ def test_a_page_of_a_real_model(tmp_path):
 
     explanation = vbcompile.explain(attention, *(torch.randn(2, 4, 16, 64) for _ in range(3)))
     text = " ".join(parse(explanation.to_html("attention")).text)
-    assert "cpu_flash" in text and "nothing is streamed" in text
+    assert "cpu_flash" in text and "Not planned: this is a function" in text
     assert "captured no graph" in " ".join(parse(html_page([], "nothing")).text)
 
 
@@ -100,9 +107,48 @@ def test_pages_from_the_command_line(tmp_path):
         "    return torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8))), [torch.randn(4, 512)]\n"
     )
     assert main(["explain", f"{path}:make", "--html", str(page)]) == 0
-    assert "model.py:make" in " ".join(parse(page.read_text()).text)
+    found = parse(page.read_text())
+    assert "model.py:make" in " ".join(found.text) and found.tags.count("svg") == 1  # memory over a training step
+    assert main(["explain", f"{path}:make", "--as", "gfx942", "--html", str(page)]) == 0
+    assert "device that is not here" in page.read_text() and "svg" not in parse(page.read_text()).tags
     assert main(["plan", f"{path}:make", "--budget", "4MiB", "--html", str(page)]) == 0
-    assert parse(page.read_text()).tags.count("svg") == 1
+    assert parse(page.read_text()).tags.count("svg") == 2
+
+
+_OFFLOADED = """
+import torch, vbcompile
+def make():
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8))).requires_grad_(False)
+    return vbcompile.offload(model, "cpu", {0: "5MB", "cpu": "1GiB"}), [torch.randn(4, 512)]
+if __name__ == "__main__":
+    model, inputs = make()
+    torch.compile(model, backend="vblackwell", options={"mode": "memory", "downstream": "eager"})(*inputs)
+"""
+
+
+def test_pages_of_an_offloaded_model_show_its_plan_and_the_call(tmp_path):
+    path, page = tmp_path / "model.py", tmp_path / "page.html"
+    path.write_text(_OFFLOADED)
+    assert main(["explain", f"{path}:make", "--mode", "memory", "--html", str(page)]) == 0
+    found = parse(page.read_text())
+    text = " ".join(found.text)
+    assert found.tags.count("svg") == 3 and "Measured: device memory" in text and "ran uncompiled" in text
+    assert "6291456 bytes per step" in text and "measured step" in text
+    try:
+        assert main(["explain", str(path), "--mode", "memory", "--html", str(page)]) == 0
+    finally:
+        vbcompile.disable()
+    text = " ".join(parse(page.read_text()).text)
+    assert "6291456 bytes per step" in text and "measured step" in text and "Measured: one step" not in text
+
+
+def test_a_step_that_cannot_be_planned_says_why():
+    class Chooses(torch.nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+
+    page = vbcompile.explain(Chooses(), torch.ones(3)).to_html()
+    assert "Not planned: the model cannot be traced without its data" in page
 
 
 def test_charts_of_nothing_and_of_one_moment():
@@ -128,7 +174,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 def test_in_a_browser_nothing_is_cut_off(tmp_path, width):
     """The browser itself says how wide the page is, and how many characters of text it shows."""
     plan = make_plan()
-    page = html_page([make_report()], "model", Movement(plan, timeline(plan)))
+    page = html_page([make_report()], "model", [Movement(plan, [(0, 2**22), (10**6, 2**21)], timeline(plan))])
     outer = tmp_path / "outer.html"  # the page in a frame: a window has a least width of its own
     outer.write_text(
         f"<title></title><iframe width={width} height=900 srcdoc='{page.replace(chr(39), '&#39;')}' onload='"

@@ -245,6 +245,8 @@ def test_the_counters_of_the_stack_and_the_table(device, unit, tmp_path):
         run_steps(streamer, data, 1)
         found = streamer.statistics()
     top, host, disk = (level.statistics for level in stack.levels)
+    assert host.gbps == pytest.approx(found["gbps"]["h2d"]) and disk.timed_bytes > 0  # those of the last step
+    assert top.stall_ns == found["stall_ns"]
     assert host.bytes_out == found["links"]["h2d"]["bytes"] and disk.bytes_out == found["links"]["disk"]["bytes"]
     assert host.transfers_in == 1 and host.bytes_in == 100 and host.bytes_out + disk.bytes_out == top.bytes_in
     assert (top.hits, top.misses, top.evictions) == (found["hits"], 0, found["evictions"])

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from fake_devices import make_bare, plug_in
+from fake_devices import plug_in
 
-from vbcompile.device import GIB, DeviceError, forget_devices
+from vbcompile.device import GIB, DeviceError
 from vbcompile.troubleshooting import check_model_device, out_of_memory_advice
 
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    make_bare(monkeypatch)
-    yield
-    forget_devices()
+pytestmark = pytest.mark.usefixtures("bare_machine")
 
 
 def test_a_model_in_its_place_gets_no_advice():

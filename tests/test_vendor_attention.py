@@ -14,7 +14,6 @@ from vbcompile.config import ConfigError
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels.attention_band import Band, mask_band
-from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.registry import force, operator
 from vbcompile.kernels.score_function import ScoreFunction
 
@@ -103,12 +102,6 @@ def test_recorded_schemas_of_pytorch():
 
 
 # ------------------------------------------------------------------------------------------------ choices
-def case_of(name, dtype=torch.bfloat16, **fields):
-    form = FORMS[name]
-    captured = tuple((tuple(t.shape), t.dtype) for t in form.inputs(dtype)[1])
-    return AttentionCase(dtype, form.q, form.k, form.v, captured, form.dropout_p > 0, form.function.dumps(), **fields)
-
-
 @pytest.mark.parametrize(
     ("arch", "name", "fields", "reason"),
     [
@@ -126,7 +119,7 @@ def case_of(name, dtype=torch.bfloat16, **fields):
 def test_refusals_say_why(arch, name, fields, reason):
     target = Target("huawei", "npu", arch) if arch == "Ascend310P3" else catalog_target(arch)
     choice = operator("attention_backward" if fields.get("needs") else "attention").choose(
-        target, case_of(name, **fields)
+        target, FORMS[name].case(**fields)
     )
     own = [text for other, text in (*choice.refused, *choice.elsewhere) if other.startswith(target.device_type)]
     assert any(reason in text for text in own), own
@@ -135,14 +128,14 @@ def test_refusals_say_why(arch, name, fields, reason):
 @pytest.mark.parametrize(("arch", "name"), [("Ascend910B1", "npu_fusion"), ("gaudi2", "hpu_fused")])
 def test_chosen_ahead_of_time(arch, name):
     """For a machine that is not here its package counts as installed."""
-    assert operator("attention").choose(catalog_target(arch), case_of("causal")).implementation.name == name
-    backward = operator("attention_backward").choose(catalog_target(arch), case_of("causal", needs=(True,) * 3))
+    assert operator("attention").choose(catalog_target(arch), FORMS["causal"].case()).implementation.name == name
+    backward = operator("attention_backward").choose(catalog_target(arch), FORMS["causal"].case(needs=(True,) * 3))
     assert backward.implementation.name == name
 
 
 def test_a_missing_operator_names_package_releases_and_fallback():
     with pretend(catalog_target("Ascend910B1"), "2.0.1"):
-        choice = operator("attention").choose(catalog_target("Ascend910B1"), case_of("causal"))
+        choice = operator("attention").choose(catalog_target("Ascend910B1"), FORMS["causal"].case())
     assert choice.implementation.name == "reference"
     assert (
         "npu::npu_fusion_attention needs 2.1 or later of torch-npu (found 2.0.1); plain PyTorch runs instead"
@@ -152,7 +145,7 @@ def test_a_missing_operator_names_package_releases_and_fallback():
 
 def test_a_missing_argument_names_it():
     with vendor("npu", NPU_RELEASES[0]):
-        choice = operator("attention").choose(catalog_target("Ascend910B1"), case_of("dropout"))
+        choice = operator("attention").choose(catalog_target("Ascend910B1"), FORMS["dropout"].case())
     assert (
         "npu::npu_fusion_attention with 'seed' needs 2.7.1 or later of torch-npu (found 2.5.1.post1)"
         in choice.explain()
@@ -165,7 +158,7 @@ def test_an_unknown_argument_is_refused_not_guessed(monkeypatch):
     wanting = [s.replace("str seq_padding_type)", "str seq_padding_type, int new)") for s in schemas["1.19.0"]]
     monkeypatch.setitem(schemas, "9.0.0", wanting)
     with vendor("hpu", "9.0.0"):
-        choice = operator("attention").choose(catalog_target("gaudi2"), case_of("causal"))
+        choice = operator("attention").choose(catalog_target("gaudi2"), FORMS["causal"].case())
     assert choice.implementation.name == "reference"
     reason = "hpu::sdpa_recomp_fwd of habana-torch-plugin (found 9.0.0) wants 'new', which is not known here"
     assert f"{reason}; plain PyTorch runs instead" in choice.explain()

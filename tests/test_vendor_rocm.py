@@ -4,10 +4,6 @@ Tensors lie on the processor; nothing here speaks of AMD's compiler or a card: s
 ``test_fp4_aot.py``.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,8 +82,6 @@ def test_training(gfx942, reports):
 
 
 @pytest.mark.skipif(interpreted(), reason="starts the interpreter")
-def test_on_a_simulated_machine():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_on_a_simulated_machine(interpreting_python):
+    done = interpreting_python.run(["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__])
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-4000:]

@@ -13,7 +13,6 @@ from attention_forms import make_forms
 from vbcompile.device_catalog import catalog_target
 from vbcompile.doctor import list_kernels
 from vbcompile.kernels import fp4_linear_triton
-from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_tuning import KERNELS, tile_config
 from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.registry import operator
@@ -21,12 +20,6 @@ from vbcompile.kernels.triton_target import on_device
 
 ARCHITECTURES = ["pvc", "bmg"]
 FORMS = make_forms(64, 64, 64, 64)
-
-
-def case(name, dtype=torch.bfloat16, **fields):
-    form = FORMS[name]
-    captured = tuple((tuple(t.shape), t.dtype) for t in form.inputs(dtype)[1])
-    return AttentionCase(dtype, form.q, form.k, form.v, captured, form.dropout_p > 0, form.function.dumps(), **fields)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -44,9 +37,9 @@ def case(name, dtype=torch.bfloat16, **fields):
     ],
 )
 def test_attention(arch, name, dtype, chosen):
-    choice = operator("attention").choose(catalog_target(arch), case(name, dtype))
+    choice = operator("attention").choose(catalog_target(arch), FORMS[name].case(dtype))
     assert choice.implementation.name == chosen
-    backward = operator("attention_backward").choose(catalog_target(arch), case(name, dtype, needs=(True,) * 3))
+    backward = operator("attention_backward").choose(catalog_target(arch), FORMS[name].case(dtype, needs=(True,) * 3))
     assert backward.implementation.name == chosen
 
 

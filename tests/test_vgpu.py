@@ -213,7 +213,7 @@ def test_a_driver_that_does_not_tell_free_memory(monkeypatch, caplog):
 
 def test_without_a_card_host_memory_computes_and_the_disk_is_behind_it(tmp_path):
     stack = create_vgpu_stack()
-    assert [(level.kind, level.device) for level in stack.levels] == [("device", "cpu"), ("disk", "ssd")]
+    assert [(lv.kind, lv.device, lv.speed_gbps) for lv in stack.levels] == [("device", "cpu", 40), ("disk", "ssd", 7)]
     (disk,) = stack.tiers()
     assert disk.via is None and stack.levels[1].path == str(tmp_path / "vbcompile" / "offload")
     (tmp_path / "file").write_text("")
@@ -234,8 +234,9 @@ def test_the_tier_model_leaves_torch_cuda_alone():
 def test_statistics_count_per_level():
     stack = create_vgpu_stack(LEVELS)
     stack.record_use(0, hits=3, misses=2)
-    stack.record_transfer(2, 0, 1000, busy_ns=20, stall_ns=7)
-    stack.record_transfer(0, 3, 500, busy_ns=100)
+    stack.record_transfer(2, 0, 1000)
+    stack.record_transfer(0, 3, 500)
+    stack.record_time(2, 1000, 20, stall_ns=7)
     stack.record_eviction(0)
     device, _, host, disk = stack.statistics()
     assert device["statistics"] | {"gbps": None} == {
@@ -246,11 +247,13 @@ def test_statistics_count_per_level():
         "transfers_out": 1,
         "bytes_in": 1000,
         "bytes_out": 500,
+        "timed_bytes": 0,
         "busy_ns": 0,
         "stall_ns": 7,
         "gbps": None,
     }
-    assert host["statistics"]["gbps"] == 50.0 and disk["statistics"]["bytes_in"] == 500
+    assert host["statistics"]["gbps"] == 50.0 and disk["statistics"]["gbps"] is None
+    assert disk["statistics"]["bytes_in"] == 500
     assert json.loads(stack.to_json())["levels"][2]["statistics"]["bytes_out"] == 1000
     assert stack.with_budget(5).statistics()[0]["statistics"]["hits"] == 0
     stack.reset_statistics()
@@ -266,7 +269,7 @@ def test_statistics_lose_nothing_between_threads():
     sys.setswitchinterval(1e-6)
     try:
         threads = [
-            threading.Thread(target=lambda: [stack.record_transfer(2, 0, 3, 1) for _ in range(500)]) for _ in range(4)
+            threading.Thread(target=lambda: [stack.record_transfer(2, 0, 3) for _ in range(500)]) for _ in range(4)
         ]
         for thread in threads:
             thread.start()
@@ -274,7 +277,7 @@ def test_statistics_lose_nothing_between_threads():
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert stack.levels[0].statistics.bytes_in == 6000 and stack.levels[2].statistics.busy_ns == 2000
+    assert stack.levels[0].statistics.bytes_in == 6000 and stack.levels[2].statistics.transfers_out == 2000
 
 
 # Calibration

@@ -45,7 +45,9 @@ def _check_files(arguments: argparse.Namespace) -> None:
         return
     for option in ("html", "out"):
         named = getattr(arguments, option, None)
-        if named and not (Path(named).is_dir() or Path(named).resolve().parent.is_dir()):
+        if named and Path(named).is_dir():
+            raise UsageError(f"--{option} {named}: this is a folder, and a file is to be written")
+        if named and not Path(named).resolve().parent.is_dir():
             raise UsageError(f"--{option} {named}: no such folder: {Path(named).resolve().parent}")
 
 
@@ -150,12 +152,13 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_script(script: str, arguments: Sequence[str]) -> None:
+def _run_script(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The script's names, which keep its models alive."""
     if not Path(script).is_file():
         raise UsageError(f"no such file: {script}")
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    return runpy.run_path(script, run_name="__main__")
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -163,14 +166,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     _check_settings(arguments.mode)
     path, _, name = arguments.target.rpartition(":")
-    explanation = _explain_call(path, name, arguments) if path else _explain_script(arguments)
+    explanation, status = (_explain_call(path, name, arguments), 0) if path else _explain_script(arguments)
     if arguments.html:
         Path(arguments.html).write_text(explanation.to_html(arguments.target), encoding="utf-8")
     if arguments.json:
         print(explanation.to_json())
     elif not arguments.html:
         Console().print(explanation)
-    return 1 if any(r.failures for r in explanation.reports) else 0
+    return 1 if status or any(r.failures for r in explanation.reports) else 0
 
 
 def _explain_call(path: str, name: str, arguments: argparse.Namespace) -> Any:
@@ -221,19 +224,27 @@ def _load(path: str, name: str) -> Callable[..., Any]:
     return namespace[name]
 
 
-def _explain_script(arguments: argparse.Namespace) -> Any:
-    from vbcompile.backend import add_listener
-    from vbcompile.explainer import Explanation
+def _explain_script(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """What was compiled, and the status with which the script ended: many end with ``sys.exit(main())``."""
+    from vbcompile.explainer import explain_script
     from vbcompile.global_switch import enable
-    from vbcompile.report import GraphReport
 
     if arguments.arch:
         raise UsageError("--as needs FILE.py:NAME or package.module:NAME: a script runs on the devices that are here")
-    reports: list[GraphReport] = []
-    add_listener(reports.append)
     enable(arguments.mode, verbose=False)
-    _run_script(arguments.target, arguments.rest)
-    return Explanation(reports)
+    status: list[Any] = [0]
+
+    def run() -> Any:
+        try:
+            return _run_script(arguments.target, arguments.rest)
+        except SystemExit as end:
+            status[0] = end.code
+            return end  # its frames hold what the script made
+
+    explanation = explain_script(run)
+    if status[0]:
+        print(f"vbcompile: the script ended with status {status[0]}", file=sys.stderr)
+    return explanation, status[0]
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -265,7 +276,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from vbcompile.report_page import Movement, html_page
 
-        Path(arguments.html).write_text(html_page([], arguments.target, Movement(result.plan)), encoding="utf-8")
+        page = html_page([], arguments.target, [Movement(result.plan, result.memory)])
+        Path(arguments.html).write_text(page, encoding="utf-8")
     print(result.to_json() if arguments.json else result)
     return 0
 

@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 from vbcompile import __version__, compat
 from vbcompile.config import DOWNSTREAM, Config, ConfigError, resolve_config
 from vbcompile.device import Target, get_target
-from vbcompile.kernels.registry import as_text, check_option
-from vbcompile.passes import activation_partition, pipeline
+from vbcompile.kernels.registry import MODULES, as_text, check_option, forced_implementation
+from vbcompile.passes import activation_partition, attention_inlined, pipeline
 from vbcompile.report import GraphReport
 from vbcompile.vendor_compilers import choose_compiler, compile_by_vendor, say_once
 from vbcompile.vendor_config import for_target
@@ -142,20 +142,25 @@ def _downstream(
         options.setdefault("size_asserts", False)  # weights that are given up are not read, and have other strides
     if not cudagraphs:
         options["triton.cudagraphs"] = False
-    return compat.compile_with_inductor(gm, example_inputs, options, key)
+    rewrite = None if context.training else attention_inlined.inline_attention
+    return compat.compile_with_inductor(gm, example_inputs, options, key, rewrite)
 
 
 @functools.cache
 def _sources_hash() -> str:
-    from vbcompile.kernels import attention, fp4_linear, fp4_straight_through
+    from vbcompile.kernels import attention, attention_sdpa, fp4_linear, fp4_straight_through
 
-    return compat.source_hash(pipeline, attention, fp4_linear, fp4_straight_through, *activation_partition.MODULES)
+    inlined = attention_inlined, attention_sdpa
+    operators = attention, fp4_linear, fp4_straight_through
+    return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES)
 
 
 def _cache_key(config: Config) -> str:
-    """What an artifact depends on beyond its graph: the version and the operators' fakes and gradient formulas."""
+    """What an artifact depends on beyond its graph: the version, the operators' fakes and gradient formulas, and what
+    becomes of them in the graph."""
     memory = f"{config.recompute}:{config.offload}:{config.budget}:{config.slowdown}"
-    return f"{__version__}:{_sources_hash()}:{config.mode}:{memory}:{as_text(config.implementations)}"
+    forced = {name: forced for name in MODULES if (forced := forced_implementation(name))}
+    return f"{__version__}:{_sources_hash()}:{config.mode}:{memory}:{as_text(config.implementations)}:{as_text(forced)}"
 
 
 def _warn_of_missing_passes(config: Config, report: GraphReport) -> None:

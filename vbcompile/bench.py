@@ -29,7 +29,11 @@ _PRODUCT = {"cpu": 1024}
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case. Times in microseconds; ``share`` is floor over ours; ``absent``: peer -> why it has none."""
+    """One measured case.
+
+    Times in microseconds; ``share`` is floor over ours; ``absent``: peer -> why it has none; ``memory``:
+    ``[nanoseconds, bytes]`` of the device over a step that streams weights.
+    """
 
     name: str
     times: dict[str, float]
@@ -39,6 +43,7 @@ class Row:
     allowed: float
     implementation: str
     absent: dict[str, str] = field(default_factory=dict)
+    memory: list[list[int]] = field(default_factory=list)
 
     @property
     def right(self) -> bool:
@@ -103,7 +108,7 @@ def _measure(case: Case, device: torch.device, bandwidth: float, rate: float, ro
     times = {name: seconds * 1e6 for name, seconds in _times(case.runs, device, rounds, case.graphs).items()}
     floor = max(case.nbytes / bandwidth, case.flops / rate) * 1e6
     share = floor / next(iter(times.values())) if times else 0.0
-    return Row(case.name, times, floor, share, case.error, case.allowed, case.implementation, case.absent)
+    return Row(case.name, times, floor, share, case.error, case.allowed, case.implementation, case.absent, case.memory)
 
 
 def _times(

@@ -42,6 +42,7 @@ class Case:
         absent: peer -> why it has no run here.
         over_link: whether ``nbytes`` cross the link from host memory, and are not the device's own.
         graphs: whether a round may be captured in a CUDA graph.
+        memory: ``[nanoseconds, bytes]`` of device memory over a step that streams weights.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)
     over_link: bool = False
     graphs: bool = True
+    memory: list[list[int]] = field(default_factory=list)
 
 
 def makers(device: torch.device, quick: bool) -> list[Callable[[], Case]]:

@@ -16,6 +16,7 @@ import vbcompile
 from vbcompile import bench_peers
 from vbcompile.bench_cases import Case, compiled, error_of
 from vbcompile.bench_cases import makers as operator_makers
+from vbcompile.handles_timeline import movement_of, recorded, stores_of
 from vbcompile.vgpu_size import parse_size
 
 Tensor = torch.Tensor
@@ -54,6 +55,11 @@ def offloaded_case(device: torch.device, layers: int, budget: str, width: int = 
         copy.deepcopy(host), device, {0: budget, "cpu": _ENOUGH}, smallest=smallest, progress=False
     )
     run, chosen = compiled(mine, {"mode": "memory", "downstream": "eager", "attention": False}, tokens)
+    (store,) = stores_of(mine)
+    with recorded([store]):
+        for _ in range(2):  # the first one starts the stream
+            run(tokens)
+        movement = movement_of(store)
     wrong = lambda run: error_of(run(tokens).logits, exact)
     peers, absent = bench_peers.prepared(bench_peers.OFFLOADED, (host, device, budget), wrong, 2 * allowed)
     weights = sum(value.nbytes for value in host.parameters())
@@ -68,6 +74,7 @@ def offloaded_case(device: torch.device, layers: int, budget: str, width: int = 
         absent=absent,
         over_link=True,
         graphs=False,
+        memory=[[*sample] for sample in movement.memory] if movement is not None else [],
     )
 
 

@@ -7,7 +7,7 @@ from vbcompile.bench import Result, load
 
 
 def report(path: Path, folder: Path) -> list[Path]:
-    """Write ``bench.md``, ``speedup.png`` and ``roofline.png``.
+    """Write ``bench.md``, ``speedup.png``, ``roofline.png``, and ``memory.png`` where a row streamed weights.
 
     Args:
         path: a file of ``vbcompile bench --out``.
@@ -25,7 +25,8 @@ def report(path: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "bench.md"
     table.write_text(markdown(result), encoding="utf-8")
-    return [table, _speedup(result, folder / "speedup.png"), _roofline(result, folder / "roofline.png")]
+    written = [table, _speedup(result, folder / "speedup.png"), _roofline(result, folder / "roofline.png")]
+    return [*written, *_memory(result, folder / "memory.png")]
 
 
 def markdown(result: Result) -> str:
@@ -54,6 +55,7 @@ def _speedup(result: Result, path: Path) -> Path:
     axes.barh([label for label, _ in bars], [value for _, value in bars], color="#3566c4")
     axes.axvline(1.0, color="#b3261e", linewidth=1)
     axes.set_xlabel("times faster")
+    axes.invert_yaxis()
     return _save(figure, axes, path)
 
 
@@ -63,7 +65,23 @@ def _roofline(result: Result, path: Path) -> Path:
     axes.barh([row.name for row in result.rows], [100 * row.share for row in result.rows], color="#2f8f5b")
     axes.axvline(100.0, color="#b3261e", linewidth=1)
     axes.set_xlabel("% of the floor")
+    axes.invert_yaxis()
     return _save(figure, axes, path)
+
+
+def _memory(result: Result, path: Path) -> list[Path]:
+    """Lines: device memory over one step of each row that streams weights."""
+    rows = [row for row in result.rows if row.memory]
+    if not rows:
+        return []
+    figure, axes = _figure(4)
+    for row in rows:
+        times, sizes = zip(*row.memory, strict=True)
+        axes.step([t / 1e6 for t in times], [size / 1e9 for size in sizes], where="post", label=row.name)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="ms", ylabel="GB of device memory")
+    axes.legend(fontsize=8)
+    return [_save(figure, axes, path)]
 
 
 def _figure(bars: int) -> tuple[Any, Any]:
@@ -74,7 +92,6 @@ def _figure(bars: int) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, axes: Any, path: Path) -> Path:
-    axes.invert_yaxis()
     axes.tick_params(labelsize=8)
     figure.savefig(path, dpi=120)
     return path

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +15,23 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 _FUSE_ATTENTION = "torch._inductor.fx_passes.fuse_attention"
 
 
-def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any], key: str) -> Any:
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any],
+    key: str,
+    rewrite: Callable[[fx.Graph, Mapping[Any, Callable[..., Any]]], Any] | None = None,
+) -> Any:
     """Compile with Inductor, its own attention pass switched off for this graph.
 
     That pass compares neither softmax axes nor permutations (pytorch issues 196468 and 195320): what our pass refused
     must not reach it. ``key`` enters the compile cache's key, so that a cached artifact is never shared with a compile
-    made under other passes.
+    made under other passes. ``rewrite`` gets AOTAutograd's graph and Inductor's decompositions.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    hook = _InductorAttentionOff(key, options.get("joint_custom_pre_pass", config.joint_custom_pre_pass))
+    hook = _InductorAttentionOff(key, options.get("joint_custom_pre_pass", config.joint_custom_pre_pass), rewrite)
     with hook.restored_afterwards():
         # config_patches, not config.patch: the backward is compiled later, outside of this call
         return compile_fx(gm, example_inputs, config_patches={**options, "joint_custom_pre_pass": hook})
@@ -34,16 +40,19 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], opt
 class _InductorAttentionOff(CustomGraphPass):
     """Runs before Inductor's pattern passes and hides the attention patterns from them until the compile is over."""
 
-    def __init__(self, key: str, user_pass: Any) -> None:
-        self._key = key
+    def __init__(self, key: str, user_pass: Any, rewrite: Callable[..., Any] | None = None) -> None:
+        self._key, self._rewrite = key, rewrite
         self._user_passes = (
             list(user_pass) if isinstance(user_pass, (list, tuple)) else [user_pass] if user_pass else []
         )
         self._saved: list[tuple[Any, Any]] = []
 
     def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.decomposition import select_decomp_table
         from torch._inductor.fx_passes import joint_graph
 
+        if self._rewrite is not None:
+            self._rewrite(graph, select_decomp_table())
         for matcher in {id(m): m for m in [joint_graph.patterns, *joint_graph.pass_patterns]}.values():
             if any(_is_attention_pattern(e) for entries in matcher.patterns.values() for e in entries):
                 self._saved.append((matcher, matcher.patterns))
@@ -88,6 +97,14 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     return dict(list_mode_options(mode))
+
+
+def uses_cudagraphs(mode: str, options: Mapping[str, Any]) -> bool:
+    """Whether Inductor captures CUDA graphs in this mode with these of its options."""
+    from torch._inductor import config
+
+    asked = {**inductor_mode_options(mode), **options}
+    return bool(asked.get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def reset_cudagraphs() -> None:

@@ -37,7 +37,7 @@ class Config:
         fp4: FP4 weights (mode).
         fp4_format: ``nvfp4`` (4.5 bits a weight, the smaller error) or ``mxfp4`` (4.25 bits).
         fp4_activations: ``same`` multiplies activations as they are; ``fp8`` also allows rounding them, and the weight,
-            to FP8 where that is faster (many rows, sm_89 or later): 21.1 dB for Gaussian layers instead of 21.7;
+            to FP8 where that is faster (many rows, sm_89 or later): 21.3 dB for Gaussian layers instead of 21.7;
             ``fp4`` rounding them to the weight's format on devices that multiply FP4 by FP4 (sm_100, sm_120; gfx950 and
             Ascend 950 in MXFP4): 18.0 dB, for any number of rows.
         fp4_lm_head: also the projection onto the vocabulary; off, because its errors go straight to the logits.
@@ -94,6 +94,10 @@ class Config:
     def mode_named(self) -> bool:
         """Whether the user named a mode, by argument or environment."""
         return self.sources.get("mode", "default") != "default"
+
+    def wants_mixed_precision(self, device_type: str) -> bool:
+        """Whether matrix products of float32 models run in bfloat16 on a kind of device."""
+        return self.mode_named and device_type != "cpu" if self.mixed_precision is None else self.mixed_precision
 
     def to_dict(self) -> dict[str, Any]:
         """Values by field name, each with its source: ``{"mode": {"value": ..., "source": ...}}``."""

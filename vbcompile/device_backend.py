@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vbcompile.device_vendors import PRIORITY, Availability, DeviceError, forget_devices, probe
+from vbcompile.device_vendors import PRIORITY, Availability, DeviceError, probe
 
 log = logging.getLogger(__name__)
 
@@ -339,6 +339,3 @@ def _or_none(ask: Callable[[], int | None]) -> int | None:
 def _gb(ask: Callable[[], int | None]) -> float | None:
     size = _or_none(ask)
     return None if size is None else size / GIB
-
-
-__all__ = ["DeviceBackend", "DeviceChoice", "UnifiedDeviceManager", "forget_devices", "get_device_manager"]

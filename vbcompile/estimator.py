@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vbcompile.vgpu import VGPUStack, create_vgpu_stack
 from vbcompile.vgpu_plan import Operator, Plan, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import fits_on_device, plan_weights, smallest_budget
+from vbcompile.vgpu_simulator import timeline
 from vbcompile.vgpu_size import MIB, parse_size
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Estimate:
         placements: One row per level.
         assumptions: What was not known and how it was filled in.
         plan: The plan itself.
+        memory: ``(nanoseconds, bytes)`` of device memory over the step; empty where the step was not traced.
     """
 
     fits: bool
@@ -65,10 +67,11 @@ class Estimate:
     placements: tuple[Placement, ...]
     assumptions: tuple[str, ...]
     plan: Plan
+    memory: tuple[tuple[int, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, without the plan, ready for JSON."""
-        return {name: asdict(self)[name] for name in self.__dataclass_fields__ if name != "plan"}
+        return {name: asdict(self)[name] for name in self.__dataclass_fields__ if name not in ("plan", "memory")}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
@@ -130,13 +133,14 @@ def estimate(
         stack = stack.with_budget(min(parse_size("budget", budget), stack.budget))
     notes: list[str] = []
     rates = _rates(stack, tflops, notes)
-    sweep, traced = _sweep(model, inputs, tokens, weight_bits, training, rates)
+    sweep, live = _sweep(model, inputs, tokens, weight_bits, training, rates)
     if reserve is not None:
-        sweep = Sweep(sweep.weights, sweep.operators, parse_size("reserve", reserve))
-    elif not traced:
+        sweep, live = Sweep(sweep.weights, sweep.operators, parse_size("reserve", reserve)), ()
+    elif inputs is None:
         notes.append(f"{_mib(sweep.reserve)} beside weights, from the widest matrix: give inputs or reserve")
     states = _state_bytes(sweep, model, training, notes)
-    return _evaluate(sweep, stack, states, notes)
+    found = _evaluate(sweep, stack, states, notes)
+    return replace(found, memory=_memory(found.plan, live))
 
 
 def _evaluate(sweep: Sweep, stack: VGPUStack, states: int, notes: list[str]) -> Estimate:
@@ -172,6 +176,16 @@ def _evaluate(sweep: Sweep, stack: VGPUStack, states: int, notes: list[str]) -> 
         assumptions=tuple(notes),
         plan=plan,
     )
+
+
+def _memory(plan: Plan, live: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Device memory as operators begin, and at the end: what the plan takes throughout, and what is alive with each."""
+    if not live:
+        return ()
+    constant = plan.peak_bytes - max(live)
+    running = [event for event in timeline(plan) if event.lane == "compute"]
+    points = [(event.start_ns, constant + nbytes) for event, nbytes in zip(running, live, strict=True)]
+    return (*points, (running[-1].end_ns, constant + live[-1]))
 
 
 def _smallest(sweep: Sweep, tiers: Sequence[Tier], states: int) -> int:
@@ -254,16 +268,16 @@ def _sweep(
     bits: float | None,
     training: bool,
     rates: _Rates,
-) -> tuple[Sweep, bool]:
-    """The step, and whether its reserve was traced."""
+) -> tuple[Sweep, tuple[int, ...]]:
+    """The step, and bytes alive beside the weights with each operator where it was traced."""
     if isinstance(model, Mapping):
         if inputs is not None:
             raise ValueError("inputs need a module to run through; with shapes give tokens")
         modules = [(name, [(name, *_shape(name, value))]) for name, value in model.items()]
-        return _from_shapes(modules, tokens, bits, training, rates), False
+        return _from_shapes(modules, tokens, bits, training, rates), ()
     if inputs is None:
-        return _from_shapes(_own_weights(model), tokens, bits, training, rates), False
-    return _from_trace(model, inputs, bits, training, rates), True
+        return _from_shapes(_own_weights(model), tokens, bits, training, rates), ()
+    return _from_trace(model, inputs, bits, training, rates)
 
 
 def _shape(name: str, value: Any) -> tuple[tuple[int, ...], "torch.dtype"]:
@@ -326,7 +340,9 @@ def _from_shapes(
     return Sweep(tuple(weights), tuple(operators), reserve)
 
 
-def _from_trace(model: "nn.Module", inputs: Any, bits: float | None, training: bool, rates: _Rates) -> Sweep:
+def _from_trace(
+    model: "nn.Module", inputs: Any, bits: float | None, training: bool, rates: _Rates
+) -> tuple[Sweep, tuple[int, ...]]:
     from vbcompile.vgpu_trace import trace
 
     by_name = isinstance(inputs, Mapping)
@@ -347,7 +363,7 @@ def _from_trace(model: "nn.Module", inputs: Any, bits: float | None, training: b
         )
         for position, op in enumerate(traced.operators)
     )
-    return Sweep(weights, operators, traced.peak_bytes)
+    return Sweep(weights, operators, traced.peak_bytes), tuple(op.live_bytes for op in traced.operators)
 
 
 def _stored(shape: tuple[int, ...], dtype: "torch.dtype", bits: float | None) -> int:

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -12,9 +12,18 @@ from rich.text import Text
 
 from vbcompile.backend import collected_reports, vblackwell
 from vbcompile.device_catalog import catalog_target
+from vbcompile.handles_store import all_stores
+from vbcompile.handles_timeline import movement_of, recorded, stores_of
 from vbcompile.report import GraphReport, merge_counts
 
+if TYPE_CHECKING:
+    from vbcompile.report_page import Movement
+
 _STYLE = {"rewritten": "green", "left": "yellow"}
+_UNCOMPILED = (
+    "Measured in the call that was explained, whose segments ran uncompiled from an empty ring; "
+    "vbcompile.write_timeline draws a step of the compiled model."
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +31,17 @@ class Explanation:
     """Decision records of one call of a model: one report per captured graph, in the order of capture.
 
     Printing it gives text; ``rich`` renders it as tables.
+
+    Attributes:
+        reports: what each pass did, by graph.
+        movements: where weights live and what moved them, one for each offloaded model.
+        note: what to know about these, or why there are none.
     """
 
     reports: Sequence[GraphReport]
+    movements: "Sequence[Movement]" = ()
+    note: str = ""
+    _planned: "Callable[[], Movement] | None" = field(default=None, repr=False, compare=False)
 
     @property
     def graph_breaks(self) -> list[str]:
@@ -46,10 +63,20 @@ class Explanation:
         return json.dumps(self.to_dict(), indent=indent, default=str)
 
     def to_html(self, title: str = "vbcompile explain") -> str:
-        """One self-contained page: sites, reasons, implementations, memory and configuration."""
+        """One self-contained page: sites, reasons, implementations, memory over a step, and configuration.
+
+        Memory is that of the plan and of the call where weights are offloaded. For another module it is planned here,
+        from shapes alone and for the best device of this machine.
+        """
         from vbcompile.report_page import html_page
 
-        return html_page(self.reports, title)
+        movements, note = self.movements, self.note
+        if self._planned is not None:
+            try:
+                movements = [self._planned()]
+            except (ValueError, RuntimeError, TypeError) as error:
+                note = f"Not planned: {error}"
+        return html_page(self.reports, title, movements, note)
 
     def __str__(self) -> str:
         console = Console(width=120, no_color=True, highlight=False)
@@ -73,7 +100,9 @@ class Explanation:
 
 
 def _table(report: GraphReport) -> Table:
-    table = Table("pass", "site", "what", "why, or what it became", "runs as", show_lines=False, expand=True)
+    table = Table(show_lines=False, expand=True)
+    for column in ("pass", "site", "what", "why, or what it became", "runs as"):
+        table.add_column(column, overflow="fold")
     for decision in report.decisions:
         action = Text(decision.action, style=_STYLE.get(decision.action, ""))
         row = (decision.pass_name, decision.site, action, decision.reason, decision.implementation)
@@ -113,6 +142,39 @@ def explain(
             gm, example_inputs, options=arguments, target=target
         )  # a new object each time: no cached graph matches it
 
-    with collected_reports() as reports, torch._dynamo.config.patch(recompile_limit=64):
+    stores = stores_of(model) if isinstance(model, torch.nn.Module) else []
+    with collected_reports() as reports, torch._dynamo.config.patch(recompile_limit=64), recorded(stores):
         torch.compile(model, backend=backend)(*inputs, **keyword_inputs)
-    return Explanation(reports)
+        movements = [found for found in map(movement_of, stores) if found is not None]
+    if movements:
+        return Explanation(reports, movements, _UNCOMPILED)
+    if target is not None:
+        return Explanation(reports, note="Not planned: the kernels are those of a device that is not here.")
+    if not isinstance(model, torch.nn.Module):
+        return Explanation(reports, note="Not planned: this is a function, not a torch.nn.Module.")
+    return Explanation(reports, _planned=_planner(model, inputs, keyword_inputs))
+
+
+def explain_script(run: Callable[[], Any]) -> Explanation:
+    """What was compiled while ``run`` ran, with the plans of those offloaded models that its result keeps alive."""
+    with collected_reports() as reports:
+        kept = run()
+    movements = [found for found in map(movement_of, all_stores()) if found is not None]
+    del kept
+    return Explanation(reports, movements, "" if movements else "Not planned: that takes one model, as FILE.py:NAME.")
+
+
+def _planner(model: torch.nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]) -> "Callable[[], Movement]":
+    """Plans one step, in training if autograd records now."""
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+
+    def planned() -> "Movement":
+        from vbcompile.estimator import estimate
+        from vbcompile.report_page import Movement
+
+        if inputs and named:
+            raise ValueError("inputs were given by position and by name")
+        found = estimate(model, inputs=named or inputs, training=training)
+        return Movement(found.plan, found.memory)
+
+    return planned

@@ -152,9 +152,10 @@ def print_stats() -> None:
 def _describe(config: Config) -> str:
     target = get_target(get_device())
     passes = [name for name in ("attention", "fp4", "recompute", "offload") if getattr(config, name)]
-    return (
-        f"vblackwell: on, mode {config.mode}, {target.name or target.arch} ({target.device_type}), passes: "
-        + ", ".join(passes)
+    if config.wants_mixed_precision(target.device_type):
+        passes.append("mixed precision (bfloat16 products; mixed_precision=False turns it off)")
+    return f"vblackwell: on, mode {config.mode}, {target.name or target.arch} ({target.device_type}), passes: " + (
+        ", ".join(passes) or "none"
     )
 
 

@@ -92,13 +92,17 @@ def offload(
     small = [site for site in sites if id(site) not in chosen]
     beside = sum(site.nbytes for site in small)
     reason = _fits(model, sites, places)
+    on_disk = set() if reason else places.choose_disk([site.nbytes for site in large], beside)
+    if not (reason or large):
+        reason = (
+            f"declined, no tensor has {least} bytes or more: smallest= says from what size on one is kept elsewhere"
+        )
     if reason:
         for site in sites:
             _move(site, found, places.device)
         _declined[model] = reason
         log.info("offload: %s", reason)
         return model
-    on_disk = places.choose_disk([site.nbytes for site in large], beside)
     tiers = places.tiers(bool(on_disk))
     for site in small:
         _move(site, found, places.device)

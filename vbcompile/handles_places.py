@@ -129,11 +129,10 @@ def _simulated_stack(max_memory: MaxMemory | None) -> VGPUStack:
     own = create_vgpu_stack(
         device="cpu", max_memory={key: value for key, value in (max_memory or {}).items() if key != 0}
     )
-    host = own.levels[0]
-    rate = int(DEFAULT_GBPS["host"] * 10**9)
+    memory, link = (int(DEFAULT_GBPS[kind] * 10**9) for kind in ("device", "host"))
     levels = [
-        VGPULevel(0, "device", "sim:0", limits.cards[0], host.read_rate, host.write_rate, 0, "given"),
-        VGPULevel(1, "host", "cpu", host.capacity, rate, rate, DEFAULT_LATENCY_NS["host"]),
+        VGPULevel(0, "device", "sim:0", limits.cards[0], memory, memory, 0, "given"),
+        VGPULevel(1, "host", "cpu", own.budget, link, link, DEFAULT_LATENCY_NS["host"]),
     ]
     for level in own.levels[1:]:
         levels.append(

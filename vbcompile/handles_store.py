@@ -306,6 +306,16 @@ class WeightStore:
         if self._streamer is not None:
             self._streamer.abandon()
 
+    def operator_begin(self, operator: int) -> None:
+        """For timelines: an operator of the plan is queued next."""
+        if self.record and self._streamer is not None:
+            self._streamer.operator_begin(operator)
+
+    def operator_end(self, operator: int) -> None:
+        """For timelines: the operator has been queued."""
+        if self.record and self._streamer is not None:
+            self._streamer.operator_end(operator)
+
     def write_back(self, weight: int) -> None:
         """The computation has written to a resident weight: its master gets the new bytes."""
         self._streamer.store(weight, self._resident_views[weight])  # type: ignore[union-attr]

@@ -1,6 +1,7 @@
 """``vbcompile.write_timeline``: one step of an offloaded model as a page, by plan and as measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from vbcompile.handles_store import WeightStore
 from vbcompile.report_page import Movement, html_page
 from vbcompile.vgpu_simulator import Event
 
-__all__ = ["write_timeline"]
+__all__ = ["movement_of", "recorded", "stores_of", "write_timeline"]
 
 _STEPS = 3  # the first one starts the stream; the last one is what is drawn
 _SHOWN = ("steps", "streamed_bytes", "hits", "misses", "evictions", "wasted_bytes", "stall_ns", "gbps")
@@ -30,33 +31,53 @@ def write_timeline(model: Callable[..., Any], path: str | Path, *inputs: Any, **
         ValueError: nothing of the model is offloaded, or no graph of it streams weights.
         OSError: the file cannot be written.
     """
-    store = _store_of(model)
-    before = store.record
-    store.stop()
-    store.record = True
-    try:
+    stores = stores_of(model)
+    if len(stores) != 1:
+        raise ValueError(f"a timeline is drawn for a model with one offload; this one has {len(stores)}")
+    with recorded(stores):
         for _ in range(_STEPS):
             model(*inputs, **keyword_inputs)
-        if store.plan is None or store.plan.declined:
-            raise ValueError(
-                "no graph of this model streams weights: compile it in mode 'memory' with a smaller budget"
-            )
-        streamer = store.start()
-        spans = [Event(s.lane, s.name, s.start_ns, s.end_ns) for s in streamer.timeline()]
-        memory = [(sample.time_ns, sample.nbytes) for sample in streamer.memory_timeline()]
-        counters = {name: value for name, value in streamer.statistics().items() if name in _SHOWN}
-        page = html_page([], f"one step on {store.device}", Movement(store.plan, spans, memory, counters))
-    finally:
-        store.record = before
-        store.stop()
+        movement = movement_of(stores[0])
+    if movement is None or movement.plan.declined:
+        raise ValueError("no graph of this model streams weights: compile it in mode 'memory' with a smaller budget")
     target = Path(path)
-    target.write_text(page, encoding="utf-8")
+    target.write_text(html_page([], f"one step on {stores[0].device}", [movement]), encoding="utf-8")
     return target
 
 
-def _store_of(model: Any) -> WeightStore:
+def stores_of(model: Any) -> list[WeightStore]:
+    """The stores of a model's offloaded weights."""
     stores = {id(h.payload.residence): h.payload.residence for h in offloaded_tensors(model).values()}
-    found = [store for store in stores.values() if isinstance(store, WeightStore)]
-    if len(found) != 1:
-        raise ValueError(f"a timeline is drawn for a model with one offload; this one has {len(found)}")
-    return found[0]
+    return [store for store in stores.values() if isinstance(store, WeightStore)]
+
+
+@contextmanager
+def recorded(stores: Sequence[WeightStore]) -> Iterator[None]:
+    """Steps in here keep a timeline; streams begin anew before and after."""
+    before = [store.record for store in stores]
+    for store in stores:
+        store.stop()
+        store.record = True
+    try:
+        yield
+    finally:
+        for store, record in zip(stores, before, strict=True):
+            store.record = record
+            store.stop()
+
+
+def movement_of(store: WeightStore) -> Movement | None:
+    """The plan, the counters, and the last step where one was recorded to its end; None before the first graph."""
+    if store.plan is None:
+        return None
+    streamer = store.start() if store.record and not store.plan.declined else None
+    found = store.counters() if streamer is None else streamer.statistics()
+    counters = {"measured_step_ns": found.get("step_ns")} | {name: found[name] for name in _SHOWN if name in found}
+    if streamer is None or not found["steps"]:
+        return Movement(store.plan, statistics=counters)
+    return Movement(
+        store.plan,
+        measured=[Event(s.lane, s.name, s.start_ns, s.end_ns) for s in streamer.timeline()],
+        memory=[(sample.time_ns, sample.nbytes) for sample in streamer.memory_timeline()],
+        statistics=counters,
+    )

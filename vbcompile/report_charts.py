@@ -36,12 +36,14 @@ def memory_chart(points: Sequence[tuple[int, int]], budget: int | None = None) -
 
     Args:
         points: ``(nanoseconds, bytes)`` in order of time; each value holds until the next.
-        budget: bytes that must not be exceeded.
+        budget: bytes that must not be exceeded; drawn where memory comes within a fifth of them.
     """
     if not points:
         return ""
     scale = _Scale(points[0][0], max(points[-1][0], points[0][0] + 1))
-    top = max(max(nbytes for _, nbytes in points), budget or 0, 1) * 1.08
+    most = max(nbytes for _, nbytes in points)
+    budget = budget if budget and budget <= 5 * most else None
+    top = max(most, budget or 0, 1) * 1.08
     y = lambda nbytes: _HEIGHT - 30 - (_HEIGHT - 44) * nbytes / top
     path = [f"M{scale.x(points[0][0]):.1f} {y(points[0][1]):.1f}"]
     for time, nbytes in points[1:]:

@@ -19,7 +19,8 @@ h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.15rem;margin:1.6rem 0 .5rem}p{
 code{font:13px ui-monospace,monospace;overflow-wrap:anywhere}
 .cards{display:flex;flex-wrap:wrap;gap:.6rem}.card{border:1px solid var(--edge);border-radius:8px;padding:.5rem .9rem}
 .card b{display:block;font-size:1.3rem}table{border-collapse:collapse;width:100%}
-th,td{text-align:left;vertical-align:top;padding:.3rem .5rem;border-bottom:1px solid var(--edge);overflow-wrap:anywhere}
+th,td{text-align:left;vertical-align:top;padding:.3rem .5rem;border-bottom:1px solid var(--edge)}
+td:nth-child(n+4){overflow-wrap:anywhere}
 .rewritten{color:var(--good)}.left{color:var(--left)}.bad{color:var(--bad)}
 details{border:1px solid var(--edge);border-radius:8px;padding:.4rem .8rem;margin:.5rem 0}summary{cursor:pointer}
 svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:currentColor}
@@ -36,32 +37,37 @@ class Movement:
 
     Attributes:
         plan: the plan.
+        expected: ``(nanoseconds, bytes)`` of device memory over a step, by the plan.
         measured: events of one measured step; empty where none was recorded.
         memory: ``(nanoseconds, bytes)`` of device memory in the same step.
         statistics: counters by name, as the runtime gives them.
     """
 
     plan: Plan
+    expected: Sequence[tuple[int, int]] = ()
     measured: Sequence[Event] = ()
     memory: Sequence[tuple[int, int]] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
 
-def html_page(reports: Sequence[GraphReport], title: str, movement: Movement | None = None) -> str:
+def html_page(reports: Sequence[GraphReport], title: str, movements: Sequence[Movement] = (), note: str = "") -> str:
     """The page as text.
 
     Args:
         reports: one for each captured graph, in order.
         title: what was explained.
-        movement: where weights live and how they moved; None: everything is on the device.
+        movements: where weights live and how they move, one for each model.
+        note: what to know about these, or why there are none.
     """
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>vbcompile {__version__}, {datetime.date.today().isoformat()}{_devices(reports)}</p>",
         _cards(reports),
         *(_graph(report) for report in reports),
-        "" if reports or movement else "<p>Nothing was compiled: Dynamo captured no graph.</p>",
-        _movement(movement),
+        "" if reports or movements else "<p>Nothing was compiled: Dynamo captured no graph.</p>",
+        "<h2>Memory</h2>",
+        f"<p>{escape(note)}</p>" if note else "",
+        *(_movement(movement) for movement in movements),
         _configuration(reports),
     ]
     return (
@@ -112,9 +118,7 @@ def _site(decision: Decision) -> str:
     return "<tr>" + "".join(f'<td data-label="{n}">{c}</td>' for n, c in zip(_COLUMNS, marked, strict=True)) + "</tr>"
 
 
-def _movement(movement: Movement | None) -> str:
-    if movement is None:
-        return "<h2>Memory</h2><p>All weights stay on the device; nothing is streamed.</p>"
+def _movement(movement: Movement) -> str:
     plan = movement.plan
     facts = [
         ("budget", size_text(plan.budget)),
@@ -125,14 +129,25 @@ def _movement(movement: Movement | None) -> str:
         ("predicted step", f"{plan.prediction.step_ns / 1e6:.3f} ms"),
         ("share of the roofline", f"{plan.prediction.efficiency:.1%}"),
         ("bottleneck", plan.prediction.bottleneck),
-        *((name.replace("_", " "), str(value)) for name, value in movement.statistics.items()),
+        *(_counter(name, value) for name, value in movement.statistics.items()),
     ]
     return (
-        f"<h2>Memory</h2><p>{escape(plan.summary())}</p>{_pairs(facts)}"
+        f"<p>{escape(plan.summary())}</p>{_pairs(facts)}"
         + _chart("Plan: one step on the simulated clock", "" if plan.declined else timeline_chart(timeline(plan)))
+        + _chart("Plan: device memory", memory_chart(movement.expected, plan.budget))
         + _chart("Measured: one step", timeline_chart(movement.measured))
         + _chart("Measured: device memory", memory_chart(movement.memory, plan.budget))
     )
+
+
+def _counter(name: str, value: Any) -> tuple[str, str]:
+    """A counter of the runtime in words and units."""
+    words = name.replace("_", " ")
+    if name == "gbps":
+        return "GB/s", ", ".join(f"{link} {rate:.1f}" for link, rate in value.items())
+    if name.endswith("_ns"):
+        return words.removesuffix(" ns"), "none yet" if value is None else f"{value / 1e6:.3f} ms"
+    return words, size_text(value) if name.endswith("_bytes") else str(value)
 
 
 def _chart(title: str, svg: str) -> str:

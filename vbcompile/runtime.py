@@ -104,6 +104,9 @@ class Streamer:
                 self._ring.close()
             self.device.join(self.device.record())
             self._links.join()
+            times = self._recorder.times() if self._recorder is not None else None
+            if self._report is not None and times is not None:
+                self._report.add_times(times)
             self._links.close()
             self._ring = None
             self._resident.clear()

@@ -102,7 +102,7 @@ class OpenFiles:
         """
         try:
             descriptor, direct = self._descriptor(source.file)
-            self._require_same(source, descriptor, wanted)
+            self._require_same(source, descriptor)
             if direct and not _unbuffered(descriptor, memory, begin, wanted, source.file):
                 descriptor = self._buffered(source.file)
                 direct = False
@@ -142,13 +142,14 @@ class OpenFiles:
                 self._open[file] = descriptor, False
             return descriptor
 
-    def _require_same(self, source: DiskBytes, descriptor: int, wanted: int) -> None:
+    def _require_same(self, source: DiskBytes, descriptor: int) -> None:
         found = file_identity(os.fstat(descriptor))
         if found[0] < source.offset + source.nbytes:
             there = max(found[0] - source.offset, 0)
             raise StorageError(source.file, source.offset, source.nbytes, there, "the file has been truncated")
         if found != source.identity:
-            raise StorageError(source.file, source.offset, source.identity, found, "the file has been changed")
+            reason = "the file has been changed, by its size and time of last write"
+            raise StorageError(source.file, source.offset, source.identity, found, reason)
 
 
 def set_buffered(descriptor: int) -> None:

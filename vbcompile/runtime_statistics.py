@@ -196,6 +196,14 @@ class StackReport:
         self._stack.record_use(0, hits, misses)
         self._stack.record_eviction(0, self._since("evictions", statistics.evictions))
 
+    def add_times(self, times: "StepTimes") -> None:
+        """Count what a recorded step took."""
+        for name, (nbytes, busy_ns) in times.links.items():
+            level = self._level(name.removeprefix("to "))
+            if level is not None:
+                self._stack.record_time(level, nbytes, busy_ns)
+        self._stack.record_time(0, 0, 0, times.stall_ns)
+
     def _level(self, link: str) -> int | None:
         kind = {"h2d": "host", "d2h": "host", "disk": "disk"}.get(link)
         return next((lv.number for lv in self._stack.levels[1:] if lv.kind == kind or lv.device == link), None)
@@ -203,6 +211,13 @@ class StackReport:
     def _since(self, name: str, value: int) -> int:
         before, self._seen[name] = self._seen[name], value
         return value - before
+
+
+class StepTimes(NamedTuple):
+    """What one step took: bytes and busy time of each link, and the computation's waiting."""
+
+    links: dict[str, tuple[int, int]]
+    stall_ns: int
 
 
 class Recorder:
@@ -271,17 +286,23 @@ class Recorder:
 
     def summary(self) -> dict[str, Any]:
         """Stall and GB/s per link of the last complete step."""
-        if self._complete is None:
+        times = self.times()
+        if times is None:
             return {}
-        spans = self.timeline()
+        return {
+            "stall_ns": times.stall_ns,
+            "gbps": {link: nbytes / busy for link, (nbytes, busy) in times.links.items() if busy},
+        }
+
+    def times(self) -> StepTimes | None:
+        """Of the last complete step; None before the first."""
+        if self._complete is None:
+            return None
         busy, moved = Counter[str](), Counter[str]()
-        for span in spans:
+        for span in self.timeline():
             busy[span.lane] += span.end_ns - span.start_ns
             moved[span.lane] += span.nbytes
-        return {
-            "stall_ns": busy["stall"],
-            "gbps": {lane: moved[lane] / busy[lane] for lane in moved if moved[lane] and busy[lane]},
-        }
+        return StepTimes({lane: (moved[lane], busy[lane]) for lane in moved if moved[lane]}, busy["stall"])
 
     def _last(self) -> tuple[Any, Any, list[_Mark], list[MemorySample]]:
         if self._complete is None:

@@ -170,6 +170,9 @@ def measure(target: Target, format_name: str, n: int, k: int, rows: Sequence[int
                 continue
             if name not in times or time < times[name][0]:
                 times[name] = [round(time, 2), None if config is None else astuple(config)]
+        for name, implementation in implementations.items():
+            if name not in times and not implementation.refuses(target, case):
+                times[name] = [math.inf, None]  # not worth timing: no estimate may put it before what was timed
         vendor = microseconds(dense_calls(x, dense))
         yield [format_name, n, k, m, round(vendor, 2), times]
 

@@ -38,7 +38,11 @@ _HOST_SHARE = (9, 10)  # of the memory that is available: the rest is for the pr
 
 @dataclass
 class LevelStatistics:
-    """What has happened on one level since the last reset. ``busy_ns`` is time of its link, ``stall_ns`` waiting."""
+    """What has happened on one level since the last reset.
+
+    ``busy_ns`` is the time that its link took for ``timed_bytes``, ``stall_ns`` the computation's waiting. Times are
+    those of recorded steps (:func:`vbcompile.write_timeline`), everything else is always counted.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -47,13 +51,14 @@ class LevelStatistics:
     transfers_out: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    timed_bytes: int = 0
     busy_ns: int = 0
     stall_ns: int = 0
 
     @property
     def gbps(self) -> float | None:
-        """GB/s over the time in which its link was busy; None before the first transfer."""
-        return (self.bytes_in + self.bytes_out) / self.busy_ns if self.busy_ns else None
+        """GB/s over the time in which its link was busy; None where no transfer was timed."""
+        return self.timed_bytes / self.busy_ns if self.busy_ns else None
 
 
 @dataclass
@@ -186,17 +191,21 @@ class VGPUStack:
             self.levels[level].statistics.hits += hits
             self.levels[level].statistics.misses += misses
 
-    def record_transfer(
-        self, source: int, target: int, nbytes: int, busy_ns: int = 0, stall_ns: int = 0, count: int = 1
-    ) -> None:
-        """Count transfers; their time belongs to the link of the farther level, a wait for them to level 0."""
+    def record_transfer(self, source: int, target: int, nbytes: int, count: int = 1) -> None:
+        """Count transfers between two levels."""
         with self._lock:
             origin, goal = self.levels[source].statistics, self.levels[target].statistics
             origin.transfers_out += count
             origin.bytes_out += nbytes
             goal.transfers_in += count
             goal.bytes_in += nbytes
-            self.levels[max(source, target)].statistics.busy_ns += busy_ns
+
+    def record_time(self, level: int, nbytes: int, busy_ns: int, stall_ns: int = 0) -> None:
+        """Count the time that a level's link took for bytes, and the computation's wait, which is level 0's."""
+        with self._lock:
+            link = self.levels[level].statistics
+            link.timed_bytes += nbytes
+            link.busy_ns += busy_ns
             self.levels[0].statistics.stall_ns += stall_ns
 
     def record_eviction(self, level: int, count: int = 1) -> None:
@@ -370,7 +379,8 @@ def _cache_folder(environ: Mapping[str, str]) -> Path:
 
 def _level(number: int, spec: LevelSpec, path: str | os.PathLike[str] | None) -> VGPULevel:
     kind = _kind(number, spec.device)
-    rate = int((DEFAULT_GBPS[kind] if spec.speed_gbps is None else spec.speed_gbps) * 10**9)
+    default = DEFAULT_GBPS["host" if spec.device == "cpu" else kind]  # also where the CPU is what computes
+    rate = int((default if spec.speed_gbps is None else spec.speed_gbps) * 10**9)
     return VGPULevel(
         number=number,
         kind=kind,

@@ -26,6 +26,7 @@ class TracedOperator:
         flops: Floating-point operations.
         nbytes: Bytes that have to cross the device's memory bus if everything else is fused.
         launches: Operators that a compiler will not fuse with others.
+        live_bytes: Most bytes alive at once besides the weights.
     """
 
     name: str
@@ -33,19 +34,19 @@ class TracedOperator:
     flops: int = 0
     nbytes: int = 0
     launches: int = 0
+    live_bytes: int = 0
 
 
 @dataclass
 class Trace:
-    """What one step does.
-
-    Attributes:
-        operators: In order of execution.
-        peak_bytes: Most bytes alive at once besides the weights (gradients of weights not counted).
-    """
+    """What one step does: its operators in order of execution."""
 
     operators: list[TracedOperator] = field(default_factory=list)
-    peak_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes alive at once besides the weights (gradients of weights not counted)."""
+        return max((operator.live_bytes for operator in self.operators), default=0)
 
 
 def trace(
@@ -154,6 +155,7 @@ class _Recorder(TorchDispatchMode):
             current.launches += 1
             written += sum(tensor.nbytes for tensor in inputs)
         current.nbytes += written
+        current.live_bytes = max(current.live_bytes, self._live)
 
     def _account(self, tensor: torch.Tensor) -> None:
         key = _storage_key(tensor)
@@ -161,7 +163,6 @@ class _Recorder(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         self._live += storage.nbytes()
-        self.trace.peak_bytes = max(self.trace.peak_bytes, self._live)
         self._alive[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
 
     def _free(self, key: int, nbytes: int) -> None:

@@ -243,6 +243,13 @@ def masked_before_and_after(q, k, v, keep):
     return s.softmax(-1).masked_fill(~keep, 0.0) @ v
 
 
+@fuses("normaliser", plus(cross, lambda d: d.flags_with_an_empty_row(d.B, 1, d.S, d.T)))
+def weights_cleared_by_a_tensor_in_cpm_ant(q, k, v, keep):
+    s = torch.masked_fill(_scores(q, k), keep == torch.tensor(False), torch.scalar_tensor(-INF, dtype=q.dtype))
+    cleared = torch.masked_fill(s.softmax(-1), keep == torch.tensor(False), torch.scalar_tensor(0, dtype=q.dtype))
+    return cleared @ v
+
+
 @either("normaliser", plus(cross, lambda d: d.flags_with_an_empty_row(d.B, 1, d.S, d.T)))
 def rows_without_keys_zeroed_in_the_result(q, k, v, keep):
     out = _scores(q, k).masked_fill(~keep, -INF).softmax(-1).nan_to_num(0.0) @ v

@@ -155,3 +155,18 @@ def values_set_before_a_late_division(q, k, v):
     out = p @ v.clone()
     v[:, :, 1] = 5.0
     return out / p.sum(-1, keepdim=True) + v.sum()
+
+
+@either("writes", plus(qkv, _flags))
+def filler_of_the_weights_raised(q, k, v, keep):
+    """Zero when it was made, not when it fills."""
+    filler = torch.full((), 0.0, dtype=q.dtype, device=q.device)
+    filler += 0.25
+    return _scores(q, k).softmax(-1).masked_fill(~keep, filler) @ v
+
+
+@either("writes", plus(qkv, _flags))
+def filler_of_the_weights_written_through_a_view(q, k, v, keep):
+    filler = torch.zeros(k.shape[-2], dtype=q.dtype, device=q.device)
+    filler[2:] = 0.25
+    return torch.where(keep, _scores(q, k).softmax(-1), filler) @ v

@@ -1,0 +1,116 @@
+"""Attention over numbers that are infinite, NaN or large: what plain PyTorch gives, in the operator and compiled."""
+
+import math
+
+import pytest
+import torch
+from attention_oracle import Outcome, differences
+from attention_trial import clear
+
+from vbcompile.kernels.attention import attention
+from vbcompile.kernels.score_function import Builder, ScoreFunction
+
+INF, NAN = math.inf, math.nan
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _causal() -> ScoreFunction:
+    b = Builder()
+    score, mask = b.emit("score"), b.emit("ge", b.emit("q_index"), b.emit("k_index"))
+    return ScoreFunction(b.program, score, mask)
+
+
+def _shown() -> ScoreFunction:
+    b = Builder()
+    score, mask = b.emit("score"), b.emit("captured", 0)
+    return ScoreFunction(b.program, score, mask)
+
+
+def _inputs(rows: int, dtype: torch.dtype, factor: float = 1.0):
+    generator = torch.Generator().manual_seed(rows)
+    return [torch.randn(2, 3, rows, 16, generator=generator).mul(factor).to(dtype) for _ in range(3)]
+
+
+def _plain(q, k, v, keep=None):
+    s = q @ k.mT * 0.25
+    s = s if keep is None else s.masked_fill(~keep, -INF)
+    return torch.softmax(s.float(), -1).to(v.dtype) @ v
+
+
+def _operator(q, k, v, function: ScoreFunction, captured=()):
+    return attention(q, k, v, list(captured), 0.25, 0.0, None, function.dumps())[0]
+
+
+PLACES = {
+    "a row of queries": lambda q, k, v: q[0, 1, 1].fill_(NAN),
+    "one number of a query": lambda q, k, v: q[0, 1, 1, 3].fill_(NAN),
+    "an infinite query": lambda q, k, v: q[0, 1, 1, 3].fill_(INF),
+    "one number of a key": lambda q, k, v: k[0, 1, 2, 3].fill_(NAN),
+    "all keys": lambda q, k, v: k[0, 1].fill_(NAN),
+    "an infinite feature of all keys": lambda q, k, v: k[0, 1, :, 3].fill_(INF),
+    "a feature of minus infinity": lambda q, k, v: k[0, 1, :, 3].fill_(-INF),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rows", [3, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_nan_stays_nan(place, rows, dtype, mask):
+    """PyTorch's operator on CPUs gives zeros for some such rows."""
+    q, k, v = _inputs(rows, dtype)
+    PLACES[place](q, k, v)
+    keep = torch.ones(rows, rows, dtype=torch.bool).tril()
+    want = _plain(q.float(), k.float(), v.float(), keep if mask == "causal" else None)
+    out = _operator(q, k, v, _causal() if mask == "causal" else ScoreFunction())
+    torch.testing.assert_close(out, want.to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_nan_of_a_hidden_key_is_not_seen(bad):
+    q, k, v = _inputs(12, torch.float32)
+    k[0, 1, 5, 3] = bad
+    keep = torch.arange(12).reshape(1, 1, 1, 12) != 5
+    torch.testing.assert_close(_operator(q, k, v, _shown(), [keep]), _plain(q, k, v, keep))
+
+
+@pytest.mark.parametrize("place", ["a row of queries", "all keys", "an infinite feature of all keys"])
+def test_nan_stays_nan_in_the_graph_itself(place):
+    """Where the compiled graph holds PyTorch's operator."""
+    clear()
+    q, k, v = _inputs(6, torch.float32)
+    compiled = torch.compile(_plain, backend="vblackwell")
+    torch.testing.assert_close(compiled(q, k, v), _plain(q, k, v))
+    PLACES[place](q, k, v)
+    torch.testing.assert_close(compiled(q, k, v), _plain(q, k, v), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "rows of -10000"])
+@pytest.mark.parametrize("factor", [1.0, 5.0, 12.0])
+def test_gradients_of_large_scores(name, factor):
+    """The logarithm of a row's sum has few digits left where scores are large."""
+    q, k, v = _inputs(40, torch.float32, factor)
+    v = v / factor
+    keep = torch.ones(40, 40, dtype=torch.bool).tril()
+    rows = torch.zeros(40, 1).masked_fill(torch.arange(40).reshape(40, 1) < 4, -10000.0)
+    b = Builder()
+    biased = b.emit("add", b.emit("score"), b.emit("captured", 0))
+    biased = ScoreFunction(b.program, biased)
+    upstream = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
+
+    def plain(q, k, v):
+        s = q @ k.mT * 0.25
+        s = s.masked_fill(~keep, -INF) if name == "causal" else s + rows.to(s) if name.startswith("rows") else s
+        return torch.softmax(s, -1) @ v
+
+    def ours(q, k, v):
+        function = {"plain": ScoreFunction(), "causal": _causal()}.get(name, biased)
+        return _operator(q, k, v, function, [rows[None, None]] if function is biased else [])
+
+    def outcome(f, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
+        gradients = torch.autograd.grad(f(*leaves), leaves, upstream.to(dtype))
+        return Outcome(dict(zip(("gradient of q", "gradient of k", "gradient of v"), gradients, strict=True)))
+
+    found = differences(outcome(ours, torch.float32), outcome(plain, torch.float32), outcome(plain, torch.float64))
+    assert found == []
