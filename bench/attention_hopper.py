@@ -52,7 +52,7 @@ def variants(name: str) -> list[tuple[str, int, list]]:
         return [(way, d, pick(table, d)) for way, table in tables.items() for d in (128, 64)]
     narrow = [hopper.FORWARD_CONFIGS[64, False], hopper.FORWARD_CONFIGS[64, True]]
     causal = narrow[1]
-    narrow += [replace(causal, group=64), replace(causal, ping_pong=False), replace(causal, group=64, q_stages=3)]
+    narrow += [replace(causal, group=64), replace(causal, ping_pong=0), replace(causal, group=64, q_stages=3)]
     wide = list(dict.fromkeys(hopper.FORWARD_CONFIGS[128, c] for c in (False, True)))
     back = gradients.BackwardConfig()
     half = replace(back, block_k=64)

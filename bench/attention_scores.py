@@ -180,17 +180,17 @@ def inputs(shape: tuple) -> list[torch.Tensor]:
 
 def configs(shape: tuple, case: str, explore: bool) -> list[Any]:
     """Configurations of the Hopper kernel to try; None is the shipped one."""
-    from vbcompile.kernels.attention_hopper import CAPPED_CONFIG, SCORED_CONFIGS
+    from vbcompile.kernels.attention_hopper import SCORED_CONFIGS
 
     if not explore or case in ("plain", "causal"):
         return [None]
     narrow = shape[3] == 64
-    base = CAPPED_CONFIG if narrow and case == "softcap" else SCORED_CONFIGS[shape[3], case == "bias"]
+    base = SCORED_CONFIGS[shape[3], case == "bias"]
     tries = [replace(base, rounding=r) for r in ("next", "early", "halfway") if r != base.rounding]
     if case == "softcap":
         tries.append(replace(base, poly=2))
     elif case == "alibi_causal":
-        tries.append(replace(base, ping_pong=False))
+        tries.append(replace(base, ping_pong=0))
     elif case == "bias":
         tries += [replace(base, t_stages=2)] * narrow
     else:

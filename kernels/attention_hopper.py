@@ -35,8 +35,9 @@ class ForwardConfig:
     """Shape of one forward launch.
 
     consumers: warpgroups of 64 query rows each (2 or 3); block_k: keys per tile; stages, q_stages: K and V tiles, query
-    tiles in flight; ping_pong: two consumers take turns at the tensor cores; rounding: when weights
-    are rounded (``attention_hopper_step.advance``); poly: eighths of the exponentials on the FMA units;
+    tiles in flight; ping_pong: consumers take turns at the tensor cores, passed on when (1) a turn's products are
+    issued, (2) its scores have come, 0 without; rounding: when weights are rounded (``attention_hopper_step.advance``);
+    poly: eighths of the exponentials on the FMA units;
     group: heads whose longest query tiles start together; dynamic: work items from a counter, not in rounds; t_stages:
     tiles of a captured tensor in flight per consumer.
     """
@@ -45,7 +46,7 @@ class ForwardConfig:
     block_k: int = 128
     stages: int = 2
     q_stages: int = 1
-    ping_pong: bool = True
+    ping_pong: int = 1
     rounding: str = "next"
     poly: int = 0
     group: int = 8
@@ -60,39 +61,33 @@ class ForwardConfig:
 
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=1),
+    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=0, rounding="halfway", group=1),
     (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
-    (128, False): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
-    (128, True): ForwardConfig(q_stages=2, ping_pong=False, rounding="early", group=8, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, ping_pong=0, rounding="early", group=8, dynamic=True),
+    (128, True): ForwardConfig(q_stages=2, ping_pong=0, rounding="early", group=8, dynamic=True),
 }
 
 
-def scored_config(dim: int, causal: bool, call: ScoreCall, queries: int) -> ForwardConfig:
+def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     """The configuration for a score function."""
     config = SCORED_CONFIGS[dim, call.tile is not None]
     masked = causal or call.planned
-    if call.program.cap is not None and dim == 64 and (masked or queries >= _MANY_QUERIES):
-        config = CAPPED_CONFIG  # a third warpgroup fills the gaps
     if dim == 128:  # weights are rounded early where anything else takes registers
         others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
         config = replace(config, rounding="early" if masked or others else config.rounding)
         config = config if call.program.cap is None else replace(config, rounding="halfway")
-    if call.planned:  # along a plan of 128 queries a tile
-        config = replace(config, consumers=2)
-    if call.tile is None or call.tile.element_size() < 4:
+    if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
-    return replace(config, block_k=64) if dim == 128 else replace(config, consumers=2)  # what a block can hold
+    return replace(config, block_k=64)  # what a block can hold
 
 
 # (head_dim, whether a captured tensor comes as tiles) -> configuration for score functions
 SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(stages=3, q_stages=2, group=32, dynamic=True),
-    (64, True): ForwardConfig(consumers=3, ping_pong=False, rounding="halfway", dynamic=True),
+    (64, False): ForwardConfig(stages=3, q_stages=2, rounding="halfway", group=32, dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, ping_pong=2, rounding="halfway", dynamic=True),
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
-    (128, True): ForwardConfig(dynamic=True),
+    (128, True): ForwardConfig(rounding="early", dynamic=True),
 }
-_MANY_QUERIES = 1024  # fewer, where all are full, are better cut into tiles of 128 than of 192
-CAPPED_CONFIG = ForwardConfig(consumers=3, q_stages=2, ping_pong=False, rounding="halfway", group=32, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -245,7 +240,7 @@ def forward(
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     causal = causal_offset is not None and causal_offset < keys - 1
-    config = config or (scored_config(dim, causal, call, queries) if call else FORWARD_CONFIGS[dim, causal])
+    config = config or (scored_config(dim, causal, call) if call else FORWARD_CONFIGS[dim, causal])
     out = allocate(q, rows_first)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     items = -(-queries // (64 * config.consumers)) * batch * heads
@@ -273,13 +268,14 @@ def forward(
             T_STAGES=config.t_stages,
             GROUP=batch if call and call.shared else config.group,
             CAUSAL=causal,
-            PING_PONG=config.ping_pong and config.consumers == 2,
+            PING_PONG=config.ping_pong,
             ROUNDING=config.rounding,
             POLY=config.poly,
             DYNAMIC=config.dynamic,
             **score_operands(q, k, scale, config, call),
             num_warps=4,
             maxnreg=config.registers,
+            launch_pdl=call is not None and call.planned,
         )
     return out, lse
 
@@ -291,7 +287,7 @@ def work_counter(q: Tensor, config: ForwardConfig, plan: Tensor | None) -> Tenso
     return torch.zeros(1, dtype=torch.int32, device=q.device) if plan is None else plan.view(-1)[7:]
 
 
-_FUNCTIONS = ("LOGITS", "MASK", "ROWS", "OFFSET", "BOUNDS", "SINK")
+_FUNCTIONS = ("LOGITS", "MASK", "ROWS", "OFFSET", "SLOPE", "BOUNDS", "SINK")
 
 
 def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, call: ScoreCall | None) -> dict[str, Any]:
@@ -319,6 +315,8 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         "SHARED": call.shared,
         "TILED": program.tiled,
         **{name: getattr(program, name.lower()) for name in _FUNCTIONS},
+        # Counted from a tile's first column positions are the same for all tiles: there must be registers for them.
+        "SLOPE": program.slope if q.shape[-1] == 64 else None,
         "CAP": program.cap,
         "UNBOUNDED": program.unbounded,
         "EMPTY_IS_ZERO": call.empty_is_zero,

@@ -3,14 +3,15 @@
 One block of threads works on query tiles of ``64 * consumers`` rows. One producer warp copies Q, K and V tiles to
 shared memory with the tensor memory accelerator; each consumer is one warpgroup that owns 64 query rows. The matrix
 product S of the next key tile is issued before the product P V of the current one, so that the softmax of the next
-tile runs under the tensor cores' work (FlashAttention-3, arXiv 2407.08608, algorithm 2); with ``PING_PONG`` two
+tile runs under the tensor cores' work (FlashAttention-3, arXiv 2407.08608, algorithm 2); with ``PING_PONG`` the
 consumers take turns at the tensor cores (section 3.1 there).
 
     shared memory   Q [Q_STAGES * consumers, 64, D] | O [consumers, 64, D] | K, V [STAGES, BLOCK_K, D] | next work item
-    barriers        full / empty per buffer; named hardware barriers 8 and 9 give the turns
+    barriers        full / empty per buffer; named hardware barriers from 8 on give the turns
 
 Work items (a query tile of a head) are handed out in rounds or, DYNAMIC, from a counter in device memory: with a causal
-mask tiles differ in length, and whoever is free takes the longest that is left.
+mask tiles differ in length, and whoever is free takes the longest that is left. The producer works out where an item
+lies and which key tiles it needs; the others read that while their last product runs.
 
 Key tiles are walked from the last to the first: tiles that need a mask come first and every row's own keys come last.
 """
@@ -25,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vbcompile.kernels.attention_hopper_producer import next_item, place_item, produce, produce_tiles
-from vbcompile.kernels.attention_hopper_scores import describe_rows, key_tiles, per_row, place_tile
+from vbcompile.kernels.attention_hopper_producer import produce, produce_tiles, take_over
+from vbcompile.kernels.attention_hopper_scores import at_tile, describe_rows, per_row, place_tile, take_tile
 from vbcompile.kernels.attention_hopper_step import advance, refer, weigh
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
@@ -82,6 +83,7 @@ def consume(
     MASK: gl.constexpr,
     ROWS: gl.constexpr,
     OFFSET: gl.constexpr,
+    SLOPE: gl.constexpr,
     BOUNDS: gl.constexpr,
     CAP: gl.constexpr,
     SINK: gl.constexpr,
@@ -93,7 +95,7 @@ def consume(
     q_smem, o_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     o_desc, lse_pointer = results
-    keys, q_heads, _, _, query_tiles, heads, _ = sizes
+    keys, q_heads, _, _, _, heads, _ = sizes
     STAGES: gl.constexpr = k_smem.shape[0]
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
@@ -104,37 +106,38 @@ def consume(
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    if PING_PONG and w == 1:
+    if PING_PONG > 0 and w == CONSUMERS - 1:
         pass_turn(TURN)
-    item = gl.program_id(0)
-    query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
-    first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
-    while item < query_tiles * heads:
-        if not PLANNED:
-            query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
-            first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+    query_tile, batch, head, first, end, clear, sure = take_over(work, done, 4)
+    while head < heads:
         first_row = query_tile * BLOCK_Q + w * 64
         context = describe_rows(s_layout, BLOCK_K, first_row, head, queries, keys, program, ROWS, OFFSET)
+        slope = per_row(SLOPE, s_layout, BLOCK_K, first_row, context[0], context[1], queries, keys, program)
 
         q_slot = w + done % Q_STAGES * CONSUMERS
         q_tile = q_smem.index(q_slot).reshape([64, D])
         mbarrier.wait(q_full.index(q_slot), done // Q_STAGES & 1)
         slot = taken % STAGES
         mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
-        if PING_PONG:
+        if PING_PONG > 0:
             wait_turn(TURN + w)
         k_tile = k_smem.index(slot).reshape([BLOCK_K, D]).permute((1, 0))
         zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
         s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
-        if PING_PONG:
-            pass_turn(TURN + 1 - w)
+        if PING_PONG == 1:
+            pass_turn(TURN + (w + 1) % CONSUMERS)
+        tile = 0
+        if TILED == 1:
+            tile = take_tile(tiles, taken, w, CONSUMERS, s_layout)
         s = warpgroup_mma_wait(0, [s])
+        if PING_PONG == 2:
+            pass_turn(TURN + (w + 1) % CONSUMERS)
         mbarrier.arrive(k_empty.index(slot))
         place = place_tile(first_row, end - 1, clear, sure, BLOCK_K, PLANNED)
         nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
         s, m, _decay, own, base = refer(
-            s, nothing, taken, tiles, place, context, program, sizes, w, CONSUMERS, True, TILED, PLANNED, BOUNDS,
-            LOGITS, MASK, CAP, UNBOUNDED,
+            s, tile, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS,
+            True, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
         )  # fmt: skip
         p = weigh(s, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
         state = (
@@ -146,25 +149,22 @@ def consume(
         for j in range(1, end - first):
             place = place_tile(first_row, end - 1 - j, clear, sure, BLOCK_K, PLANNED)
             state = advance(
-                state, taken, q_tile, k_smem, v_smem, barriers, tiles, place, context, program, sizes, w, CONSUMERS,
-                CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
+                state, taken, q_tile, k_smem, v_smem, barriers, tiles, place, at_tile(context, slope, place, SLOPE),
+                program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK,
+                CAP, UNBOUNDED,
             )  # fmt: skip
             taken += 1
         m, total, o, p = state
         mbarrier.arrive(q_empty.index(q_slot))
-        if PLANNED:  # the plan's entry is on its way while this item ends
-            upcoming = next_item(item, work, done, DYNAMIC)
-            following = place_item(gl.minimum(upcoming, query_tiles * heads - 1), sizes, program, GROUP, SHARED)
-            first, end, clear, sure = key_tiles(following[0], following[1], sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         slot = taken % STAGES
         mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
         weights = use_weights(p, q_tile.dtype, o_layout, ROUNDING)
         o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
+        upcoming = take_over(work, done + 1, 4)
         row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
         rows = first_row + gl.arange(0, 64, s_rows)
         sink = per_row(SINK, s_layout, BLOCK_K, first_row, context[0], context[1], queries, keys, program)
         share, lse = finish_row(m, row_total, sink, program[7], SINK, UNBOUNDED, EMPTY_IS_ZERO)
-        gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
         share = gl.convert_layout(share, o_rows)
         o = warpgroup_mma_wait(0, [o])
         mbarrier.arrive(v_empty.index(slot))
@@ -174,16 +174,11 @@ def consume(
         o_tile.reshape([64, D]).store((o * share[:, None]).to(q_tile.dtype))
         fence_async_shared()
         gl.thread_barrier()
-        batch = head // q_heads
         tma.async_copy_shared_to_global(o_desc, [batch, head - batch * q_heads, first_row, 0], o_tile)
-        if PLANNED:
-            item = upcoming
-            query_tile = following[0]
-            head = following[1]
-        else:
-            item = next_item(item, work, done, DYNAMIC)
+        gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
+        query_tile, batch, head, first, end, clear, sure = upcoming
         done += 1
-    if PING_PONG and w == 0:
+    if PING_PONG > 0 and w == 0:
         wait_turn(TURN)
     tma.store_wait(0)
 
@@ -229,6 +224,7 @@ def attention_forward(
     MASK: gl.constexpr,
     ROWS: gl.constexpr,
     OFFSET: gl.constexpr,
+    SLOPE: gl.constexpr,
     BOUNDS: gl.constexpr,
     CAP: gl.constexpr,
     SINK: gl.constexpr,
@@ -256,7 +252,7 @@ def attention_forward(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    item = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    item = gl.allocate_shared_memory(gl.int32, [9, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     item_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     item_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(item_full.index(0), count=1)
@@ -292,11 +288,13 @@ def attention_forward(
         gl.warp_specialize(
             [
                 (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
-                (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
+                (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -304,14 +302,17 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
-                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, False, ROUNDING, POLY, DYNAMIC, PLANNED,
-                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, BOUNDS, CAP, SINK, UNBOUNDED, EMPTY_IS_ZERO)),
+                (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
+                (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
+                (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
+                           SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
+                           EMPTY_IS_ZERO)),
                 (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
-                (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
+                (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K)),
             ],
             [4, 4, 1, 1],
             [160, 160, 24, 24],

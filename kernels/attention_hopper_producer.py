@@ -12,31 +12,36 @@ from vbcompile.kernels.attention_hopper_tiles import locate
 
 
 @gluon.jit
-def hand_out(work, number, item):
-    """Producer: publish the next work item to the consumers; ``number`` counts the items before it."""
-    slot, full, empty = work
+def hand_out(work, number, entry):
+    """Producer: publish a work item, see ``describe_item``; ``number`` counts the items before it."""
+    slots, full, empty = work
     mbarrier.wait(empty.index(0), (number & 1) ^ 1)
-    slot.store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for n in gl.static_range(9):
+        slots.index(n).store(gl.full([1], 0, gl.int32, layout) + entry[n])
     mbarrier.arrive(full.index(0))
 
 
 @gluon.jit
-def take_over(work, number, WARPS: gl.constexpr):
-    """Whoever follows the producer: the next work item."""
-    slot, full, empty = work
-    mbarrier.wait(full.index(0), number & 1)
-    item = gl.max(slot.load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
-    mbarrier.arrive(empty.index(0))
-    return item
+def take_number(slots, n: gl.constexpr, WARPS: gl.constexpr):
+    """One number of a work item."""
+    return gl.max(slots.index(n).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
-def next_item(item, work, number, DYNAMIC: gl.constexpr):
-    """Consumer: the work item after ``item``, the ``number``-th."""
-    if DYNAMIC:
-        return take_over(work, number, 4)
-    else:
-        return item + gl.num_programs(0)
+def take_over(work, number, WARPS: gl.constexpr):
+    """Whoever follows the producer: the ``number``-th work item, see ``describe_item``."""
+    slots, full, empty = work
+    mbarrier.wait(full.index(0), number & 1)
+    query_tile = take_number(slots, 0, WARPS)
+    batch = take_number(slots, 1, WARPS)
+    head = take_number(slots, 2, WARPS)
+    first = take_number(slots, 3, WARPS)
+    end = take_number(slots, 4, WARPS)
+    clear = (take_number(slots, 5, WARPS), take_number(slots, 6, WARPS))
+    sure = (take_number(slots, 7, WARPS), take_number(slots, 8, WARPS))
+    mbarrier.arrive(empty.index(0))
+    return query_tile, batch, head, first, end, clear, sure
 
 
 @gluon.jit
@@ -49,6 +54,26 @@ def place_item(item, sizes, program, GROUP: gl.constexpr, SHARED: gl.constexpr):
         batches = heads // q_heads
         head = head % batches * q_heads + head // batches
     return query_tile, head
+
+
+@gluon.jit
+def describe_item(
+    item,
+    sizes,
+    program,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP: gl.constexpr,
+    PLANNED: gl.constexpr,
+    SHARED: gl.constexpr,
+):
+    """What all warps need to know of a work item: query tile, batch, flat head (past the last for none: the end), and
+    its key tiles, see ``key_tiles``. Divisions and the plan's entry take longer than a consumer should wait."""
+    _, q_heads, _, _, query_tiles, heads, _ = sizes
+    query_tile, head = place_item(gl.minimum(item, query_tiles * heads - 1), sizes, program, GROUP, SHARED)
+    first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+    real = gl.where(item < query_tiles * heads, head, heads)
+    return query_tile, head // q_heads, real, first, end, clear[0], clear[1], sure[0], sure[1]
 
 
 @gluon.jit
@@ -74,16 +99,20 @@ def produce(
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
     loaded = gl.to_tensor(0)
     done = gl.to_tensor(0)
+    if PLANNED:  # this kernel may have started before the one that makes the plan has ended
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, $1;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1
+        )
     item = gl.program_id(0)
+    entry = describe_item(item, sizes, program, BLOCK_Q, BLOCK_K, GROUP, PLANNED, SHARED)
+    hand_out(work, done, entry)
     while item < query_tiles * heads:
-        upcoming = item + gl.num_programs(0)
+        query_tile, batch, head, first, end, _clear_first, _clear_end, _sure_first, _sure_end = entry
+        item += gl.num_programs(0)
         if DYNAMIC:  # asked for early: the answer takes about a microsecond
-            upcoming = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-        query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
-        batch = head // q_heads
+            item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         q_head = head - batch * q_heads
         k_head = q_head // heads_per_key_head
-        first, end, _clear, _sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
         for w in gl.static_range(CONSUMERS):
             slot = w + done % Q_STAGES * CONSUMERS
             mbarrier.wait(q_empty.index(slot), (done // Q_STAGES & 1) ^ 1)
@@ -101,24 +130,13 @@ def produce(
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [batch, k_head, row, 0], v_full.index(slot), v_smem.index(slot))
             loaded += 1
-        if DYNAMIC:
-            hand_out(work, done, upcoming)
         done += 1
-        item = upcoming
+        entry = describe_item(item, sizes, program, BLOCK_Q, BLOCK_K, GROUP, PLANNED, SHARED)
+        hand_out(work, done, entry)
 
 
 @gluon.jit
-def produce_tiles(
-    shared,
-    t_desc,
-    tile_steps,
-    CONSUMERS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-    PLANNED: gl.constexpr,
-    SHARED: gl.constexpr,
-):
+def produce_tiles(shared, t_desc, tile_steps, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr):
     """A second producer warp, for the captured tensor that comes as tiles: its consumers keep different pace.
 
     ``tile_steps``: rows, then columns, by which leading indices move in that tensor. Nothing to do without it.
@@ -126,15 +144,13 @@ def produce_tiles(
     if t_desc is not None:
         _, _, tiles, work, _, sizes, program, _ = shared
         t_smem, t_full, t_empty = tiles
-        _, _, _, _, query_tiles, heads, _ = sizes
+        heads = sizes[5]
         STAGES: gl.constexpr = t_smem.shape[0] // CONSUMERS
         BLOCK_Q: gl.constexpr = 64 * CONSUMERS
         loaded = gl.to_tensor(0)
         done = gl.to_tensor(0)
-        item = gl.program_id(0)
-        while item < query_tiles * heads:
-            query_tile, head = place_item(item, sizes, program, GROUP, SHARED)
-            first, end, _clear, _sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
+        query_tile, _batch, head, first, end, _clear, _sure = take_over(work, done, 1)
+        while head < heads:
             lead = split_lead(head, program[4])
             row = offset_of(lead, tile_steps).to(gl.int32) + query_tile * BLOCK_Q
             column_steps = (tile_steps[4], tile_steps[5], tile_steps[6], tile_steps[7])
@@ -147,8 +163,5 @@ def produce_tiles(
                     place = [row + w * 64, column + (end - 1 - j) * BLOCK_K]
                     tma.async_copy_global_to_shared(t_desc, place, t_full.index(slot), t_smem.index(slot))
                 loaded += 1
-            if DYNAMIC:
-                item = take_over(work, done, 1)
-            else:
-                item += gl.num_programs(0)
             done += 1
+            query_tile, _batch, head, first, end, _clear, _sure = take_over(work, done, 1)

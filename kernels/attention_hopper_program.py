@@ -33,7 +33,8 @@ class HopperProgram:
     Attributes:
         inner, outer: factors of the score, of the logits.
         logits: ``(score, *context) -> logits / outer``, less ``offset``; None where those are the scores.
-        offset: ``(*row context) -> what is the same for a whole row``; None for nothing.
+        offset: ``(*row context) -> what is the same for a whole row``; None for nothing. slope: ``(*row context) ->
+            factor of a tile's first column less its first row``: what elements lack that count from that column.
         bounds: ``(*row context) -> first and end of the keys that a row sees``; None for all.
         mask: ``(score, *context) -> keep``, the part of the mask that ``bounds`` does not cover; None for all.
         gradient: ``(score, value, upstream, *context) -> upstream * derivative of logits / outer``, for the backward;
@@ -53,6 +54,7 @@ class HopperProgram:
     outer: float
     logits: Callable[..., Any] | None
     offset: Callable[..., Any] | None
+    slope: Callable[..., Any] | None
     bounds: Callable[..., Any] | None
     mask: Callable[..., Any] | None
     gradient: Callable[..., Any] | None
@@ -268,7 +270,17 @@ def compile_hopper(
         outer=outer if scaled else outer * inner,
         **{
             name: names.get(name)
-            for name in ("logits", "offset", "bounds", "mask", "gradient", "captured_gradients", "rows", "sink")
+            for name in (
+                "logits",
+                "offset",
+                "slope",
+                "bounds",
+                "mask",
+                "gradient",
+                "captured_gradients",
+                "rows",
+                "sink",
+            )
         },
         tile=tiles[0] if tiles else None,
         tiled=0 if not tiles else 1 if tiles[0] in function.captured(function.score) else 2,

@@ -7,7 +7,7 @@ the tensor cores leave them. Key numbers are a register plus a constant of the i
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 
 @gluon.jit
@@ -133,6 +133,18 @@ def describe_rows(
 
 
 @gluon.jit
+def at_tile(context, slope, place, SLOPE: gl.constexpr):
+    """``context`` for one tile, and how far it lies from the rows as far as elements count that; with SLOPE they do
+    not, and rows get ``slope [64]`` times that distance instead."""
+    rows, lead, queries, offset = context
+    away = place[1] - place[0]
+    if SLOPE is None:
+        return rows, lead, queries, offset, away
+    else:
+        return rows, lead, queries, offset + slope * away.to(gl.float32), 0
+
+
+@gluon.jit
 def bits_below(bound):
     """A lane's keys ``8 a + 2 lane + c`` below ``bound + 2 lane``, one bit each: keys of a lane in their order."""
     count = gl.maximum(2 * (bound >> 3) + gl.minimum(bound & 7, 2), 0)
@@ -180,9 +192,9 @@ def zero_masked(s, step: gl.constexpr, place, context, program, sizes, BOUNDED: 
             i = rows_of(first_row, split)
             lanes = lanes_of(split) + first_key + step
             if BOUNDS is not None:
-                rows, lead, queries, _ = context
                 first, end = BOUNDS(
-                    i, i.to(gl.float32), first_row, rows, lead, queries, sizes[0], program[2], program[3]
+                    i, i.to(gl.float32), first_row, context[0], context[1], context[2], sizes[0], program[2],
+                    program[3],
                 )  # fmt: skip
                 parts = keep_range(parts, first, gl.minimum(end, sizes[0]), lanes, 0.0)
             else:
@@ -209,8 +221,37 @@ def load_tile(tiles, slot, layout: gl.constexpr):
 
 
 @gluon.jit
+def widen(tile):
+    """bfloat16 as float32, anything else as it is. Neighbours are taken apart by one instruction each; extracting the
+    upper one first would take two."""
+    if tile.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=r,=r,r", [tile], dtype=gl.int32, is_pure=True, pack=2
+        ).to(gl.float32, bitcast=True)
+    else:
+        return tile
+
+
+@gluon.jit
+def give_back(tiles, slot):
+    """Lets the copy engine overwrite a buffer: what was read of it must have arrived, a barrier alone does not wait."""
+    fence_async_shared()
+    mbarrier.arrive(tiles[2].index(slot))
+
+
+@gluon.jit
+def take_tile(tiles, number, w: gl.constexpr, CONSUMERS: gl.constexpr, layout: gl.constexpr):
+    """The part of the captured tensor under tile ``number`` of scores, its buffer given back."""
+    slot = wait_for_tile(tiles, number, w, CONSUMERS)
+    tile = load_tile(tiles, slot, layout)
+    give_back(tiles, slot)
+    return tile
+
+
+@gluon.jit
 def score_tile(
     s,
+    tile,
     number,
     tiles,
     place,
@@ -226,14 +267,15 @@ def score_tile(
 ):
     """Logits of a tile of products of queries and keys ``s [64, N]``, less what is added to whole rows.
 
-    ``number`` counts key tiles; ``place``: see ``place_tile``; ``context``: see ``describe_rows``. Without LOGITS they
-    stay unscaled. TILED: 1 where LOGITS reads a captured tensor's tile, 2 where MASK alone does, 0 where neither does.
+    ``tile``: what ``take_tile`` gave where LOGITS reads it; ``number`` counts key tiles; ``place``: see
+    ``place_tile``; ``context``: see ``at_tile``. Without LOGITS they stay unscaled. TILED: 1 where LOGITS reads a
+    captured tensor's tile, 2 where MASK alone does, 0 where neither does.
     """
     N: gl.constexpr = s.shape[1]
     first_row, first_key, masked, unsure = place
     if BOUNDS is None:  # then MASK checks the end of the keys, too
         unsure = masked
-    rows, lead, queries, _ = context
+    rows, lead, queries, _, away = context
     inner, _, captured, strides, _, _, _, _ = program
     keys = sizes[0]
     parts = s.reshape(64, N // 8, 4, 2)
@@ -244,15 +286,13 @@ def score_tile(
     fi = i.to(gl.float32)
     fj = lanes.to(gl.float32) + steps.to(gl.float32)
     step = steps.to(gl.float32)
-    distance = (lanes - first_row).to(gl.float32)
+    distance = (lanes_of(split) + away).to(gl.float32)
     score = parts
     layout: gl.constexpr = s.type.layout
-    tile = 0
-    if TILED > 0:
-        slot = wait_for_tile(tiles, number, w, CONSUMERS)
     if TILED == 1:
-        tile = load_tile(tiles, slot, layout)
-        mbarrier.arrive(tiles[2].index(slot))
+        tile = widen(tile)
+    if TILED == 2:
+        slot = wait_for_tile(tiles, number, w, CONSUMERS)
     if LOGITS is not None:
         score = parts * inner
         parts = LOGITS(
@@ -273,5 +313,5 @@ def score_tile(
             )
             parts = gl.where((steps < keys - lanes) & (keep != 0), parts, float("-inf"))
     if TILED == 2:
-        mbarrier.arrive(tiles[2].index(slot))
+        give_back(tiles, slot)
     return gl.convert_layout(parts.reshape(64, N), layout, assert_trivial=True)

@@ -1,9 +1,10 @@
 """Source text of a score function for the Hopper kernels, in Triton's language as Gluon understands it.
 
 Functions of elements take ``score``, ``i``, ``j`` (row and column), ``fi``, ``fj`` (the same in float32), ``step`` and
-``distance`` (floats; ``distance + step`` is the column less the first row of the tile, ``step`` a constant of the
-instruction), ``rows`` (what ``rows`` loaded), ``tile`` (a captured tensor's tile as stored), and the context of
-:mod:`vbcompile.kernels.score_triton`. Functions of rows take ``first``, the first row of the tile as a float, instead.
+``distance`` (floats; ``step + distance`` is the column less the first row of the tile or, where ``slope`` makes up for
+the difference, less its first column), ``rows`` (what ``rows`` loaded), ``tile`` (a captured tensor's tile), and the
+context of :mod:`vbcompile.kernels.score_triton`. Functions of rows take ``first``, the first row of the tile as a
+float, instead.
 """
 
 from collections.abc import Callable
@@ -75,10 +76,10 @@ class _HopperEmitter(Emitter):
         known = all(self._program[p][0] in ("q_length", "k_length") for p in terms)
         return known and max(abs(row), abs(column), len(terms)) <= 2 and abs(constant) < MAX_LENGTH
 
-    def slope(self, position: int, rows: "_HopperEmitter") -> tuple[str, str] | None:
-        """``(part of elements, part of rows)`` of a multiple of a position that is the same for a head, such as
-        ALiBi's; None for anything else. The part of elements counts from the tile's first row, so that it stays small.
-        """
+    def slope(self, position: int, rows: "_HopperEmitter") -> tuple[str, str, str] | None:
+        """``(part of elements, part of rows, factor)`` of a multiple of a position that is the same for a head, such as
+        ALiBi's; None for anything else. The part of elements counts from the tile's first row or column, so that it
+        stays small."""
         name, *arguments = self._program[position]
         if name != "mul":
             return None
@@ -91,7 +92,12 @@ class _HopperEmitter(Emitter):
             rest = [f"{c}.0 * tl.cast({rows.value(p)}, tl.float32)" for p, c in terms.items()]
             rest += [f"{constant}.0"] * bool(constant)
             rest += [f"(fi - first) * {row}.0"] if row == -column else [f"fi * {row}.0 + first * {column}.0"]
-            return f"tl.fma(step, {own}, distance * {own})", f"({' + '.join(rest)}) * {rows.as_float(factor)}"
+            factor_of_rows = rows.as_float(factor)
+            return (
+                f"tl.fma(step, {own}, distance * {own})",
+                f"({' + '.join(rest)}) * {factor_of_rows}",
+                f"{factor_of_rows} * {column}.0",
+            )
         return None
 
     def _as_integer(self, position: int) -> int:
@@ -177,14 +183,16 @@ class SourceWriter:
         return compile_source(self.source) if self.source else {}
 
     def logits(self, is_bounded: Callable[[int], bool]) -> None:
-        """Define ``logits`` and, for addends that are the same for a whole row, ``offset``."""
+        """Define ``logits`` and, for addends that are the same for a whole row, ``offset`` and ``slope``."""
         elements, rows = self._emitter(), self._emitter()
         per_element: list[str] = []
         per_row: list[str] = []
+        slopes: list[str] = []
         for sign, position in self._addends(self._function.score, "+"):
             if found := elements.slope(position, rows):
                 per_element.append(f"{sign} {found[0]}")
-                per_row += [f"{sign} {found[1]}"] * bool(found[1])
+                per_row.append(f"{sign} {found[1]}")
+                slopes.append(f"{sign} {found[2]}")
             elif self._varies(position) or not is_bounded(position):
                 per_element.append(f"{sign} {elements.as_float(position)}")
             else:
@@ -192,6 +200,8 @@ class SourceWriter:
         self.source += define("logits", _ELEMENT, elements.lines, _sum(per_element))
         if per_row:
             self.source += define("offset", _ROW, rows.lines, f"fi * 0.0 {' '.join(per_row)}")
+        if slopes:
+            self.source += define("slope", _ROW, rows.lines, f"fi * 0.0 {' '.join(slopes)}")
 
     def gradient(self) -> None:
         """Define ``gradient``, unless the logits change as the score does; what ``logits`` gave comes in as ``value``,

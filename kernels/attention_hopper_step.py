@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, zero_masked
+from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, take_tile, zero_masked
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
     capped_exponentials,
@@ -28,6 +28,7 @@ from vbcompile.kernels.attention_hopper_tiles import (
 @gluon.jit
 def to_logits(
     s,
+    tile,
     number,
     tiles,
     place,
@@ -47,7 +48,7 @@ def to_logits(
     causal bound and the end of the keys are checked where the place says so."""
     if LOGITS is not None or PLANNED:
         s = score_tile(
-            s, number, tiles, place, context, program, sizes, w, CONSUMERS, TILED, BOUNDS, LOGITS, MASK
+            s, tile, number, tiles, place, context, program, sizes, w, CONSUMERS, TILED, BOUNDS, LOGITS, MASK
         )  # fmt: skip
     if BOUNDED and not PLANNED:  # noqa: SIM102 - known at compile time, the place is not
         if place[2]:
@@ -58,6 +59,7 @@ def to_logits(
 @gluon.jit
 def refer(
     s,
+    tile,
     m,
     number,
     tiles,
@@ -77,16 +79,16 @@ def refer(
     UNBOUNDED: gl.constexpr,
 ):
     """Products of queries and keys -> (logits or, where capped, products; new reference of the rows; factor of the sums
-    so far; what ``exponentials`` or ``capped_exponentials`` take)."""
-    inner, factor, _, _, _, _, _, _ = program
+    so far; what ``exponentials`` takes). Nothing of that changes where logits are capped."""
+    factor = program[1]
     if CAP is not None:
-        s = zero_masked(s, 0, place, context, program, sizes, BOUNDED or PLANNED, BOUNDS)
-        new_m, alpha, outside = capped_reference(s, m, inner, factor, CAP)
-        return s, new_m, alpha, outside, new_m
+        nothing = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s.type.layout))
+        reference = nothing + capped_reference(factor, CAP)
+        return s, reference, 1.0, factor, reference
     else:
         s = to_logits(
-            s, number, tiles, place, context, program, sizes, w, CONSUMERS, BOUNDED, TILED, PLANNED, BOUNDS, LOGITS,
-            MASK,
+            s, tile, number, tiles, place, context, program, sizes, w, CONSUMERS, BOUNDED, TILED, PLANNED, BOUNDS,
+            LOGITS, MASK,
         )  # fmt: skip
         new_m, alpha, own, base = next_reference(s, m, context[3], factor, UNBOUNDED)
         return s, new_m, alpha, own, base
@@ -109,7 +111,7 @@ def weigh(
 ):
     """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``."""
     if CAP is not None:
-        p = capped_exponentials(s, own, base, program[0], program[1])
+        p = capped_exponentials(s, program[0], program[1], CAP)
         return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS)
     else:
         return exponentials(s, own, base, POLY)
@@ -158,7 +160,7 @@ def advance(
     slot = taken % STAGES
     next_slot = (taken + 1) % STAGES
     mbarrier.wait(k_full.index(next_slot), (taken + 1) // STAGES & 1)
-    if PING_PONG:
+    if PING_PONG > 0:
         wait_turn(TURN + w)
     k_tile = k_smem.index(next_slot).reshape([BLOCK_K, D]).permute((1, 0))
     zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
@@ -166,13 +168,18 @@ def advance(
     weights = use_weights(p, q_tile.dtype, o_layout, ROUNDING)
     mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
     o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
-    if PING_PONG:
-        pass_turn(TURN + 1 - w)
+    if PING_PONG == 1:
+        pass_turn(TURN + (w + 1) % CONSUMERS)
+    tile = 0
+    if TILED == 1:  # there are registers for it while S is computed
+        tile = take_tile(tiles, taken + 1, w, CONSUMERS, s_layout)
     s = warpgroup_mma_wait(1, [s])
+    if PING_PONG == 2:
+        pass_turn(TURN + (w + 1) % CONSUMERS)
     mbarrier.arrive(k_empty.index(next_slot))
     s, new_m, alpha, own, base = refer(
-        s, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS, LOGITS,
-        MASK, CAP, UNBOUNDED,
+        s, tile, m, taken + 1, tiles, place, context, program, sizes, w, CONSUMERS, CAUSAL, TILED, PLANNED, BOUNDS,
+        LOGITS, MASK, CAP, UNBOUNDED,
     )  # fmt: skip
     MASKED: gl.constexpr = CAUSAL or PLANNED
     if ROUNDING == "halfway":
@@ -181,7 +188,9 @@ def advance(
         part = finish_first(sum_within_lane(left))
         o, left, right = warpgroup_mma_wait(0, [o, left, right])
         mbarrier.arrive(v_empty.index(slot))
-        right = weigh(right, own, base, BLOCK_K // 2, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP)
+        right = weigh(
+            right, own, base, BLOCK_K // 2, place, context, program, sizes, MASKED, POLY, BOUNDS, CAP
+        )  # fmt: skip
         part = part + gl.convert_layout(sum_within_lane(right), part.type.layout)
         carried = (pack_weights(left, q_tile.dtype), pack_weights(right, q_tile.dtype))
     else:
@@ -194,7 +203,10 @@ def advance(
         else:
             o, carried = warpgroup_mma_wait(0, [o, carried])
         mbarrier.arrive(v_empty.index(slot))
-    o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     part = gl.convert_layout(part, total.type.layout)
-    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None] + part
-    return new_m, total, o, carried
+    if CAP is not None:
+        return new_m, total + part, o, carried
+    else:
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+        total = total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None] + part
+        return new_m, total, o, carried

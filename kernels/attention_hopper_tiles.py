@@ -78,19 +78,6 @@ def larger(a, b):
 
 
 @gluon.jit
-def larger_size(a, b):
-    """Maximum of magnitudes; NaN wins."""
-    return gl.inline_asm_elementwise(
-        "{.reg .f32 s, t; abs.f32 s, $1; abs.f32 t, $2; max.NaN.f32 $0, s, t;}",
-        "=f,f,f",
-        [a, b],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def rounded_product(a, b):
     """a * b, rounded: it is never made part of another instruction."""
     return gl.inline_asm_elementwise(
@@ -99,22 +86,12 @@ def rounded_product(a, b):
 
 
 @gluon.jit
-def larger_of(x, axis: gl.constexpr, SIZE: gl.constexpr):
-    """Largest element along an axis, or SIZE: largest magnitude; NaN wins."""
-    if SIZE:
-        return gl.reduce(x, axis, larger_size)
-    else:
-        return gl.reduce(x, axis, larger)
-
-
-@gluon.jit
-def row_maximum(s, SIZE: gl.constexpr):
-    """Largest element, or SIZE: magnitude, of each row ``[64]``; NaN wins. Neighbours are compared first, then four
-    parts of what a lane holds side by side: one chain of dependent instructions would be longer than the tile's work.
-    """
-    pairs = larger_of(s.reshape(64, 2, s.shape[1] // 16, 4, 2), 4, SIZE)
-    lanes = larger_of(larger_of(pairs, 2, SIZE), 1, SIZE)
-    return gl.convert_layout(larger_of(lanes, 1, SIZE), gl.SliceLayout(1, s.type.layout))
+def row_maximum(s):
+    """Largest element of each row ``[64]``; NaN wins. Neighbours are compared first, then four parts of what a lane
+    holds side by side: one chain of dependent instructions would be longer than the tile's work."""
+    pairs = gl.reduce(s.reshape(64, 2, s.shape[1] // 16, 4, 2), 4, larger)
+    lanes = gl.reduce(gl.reduce(pairs, 2, larger), 1, larger)
+    return gl.convert_layout(gl.reduce(lanes, 1, larger), gl.SliceLayout(1, s.type.layout))
 
 
 @gluon.jit
@@ -211,21 +188,6 @@ def finish_first(x):
 
 
 @gluon.jit
-def any_row(condition):
-    """Whether a condition ``[64]`` on rows holds for any row of a warp, int32 ``[64]``."""
-    asm: gl.constexpr = """{
-        .reg .pred q;
-        .reg .b32 t;
-        or.b32 t, $2, $3;
-        setp.ne.b32 q, t, 0;
-        vote.sync.any.pred q, q, 0xFFFFFFFF;
-        selp.b32 $0, 1, 0, q;
-        mov.b32 $1, $0;
-    }"""
-    return gl.inline_asm_elementwise(asm, "=r,=r,r,r", [condition.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=2)
-
-
-@gluon.jit
 def next_reference(s, m, offset, factor, UNBOUNDED: gl.constexpr):
     """What a tile ``s`` of logits less ``offset`` makes of the rows' maximum ``m``, and how its weights are computed.
 
@@ -237,7 +199,7 @@ def next_reference(s, m, offset, factor, UNBOUNDED: gl.constexpr):
         new maximum; factor of the sums so far; what logits are multiplied by, and what is then taken away.
     """
     if UNBOUNDED:
-        new_m = larger(m, row_maximum(s, False) + offset)
+        new_m = larger(m, row_maximum(s) + offset)
         base = gl.where(new_m == float("-inf"), 0.0, new_m)  # rows that have seen no key yet
         own = gl.where(gl.abs(base) < 1e38, factor, 7.9e-31)
         before = gl.where((gl.abs(m) < 1e38) | (m == float("-inf")), factor, 7.9e-31)
@@ -246,7 +208,7 @@ def next_reference(s, m, offset, factor, UNBOUNDED: gl.constexpr):
         return new_m, alpha, own, scaled - rounded_product(offset, own)
     else:
         offset = offset * factor
-        new_m = larger(m, row_maximum(s, False) * factor + offset)
+        new_m = larger(m, row_maximum(s) * factor + offset)
         base = gl.where(new_m == float("-inf"), 0.0, new_m)
         return new_m, gl.exp2(m - base), factor, base - offset
 
@@ -267,61 +229,48 @@ TANH_A, TANH_B, TANH_C = gl.constexpr(0.99978519), gl.constexpr(-0.32629661), gl
 
 
 def _capped(n: int) -> gl.constexpr:
-    """2 ** (factor * tanh(inner * x) - base) of ``n`` numbers: by the polynomial, or by the special function units
-    where any row of the warp is beyond its limit."""
+    """2 ** (factor * tanh(inner * x) + BASE) of ``n`` numbers: by the polynomial and, if any of the warp's turns out to
+    be beyond its limit, all once more by the special function units. The exponentials leave time for that test: ``all``
+    stays negative while all squares are below ``-MOST``."""
     fast = (
         "mul.rn.ftz.f32 t, {X}, {X}; fma.rn.ftz.f32 w, t, {C}, {B}; fma.rn.ftz.f32 w, w, t, {A};"
         "fma.rn.ftz.f32 w, w, {X}, {BASE}; ex2.approx.ftz.f32 {OUT}, w;"
+        "fma.rn.f32 t, {X}, {X}, {MOST}; mov.b32 i, t; and.b32 all, all, i;"
     )
     slow = (
         "mul.rn.ftz.f32 t, {X}, {INNER}; tanh.approx.f32 t, t; fma.rn.ftz.f32 w, t, {FACTOR}, {BASE};"
         "ex2.approx.ftz.f32 {OUT}, w;"
     )
-    names = ("OUT", "X", "BASE", "OUTSIDE", "A", "B", "C", "INNER", "FACTOR")  # n operands each
+    names = ("OUT", "X", "MOST", "BASE", "A", "B", "C", "INNER", "FACTOR")  # n operands each
 
     def each(text: str) -> str:
         operands = [{name: f"${place * n + k}" for place, name in enumerate(names)} for k in range(n)]
-        return "".join("{.reg .f32 t, w;" + text.format(**own) + "}" for own in operands)
+        return "".join("{.reg .f32 t, w; .reg .b32 i;" + text.format(**own) + "}" for own in operands)
 
-    outside = f"${names.index('OUTSIDE') * n}"
     return gl.constexpr(
-        f"{{.reg .pred q; setp.eq.b32 q, {outside}, 0; @q bra.uni FAST;{each(slow)} bra.uni DONE;"
-        f"FAST: {each(fast)} DONE: }}"
+        f"{{.reg .pred q; .reg .b32 all; mov.b32 all, -1; {each(fast)} setp.ge.s32 q, all, 0;"
+        f"vote.sync.any.pred q, q, 0xFFFFFFFF; @!q bra.uni DONE; {each(slow)} DONE: }}"
     )
 
 
 _CAPPED = _capped(32)
-_CAPPED_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 64 + ["r"] * 32 + ["f"] * 160))
+_CAPPED_REGISTERS = gl.constexpr(",".join(["=&f"] * 32 + ["f"] * 8 * 32))
 
 
 @gluon.jit
-def capped_reference(s, m, inner, factor, SHIFT: gl.constexpr):
-    """As ``next_reference`` for logits ``tanh(inner * s)``, of products ``s`` none of which is masked.
-
-    The reference of a row is that of its largest magnitude less SHIFT: one maximum tells the reference and whether the
-    polynomial will do. Returns new reference, factor of the sums so far, whether it will not do for the warp.
-    """
-    size = row_maximum(s, True) * gl.abs(inner)
-    outside = any_row((size <= TANH_LIMIT) == 0)
-    new_m = larger(m, tanh_fast(size) * factor - SHIFT)
-    return new_m, gl.exp2(m - new_m), outside
+def capped_reference(factor, SHIFT: gl.constexpr):
+    """What is taken from capped logits, in base two, the same for all rows and tiles: their bound less SHIFT. A whole
+    number: equal scores near zero, the common case of equal ones, then have weights that rounding does not change."""
+    return (factor - SHIFT + 1.0).to(gl.int32).to(gl.float32)
 
 
 @gluon.jit
-def capped_exponentials(s, outside, base, inner, factor):
-    """Weights of part of a tile, ``outside`` and ``base`` from ``capped_reference``."""
-    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    base = gl.convert_layout(base, rows)[:, None]
-    outside = gl.convert_layout(outside, rows)[:, None]
+def capped_exponentials(s, inner, factor, SHIFT: gl.constexpr):
+    """Weights ``2 ** (factor * tanh(inner * s) - capped_reference)`` of part of a tile: no row's maximum is needed."""
     square = inner * inner
     a = factor * inner * TANH_A
     b = factor * inner * TANH_B * square
     c = factor * inner * TANH_C * square * square
-    arguments = [s, -base, outside, a, b, c, inner, factor]
+    most = TANH_LIMIT / inner
+    arguments = [s, -most * most, -capped_reference(factor, SHIFT), a, b, c, inner, factor]
     return gl.inline_asm_elementwise(_CAPPED, _CAPPED_REGISTERS, arguments, dtype=gl.float32, is_pure=True, pack=32)
-
-
-@gluon.jit
-def tanh_fast(x):
-    """By NVIDIA's instruction."""
-    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

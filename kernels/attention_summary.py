@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from vbcompile.kernels.attention_blocks import offset_of, split_index, tile_range
+from vbcompile.kernels.attention_decode import let_next_start
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def _within_bounds(
 def tile_plan_kernel(
     plan, summary, captured, lead_sizes, captured_strides, summary_strides, q_length, k_length,
     RANGE: tl.constexpr, BOUNDS: tl.constexpr, SUMMARY: tl.constexpr, OPAQUE: tl.constexpr, EXACT: tl.constexpr,
-    BY_KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    BY_KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write one entry of ``plan``, int32 ``[*lead of the mask, tiles of rows, 8]``: first tile of keys to visit; first
     and end of those where all elements take part; end; first and end of those where the terms that ``RANGE`` does
@@ -97,8 +98,11 @@ def tile_plan_kernel(
 
     The grid is ``[tiles of rows, heads of the mask]``. OPAQUE: the mask has terms that ``RANGE`` does not cover and
     nobody summed up, so that no tile may go without it. BOUNDS: ``tile_bounds`` of the program, TILES at a time.
-    EXACT: whether the caller checks all else that ``RANGE`` covers row by row.
+    EXACT: whether the caller checks all else that ``RANGE`` covers row by row. EARLY: the kernel that uses the plan may
+    be started at once, and waits.
     """
+    if EARLY:
+        let_next_start()
     OWN: tl.constexpr = BLOCK_K if BY_KEYS else BLOCK_Q
     OTHER: tl.constexpr = BLOCK_Q if BY_KEYS else BLOCK_K
     own_length = k_length if BY_KEYS else q_length

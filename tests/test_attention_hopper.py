@@ -192,6 +192,7 @@ def test_alibi_adds_one_number_per_column_and_one_per_row():
     patterns = tuple(map(CapturedPattern.of, form.inputs(torch.bfloat16)[1]))
     program = compile_hopper(with_padded_lead(form.function, 2), patterns, True, False, False)
     assert program.offset is not None and "tl.fma(step" in program.source and not program.unbounded
+    assert program.slope is not None
 
 
 def test_rows_the_copy_engine_cannot_address_are_refused():
