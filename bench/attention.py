@@ -3,7 +3,6 @@
     python bench/attention.py check [--jobs N]      every form of score function, error against eager PyTorch's
     python bench/attention.py sweep [--jobs N]      tile shapes of each kernel
     python bench/attention.py scores                biases, caps, windows, documents: see attention_scores.py
-    python bench/attention.py decode                one query over many keys
     python bench/attention.py table [--flex]        forward and backward beside cuDNN, flash SDPA and FlexAttention
 
 Times are medians of CUDA-graph replays. TFLOP/s count 4 * B * H * Q * K * D operations forward and 2.5 times that
@@ -66,7 +65,6 @@ HEAVY_TILES = {  # the same where a bias or a function enters the scores
     ("grad_kv", 128): [(64, 64, 4, 2, 1), (64, 128, 8, 2, 1), (32, 128, 8, 2, 1)],
     ("grad_kv", 64): [(64, 64, 4, 3, 1), (64, 128, 8, 2, 1), (32, 128, 8, 3, 1)],
 }  # fmt: skip
-DECODE_TILES = [(16, 64, 4, 2), (16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 2)]
 
 
 # ---------------------------------------------------------------------------------------------------- check
@@ -246,41 +244,9 @@ def table(with_flex: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def decode() -> list[dict[str, Any]]:
-    """One query over 32768 keys, 32 query and 8 key heads of size 128: share of the device's copy bandwidth."""
-    from vbcompile.kernels import attention_triton
-    from vbcompile.kernels.attention_tuning import TileConfig, forced_tiles
-
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    peak = 8 * source.numel() / milliseconds(lambda: torch.neg(source, out=target)) / 1e6  # GB/s, read and written
-    rows = []
-    shipped = attention_triton._DECODE_PROGRAMS
-    for batch in (1, 32):
-        q = torch.randn(batch, 8, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
-        k, v = (torch.randn(batch, 8, 1, 32768, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        run = functools.partial(attention_triton.forward, q, k, v, [], 128**-0.5, 0.0, None, function_of(False))
-        for tiles, programs in [(None, shipped), *((t, p) for t in DECODE_TILES for p in (2, 3, 4))]:
-            attention_triton._DECODE_PROGRAMS = programs
-            with forced_tiles(**({"decode": TileConfig(*tiles)} if tiles else {})):
-                ms = milliseconds(run)
-            rate = 2 * k.numel() * k.element_size() / ms / 1e6
-            row = {"batch": batch, "tiles": tiles, "programs": programs, "ms": ms, "GB/s": rate, "share": rate / peak}
-            rows.append(row)
-            print(
-                "decode",
-                batch,
-                tiles or "table",
-                programs,
-                f"{ms * 1e3:.1f} us {rate:.0f} of {peak:.0f} GB/s",
-                flush=True,
-            )
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("check", "sweep", "table", "scores", "decode"))
+    parser.add_argument("what", nargs="+", choices=("check", "sweep", "table", "scores"))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--flex", action="store_true")
     options = parser.parse_args()
@@ -289,7 +255,6 @@ def main() -> None:
         "sweep": lambda: sweep(options.jobs),
         "table": lambda: table(options.flex),
         "scores": lambda: attention_scores.measure(False, options.jobs),
-        "decode": decode,
     }
     for what in options.what:
         begin = time.time()

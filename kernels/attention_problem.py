@@ -159,12 +159,16 @@ class Problem:
     @property
     def mask_sizes(self) -> list[int]:
         """Leading sizes of the mask: 1 along axes that it does not depend on."""
+        return self._sizes(self.program.mask_axes, self.program.mask_captured)
+
+    @property
+    def column_sizes(self) -> list[int]:
+        """The same of the terms in ``column_opaque``."""
+        return self._sizes(self.program.column_axes, self.program.column_captured)
+
+    def _sizes(self, axes: frozenset[int], captured: Sequence[int]) -> list[int]:
         return [
-            max(
-                1,
-                self._lead[axis] if axis in self.program.mask_axes else 1,
-                *(self.captured_leads[n][axis] for n in self.program.mask_captured),
-            )
+            max(1, self._lead[axis] if axis in axes else 1, *(self.captured_leads[n][axis] for n in captured))
             for axis in range(LEAD_AXES)
         ]
 

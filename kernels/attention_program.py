@@ -37,6 +37,9 @@ class TileProgram:
         mask: ``(score, *context) -> keep``; None without a mask.
         opaque: the part of ``mask`` that ``key_range`` does not cover, ``query_opaque`` that ``query_range`` does not;
             None where they cover all.
+        column_opaque: the terms of ``opaque`` that are the same for all rows of a head and read no score; None without
+            such. column_captured: numbers of the captured tensors that they read; column_axes: leading axes of which
+            they read the index.
         sink: ``(*context) -> one more logit per row``; None without.
         key_range: ``(first, last, limit, ...)``: columns ``(hull_first, full_first, full_last, hull_last)`` that rows
             ``first .. last`` need; ``scattered_key_range`` the same for any set of rows; ``query_range`` rows that
@@ -50,7 +53,7 @@ class TileProgram:
         sink_step: gradients of the sink by tiles of rows; None where nobody wants them.
         mask_captured: numbers of the captured tensors that the mask reads; mask_axes: leading axes of which it reads
             the index;
-            mask_reads_score: whether it reads the score.
+            mask_reads_score: whether it reads the score; mask_reads_row: whether it differs between rows.
         row_sums, column_sums: how many sums ``row_step`` and ``column_step`` carry.
         unbounded: whether logits may be so large that their products with ``log2(e)`` overflow.
     """
@@ -59,6 +62,7 @@ class TileProgram:
     mask: Callable[..., Any] | None
     opaque: Callable[..., Any] | None
     query_opaque: Callable[..., Any] | None
+    column_opaque: Callable[..., Any] | None
     sink: Callable[..., Any] | None
     key_range: Callable[..., Any] | None
     scattered_key_range: Callable[..., Any] | None
@@ -77,6 +81,9 @@ class TileProgram:
     mask_captured: tuple[int, ...]
     mask_axes: frozenset[int]
     mask_reads_score: bool
+    mask_reads_row: bool
+    column_captured: tuple[int, ...]
+    column_axes: frozenset[int]
     row_sums: int
     column_sums: int
     unbounded: bool
@@ -112,7 +119,10 @@ def compile_program(
         query_tail="query_tail" in builder.ends,
         mask_captured=tuple(function.captured(function.mask)),
         mask_axes=_lead_axes(function, function.mask),
+        column_captured=tuple(function.captured(*analysis.column_opaque)),
+        column_axes=frozenset().union(*(_lead_axes(function, p) for p in analysis.column_opaque)),
         mask_reads_score=function.depends_on(function.mask, "score"),
+        mask_reads_row=analysis.by_row,
         row_sums=row_sums,
         column_sums=column_sums,
         unbounded=has_unbounded_terms(function.program, function.score),
@@ -122,7 +132,7 @@ def compile_program(
 
 _FUNCTIONS: Final = (
     *("logits", "mask", "opaque", "query_opaque", "sink", "key_range", "scattered_key_range", "query_range"),
-    *("tile_bounds", "query_tile_bounds"),
+    *("column_opaque", "tile_bounds", "query_tile_bounds"),
     *("row_step", "row_finish", "column_step", "column_finish", "sink_step"),
 )
 
@@ -172,6 +182,8 @@ class _ProgramBuilder:
         if analysis.opaque:
             self._conjunction("opaque", list(analysis.opaque))
             self._tile_bounds("tile_bounds", list(analysis.opaque))
+        if analysis.column_opaque:
+            self._conjunction("column_opaque", list(analysis.column_opaque))
         for_columns = analysis.without_rows()
         if for_columns.opaque:
             self._conjunction("query_opaque", list(for_columns.opaque))

@@ -49,11 +49,15 @@ class MaskAnalysis:
         constraints: all of them must hold.
         positions: the instructions that they stand for.
         opaque: positions of the mask's other terms.
+        column_opaque: those of them that read neither row nor score.
+        by_row: whether the mask differs between rows.
     """
 
     constraints: tuple[Constraint, ...] = ()
     positions: tuple[int, ...] = ()
     opaque: tuple[int, ...] = ()
+    column_opaque: tuple[int, ...] = ()
+    by_row: bool = False
 
     def without_rows(self) -> "MaskAnalysis":
         """The same with constraints as opaque that do not bound the rows of a tile of columns."""
@@ -106,7 +110,9 @@ class _Analyser:
             else:
                 constraints.append(found)
                 positions.append(term)
-        return MaskAnalysis(tuple(constraints), tuple(positions), tuple(opaque))
+        same = [p for p in opaque if not self._varies(p, row=True) and not self._function.depends_on(p, "score")]
+        by_row = any(self._varies(p, row=True) for p in (*positions, *opaque))
+        return MaskAnalysis(tuple(constraints), tuple(positions), tuple(opaque), tuple(same), by_row)
 
     def _conjuncts(self, position: int | None) -> list[int]:
         if position is None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels import attention_hopper_few
 from vbcompile.kernels import attention_problem as problems
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_gradients import backward
 from vbcompile.kernels.attention_layout import pad_lead, tile_strides
+from vbcompile.kernels.attention_parts import Parts
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.attention_tuning import TileConfig, refuses_tiles
@@ -27,9 +29,8 @@ _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
 _CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
 _DECODE_ROWS = 64  # most rows of a tile there
-_DEPENDENT_LAUNCH = ("sm_90", "sm_100", "sm_120")  # where a kernel may be launched before the one it waits for ends
 _DECODE_PROGRAMS, _MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 2, 128, 128
-_MERGE_WARPS = 4
+_LOOKED_AT, _LOOK_ELEMENTS = 4, 1024  # tiles of a program from which it looks at the mask first; elements at a time
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -93,10 +94,12 @@ def forward(
     lse = q.new_empty([*problem.lead, problem.q_length], dtype=torch.float32)
     scale, dropout_p = float(scale), float(dropout_p)
     with problems.on_device(q):
-        if problem.q_length <= _MOST_DECODED and not problem.dropout:
-            problem.fitted("decode", lambda tiles: _decode(problem, tiles, q, k, v, out, lse, scale))
-        else:
+        if problem.q_length > _MOST_DECODED or problem.dropout:
             problem.fitted("forward", lambda tiles: _tiled(problem, tiles, q, k, v, out, lse, scale, dropout_p, seed))
+        elif not isinstance(few := attention_hopper_few.operands(problem, q, k, v), str):
+            attention_hopper_few.decode(problem, q, few, out, lse, scale)
+        else:
+            problem.fitted("decode", lambda tiles: _decode(problem, tiles, q, k, v, out, lse, scale))
     return out, lse
 
 
@@ -136,34 +139,32 @@ def _tiled(
 def _decode(
     problem: Problem, tiles: TileConfig, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> None:
-    """Two passes: programs take parts of the keys, then the parts are merged."""
-    from vbcompile.kernels.attention_decode import attention_decode_kernel, attention_merge_kernel
+    """Programs take parts of the keys, which are merged afterwards."""
+    from vbcompile.kernels.attention_decode import attention_decode_kernel
 
     outer, group = problems.shared_axes(k, v, problem.lead)
-    members, total_rows = math.prod(group), problem.heads * problem.q_length
+    members = math.prod(group)
     block_q = min(_DECODE_ROWS, max(tiles.block_q, problems.power_of_two(members * problem.q_length)))
     programs = math.prod(outer) * -(-members * problem.q_length // block_q)
-    splits = _split_count(q.device, programs, -(-problem.k_length // tiles.block_k))
-    part_out = q.new_empty([splits, total_rows, problem.dv], dtype=torch.float32)
-    part_lse = q.new_empty([splits, total_rows], dtype=torch.float32)
-    program = problem.program
-    early = problem.arch in _DEPENDENT_LAUNCH
+    key_tiles = -(-problem.k_length // tiles.block_k)
+    splits = _split_count(q.device, programs, key_tiles)
+    parts, program = Parts.of(problem, q, splits), problem.program
+    pairs = zip(problem.column_sizes, pad_lead(group), strict=True)
+    looks = key_tiles >= _LOOKED_AT * splits and all(size == 1 for size, of_group in pairs if of_group > 1)
     problems.launch(
         attention_decode_kernel, (splits, programs),
-        q, k, v, part_out, part_lse, problem.captured, pad_lead(problem.lead), pad_lead(outer), pad_lead(group),
-        tile_strides(q), tile_strides(k), tile_strides(v), problem.captured_strides,
-        scale, problem.q_length, problem.k_length, members, splits, total_rows,
+        q, k, v, out, lse, parts.out, parts.rows, problem.captured,
+        pad_lead(problem.lead), pad_lead(outer), pad_lead(group),
+        tile_strides(q), tile_strides(k), tile_strides(v), tile_strides(out), problem.captured_strides,
+        scale, problem.q_length, problem.k_length, members, splits, parts.total_rows,
         program.logits, program.mask, program.sink, program.scattered_key_range,
-        PLAIN=problem.plain, UNBOUNDED=problem.unbounded, PRECISION=problem.precision, **problem.widths,
-        BLOCK_Q=block_q, BLOCK_K=tiles.block_k, EARLY=early, num_warps=tiles.warps, num_stages=tiles.stages,
+        program.column_opaque if looks else None,
+        PLAIN=problem.plain, UNBOUNDED=problem.unbounded, EMPTY_IS_ZERO=problem.empty_is_zero,
+        PRECISION=problem.precision, **problem.widths, BLOCK_Q=block_q, BLOCK_K=tiles.block_k,
+        TILES=max(1, _LOOK_ELEMENTS // tiles.block_k), SPLIT=splits > 1, EARLY=parts.early,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    problems.launch(
-        attention_merge_kernel, (total_rows,),
-        part_out, part_lse, out, lse, pad_lead(problem.lead), tile_strides(out), problem.q_length, splits, total_rows,
-        EMPTY_IS_ZERO=problem.empty_is_zero, SPLITS_PADDED=problems.power_of_two(splits),
-        DV=problem.dv, DV_PADDED=problems.padded(problem.dv), EARLY=early, num_warps=_MERGE_WARPS,
-        **({"launch_pdl": True} if early else {}),
-    )  # fmt: skip
+    parts.merge(out, lse)
 
 
 def _split_count(device: torch.device, programs: int, tiles: int) -> int:

@@ -12,7 +12,7 @@ FUNCTION = make_function(mask=causal())
 
 
 def record_launches(arch: str, head_size: int, dtype: torch.dtype, backward: bool = True) -> list[Launch]:
-    """What one forward, its backward if wanted, and one decoding step launch on ``arch``."""
+    """What one forward, its backward if wanted, and decoding steps of 1 and 16 queries launch on ``arch``."""
     launches: list[Launch] = []
     q, k, v = (torch.empty(1, 2, 512, head_size, dtype=dtype) for _ in range(3))
     arguments = (0.1, 0.0, None, FUNCTION)
@@ -24,5 +24,6 @@ def record_launches(arch: str, head_size: int, dtype: torch.dtype, backward: boo
         out, lse = attention_triton.forward(q, k, v, [], *arguments)
         if backward:
             attention_triton.backward(out, None, q, k, v, [], out, lse, *arguments, [True] * 3)
-        attention_triton.forward(q[:, :, :1], k, v, [], *arguments)
+        for queries in (1, 16):
+            attention_triton.forward(q[:, :, :queries], k, v, [], *arguments)
     return launches

@@ -21,7 +21,8 @@ ALWAYS = {  # head sizes and types beside 128 in bfloat16, each for one or two t
 def check(arch: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Report]]:
     launches = record_launches(arch, head_size, dtype)
     names = [launch.kernel.__name__.removeprefix("attention_").removesuffix("_kernel") for launch in launches]
-    assert set(names) == KERNELS
+    few = arch == "sm_90" and head_size in (64, 128) and dtype != torch.float32
+    assert set(names) == KERNELS | ({"hopper_decode"} if few else set())
     reports = [(name, compile_launch(launch, arch)) for name, launch in zip(names, launches, strict=True)]
     assert not [name for name, report in reports if report.spills]
     assert not [name for name, report in reports if report.shared > SHARED_BYTES[arch]]

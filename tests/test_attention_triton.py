@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 from attention_compare import DEVICE, compare
-from attention_forms import Form, make_forms
+from attention_forms import Form, captured_mask, make_forms, make_function
 from interpreter_patches import replace_once_a_launch
 
-from vbcompile.kernels import attention_problem
+from vbcompile.kernels import attention_problem, attention_triton
 from vbcompile.kernels.attention_tiles import analyse_mask
 from vbcompile.kernels.attention_triton import forward
 from vbcompile.kernels.attention_tuning import TileConfig
@@ -58,6 +58,39 @@ def test_summary_of_opaque_masks(name, monkeypatch):
 )
 def test_few_queries_split_the_keys(name):
     check(FEW_QUERIES[name], torch.float32)
+
+
+@pytest.mark.parametrize("slots", [1, 8, 24])
+@pytest.mark.parametrize(
+    "name", ["plain", "causal_empty_rows", "lengths", "sink", "grouped", "grouped_document", "key_padding", "one_query"]
+)
+def test_parts_of_several_tiles(name, slots, monkeypatch):
+    """One to eight tiles a program, merged or not; masks looked at ahead of the keys."""
+    monkeypatch.setattr(attention_triton, "_DECODE_PROGRAMS", 1)
+    monkeypatch.setattr(attention_triton, "_TYPICAL_MULTIPROCESSORS", slots)
+    monkeypatch.setattr(attention_triton, "_LOOKED_AT", 1)
+    monkeypatch.setattr(attention_triton, "_LOOK_ELEMENTS", 64)
+    form = make_forms(1, 71, 16, 24)["grouped_document"] if name == "one_query" else FEW_QUERIES[name]
+    check(form, torch.float32)
+
+
+def test_tiles_that_a_mask_leaves_out_are_not_read(monkeypatch):
+    """Keys and values before the first and after the last tile that is needed may hold anything."""
+    monkeypatch.setattr(attention_triton, "_DECODE_PROGRAMS", 1)
+    monkeypatch.setattr(attention_triton, "_TYPICAL_MULTIPROCESSORS", 4)
+    monkeypatch.setattr(attention_triton, "_LOOKED_AT", 1)
+    q, k, v = (torch.randn(1, 2, n, m, 16, device=DEVICE) for n, m in ((3, 1), (1, 512), (1, 512)))
+    mask = torch.zeros(1, 1, 1, 1, 512, dtype=torch.bool, device=DEVICE)
+    mask[..., 130:250] = True
+    function = make_function(mask=captured_mask)
+    want, want_lse = forward(q, k, v, [mask], 0.25, 0.0, None, function)
+    outside = [torch.full_like(t, torch.nan) for t in (k, v)]
+    for t, source in zip(outside, (k, v), strict=True):
+        t[..., 128:256, :] = source[..., 128:256, :]
+    out, lse = forward(q, *outside, [mask], 0.25, 0.0, None, function)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    kept = (q @ k[..., 130:250, :].mT * 0.25).softmax(-1) @ v[..., 130:250, :]
+    torch.testing.assert_close(out, kept, atol=1e-5, rtol=1e-5)
 
 
 def test_output_memory_order():

@@ -11,8 +11,10 @@ from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import attention as logical
 from vbcompile.kernels import (
     attention_hopper,
+    attention_hopper_few,
     attention_hopper_gradients,
     attention_problem,
+    attention_triton,
     registry,
     replay,
 )
@@ -44,6 +46,8 @@ def stub(folder, monkeypatch):
     target = catalog_target("sm_90")
     monkeypatch.setattr(logical, "get_target", lambda device: target)
     monkeypatch.setattr(attention_problem, "arch_of", lambda t: "sm_90")
+    for module in (attention_hopper_few, attention_triton):
+        monkeypatch.setattr(module, "get_target", lambda device: target)
     for module in (attention_hopper, attention_hopper_gradients):
         monkeypatch.setattr(module, "refuses", lambda *call: None)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
@@ -73,6 +77,7 @@ def inputs(q_length, k_length, dim, rows_first):
     ("kernel", "function", "q_length", "k_length", "expected"),
     [
         ("triton", PLAIN, 1, 512, 2),
+        ("triton", BIASED, 1, 512, 2),
         ("triton", BIASED, 100, 100, 4),
         ("hopper", CAUSAL, 200, 200, 4),
     ],
@@ -118,4 +123,4 @@ def test_profilers_hear_of_repeated_launches(stub):
                 logical.attention(q, k, v, [], 0.125, 0.0, None, PLAIN.dumps())
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
-    assert heard == 3 * ["attention_decode_kernel", "attention_merge_kernel"]
+    assert heard == 3 * ["attention_hopper_decode_kernel", "attention_merge_kernel"]
