@@ -2,9 +2,16 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
+
+# by one thread: a piece of memory is brought to the second-level cache
+_PREFETCH = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+    " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
+)
 
 
 @triton.jit(do_not_specialize=["m", "column_tiles", "steps_each", "splits"])
@@ -13,7 +20,7 @@ def fp4_product_kernel(
     m, n, k, x_stride, column_tiles, steps_each, splits,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     HALF: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * row_scale + bias)`` for BLOCK_M rows of x and 64 * ROWS rows of the weight.
 
@@ -22,7 +29,7 @@ def fp4_product_kernel(
     of the weight in turns of eight) ``[m, n / 2]``, after FUNCTION. Program ``(tile of n, split
     of k, tile of m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32
     ``[splits, m, n]``) and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero
-    again afterwards.
+    again afterwards. EARLY: launched while the kernel ahead ends; weights come to the second-level cache meanwhile.
     """
     tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width: tl.constexpr = 64 * COLUMNS
@@ -36,7 +43,16 @@ def fp4_product_kernel(
     live = (rows_m < m)[:, None]
     total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
     first = split * steps_each
-    for step in tl.range(first, tl.minimum(first + steps_each, column_tiles // COLUMNS), num_stages=STAGES):
+    end = tl.minimum(first + steps_each, column_tiles // COLUMNS)
+    if EARLY:
+        if EARLY == 2:
+            for row in tl.static_range(ROWS):
+                own = codes_ptr + (tile * ROWS + row).to(tl.int64) * column_tiles * 512 + first * (COLUMNS * 512)
+                tl.inline_asm_elementwise(
+                    _PREFETCH, "=r,l,r", [own.to(tl.int64), (end - first) * (COLUMNS * 2048)], tl.int32, False, 1
+                )
+        gdc_wait()
+    for step in tl.range(first, end, num_stages=STAGES):
         words = tl.load(code_at + step * (COLUMNS * 512), eviction_policy="evict_first")
         scales = tl.load(scale_at + step * (COLUMNS * per_tile), eviction_policy="evict_first")
         x = tl.load(x_at + step * width, mask=live & (columns < k - step * width)[None, :], other=0.0)

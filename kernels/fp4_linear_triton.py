@@ -161,7 +161,7 @@ def product(
         rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial,
         arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
         BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
-        STAGES=config.stages, num_warps=config.warps, **decoding(target, format_name, layout, x.dtype),
+        STAGES=config.stages, num_warps=config.warps, **early(target), **decoding(target, format_name, layout, x.dtype),
         **epilogue_options(epilogue),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])
@@ -184,6 +184,17 @@ def dequantize(
         SCALED=dtype != torch.float8_e4m3fn, **decoding(get_target(codes.device), format_name, layout, dtype),
     )  # fmt: skip
     return out
+
+
+EARLY = 2
+
+
+def early(target: Target) -> dict[str, Any]:
+    """Options of a launch while the kernel ahead ends, where the device can do that."""
+    capability = target.compute_capability
+    if target.vendor != "nvidia" or capability is None or capability < (9, 0):
+        return {"EARLY": 0}
+    return {"EARLY": EARLY, "launch_pdl": EARLY > 0}
 
 
 def decoding(target: Target, format_name: str, layout: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
     scales = torch.empty(n // 64, k // 64, 4096 // fp4_format(format_name).block_size, dtype=torch.uint8)
     read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config, epilogue)
     floats, counters = torch.empty(n), torch.empty(16, dtype=torch.int32)
-    arguments = (*read, floats, floats, floats, floats, counters, m, n, 1, k // 128, 4, 7)
+    arguments = (*read, floats, floats, floats, floats, counters, m, n, 1, k // 128, 4, 7, 0, 0)
     options = fp4_linear_hopper.launch_options(
         kind, config, config.splits != 1, 32 // fp4_format(format_name).block_size, epilogue
     )
