@@ -144,11 +144,16 @@ def fp4_dequantize_kernel(
 
 
 @triton.jit
-def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, factor, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+def fp8_rows_kernel(
+    x_ptr, out_ptr, scale_ptr, k, x_stride, factor, BLOCK: tl.constexpr, PAIRED: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is factor times x ``[m, k]``, rows ``x_stride`` apart.
 
-    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16.
+    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16. EARLY: launched while the
+    kernel ahead ends.
     """
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     first = tl.load(x_ptr + row * x_stride + columns, mask=columns < k, other=0.0)
