@@ -149,8 +149,8 @@ def fp8_rows_kernel(
 ):  # fmt: skip
     """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is factor times x ``[m, k]``, rows ``x_stride`` apart.
 
-    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16. EARLY: launched while the
-    kernel ahead ends.
+    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16. EARLY: launched while
+    the kernel ahead ends.
     """
     if EARLY:
         gdc_wait()

@@ -5,6 +5,8 @@ shape of the weight): nothing is tuned at run time.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -241,6 +243,18 @@ def counters(device: torch.device, count: int) -> Tensor:
     found = each_time(partial(_counters, device, count))
     assert found is not None
     return found
+
+
+@contextmanager
+def counters_of_passing_graphs() -> Iterator[None]:
+    """Counters that CUDA graphs recorded within take are free again afterwards: those graphs must be gone by then."""
+    used = {device: pool.used for device, pool in _pools.items()}
+    try:
+        yield
+    finally:
+        with _lock:
+            for device, count in used.items():
+                _pools[device].used = count
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
