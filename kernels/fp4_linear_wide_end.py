@@ -32,6 +32,7 @@ def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, 
     piece = gl.arange(0, BLOCK_M // 8, gl.SliceLayout(0, PLANE))[None, :, None]
     value = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FLAT)))[None, None, :]
     STEP: gl.constexpr = PARTS * 64 * BLOCK_M
+    AHEAD: gl.constexpr = 4 if BLOCK_M <= 32 else 2 if BLOCK_M <= 128 else 1  # loads under way at a time
     at = partial_ptr + part * (64 * BLOCK_M) + (piece * 512 + thread * 4) + value
     mine = total.reshape([4, 2, 8, BLOCK_M // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
     mine = gl.convert_layout(mine.reshape([128, BLOCK_M // 8, 4]), FLAT, assert_trivial=True)
@@ -54,9 +55,12 @@ def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, 
         if own != late:
             there = _place(late, begin, left, programs)
             mine = gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
-        for i in range(final - first):
-            there = _place(first + i + gl.where(splits > 0, 0, 1), begin, left, programs)
-            mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
+        after = first + gl.where(splits > 0, 0, 1)
+        for i in range(0, final - first, AHEAD):
+            for j in gl.static_range(AHEAD):
+                there = _place(after + i + j, begin, left, programs).to(gl.int64)
+                wanted = gl.full(mine.shape, i + j, gl.int32, FLAT) < final - first
+                mine += gl.load(at + there * STEP, mask=wanted, other=0.0, cache_modifier=".cg")
     total = mine.reshape([4, 8, 4, BLOCK_M // 8, 2, 2]).permute((0, 4, 1, 3, 2, 5))
     return gl.convert_layout(total.reshape([64, BLOCK_M]), LAYOUT, assert_trivial=True), last
 

@@ -13,6 +13,7 @@ from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_trit
 from vbcompile.kernels.fp4_epilogue import out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear_few import FewConfig
+from vbcompile.kernels.fp4_linear_hopper import WideConfig
 from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
@@ -189,14 +190,35 @@ def test_blocks_share_all_of_the_work(n, k, fp8):
         for config in fp4_linear_hopper.wide_candidates(m, fp8):
             plan = fp4_linear_hopper.plan(m, n, k, config, multiprocessors)
             assert 0 < plan.programs <= multiprocessors * config.blocks
-            tiles = -(-n // (128 * config.tiles)) * -(-m // config.block_m)
+            tiles = -(-n // (64 * config.parts)) * -(-m // config.block_m)
             assert plan.pairs == -(-k // 128) and plan.whole * plan.pairs + plan.left == tiles * plan.pairs
             assert plan.left == 0 or (plan.whole % plan.programs == 0 and plan.left >= plan.programs)
-            shares = [plan.left * p // plan.programs for p in range(plan.programs + 1)]
+            shares = [plan.begin(p) for p in range(plan.programs + 1)]
+            assert shares[0] == 0 and shares[-1] == plan.left
             for first, last in itertools.pairwise(shares):
+                assert plan.left == 0 or first < last
                 begun_before = [t for t in range(first // plan.pairs, -(-last // plan.pairs)) if t * plan.pairs > first]
                 cut = [t for t in begun_before if (t + 1) * plan.pairs > last]
                 assert len(cut) <= 1  # the place for tiles that begin within the share
+
+
+def test_the_last_share_of_a_tile_is_the_longer_one():
+    plan = fp4_linear_hopper.plan(256, 4096, 4096, WideConfig(128, 1, 8, 2, lag=3), 132)
+    assert (plan.programs, plan.splits, [plan.begin(p) for p in range(4)]) == (128, 2, [0, 14, 32, 46])
+    assert fp4_linear_hopper.plan(256, 4096, 256, WideConfig(128, 1, 8, 2, lag=3), 132).lag == 0  # two pairs: one each
+    assert fp4_linear_hopper.plan(256, 6144, 4096, WideConfig(128, 1, 8, 0, lag=3), 132).splits == 0
+
+
+def test_weights_are_copied_before_the_kernel_ahead_has_ended():
+    """The producer copies codes and scales (three axes), waits, copies x (two); the consumers wait before all else."""
+    text = disassembly(compile_launch(wide_launch(WideConfig(64, 1, 6, 4, 2), BF16), "sm_90"))
+    order = re.findall(r"UTMALDG\.[23]D|ACQBULK|HGMMA", text)
+    assert order.count("ACQBULK") >= 3
+    at = order.index("UTMALDG.3D")
+    waits = [i for i, name in enumerate(order) if name == "ACQBULK"]
+    assert any(
+        at < wait and set(order[at:wait]) == {"UTMALDG.3D"} and order[wait + 1] == "UTMALDG.2D" for wait in waits
+    )
 
 
 @pytest.mark.parametrize("epilogue", ["silu", "gelu", "gated_silu", "gated_gelu_tanh"])
