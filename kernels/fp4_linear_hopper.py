@@ -27,9 +27,8 @@ _ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
 _TILE_BYTES = TILE * TILE // 2 + TILE * TILE // 16  # codes and scales, of the format that has more of them
 _SHARED_BYTES = 227 * 1024 - 1024  # of an SM, less what barriers take
 _MOST_STAGES = 10
-_REGISTERS = {  # (warpgroups, blocks an SM): of a thread of a warpgroup, and of all threads before they are shared out
-    (2, 1): (232, 168), (3, 1): (160, 128), (4, 1): (120, 96), (2, 2): (104, 80), (2, 3): (72, 56),
-}  # fmt: skip
+# of a thread of one of so many warpgroups, and of all threads before they are shared out; no others fit on the SM
+_REGISTERS = {2: (232, 168), 3: (160, 128)}
 _TYPICAL_MULTIPROCESSORS = 132
 # a step of 64 columns of one block, as measured on an H200; (block_m, tiles)
 _STEP_MICROSECONDS = {
@@ -49,9 +48,9 @@ class WideConfig:
         stages: shared buffers of 64 columns.
         splits: blocks that share the columns of one tile; 0: the tiles that would not fill the device are shared evenly
             by all blocks.
-        blocks: blocks that an SM holds at a time.
+        blocks: 1; with two on an SM, blocks of different launches did not always end.
         in_turns: whether the warpgroups' products take turns at the tensor cores.
-        warpgroups: of a block, 2 to 4.
+        warpgroups: of a block, 2 or 3.
         lag: pairs of steps of 64 columns that the last of ``splits`` blocks has more than the others, so that their
             sums are there when it is done.
     """
@@ -90,11 +89,10 @@ def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str
 
 
 def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool) -> WideConfig:
-    """A configuration with as many shared buffers as fit; the smallest tiles leave room for two blocks an SM."""
-    blocks = 2 if block_m * tiles <= 64 else 1
+    """A configuration with as many shared buffers as fit."""
     stage = TILE * block_m * (1 if fp8 else 2) + 2 * tiles * _TILE_BYTES
     results = 2 * TILE * block_m * 2
-    return WideConfig(block_m, tiles, min(_MOST_STAGES, (_SHARED_BYTES // blocks - results) // stage), splits, blocks)
+    return WideConfig(block_m, tiles, min(_MOST_STAGES, (_SHARED_BYTES - results) // stage), splits)
 
 
 def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
@@ -107,7 +105,7 @@ def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
 @from_tables
 def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> WideConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
-    if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None:
+    if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None and tuned[4] == 1:
         return WideConfig(*tuned)
     multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
 
@@ -144,7 +142,7 @@ def plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> Pl
     """The shares of blocks in ``x [m, k]`` times a weight ``[n, k]``."""
     tiles = -(-n // (config.parts * TILE)) * -(-m // config.block_m)
     pairs = -(-k // (2 * TILE))
-    resident = multiprocessors * config.blocks
+    resident = multiprocessors
     if config.splits != 1:
         programs = min(resident, tiles * config.splits or resident, tiles * max(1, pairs // 2))
         whole = tiles // programs * programs
@@ -164,7 +162,7 @@ def launch_options(
     from vbcompile.kernels.fp4_linear_fp8_words import pair_assembly
 
     word = pair_assembly(scale_words) if kind == torch.float8_e4m3fn else word_assembly(_KINDS[kind][1])
-    registers, at_first = _REGISTERS[config.warpgroups, config.blocks]
+    registers, at_first = _REGISTERS[config.warpgroups]
     return {
         "CONSUMERS": config.warpgroups, "TILES": config.tiles, "STAGES": config.stages // config.steps,
         "STEPS": config.steps, "TYPE": getattr(gl, _KINDS[kind][0]), "WORD": word, "SPLIT": split,

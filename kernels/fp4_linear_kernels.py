@@ -2,16 +2,10 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
-
-# by one thread: a piece of memory is brought to the second-level cache
-_PREFETCH = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-    " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
-)
 
 
 @triton.jit(do_not_specialize=["m", "column_tiles", "steps_each", "splits"])
@@ -29,7 +23,7 @@ def fp4_product_kernel(
     of the weight in turns of eight) ``[m, n / 2]``, after FUNCTION. Program ``(tile of n, split
     of k, tile of m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32
     ``[splits, m, n]``) and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero
-    again afterwards. EARLY: launched while the kernel ahead ends; weights come to the second-level cache meanwhile.
+    again afterwards. EARLY: launched while the kernel ahead ends, and lets the next one be.
     """
     tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width: tl.constexpr = 64 * COLUMNS
@@ -45,13 +39,8 @@ def fp4_product_kernel(
     first = split * steps_each
     end = tl.minimum(first + steps_each, column_tiles // COLUMNS)
     if EARLY:
-        if EARLY == 2:
-            for row in tl.static_range(ROWS):
-                own = codes_ptr + (tile * ROWS + row).to(tl.int64) * column_tiles * 512 + first * (COLUMNS * 512)
-                tl.inline_asm_elementwise(
-                    _PREFETCH, "=r,l,r", [own.to(tl.int64), (end - first) * (COLUMNS * 2048)], tl.int32, False, 1
-                )
         gdc_wait()
+        gdc_launch_dependents()
     for step in tl.range(first, end, num_stages=STAGES):
         words = tl.load(code_at + step * (COLUMNS * 512), eviction_policy="evict_first")
         scales = tl.load(scale_at + step * (COLUMNS * per_tile), eviction_policy="evict_first")
@@ -150,10 +139,11 @@ def fp8_rows_kernel(
     """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is factor times x ``[m, k]``, rows ``x_stride`` apart.
 
     PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16. EARLY: launched while
-    the kernel ahead ends.
+    the kernel ahead ends, and lets the next one be.
     """
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     first = tl.load(x_ptr + row * x_stride + columns, mask=columns < k, other=0.0)

@@ -188,15 +188,12 @@ def dequantize(
     return out
 
 
-EARLY = 2
-
-
 def early(target: Target) -> dict[str, Any]:
     """Options of a launch while the kernel ahead ends, where the device can do that."""
     capability = target.compute_capability
     if target.vendor != "nvidia" or capability is None or capability < (9, 0):
-        return {"EARLY": 0}
-    return {"EARLY": EARLY, "launch_pdl": EARLY > 0}
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def decoding(target: Target, format_name: str, layout: str, dtype: torch.dtype) -> dict[str, Any]:

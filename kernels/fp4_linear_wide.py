@@ -6,6 +6,7 @@ its tiles of 64 rows by 64 columns to registers, as the left operand of ``wgmma`
 tile before. Only x is read from shared memory by the tensor cores.
 
 The kernel is launched while the one ahead ends: weights are copied at once, x and all that is written wait for its end.
+It fills a multiprocessor, so that no block of another kernel, or of the next launch, is there at the same time.
 """
 
 from triton.experimental import gluon
@@ -18,9 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vbcompile.kernels.fp4_linear_wide_end import finish
+from vbcompile.kernels.fp4_linear_wide_end import finish, row_scale
 
 AFTER = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+LET_NEXT_BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
 
 
 @gluon.jit
@@ -161,6 +163,7 @@ def _produce(descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES:
         column = first * 2 + j * STEPS
         _copy_weights(descriptors, buffers, full.index(j), j, tile_n * PARTS, column, STEPS, COPIES)
     tile_m = _after_the_kernel_ahead(tile_m)
+    tile_m = gl.inline_asm_elementwise(LET_NEXT_BEGIN, "=r,r", [tile_m], gl.int32, is_pure=False, pack=1)
     for j in range(begun):
         _copy_x(descriptors, buffers, full.index(j), j, tile_m, first * 2 + j * STEPS, STEPS)
     slot = gl.where(begun == STAGES, 0, begun)
@@ -275,19 +278,21 @@ def _consume(
     pair, end = _share(_after_the_kernel_ahead(gl.program_id(0)), shape)
     while (turn < shape[2]) | (pair < end):
         tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
+        tile = (tile_n * CONSUMERS + w) * TILES
+        scale = row_scale(results, tile, out_smem.shape[1], FP8)
         sum_a, sum_b, slot, phase = _multiply(
             buffers, barriers, slot, phase, pairs * 2, w, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD, IN_TURNS
         )
         split = (number - shape[2] * shape[4], pairs)
-        tile = (tile_n * CONSUMERS + w) * TILES
         finish(
-            sum_a, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, CONSUMERS * TILES, FP8, BIAS,
-            SPLIT, FUNCTION, GATED,
+            sum_a, scale, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, CONSUMERS * TILES, FP8,
+            BIAS, SPLIT, FUNCTION, GATED,
         )  # fmt: skip
         if TILES == 2:
+            scale = row_scale(results, tile + 1, out_smem.shape[1], FP8)
             finish(
-                sum_b, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape, CONSUMERS * TILES,
-                FP8, BIAS, SPLIT, FUNCTION, GATED,
+                sum_b, scale, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape,
+                CONSUMERS * TILES, FP8, BIAS, SPLIT, FUNCTION, GATED,
             )  # fmt: skip
         pair += gl.where(turn < shape[2], 0, pairs)
         turn += 1
@@ -360,7 +365,7 @@ def fp4_wide_kernel(
             [4, 1],
             [REGISTERS, 24],
         )  # fmt: skip
-    elif CONSUMERS == 3:
+    else:
         gl.warp_specialize(
             [
                 (
@@ -388,40 +393,4 @@ def fp4_wide_kernel(
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        buffers, barriers, out_smem, results, shape, 0, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        buffers, barriers, out_smem, results, shape, 1, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        buffers, barriers, out_smem, results, shape, 2, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        buffers, barriers, out_smem, results, shape, 3, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
-                    ),
-                ),
-                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
-            ],
-            [4, 4, 4, 1],
-            [REGISTERS, REGISTERS, REGISTERS, 24],
         )  # fmt: skip

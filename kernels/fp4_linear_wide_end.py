@@ -66,16 +66,25 @@ def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, 
 
 
 @gluon.jit
+def row_scale(results, tile, BLOCK_M: gl.constexpr, FP8: gl.constexpr):
+    """The scales of a tile's 64 rows, as its sums want them; asked for before the sums, they are there after them."""
+    _, row_scale_ptr, _, _, _, _, _, n = results
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32 if FP8 else 16])
+    rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    return gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
+
+
+@gluon.jit
 def finish(
-    total, tile, part: gl.constexpr, tile_m, split, results, out_tile, shape, PARTS: gl.constexpr, FP8: gl.constexpr,
-    BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
+    total, scale, tile, part: gl.constexpr, tile_m, split, results, out_tile, shape, PARTS: gl.constexpr,
+    FP8: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Store a tile after the epilogue, with SPLIT once its sums are complete.
 
-    ``part``: of the work item's tiles, the how many-th this is. ``split``: number of the work item among those that are
-    shared, and pairs of steps that were done.
+    ``scale``: of the rows. ``part``: of the work item's tiles, the how many-th this is. ``split``: number of the work
+    item among those that are shared, and pairs of steps that were done.
     """
-    out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
+    out_desc, _, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
     LAYOUT: gl.constexpr = total.type.layout
     BLOCK_M: gl.constexpr = total.shape[1]
     last = tile * 64 < n
@@ -85,7 +94,6 @@ def finish(
             total, last = _add_up(total, number, part, shape, partial_ptr, arrived_ptr, PARTS)
     if last:
         rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-        scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
         if FP8:
             columns = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))
             x_scale = gl.load(x_scale_ptr + columns, mask=columns < m, other=0.0)
