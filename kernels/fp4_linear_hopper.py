@@ -30,11 +30,16 @@ _MOST_STAGES = 10
 # of a thread of one of so many warpgroups, and of all threads before they are shared out; no others fit on the SM
 _REGISTERS = {2: (232, 168), 3: (160, 128)}
 _TYPICAL_MULTIPROCESSORS = 132
-# a step of 64 columns of one block, as measured on an H200; (block_m, tiles)
+# a step of 64 columns of one block, as measured on an H200; (block_m, tiles, warpgroups)
 _STEP_MICROSECONDS = {
-    False: {(64, 1): 0.3, (64, 2): 0.45, (128, 1): 0.33, (128, 2): 0.6, (256, 1): 0.6},
-    True: {(64, 1): 0.35, (64, 2): 0.5, (128, 1): 0.33, (128, 2): 0.5, (256, 1): 0.36},
-}
+    False: {
+        (32, 1, 2): 0.21, (64, 1, 2): 0.23, (64, 1, 3): 0.27, (128, 1, 2): 0.31, (128, 1, 3): 0.5, (128, 2, 2): 0.6,
+        (256, 1, 2): 0.62,
+    },
+    True: {
+        (64, 1, 2): 0.27, (128, 1, 2): 0.31, (128, 1, 3): 0.45, (128, 2, 2): 0.5, (256, 1, 2): 0.5,
+    },
+}  # fmt: skip
 _SHARING_MICROSECONDS = 2.0  # for each block that shares a tile
 
 
@@ -88,18 +93,21 @@ def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str
     return f"takes rows and columns in multiples of {_ALIGNMENT}" if n % _ALIGNMENT or k % _ALIGNMENT else None
 
 
-def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool) -> WideConfig:
+def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool, warpgroups: int = 2, lag: int = 0) -> WideConfig:
     """A configuration with as many shared buffers as fit."""
-    stage = TILE * block_m * (1 if fp8 else 2) + 2 * tiles * _TILE_BYTES
-    results = 2 * TILE * block_m * 2
-    return WideConfig(block_m, tiles, min(_MOST_STAGES, (_SHARED_BYTES - results) // stage), splits)
+    parts = warpgroups * tiles
+    stage = TILE * block_m * (1 if fp8 else 2) + parts * _TILE_BYTES
+    results = warpgroups * TILE * block_m * 2
+    stages = min(_MOST_STAGES, (_SHARED_BYTES - results) // stage)
+    return WideConfig(block_m, tiles, stages, splits, 1, block_m >= 256 and not fp8, warpgroups, lag)
 
 
 def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
     """Configurations worth trying for m rows of x."""
-    for block_m, tiles in _STEP_MICROSECONDS[fp8]:
-        if block_m <= max(64, m) and m <= (128 if block_m == 64 else 16 * block_m):
-            yield from (wide_shape(block_m, tiles, splits, fp8) for splits in (1, 0, 2, 3, 4, 6, 8))
+    for block_m, tiles, warpgroups in _STEP_MICROSECONDS[fp8]:
+        if block_m <= max(64, m) and m <= {32: 32, 64: 512}.get(block_m, 16 * block_m):
+            for splits, lag in ((1, 0), (0, 0), (2, 0), (2, 2), (2, 4), (3, 0), (4, 0), (4, 2), (5, 2), (6, 0), (8, 0)):
+                yield wide_shape(block_m, tiles, splits, fp8, warpgroups, lag)
 
 
 @from_tables
@@ -113,7 +121,7 @@ def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> Wi
         shares = plan(m, n, k, config, multiprocessors)
         pairs = -(-shares.whole // shares.programs) * shares.pairs + -(-shares.left // shares.programs)
         sharing = _SHARING_MICROSECONDS * shares.programs * shares.pairs / shares.left if shares.left else 0
-        return 2 * pairs * _STEP_MICROSECONDS[fp8][config.block_m, config.tiles] + sharing
+        return 2 * pairs * _STEP_MICROSECONDS[fp8][config.block_m, config.tiles, config.warpgroups] + sharing
 
     return min(wide_candidates(m, fp8), key=microseconds)
 
@@ -142,14 +150,13 @@ def plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> Pl
     """The shares of blocks in ``x [m, k]`` times a weight ``[n, k]``."""
     tiles = -(-n // (config.parts * TILE)) * -(-m // config.block_m)
     pairs = -(-k // (2 * TILE))
-    resident = multiprocessors
     if config.splits != 1:
-        programs = min(resident, tiles * config.splits or resident, tiles * max(1, pairs // 2))
+        programs = min(multiprocessors, tiles * config.splits or multiprocessors, tiles * max(1, pairs // 2))
         whole = tiles // programs * programs
         if (left := (tiles - whole) * pairs) >= programs:  # a share is never empty
             splits = config.splits if programs == tiles * config.splits else 0
             return Plan(programs, pairs, whole, left, splits, min(config.lag, pairs - splits) if splits else 0)
-    return Plan(min(tiles, resident), pairs, tiles, 0)
+    return Plan(min(tiles, multiprocessors), pairs, tiles, 0)
 
 
 def launch_options(

@@ -253,8 +253,7 @@ def _multiply(
         next_slot, next_phase = gl.where(more, slot, other_slot), gl.where(more, phase, other_phase)
         mbarrier.wait(full.index(next_slot), next_phase)
         pairs = _decode_part(buffers, next_slot * STEPS, OWN, COPIES, WORD)
-        if IN_TURNS or TYPE.primitive_bitwidth == 16:  # or the assembler would decode after the product
-            mbarrier.wait(full.index(next_slot), next_phase)
+        mbarrier.wait(full.index(next_slot), next_phase)  # or the assembler would decode after the product
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])

@@ -160,14 +160,15 @@ def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
 
 
 @pytest.mark.parametrize(
-    ("block_m", "tiles", "splits", "kind"),
+    ("block_m", "tiles", "splits", "kind", "warpgroups"),
     [
-        (64, 1, 1, BF16), (64, 2, 2, BF16), (128, 1, 0, BF16), (128, 2, 1, BF16), (256, 1, 1, BF16), (256, 1, 0, FP16),
-        (256, 1, 0, FP8), (128, 2, 1, FP8), (64, 1, 4, FP8),
+        (32, 1, 1, BF16, 2), (64, 1, 1, BF16, 2), (64, 1, 4, FP16, 3), (64, 2, 2, BF16, 2), (128, 1, 0, BF16, 2),
+        (128, 2, 1, BF16, 2), (256, 1, 1, BF16, 2), (256, 1, 0, FP16, 2), (256, 1, 0, FP8, 2), (128, 2, 1, FP8, 2),
+        (64, 1, 4, FP8, 2),
     ],
 )  # fmt: skip
-def test_hopper_kernel_runs_asynchronously_without_spills(block_m, tiles, splits, kind):
-    config = fp4_linear_hopper.wide_shape(block_m, tiles, splits, kind == FP8)
+def test_hopper_kernel_runs_asynchronously_without_spills(block_m, tiles, splits, kind, warpgroups):
+    config = fp4_linear_hopper.wide_shape(block_m, tiles, splits, kind == FP8, warpgroups)
     report = compile_launch(wide_launch(config, kind, "mxfp4" if kind == FP16 else "nvfp4"), "sm_90")
     assert report.spills == 0 and report.shared <= 232448 // config.blocks
     loop = hot_loop(report, innermost=True)
@@ -200,6 +201,14 @@ def test_blocks_share_all_of_the_work(n, k, fp8):
                 begun_before = [t for t in range(first // plan.pairs, -(-last // plan.pairs)) if t * plan.pairs > first]
                 cut = [t for t in begun_before if (t + 1) * plan.pairs > last]
                 assert len(cut) <= 1  # the place for tiles that begin within the share
+
+
+def test_no_other_block_fits_beside_one_of_hoppers_kernel():
+    """Two of different launches on one multiprocessor did not always end: the register file has no room for more."""
+    for warpgroups, (own, at_first) in fp4_linear_hopper._REGISTERS.items():
+        threads = 32 * (4 * warpgroups + 4)  # one of the last four warps is the producer
+        assert threads * at_first <= 65536 < threads * at_first + 32 * 4 * 16
+        assert 128 * warpgroups * own + 128 * 24 <= 65536
 
 
 def test_the_last_share_of_a_tile_is_the_longer_one():

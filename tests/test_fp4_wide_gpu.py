@@ -1,6 +1,7 @@
 """Hopper's FP4 product for many rows on a card: the ways it is cut up, and launches that begin while others end."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +11,19 @@ from vbcompile.device import get_target
 from vbcompile.kernels import fp4_linear_hopper, fp4_linear_triton
 from vbcompile.kernels.fp4_layout import to_layout
 from vbcompile.kernels.fp4_linear import fp4_linear
-from vbcompile.kernels.fp4_linear_hopper import WideConfig
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.kernels.registry import force
 
 pytestmark = pytest.mark.gpu
 CONFIGS = [
-    WideConfig(*shape, splits, *more)
-    for shape, splits, more in itertools.product(
-        ((16, 1, 8), (64, 1, 6), (128, 1, 8), (256, 1, 4), (64, 2, 6)), (0, 1, 3), ((1, True, 2, 2), (1, False))
+    replace(fp4_linear_hopper.wide_shape(*shape, splits, False, lag=lag), in_turns=in_turns)
+    for shape, splits, (lag, in_turns) in itertools.product(
+        ((32, 1), (64, 1), (128, 1), (256, 1), (64, 2)), (0, 1, 3), ((0, True), (2, False))
     )
 ]
-CONFIGS += [WideConfig(64, 1, 6, splits, 2, False, 2, 2) for splits in (0, 1, 3)]
-CONFIGS += [WideConfig(128, 1, 6, splits, 1, True, 3, 2) for splits in (0, 1, 3)]
+CONFIGS += [
+    fp4_linear_hopper.wide_shape(*shape, False, 3, 2) for shape in itertools.product((64, 128), (1,), (0, 1, 3))
+]
 
 
 @pytest.fixture(autouse=True)
