@@ -27,7 +27,6 @@ _ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
 _TILE_BYTES = TILE * TILE // 2 + TILE * TILE // 16  # codes and scales, of the format that has more of them
 _SHARED_BYTES = 227 * 1024 - 1024  # of an SM, less what barriers take
 _MOST_STAGES = 10
-EARLY = 0
 # of a thread of one of so many warpgroups, and of all threads before they are shared out; no others fit on the SM
 _REGISTERS = {2: (232, 168), 3: (160, 128)}
 _TYPICAL_MULTIPROCESSORS = 132
@@ -174,8 +173,7 @@ def launch_options(
     return {
         "CONSUMERS": config.warpgroups, "TILES": config.tiles, "STAGES": config.stages // config.steps,
         "STEPS": config.steps, "TYPE": getattr(gl, _KINDS[kind][0]), "WORD": word, "SPLIT": split,
-        "IN_TURNS": config.in_turns, "REGISTERS": registers, "num_warps": 4, "maxnreg": at_first, "EARLY": EARLY,
-        "launch_pdl": EARLY > 0,
+        "IN_TURNS": config.in_turns, "REGISTERS": registers, "num_warps": 4, "maxnreg": at_first, "launch_pdl": True,
     } | epilogue_options(epilogue)  # fmt: skip
 
 
@@ -242,8 +240,7 @@ def _launch(
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
     (m, k), n = rows.shape, row_scale.shape[0]
-    if EARLY:
-        each_time(kernel_in_between, codes, block_scales)
+    each_time(kernel_in_between, codes, block_scales)
     shares = plan(m, n, k, config, get_target(out.device).multiprocessors or 1)
     partial = arrived = row_scale
     if shares.left:

@@ -147,10 +147,7 @@ def _copy_weights(descriptors, buffers, at, slot, tile, column, STEPS: gl.conste
 
 
 @gluon.jit
-def _produce(
-    descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
-    EARLY: gl.constexpr,
-):  # fmt: skip
+def _produce(descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
     full, empty = barriers[0], barriers[1]
     x_desc, code_desc, scale_desc = descriptors
@@ -165,10 +162,8 @@ def _produce(
         mbarrier.expect(full.index(j), BYTES)
         column = first * 2 + j * STEPS
         _copy_weights(descriptors, buffers, full.index(j), j, tile_n * PARTS, column, STEPS, COPIES)
-    if EARLY:
-        tile_m = _after_the_kernel_ahead(tile_m)
-    if EARLY == 2:
-        tile_m = gl.inline_asm_elementwise(LET_NEXT_BEGIN, "=r,r", [tile_m], gl.int32, is_pure=False, pack=1)
+    tile_m = _after_the_kernel_ahead(tile_m)
+    tile_m = gl.inline_asm_elementwise(LET_NEXT_BEGIN, "=r,r", [tile_m], gl.int32, is_pure=False, pack=1)
     for j in range(begun):
         _copy_x(descriptors, buffers, full.index(j), j, tile_m, first * 2 + j * STEPS, STEPS)
     slot = gl.where(begun == STAGES, 0, begun)
@@ -272,17 +267,14 @@ def _multiply(
 def _consume(
     buffers, barriers, out_smem, results, shape, w: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr,
     STAGES: gl.constexpr, STEPS: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr,
-    SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr, EARLY: gl.constexpr,
+    SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    program = gl.program_id(0)
-    if EARLY:
-        program = _after_the_kernel_ahead(program)
-    pair, end = _share(program, shape)
+    pair, end = _share(_after_the_kernel_ahead(gl.program_id(0)), shape)
     while (turn < shape[2]) | (pair < end):
         tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
         tile = (tile_n * CONSUMERS + w) * TILES
@@ -312,7 +304,6 @@ def fp4_wide_kernel(
     tiles_m, pairs_each, whole, left, splits, lag, CONSUMERS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
     STEPS: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
     REGISTERS: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr,
-    EARLY: gl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * row_scale + bias)``.
 
@@ -358,17 +349,17 @@ def fp4_wide_kernel(
                     _consume,
                     (
                         buffers, barriers, out_smem, results, shape, 0, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS, EARLY,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
                 (
                     _consume,
                     (
                         buffers, barriers, out_smem, results, shape, 1, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS, EARLY,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
-                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS, EARLY)),
+                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -380,24 +371,24 @@ def fp4_wide_kernel(
                     _consume,
                     (
                         buffers, barriers, out_smem, results, shape, 0, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS, EARLY,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
                 (
                     _consume,
                     (
                         buffers, barriers, out_smem, results, shape, 1, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS, EARLY,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
                 (
                     _consume,
                     (
                         buffers, barriers, out_smem, results, shape, 2, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
-                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS, EARLY,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
-                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS, EARLY)),
+                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
