@@ -99,7 +99,7 @@ def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool, warpgroups: int
     stage = TILE * block_m * (1 if fp8 else 2) + parts * _TILE_BYTES
     results = warpgroups * TILE * block_m * 2
     stages = min(_MOST_STAGES, (_SHARED_BYTES - results) // stage)
-    return WideConfig(block_m, tiles, stages, splits, 1, block_m >= 256 and not fp8, warpgroups, lag)
+    return WideConfig(block_m, tiles, stages, splits, 1, False, warpgroups, lag)
 
 
 def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
@@ -23,7 +23,7 @@ def fp4_product_kernel(
     of the weight in turns of eight) ``[m, n / 2]``, after FUNCTION. Program ``(tile of n, split
     of k, tile of m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32
     ``[splits, m, n]``) and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero
-    again afterwards. EARLY: launched while the kernel ahead ends, and lets the next one be.
+    again afterwards. EARLY: launched while the kernel ahead ends.
     """
     tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width: tl.constexpr = 64 * COLUMNS
@@ -40,7 +40,6 @@ def fp4_product_kernel(
     end = tl.minimum(first + steps_each, column_tiles // COLUMNS)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     for step in tl.range(first, end, num_stages=STAGES):
         words = tl.load(code_at + step * (COLUMNS * 512), eviction_policy="evict_first")
         scales = tl.load(scale_at + step * (COLUMNS * per_tile), eviction_policy="evict_first")
@@ -139,11 +138,10 @@ def fp8_rows_kernel(
     """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is factor times x ``[m, k]``, rows ``x_stride`` apart.
 
     PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16. EARLY: launched while
-    the kernel ahead ends, and lets the next one be.
+    the kernel ahead ends.
     """
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     first = tl.load(x_ptr + row * x_stride + columns, mask=columns < k, other=0.0)

@@ -203,6 +203,12 @@ def test_blocks_share_all_of_the_work(n, k, fp8):
                 assert len(cut) <= 1  # the place for tiles that begin within the share
 
 
+def test_three_warpgroups_and_128_rows_of_x_keep_two_words_outside_of_the_loop():
+    report = compile_launch(wide_launch(fp4_linear_hopper.wide_shape(128, 1, 2, False, 3), BF16), "sm_90")
+    assert report.spills <= 8
+    assert not any(i.startswith(("STL", "LDL")) for i in hot_loop(report, innermost=True))
+
+
 def test_no_other_block_fits_beside_one_of_hoppers_kernel():
     """Two of different launches on one multiprocessor did not always end: the register file has no room for more."""
     for warpgroups, (own, at_first) in fp4_linear_hopper._REGISTERS.items():
