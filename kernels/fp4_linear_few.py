@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.early_launch import kernel_in_between
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
@@ -91,41 +91,6 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     while unroll > 1 and k // TILE < unroll * warps:
         unroll //= 2
     return FewConfig(together, warps, unroll, _REGISTERS)
-
-
-# by address; while the references live, memory of others is elsewhere
-_multiplied: dict[tuple[int, int], tuple[StorageWeakRef, StorageWeakRef, int, int]] = {}
-
-
-def _may_overlap(codes: Tensor, block_scales: Tensor) -> bool:
-    """Whether the kernel ahead cannot be the one that wrote these weights: they have been multiplied with, unchanged.
-
-    A kernel that is launched early reads weights while the one ahead of it ends, so a weight that is new or was written
-    to wants another kernel in between. Codes and scales count as one: either may be new.
-    """
-    if codes.is_inference() or block_scales.is_inference():
-        return False  # these do not count their versions
-    key = codes.data_ptr(), block_scales.data_ptr()
-    known = _multiplied.get(key)
-    if (
-        known is not None
-        and known[2] == codes._version
-        and known[3] == block_scales._version
-        and not known[0].expired()
-        and not known[1].expired()
-    ):
-        return True
-    for old in [old for old, (one, other, *_) in list(_multiplied.items()) if one.expired() or other.expired()]:
-        _multiplied.pop(old, None)
-    references = StorageWeakRef(codes.untyped_storage()), StorageWeakRef(block_scales.untyped_storage())
-    _multiplied[key] = (*references, codes._version, block_scales._version)
-    return False
-
-
-def _kernel_in_between(codes: Tensor, block_scales: Tensor) -> None:
-    """A small kernel ahead of one that is launched early, where that one wants it."""
-    if not _may_overlap(codes, block_scales):
-        torch.zeros(1, device=codes.device)
 
 
 def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
@@ -260,7 +225,7 @@ def product_diagonal(
     m, n = rows.shape[0], row_scale.shape[0]
     config = config or diagonal_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
-    each_time(_kernel_in_between, codes, block_scales)
+    each_time(kernel_in_between, codes, block_scales)
     steps = k // (CHUNK * config.warps * config.unroll)
     launch(
         fp4_diagonal_kernel, (-(-n // (16 * config.strips)),),
@@ -299,7 +264,7 @@ def product_stream(
     config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)
     options = stream_options(x.dtype, m, format_name, config, epilogue)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
-    each_time(_kernel_in_between, codes, block_scales)
+    each_time(kernel_in_between, codes, block_scales)
     tiles, chunks = -(-n // (16 * config.strips * config.warps)), k // CHUNK
     programs = min(tiles * chunks, (target.multiprocessors or 132) * config.blocks)
     size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps

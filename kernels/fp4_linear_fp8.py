@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vbcompile.device import Target
+from vbcompile.device import Target, get_target
 from vbcompile.kernels import fp4_linear_triton
 from vbcompile.kernels.launches import launch
 
@@ -66,6 +66,7 @@ def quantize_rows(x: Tensor, paired: bool = False, factor: float = 1.0) -> tuple
         BLOCK=block,
         PAIRED=paired,
         num_warps=max(1, min(16, block // 1024)),
+        **fp4_linear_triton.early(get_target(x.device)),
     )
     return out, scale
 

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.early_launch import kernel_in_between
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE
 from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
+from vbcompile.kernels.replay import each_time
 from vbcompile.kernels.triton_target import refuses_triton
 
-_CONSUMERS = 2
 _KINDS = {  # type of x: its name in Triton, and of the assembly that decodes to it
     torch.float16: ("float16", "half"),
     torch.bfloat16: ("bfloat16", "bf16_sm90"),
@@ -26,12 +27,19 @@ _ALIGNMENT = 8  # elements: the copy engine wants rows at multiples of 16 bytes
 _TILE_BYTES = TILE * TILE // 2 + TILE * TILE // 16  # codes and scales, of the format that has more of them
 _SHARED_BYTES = 227 * 1024 - 1024  # of an SM, less what barriers take
 _MOST_STAGES = 10
+# of a thread of one of so many warpgroups, and of all threads before they are shared out; no others fit on the SM
+_REGISTERS = {2: (232, 168), 3: (160, 128)}
 _TYPICAL_MULTIPROCESSORS = 132
-# a step of 64 columns of one block, as measured on an H200; (block_m, tiles)
+# a step of 64 columns of one block, as measured on an H200; (block_m, tiles, warpgroups)
 _STEP_MICROSECONDS = {
-    False: {(64, 1): 0.3, (64, 2): 0.45, (128, 1): 0.33, (128, 2): 0.6, (256, 1): 0.6},
-    True: {(64, 1): 0.35, (64, 2): 0.5, (128, 1): 0.33, (128, 2): 0.5, (256, 1): 0.36},
-}
+    False: {
+        (32, 1, 2): 0.21, (64, 1, 2): 0.23, (64, 1, 3): 0.27, (128, 1, 2): 0.31, (128, 1, 3): 0.5, (128, 2, 2): 0.6,
+        (256, 1, 2): 0.62,
+    },
+    True: {
+        (64, 1, 2): 0.27, (128, 1, 2): 0.31, (128, 1, 3): 0.45, (128, 2, 2): 0.5, (256, 1, 2): 0.5,
+    },
+}  # fmt: skip
 _SHARING_MICROSECONDS = 2.0  # for each block that shares a tile
 
 
@@ -41,12 +49,15 @@ class WideConfig:
 
     Attributes:
         block_m: rows of x a block of threads takes.
-        tiles: tiles of 64 rows of the weight a warpgroup takes, 1 or 2; a block has two warpgroups.
-        stages: shared buffers.
+        tiles: tiles of 64 rows of the weight a warpgroup takes, 1 or 2.
+        stages: shared buffers of 64 columns.
         splits: blocks that share the columns of one tile; 0: the tiles that would not fill the device are shared evenly
             by all blocks.
-        blocks: blocks that an SM holds at a time.
+        blocks: 1; with two on an SM, blocks of different launches did not always end.
         in_turns: whether the warpgroups' products take turns at the tensor cores.
+        warpgroups: of a block, 2 or 3.
+        lag: pairs of steps of 64 columns that the last of ``splits`` blocks has more than the others, so that their
+            sums are there when it is done.
     """
 
     block_m: int
@@ -55,6 +66,18 @@ class WideConfig:
     splits: int
     blocks: int = 1
     in_turns: bool = True
+    warpgroups: int = 2
+    lag: int = 0
+
+    @property
+    def parts(self) -> int:
+        """Tiles of 64 rows of the weight a block takes."""
+        return self.warpgroups * self.tiles
+
+    @property
+    def steps(self) -> int:
+        """Shared buffers that a barrier stands for: two where there are enough."""
+        return 2 if self.tiles == 1 and self.stages >= 6 else 1
 
 
 def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str) -> str | None:
@@ -70,25 +93,27 @@ def refuses_wide(target: Target, dtype: torch.dtype, n: int, k: int, layout: str
     return f"takes rows and columns in multiples of {_ALIGNMENT}" if n % _ALIGNMENT or k % _ALIGNMENT else None
 
 
-def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool) -> WideConfig:
-    """A configuration with as many shared buffers as fit; the smallest tiles leave room for two blocks an SM."""
-    blocks = 2 if block_m * tiles <= 64 else 1
-    stage = TILE * block_m * (1 if fp8 else 2) + _CONSUMERS * tiles * _TILE_BYTES
-    results = _CONSUMERS * TILE * block_m * 2
-    return WideConfig(block_m, tiles, min(_MOST_STAGES, (_SHARED_BYTES // blocks - results) // stage), splits, blocks)
+def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool, warpgroups: int = 2, lag: int = 0) -> WideConfig:
+    """A configuration with as many shared buffers as fit."""
+    parts = warpgroups * tiles
+    stage = TILE * block_m * (1 if fp8 else 2) + parts * _TILE_BYTES
+    results = warpgroups * TILE * block_m * 2
+    stages = min(_MOST_STAGES, (_SHARED_BYTES - results) // stage)
+    return WideConfig(block_m, tiles, stages, splits, 1, False, warpgroups, lag)
 
 
 def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
     """Configurations worth trying for m rows of x."""
-    for block_m, tiles in _STEP_MICROSECONDS[fp8]:
-        if block_m <= max(64, m) and m <= (128 if block_m == 64 else 16 * block_m):
-            yield from (wide_shape(block_m, tiles, splits, fp8) for splits in (1, 0, 2, 3, 4, 6, 8))
+    for block_m, tiles, warpgroups in _STEP_MICROSECONDS[fp8]:
+        if block_m <= max(64, m) and m <= {32: 32, 64: 512}.get(block_m, 16 * block_m):
+            for splits, lag in ((1, 0), (0, 0), (2, 0), (2, 2), (2, 4), (3, 0), (4, 0), (4, 2), (5, 2), (6, 0), (8, 0)):
+                yield wide_shape(block_m, tiles, splits, fp8, warpgroups, lag)
 
 
 @from_tables
 def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> WideConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
-    if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None:
+    if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None and tuned[4] == 1:
         return WideConfig(*tuned)
     multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
 
@@ -96,33 +121,42 @@ def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> Wi
         shares = plan(m, n, k, config, multiprocessors)
         pairs = -(-shares.whole // shares.programs) * shares.pairs + -(-shares.left // shares.programs)
         sharing = _SHARING_MICROSECONDS * shares.programs * shares.pairs / shares.left if shares.left else 0
-        return 2 * pairs * _STEP_MICROSECONDS[fp8][config.block_m, config.tiles] + sharing
+        return 2 * pairs * _STEP_MICROSECONDS[fp8][config.block_m, config.tiles, config.warpgroups] + sharing
 
     return min(wide_candidates(m, fp8), key=microseconds)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How blocks share the work: ``whole`` tiles one after another, then equal shares of ``left`` pairs of steps, of
-    which a tile has ``pairs``."""
+    """How blocks share the work: ``whole`` tiles one after another, then shares of ``left`` pairs of steps, of which a
+    tile has ``pairs``: equal ones, or ``splits`` of each tile, the last ``lag`` pairs longer."""
 
     programs: int
     pairs: int
     whole: int
     left: int
+    splits: int = 0
+    lag: int = 0
+
+    def begin(self, program: int) -> int:
+        """The first pair of a program's share; as the kernel has it."""
+        if not self.splits:
+            return self.left * program // self.programs
+        tile, split = divmod(program, self.splits)
+        return tile * self.pairs + split * (self.pairs - self.lag) // self.splits
 
 
 def plan(m: int, n: int, k: int, config: WideConfig, multiprocessors: int) -> Plan:
     """The shares of blocks in ``x [m, k]`` times a weight ``[n, k]``."""
-    tiles = -(-n // (_CONSUMERS * config.tiles * TILE)) * -(-m // config.block_m)
+    tiles = -(-n // (config.parts * TILE)) * -(-m // config.block_m)
     pairs = -(-k // (2 * TILE))
-    resident = multiprocessors * config.blocks
     if config.splits != 1:
-        programs = min(resident, tiles * config.splits or resident, tiles * max(1, pairs // 2))
+        programs = min(multiprocessors, tiles * config.splits or multiprocessors, tiles * max(1, pairs // 2))
         whole = tiles // programs * programs
         if (left := (tiles - whole) * pairs) >= programs:  # a share is never empty
-            return Plan(programs, pairs, whole, left)
-    return Plan(min(tiles, resident), pairs, tiles, 0)
+            splits = config.splits if programs == tiles * config.splits else 0
+            return Plan(programs, pairs, whole, left, splits, min(config.lag, pairs - splits) if splits else 0)
+    return Plan(min(tiles, multiprocessors), pairs, tiles, 0)
 
 
 def launch_options(
@@ -135,11 +169,11 @@ def launch_options(
     from vbcompile.kernels.fp4_linear_fp8_words import pair_assembly
 
     word = pair_assembly(scale_words) if kind == torch.float8_e4m3fn else word_assembly(_KINDS[kind][1])
-    registers = 232 if config.blocks == 1 else 104
+    registers, at_first = _REGISTERS[config.warpgroups]
     return {
-        "TILES": config.tiles, "STAGES": config.stages, "TYPE": getattr(gl, _KINDS[kind][0]),
-        "WORD": word, "SPLIT": split, "IN_TURNS": config.in_turns, "REGISTERS": registers, "num_warps": 4,
-        "maxnreg": 168 if config.blocks == 1 else 80,
+        "CONSUMERS": config.warpgroups, "TILES": config.tiles, "STAGES": config.stages // config.steps,
+        "STEPS": config.steps, "TYPE": getattr(gl, _KINDS[kind][0]), "WORD": word, "SPLIT": split,
+        "IN_TURNS": config.in_turns, "REGISTERS": registers, "num_warps": 4, "maxnreg": at_first, "launch_pdl": True,
     } | epilogue_options(epilogue)  # fmt: skip
 
 
@@ -154,14 +188,15 @@ def descriptors(
     def swizzled(tensor: Tensor, width: int = TILE) -> Any:
         return gl.NVMMASharedLayout.get_default_for([block_m, width], getattr(gl, _KINDS[tensor.dtype][0]))
 
-    block_m, parts, tiles = config.block_m, _CONSUMERS * config.tiles, codes.shape[0]
+    block_m, tiles = config.block_m, codes.shape[0]
+    together = 1 if config.parts == 3 else config.parts  # a block has a power of two of them
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
     words = 1024 // fp4_format(format_name).block_size
     width = out_features(TILE, epilogue)
     return (
         TensorDescriptor.from_tensor(rows, [block_m, TILE], swizzled(rows)),
-        TensorDescriptor.from_tensor(codes.view(torch.int32).view(tiles, -1, 256), [parts, 2, 256], flat),
-        TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(tiles, -1, words), [parts, 1, words], flat),
+        TensorDescriptor.from_tensor(codes.view(torch.int32).view(tiles, -1, 256), [together, 2, 256], flat),
+        TensorDescriptor.from_tensor(block_scales.view(torch.int32).view(tiles, -1, words), [together, 1, words], flat),
         TensorDescriptor.from_tensor(out, [block_m, width], swizzled(out, width)),
     )
 
@@ -205,18 +240,19 @@ def _launch(
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
     (m, k), n = rows.shape, row_scale.shape[0]
+    each_time(kernel_in_between, codes, block_scales)
     shares = plan(m, n, k, config, get_target(out.device).multiprocessors or 1)
     partial = arrived = row_scale
     if shares.left:
-        parts = _CONSUMERS * config.tiles
-        size = (2 * shares.programs * parts, TILE * config.block_m)
+        size = (2 * shares.programs * config.parts, TILE * config.block_m)
         partial = torch.empty(size, dtype=torch.float32, device=out.device)
-        arrived = counters(out.device, (shares.left // shares.pairs) * parts)
+        arrived = counters(out.device, (shares.left // shares.pairs) * config.parts)
     launch(
         fp4_wide_kernel, (shares.programs,),
         *descriptors(rows, codes, block_scales, out, format_name, config, epilogue), row_scale,
         row_scale if bias is None else bias, row_scale if x_scale is None else x_scale, partial, arrived, m, n,
-        -(-m // config.block_m), shares.pairs, shares.whole, shares.left, BIAS=bias is not None,
+        -(-m // config.block_m), shares.pairs, shares.whole, shares.left, shares.splits, shares.lag,
+        BIAS=bias is not None,
         **launch_options(
             rows.dtype, config, shares.left > 0, 32 // fp4_format(format_name).block_size, epilogue
         ),

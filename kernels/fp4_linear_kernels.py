@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
@@ -13,7 +14,7 @@ def fp4_product_kernel(
     m, n, k, x_stride, column_tiles, steps_each, splits,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     HALF: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * row_scale + bias)`` for BLOCK_M rows of x and 64 * ROWS rows of the weight.
 
@@ -22,7 +23,7 @@ def fp4_product_kernel(
     of the weight in turns of eight) ``[m, n / 2]``, after FUNCTION. Program ``(tile of n, split
     of k, tile of m)`` takes ``steps_each`` steps of 64 * COLUMNS columns. With SPLIT, sums go to partial (float32
     ``[splits, m, n]``) and the last program of a tile to arrive adds them up in order; arrived (int32, zero) is zero
-    again afterwards.
+    again afterwards. EARLY: launched while the kernel ahead ends.
     """
     tile, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width: tl.constexpr = 64 * COLUMNS
@@ -36,7 +37,10 @@ def fp4_product_kernel(
     live = (rows_m < m)[:, None]
     total = tl.zeros((64 * ROWS, BLOCK_M), tl.float32)
     first = split * steps_each
-    for step in tl.range(first, tl.minimum(first + steps_each, column_tiles // COLUMNS), num_stages=STAGES):
+    end = tl.minimum(first + steps_each, column_tiles // COLUMNS)
+    if EARLY:
+        gdc_wait()
+    for step in tl.range(first, end, num_stages=STAGES):
         words = tl.load(code_at + step * (COLUMNS * 512), eviction_policy="evict_first")
         scales = tl.load(scale_at + step * (COLUMNS * per_tile), eviction_policy="evict_first")
         x = tl.load(x_at + step * width, mask=live & (columns < k - step * width)[None, :], other=0.0)
@@ -128,11 +132,16 @@ def fp4_dequantize_kernel(
 
 
 @triton.jit
-def fp8_rows_kernel(x_ptr, out_ptr, scale_ptr, k, x_stride, factor, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+def fp8_rows_kernel(
+    x_ptr, out_ptr, scale_ptr, k, x_stride, factor, BLOCK: tl.constexpr, PAIRED: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     """out ``[m, k]`` (E4M3, contiguous) times scale ``[m]`` is factor times x ``[m, k]``, rows ``x_stride`` apart.
 
-    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16.
+    PAIRED: of every 16 columns, ``2 i + h`` of out is ``8 h + i`` of x; k is a multiple of 16. EARLY: launched while
+    the kernel ahead ends.
     """
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     first = tl.load(x_ptr + row * x_stride + columns, mask=columns < k, other=0.0)

@@ -5,6 +5,8 @@ shape of the weight): nothing is tuned at run time.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -161,7 +163,7 @@ def product(
         rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial,
         arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
         BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
-        STAGES=config.stages, num_warps=config.warps, **decoding(target, format_name, layout, x.dtype),
+        STAGES=config.stages, num_warps=config.warps, **early(target), **decoding(target, format_name, layout, x.dtype),
         **epilogue_options(epilogue),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])
@@ -184,6 +186,14 @@ def dequantize(
         SCALED=dtype != torch.float8_e4m3fn, **decoding(get_target(codes.device), format_name, layout, dtype),
     )  # fmt: skip
     return out
+
+
+def early(target: Target) -> dict[str, Any]:
+    """Options of a launch while the kernel ahead ends, where the device can do that."""
+    capability = target.compute_capability
+    if target.vendor != "nvidia" or capability is None or capability < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def decoding(target: Target, format_name: str, layout: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -230,6 +240,18 @@ def counters(device: torch.device, count: int) -> Tensor:
     found = each_time(partial(_counters, device, count))
     assert found is not None
     return found
+
+
+@contextmanager
+def counters_of_passing_graphs() -> Iterator[None]:
+    """Counters that CUDA graphs recorded within take are free again afterwards: those graphs must be gone by then."""
+    used = {device: pool.used for device, pool in _pools.items()}
+    try:
+        yield
+    finally:
+        with _lock:
+            for device, count in used.items():
+                _pools[device].used = count
 
 
 def _counters(device: torch.device, count: int) -> Tensor:

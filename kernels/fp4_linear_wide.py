@@ -1,9 +1,12 @@
 """Device code of the FP4 product for many rows of x on Hopper, in Triton's Gluon dialect (sm_90a).
 
-A block of threads takes ``128 * TILES`` rows of the weight and BLOCK_M rows of x. One producer warp copies tiles of x,
-codes and scales to shared memory with the tensor memory accelerator; each of two consumers, a warpgroup, decodes its
-tiles of 64 rows by 64 columns to registers, as the left operand of ``wgmma``, while the tensor cores multiply the tile
-before. Only x is read from shared memory by the tensor cores.
+A block of threads takes ``64 * CONSUMERS * TILES`` rows of the weight and BLOCK_M rows of x. One producer warp copies
+tiles of x, codes and scales to shared memory with the tensor memory accelerator; each consumer, a warpgroup, decodes
+its tiles of 64 rows by 64 columns to registers, as the left operand of ``wgmma``, while the tensor cores multiply the
+tile before. Only x is read from shared memory by the tensor cores.
+
+The kernel is launched while the one ahead ends: weights are copied at once, x and all that is written wait for its end.
+It fills a multiprocessor, so that no block of another kernel, or of the next launch, is there at the same time.
 """
 
 from triton.experimental import gluon
@@ -16,9 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vbcompile.kernels.fp4_linear_decode import activate
+from vbcompile.kernels.fp4_linear_wide_end import finish, row_scale
 
-CONSUMERS = gl.constexpr(2)
+AFTER = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+LET_NEXT_BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
+
+
+@gluon.jit
+def _after_the_kernel_ahead(value):
+    """An int32, once the kernel ahead has ended and all that it wrote can be read."""
+    return gl.inline_asm_elementwise(AFTER, "=r,r", [value], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -78,8 +88,17 @@ def _operand(pairs, TYPE: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def _share(program, shape):
     """A program's share of the tiles that are left over: the first pair of steps, and the one after the last."""
-    _, _, _, left, programs = shape
-    return left * program // programs, left * (program + 1) // programs
+    return _begin(program, shape), _begin(program + 1, shape)
+
+
+@gluon.jit
+def _begin(program, shape):
+    """Where a share begins. Of ``splits`` shares of one tile the last is ``lag`` pairs longer than the others, so that
+    their sums are there when it is done."""
+    _, pairs_each, _, left, programs, splits, lag = shape
+    parts = gl.maximum(splits, 1)
+    within = program // parts * pairs_each + program % parts * (pairs_each - lag) // parts
+    return gl.where(splits > 0, within, left * program // programs)
 
 
 @gluon.jit
@@ -89,7 +108,7 @@ def _locate(turn, pair, end, shape):
     Tiles are ``[tile of the weight's rows, tile of x]``, so that neighbours share the weight. In the first turns every
     program takes whole tiles; of the tiles that are left, all programs take equal shares.
     """
-    tiles_m, pairs_each, turns, _, programs = shape
+    tiles_m, pairs_each, turns, _, programs, _, _ = shape
     whole = turn < turns
     tile = gl.where(whole, turn * programs + gl.program_id(0), turns * programs + pair // pairs_each)
     first = gl.where(whole, 0, pair % pairs_each)
@@ -105,95 +124,136 @@ def _advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, shape, TILES: gl.constexpr):
+def _copy_x(descriptors, buffers, at, slot, tile_m, column, STEPS: gl.constexpr):
+    """Begin to copy the columns of x that a barrier stands for."""
+    BLOCK_M: gl.constexpr = buffers[0].shape[1]
+    for step in gl.static_range(STEPS):
+        place = [tile_m * BLOCK_M, (column + step) * 64]
+        tma.async_copy_global_to_shared(descriptors[0], place, at, buffers[0].index(slot * STEPS + step))
+
+
+@gluon.jit
+def _copy_weights(descriptors, buffers, at, slot, tile, column, STEPS: gl.constexpr, COPIES: gl.constexpr):
+    """Begin to copy the codes and scales that a barrier stands for; ``tile``: the first of 64 rows."""
+    _, code_desc, scale_desc = descriptors
+    _, code_smem, scale_smem = buffers
+    TOGETHER: gl.constexpr = code_desc.block_type.shape[0]
+    for step in gl.static_range(STEPS):
+        for copy in gl.static_range(COPIES):
+            to = (slot * STEPS + step) * COPIES + copy
+            first = tile + copy * TOGETHER
+            tma.async_copy_global_to_shared(code_desc, [first, (column + step) * 2, 0], at, code_smem.index(to))
+            tma.async_copy_global_to_shared(scale_desc, [first, column + step, 0], at, scale_smem.index(to))
+
+
+@gluon.jit
+def _produce(descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
     """The producer warp: keeps every shared buffer full."""
-    x_desc, code_desc, scale_desc = descriptors
-    x_smem, code_smem, scale_smem = buffers
     full, empty = barriers[0], barriers[1]
-    STAGES: gl.constexpr = x_smem.shape[0]
-    PARTS: gl.constexpr = CONSUMERS * TILES
-    BLOCK_M: gl.constexpr = x_smem.shape[1]
-    BYTES: gl.constexpr = x_desc.block_type.nbytes + code_desc.block_type.nbytes + scale_desc.block_type.nbytes
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
+    x_desc, code_desc, scale_desc = descriptors
+    COPIES: gl.constexpr = PARTS // code_desc.block_type.shape[0]
+    WEIGHT_BYTES: gl.constexpr = COPIES * (code_desc.block_type.nbytes + scale_desc.block_type.nbytes)
+    BYTES: gl.constexpr = STEPS * (x_desc.block_type.nbytes + WEIGHT_BYTES)
     turn = gl.to_tensor(0)
     pair, end = _share(gl.program_id(0), shape)
+    tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
+    begun = gl.minimum(pairs * 2 // STEPS, STAGES)
+    for j in range(begun):
+        mbarrier.expect(full.index(j), BYTES)
+        column = first * 2 + j * STEPS
+        _copy_weights(descriptors, buffers, full.index(j), j, tile_n * PARTS, column, STEPS, COPIES)
+    tile_m = _after_the_kernel_ahead(tile_m)
+    tile_m = gl.inline_asm_elementwise(LET_NEXT_BEGIN, "=r,r", [tile_m], gl.int32, is_pure=False, pack=1)
+    for j in range(begun):
+        _copy_x(descriptors, buffers, full.index(j), j, tile_m, first * 2 + j * STEPS, STEPS)
+    slot = gl.where(begun == STAGES, 0, begun)
+    phase = gl.where(begun == STAGES, 0, 1)
     while (turn < shape[2]) | (pair < end):
         tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
-        first = first * 2
-        for j in range(pairs * 2):
+        for j in range(begun, pairs * 2 // STEPS):
             at = full.index(slot)
+            column = first * 2 + j * STEPS
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(at, BYTES)
-            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, (first + j) * 64], at, x_smem.index(slot))
-            column = first + j
-            tma.async_copy_global_to_shared(code_desc, [tile_n * PARTS, column * 2, 0], at, code_smem.index(slot))
-            tma.async_copy_global_to_shared(scale_desc, [tile_n * PARTS, column, 0], at, scale_smem.index(slot))
+            _copy_x(descriptors, buffers, at, slot, tile_m, column, STEPS)
+            _copy_weights(descriptors, buffers, at, slot, tile_n * PARTS, column, STEPS, COPIES)
             slot, phase = _advance(slot, phase, STAGES)
+        begun = begun * 0
         pair += gl.where(turn < shape[2], 0, pairs)
         turn += 1
 
 
 @gluon.jit
+def _decode_part(buffers, buffer, PART: gl.constexpr, COPIES: gl.constexpr, WORD: gl.constexpr):
+    """Tile PART of a step's."""
+    _, code_smem, scale_smem = buffers
+    TOGETHER: gl.constexpr = code_smem.shape[1]
+    at = buffer * COPIES + PART // TOGETHER
+    codes = code_smem.index(at).slice(PART % TOGETHER, 1)
+    return _decode(codes, scale_smem.index(at).slice(PART % TOGETHER, 1), WORD)
+
+
+@gluon.jit
 def _multiply(
-    buffers, barriers, slot, phase, steps, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr,
-    IN_TURNS: gl.constexpr,
+    buffers, barriers, slot, phase, steps, w: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Sums ``[64, BLOCK_M]`` of consumer ``w``'s tiles over ``steps`` steps; the second is the first for TILES = 1.
 
     Two products in turn, each from registers of its own: while one runs, the operand of the other is decoded. With
     IN_TURNS the consumers' products go to the tensor cores in turns too: left alone, they come to decode at the same
-    time. ``slot``
-    and ``phase``: the first step's buffer and the parity of its barrier; those of the step after the last come back.
+    time. ``slot`` and ``phase``: the first step's barrier and its parity; those of the step after the last come back.
     """
-    x_smem, code_smem, scale_smem = buffers
+    x_smem = buffers[0]
     full, empty, turns = barriers
-    STAGES: gl.constexpr = x_smem.shape[0]
     BLOCK_M: gl.constexpr = x_smem.shape[1]
+    COPIES: gl.constexpr = CONSUMERS * TILES // buffers[1].shape[1]
     OWN: gl.constexpr = w * TILES
     OTHER: gl.constexpr = OWN + TILES - 1
+    NEXT: gl.constexpr = (w + 1) % CONSUMERS
+    TURN: gl.constexpr = 1 if w == 0 else 0
     DEPTH: gl.constexpr = 32 if TYPE.primitive_bitwidth == 8 else 16
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, DEPTH])
     mbarrier.wait(full.index(slot), phase)
-    pairs = _decode(code_smem.index(slot).slice(OWN, 1), scale_smem.index(slot).slice(OWN, 1), WORD)
+    pairs = _decode_part(buffers, slot * STEPS, OWN, COPIES, WORD)
     sum_a = gl.full([64, BLOCK_M], 0.0, gl.float32, LAYOUT)
     sum_b = sum_a
     for j in range(0, steps, 3 - TILES):
         a = _operand(pairs, TYPE, LAYOUT)
         if IN_TURNS:
-            mbarrier.wait(turns.index(w), 1 - w)
-        sum_a = warpgroup_mma(a, x_smem.index(slot).permute((1, 0)), sum_a, is_async=True)
+            mbarrier.wait(turns.index(w), TURN)
+        sum_a = warpgroup_mma(a, x_smem.index(slot * STEPS).permute((1, 0)), sum_a, is_async=True)
         if IN_TURNS:
-            mbarrier.arrive(turns.index(1 - w))
+            mbarrier.arrive(turns.index(NEXT))
         other_slot, other_phase = slot, phase
-        if TILES == 1:
-            other_slot, other_phase = _advance(slot, phase, STAGES)
-        mbarrier.wait(full.index(other_slot), other_phase)
-        codes = code_smem.index(other_slot).slice(OTHER, 1)
-        other_pairs = _decode(codes, scale_smem.index(other_slot).slice(OTHER, 1), WORD)
+        if STEPS == 1:
+            if TILES == 1:
+                other_slot, other_phase = _advance(slot, phase, STAGES)
+            mbarrier.wait(full.index(other_slot), other_phase)
+        other = other_slot * STEPS + (STEPS - 1)
+        other_pairs = _decode_part(buffers, other, OTHER, COPIES, WORD)
         b = _operand(other_pairs, TYPE, LAYOUT)
-        x = x_smem.index(other_slot).permute((1, 0))
+        x = x_smem.index(other).permute((1, 0))
         if IN_TURNS:
-            mbarrier.wait(turns.index(w), w)
+            mbarrier.wait(turns.index(w), 1 - TURN)
         if TILES == 1:
             sum_a = warpgroup_mma(b, x, sum_a, is_async=True)
             if IN_TURNS:
-                mbarrier.arrive(turns.index(1 - w))
+                mbarrier.arrive(turns.index(NEXT))
             sum_a, pairs = warpgroup_mma_wait(1, [sum_a, pairs])
-            mbarrier.arrive(empty.index(slot))
+            if STEPS == 1:
+                mbarrier.arrive(empty.index(slot))
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
             if IN_TURNS:
-                mbarrier.arrive(turns.index(1 - w))
+                mbarrier.arrive(turns.index(NEXT))
             sum_a, sum_b, pairs = warpgroup_mma_wait(1, [sum_a, sum_b, pairs])
         slot, phase = _advance(other_slot, other_phase, STAGES)
         more = j + 3 - TILES < steps  # after the last step, that step again
         next_slot, next_phase = gl.where(more, slot, other_slot), gl.where(more, phase, other_phase)
         mbarrier.wait(full.index(next_slot), next_phase)
-        codes = code_smem.index(next_slot).slice(OWN, 1)
-        pairs = _decode(codes, scale_smem.index(next_slot).slice(OWN, 1), WORD)
-        if IN_TURNS or TYPE.primitive_bitwidth == 16:  # or the assembler would decode after the product
-            mbarrier.wait(full.index(next_slot), next_phase)
+        pairs = _decode_part(buffers, next_slot * STEPS, OWN, COPIES, WORD)
+        mbarrier.wait(full.index(next_slot), next_phase)  # or the assembler would decode after the product
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])
@@ -205,159 +265,67 @@ def _multiply(
 
 @gluon.jit
 def _consume(
-    buffers, barriers, out_smem, results, shape, w: gl.constexpr, TILES: gl.constexpr, TYPE: gl.constexpr,
-    WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
-    IN_TURNS: gl.constexpr,
+    buffers, barriers, out_smem, results, shape, w: gl.constexpr, CONSUMERS: gl.constexpr, TILES: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr,
+    SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``w``: tiles ``TILES * w`` to ``TILES * (w + 1) - 1`` of the rows of every work item."""
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    pair, end = _share(gl.program_id(0), shape)
+    pair, end = _share(_after_the_kernel_ahead(gl.program_id(0)), shape)
     while (turn < shape[2]) | (pair < end):
         tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
-        sum_a, sum_b, slot, phase = _multiply(buffers, barriers, slot, phase, pairs * 2, w, TILES, TYPE, WORD, IN_TURNS)
-        split = (number - shape[2] * shape[4], pairs)
         tile = (tile_n * CONSUMERS + w) * TILES
-        _finish(
-            sum_a, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, TILES, FP8, BIAS, SPLIT, FUNCTION,
-            GATED,
+        scale = row_scale(results, tile, out_smem.shape[1], FP8)
+        sum_a, sum_b, slot, phase = _multiply(
+            buffers, barriers, slot, phase, pairs * 2, w, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD, IN_TURNS
+        )
+        split = (number - shape[2] * shape[4], pairs)
+        finish(
+            sum_a, scale, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, CONSUMERS * TILES, FP8,
+            BIAS, SPLIT, FUNCTION, GATED,
         )  # fmt: skip
         if TILES == 2:
-            _finish(
-                sum_b, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape, TILES, FP8, BIAS,
-                SPLIT, FUNCTION, GATED,
+            scale = row_scale(results, tile + 1, out_smem.shape[1], FP8)
+            finish(
+                sum_b, scale, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape,
+                CONSUMERS * TILES, FP8, BIAS, SPLIT, FUNCTION, GATED,
             )  # fmt: skip
         pair += gl.where(turn < shape[2], 0, pairs)
         turn += 1
     tma.store_wait(0)
 
 
-@gluon.jit
-def _place(program, begin, left, programs):
-    """Where a program keeps its sums of the tile whose first pair of steps is ``begin``."""
-    return program * 2 + gl.where(left * program // programs < begin, 1, 0)
-
-
-@gluon.jit
-def _add_up(total, number, part: gl.constexpr, shape, partial_ptr, arrived_ptr, PARTS: gl.constexpr):
-    """Store sums over a part of the columns; who comes last gets those over all, added in order -> (sums, if last).
-
-    ``number``: of the work item among those that are shared; ``part``: of its PARTS tiles, the how many-th this is.
-    """
-    _, pairs_each, _, left, programs = shape
-    LAYOUT: gl.constexpr = total.type.layout
-    BLOCK_M: gl.constexpr = total.shape[1]
-    # a thread's values lie in pieces of 16 bytes, those of a warp side by side
-    FLAT: gl.constexpr = gl.BlockedLayout([1, BLOCK_M // 8, 4], [32, 1, 1], [4, 1, 1], [2, 1, 0])
-    PLANE: gl.constexpr = gl.SliceLayout(2, FLAT)
-    thread = gl.arange(0, 128, gl.SliceLayout(1, PLANE))[:, None, None]
-    piece = gl.arange(0, BLOCK_M // 8, gl.SliceLayout(0, PLANE))[None, :, None]
-    value = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FLAT)))[None, None, :]
-    STEP: gl.constexpr = PARTS * 64 * BLOCK_M
-    at = partial_ptr + part * (64 * BLOCK_M) + (piece * 512 + thread * 4) + value
-    mine = total.reshape([4, 2, 8, BLOCK_M // 8, 4, 2]).permute((0, 2, 4, 3, 1, 5))
-    mine = gl.convert_layout(mine.reshape([128, BLOCK_M // 8, 4]), FLAT, assert_trivial=True)
-    begin = number * pairs_each
-    first = ((begin + 1) * programs - 1) // left
-    final = ((begin + pairs_each) * programs - 1) // left
-    own = gl.program_id(0)
-    gl.store(at + _place(own, begin, left, programs).to(gl.int64) * STEP, mine)
-    gl.thread_barrier()
-    arrived = arrived_ptr + number * PARTS + part
-    last = gl.atomic_add(arrived, 1, sem="acq_rel") == final - first
-    if last:
-        gl.store(arrived, 0)
-        begun = first
-        if BLOCK_M < 256:  # noqa: SIM102 - larger tiles leave no registers for this
-            if final - first == 1:  # the order of two makes no difference
-                there = _place(first + final - own, begin, left, programs)
-                mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
-                begun = final + 1
-        if begun == first:
-            mine = gl.zeros_like(mine)
-            for program in range(first, final + 1):
-                there = _place(program, begin, left, programs)
-                mine += gl.load(at + there.to(gl.int64) * STEP, cache_modifier=".cg")
-    total = mine.reshape([4, 8, 4, BLOCK_M // 8, 2, 2]).permute((0, 4, 1, 3, 2, 5))
-    return gl.convert_layout(total.reshape([64, BLOCK_M]), LAYOUT, assert_trivial=True), last
-
-
-@gluon.jit
-def _finish(
-    total, tile, part: gl.constexpr, tile_m, split, results, out_tile, shape, TILES: gl.constexpr, FP8: gl.constexpr,
-    BIAS: gl.constexpr, SPLIT: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """Store a tile after the epilogue, with SPLIT once its sums are complete.
-
-    ``part``: of the work item's tiles, the how many-th this is. ``split``: number of the work item among those that are
-    shared, and pairs of steps that were done.
-    """
-    out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n = results
-    LAYOUT: gl.constexpr = total.type.layout
-    BLOCK_M: gl.constexpr = total.shape[1]
-    last = tile * 64 < n
-    if SPLIT:
-        number, pairs = split
-        if last & (pairs < shape[1]):
-            total, last = _add_up(total, number, part, shape, partial_ptr, arrived_ptr, CONSUMERS * TILES)
-    if last:
-        rows = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-        scale = gl.load(row_scale_ptr + rows, mask=rows < n, other=0.0)
-        if FP8:
-            columns = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))
-            x_scale = gl.load(x_scale_ptr + columns, mask=columns < m, other=0.0)
-            total = total * x_scale[None, :] * (scale * 8.0)[:, None]
-        else:
-            total = total * (scale * 256.0)[:, None]
-        if BIAS:
-            total += gl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
-        result = _after(total, FUNCTION, GATED)
-        tma.store_wait(0)
-        gl.thread_barrier()  # only the thread that issued the last store waited for it
-        out_tile.permute((1, 0)).store(result.to(out_tile.dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(out_desc, [tile_m * BLOCK_M, tile * result.shape[0]], out_tile)
-
-
-@gluon.jit
-def _after(total, FUNCTION: gl.constexpr, GATED: gl.constexpr):
-    """The epilogue; a thread holds a row of the gate and, eight rows further on, of up."""
-    if GATED:
-        BLOCK_M: gl.constexpr = total.shape[1]
-        gate, up = gl.split(total.reshape([4, 2, 8, BLOCK_M]).permute((0, 2, 3, 1)))
-        return (activate(gate, FUNCTION) * up).reshape([32, BLOCK_M])
-    else:
-        return activate(total, FUNCTION)
-
-
-@gluon.jit(do_not_specialize=["m", "tiles_m", "pairs_each", "whole", "left"])
+@gluon.jit(do_not_specialize=["m", "tiles_m", "pairs_each", "whole", "left", "splits", "lag"])
 def fp4_wide_kernel(
     x_desc, code_desc, scale_desc, out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n,
-    tiles_m, pairs_each, whole, left, TILES: gl.constexpr, STAGES: gl.constexpr,
-    TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, REGISTERS: gl.constexpr,
-    FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr,
+    tiles_m, pairs_each, whole, left, splits, lag, CONSUMERS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    STEPS: gl.constexpr, TYPE: gl.constexpr, WORD: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
+    REGISTERS: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * row_scale + bias)``.
 
-    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles, 2 * column tiles, 256]`` in blocks ``[2 * TILES, 2,
-    256]`` and scales int32 ``[tiles, column tiles, words]`` in blocks ``[2 * TILES, 1, words]``, in the layout
-    ``fragments2t``; row_scale, bias ``[n]``; out ``[m, n]`` in blocks ``[BLOCK_M, 64]``, or (GATED) half as wide, after
-    FUNCTION. A work item is ``pairs_each`` pairs of steps of 64 columns of ``128 * TILES`` rows of the weight and
-    BLOCK_M rows of x. Programs take the first ``whole`` in turns, then equal shares of the ``left`` pairs of the others
-    (with SPLIT; ``whole`` is a multiple of the number of programs then). TYPE E4M3: x has a scale a row, x_scale
+    x ``[m, k]`` in blocks ``[BLOCK_M, 64]``; codes int32 ``[tiles, 2 * column tiles, 256]`` and scales int32 ``[tiles,
+    column tiles, words]`` in the layout ``fragments2t``, in blocks ``[T, 2, 256]`` and ``[T, 1, words]``, where T
+    divides ``CONSUMERS * TILES``; row_scale, bias ``[n]``; out ``[m, n]`` in blocks ``[BLOCK_M, 64]``, or (GATED) half
+    as wide, after FUNCTION. A work item is ``pairs_each`` pairs of steps of 64 columns of ``64 * CONSUMERS * TILES``
+    rows of the weight and BLOCK_M rows of x. Programs take the first ``whole`` in turns, then shares of the ``left``
+    pairs of the others (with SPLIT; ``whole`` is a multiple of the number of programs then): equal ones, or (splits
+    not 0) splits of each item. STAGES barriers stand for STEPS steps each. TYPE E4M3: x has a scale a row, x_scale
     ``[m]``, and the columns of every 16 in the order of
     :func:`vbcompile.kernels.fp4_linear_fp8.quantize_rows`.
     """
     PARTS: gl.constexpr = CONSUMERS * TILES
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     WORDS: gl.constexpr = scale_desc.block_type.shape[2]
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
-    code_smem = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, 2, 256], code_desc.layout)
-    scale_smem = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, 1, WORDS], scale_desc.layout)
     WIDTH: gl.constexpr = out_desc.block_type.shape[1]
+    TOGETHER: gl.constexpr = code_desc.block_type.shape[0]
+    COUNT: gl.constexpr = STAGES * STEPS * (PARTS // TOGETHER)
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * STEPS, BLOCK_M, 64], x_desc.layout)
+    code_smem = gl.allocate_shared_memory(gl.int32, [COUNT, TOGETHER, 2, 256], code_desc.layout)
+    scale_smem = gl.allocate_shared_memory(gl.int32, [COUNT, TOGETHER, 1, WORDS], scale_desc.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -369,53 +337,59 @@ def fp4_wide_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     rounds = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
-    shape = (tiles_m, pairs_each, rounds, left, gl.num_programs(0))
+    shape = (tiles_m, pairs_each, rounds, left, gl.num_programs(0), splits, lag)
     results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
     barriers = (full, empty, turns)
     descriptors = (x_desc, code_desc, scale_desc)
-    gl.warp_specialize(
-        [
-            (
-                _consume,
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    buffers,
-                    barriers,
-                    out_smem,
-                    results,
-                    shape,
-                    0,
-                    TILES,
-                    TYPE,
-                    WORD,
-                    BIAS,
-                    SPLIT,
-                    FUNCTION,
-                    GATED,
-                    IN_TURNS,
+                    _consume,
+                    (
+                        buffers, barriers, out_smem, results, shape, 0, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
+                    ),
                 ),
-            ),
-            (
-                _consume,
                 (
-                    buffers,
-                    barriers,
-                    out_smem,
-                    results,
-                    shape,
-                    1,
-                    TILES,
-                    TYPE,
-                    WORD,
-                    BIAS,
-                    SPLIT,
-                    FUNCTION,
-                    GATED,
-                    IN_TURNS,
+                    _consume,
+                    (
+                        buffers, barriers, out_smem, results, shape, 1, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
+                    ),
                 ),
-            ),
-            (_produce, (descriptors, buffers, barriers, shape, TILES)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        buffers, barriers, out_smem, results, shape, 0, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        buffers, barriers, out_smem, results, shape, 1, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        buffers, barriers, out_smem, results, shape, 2, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD,
+                        BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
+                    ),
+                ),
+                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip

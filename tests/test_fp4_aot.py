@@ -46,7 +46,8 @@ def product_launch(arch: str, m: int, dtype: torch.dtype, format_name: str = "nv
     options = {
         "BLOCK_M": config.block_m, "ROWS": config.rows, "COLUMNS": config.columns, "SPLIT": config.splits > 1,
         "BIAS": True, "STAGES": config.stages, "num_warps": config.warps,
-        **fp4_linear_triton.decoding(device, format_name, layout, dtype), **epilogue_options(epilogue),
+        **fp4_linear_triton.early(device), **fp4_linear_triton.decoding(device, format_name, layout, dtype),
+        **epilogue_options(epilogue),
     }  # fmt: skip
     return Launch(fp4_product_kernel, arguments, options)
 

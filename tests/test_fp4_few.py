@@ -6,10 +6,11 @@ import torch
 from ptx_words import run_warp
 
 from vbcompile.device import Target
-from vbcompile.kernels import fp4_linear_few, replay
+from vbcompile.kernels import early_launch, replay
+from vbcompile.kernels.early_launch import may_overlap
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
 from vbcompile.kernels.fp4_linear_decode import load_assembly, load_x_assembly, strip_assembly
-from vbcompile.kernels.fp4_linear_few import _may_overlap, refuses_diagonal, refuses_few, refuses_stream
+from vbcompile.kernels.fp4_linear_few import refuses_diagonal, refuses_few, refuses_stream
 from vbcompile.kernels.fp4_quantize import quantize
 
 KINDS = {"half": torch.float16, "bf16_sm80": torch.bfloat16, "bf16_sm90": torch.bfloat16}
@@ -114,26 +115,26 @@ def test_products_overlap_only_with_kernels_that_do_not_write_their_weight():
     for written in (None, codes, scales[:2]):
         if written is not None:
             written.zero_()
-        assert not _may_overlap(codes, scales)
-        assert _may_overlap(codes, scales) and _may_overlap(codes.detach(), scales)
+        assert not may_overlap(codes, scales)
+        assert may_overlap(codes, scales) and may_overlap(codes.detach(), scales)
     other = torch.zeros(4, dtype=torch.uint8)
-    assert not _may_overlap(codes, other) and _may_overlap(codes, other)  # its codes alone were multiplied with
+    assert not may_overlap(codes, other) and may_overlap(codes, other)  # its codes alone were multiplied with
     with torch.inference_mode():
         unversioned = torch.zeros(8, dtype=torch.uint8)
-    assert not any(_may_overlap(unversioned, scales) for _ in range(3))
+    assert not any(may_overlap(unversioned, scales) for _ in range(3))
     del codes, written
-    assert not _may_overlap(torch.zeros(8, dtype=torch.uint8), scales)  # in the same place, perhaps
+    assert not may_overlap(torch.zeros(8, dtype=torch.uint8), scales)  # in the same place, perhaps
 
 
 def test_repeated_calls_look_at_their_weight_each_time(monkeypatch):
     monkeypatch.setattr(replay, "takes", lambda device: True)
-    found, look = [], fp4_linear_few._may_overlap
-    monkeypatch.setattr(fp4_linear_few, "_may_overlap", lambda *weight: found.append(look(*weight)) or found[-1])
+    found, look = [], early_launch.may_overlap
+    monkeypatch.setattr(early_launch, "may_overlap", lambda *weight: found.append(look(*weight)) or found[-1])
     codes, scales = torch.zeros(8, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
 
     def call(x):
         def run():
-            replay.each_time(fp4_linear_few._kernel_in_between, codes, scales)
+            replay.each_time(early_launch.kernel_in_between, codes, scales)
             return x + 1
 
         return replay.remembered("a product", (), (x, codes, scales), run)

@@ -13,6 +13,7 @@ from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_trit
 from vbcompile.kernels.fp4_epilogue import out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear_few import FewConfig
+from vbcompile.kernels.fp4_linear_hopper import WideConfig
 from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
@@ -151,7 +152,7 @@ def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
     scales = torch.empty(n // 64, k // 64, 4096 // fp4_format(format_name).block_size, dtype=torch.uint8)
     read = fp4_linear_hopper.descriptors(x, codes, scales, out, format_name, config, epilogue)
     floats, counters = torch.empty(n), torch.empty(16, dtype=torch.int32)
-    arguments = (*read, floats, floats, floats, floats, counters, m, n, 1, k // 128, 4, 7)
+    arguments = (*read, floats, floats, floats, floats, counters, m, n, 1, k // 128, 4, 7, 0, 0)
     options = fp4_linear_hopper.launch_options(
         kind, config, config.splits != 1, 32 // fp4_format(format_name).block_size, epilogue
     )
@@ -159,14 +160,15 @@ def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
 
 
 @pytest.mark.parametrize(
-    ("block_m", "tiles", "splits", "kind"),
+    ("block_m", "tiles", "splits", "kind", "warpgroups"),
     [
-        (64, 1, 1, BF16), (64, 2, 2, BF16), (128, 1, 0, BF16), (128, 2, 1, BF16), (256, 1, 1, BF16), (256, 1, 0, FP16),
-        (256, 1, 0, FP8), (128, 2, 1, FP8), (64, 1, 4, FP8),
+        (32, 1, 1, BF16, 2), (64, 1, 1, BF16, 2), (64, 1, 4, FP16, 3), (64, 2, 2, BF16, 2), (128, 1, 0, BF16, 2),
+        (128, 2, 1, BF16, 2), (256, 1, 1, BF16, 2), (256, 1, 0, FP16, 2), (256, 1, 0, FP8, 2), (128, 2, 1, FP8, 2),
+        (64, 1, 4, FP8, 2),
     ],
 )  # fmt: skip
-def test_hopper_kernel_runs_asynchronously_without_spills(block_m, tiles, splits, kind):
-    config = fp4_linear_hopper.wide_shape(block_m, tiles, splits, kind == FP8)
+def test_hopper_kernel_runs_asynchronously_without_spills(block_m, tiles, splits, kind, warpgroups):
+    config = fp4_linear_hopper.wide_shape(block_m, tiles, splits, kind == FP8, warpgroups)
     report = compile_launch(wide_launch(config, kind, "mxfp4" if kind == FP16 else "nvfp4"), "sm_90")
     assert report.spills == 0 and report.shared <= 232448 // config.blocks
     loop = hot_loop(report, innermost=True)
@@ -189,14 +191,49 @@ def test_blocks_share_all_of_the_work(n, k, fp8):
         for config in fp4_linear_hopper.wide_candidates(m, fp8):
             plan = fp4_linear_hopper.plan(m, n, k, config, multiprocessors)
             assert 0 < plan.programs <= multiprocessors * config.blocks
-            tiles = -(-n // (128 * config.tiles)) * -(-m // config.block_m)
+            tiles = -(-n // (64 * config.parts)) * -(-m // config.block_m)
             assert plan.pairs == -(-k // 128) and plan.whole * plan.pairs + plan.left == tiles * plan.pairs
             assert plan.left == 0 or (plan.whole % plan.programs == 0 and plan.left >= plan.programs)
-            shares = [plan.left * p // plan.programs for p in range(plan.programs + 1)]
+            shares = [plan.begin(p) for p in range(plan.programs + 1)]
+            assert shares[0] == 0 and shares[-1] == plan.left
             for first, last in itertools.pairwise(shares):
+                assert plan.left == 0 or first < last
                 begun_before = [t for t in range(first // plan.pairs, -(-last // plan.pairs)) if t * plan.pairs > first]
                 cut = [t for t in begun_before if (t + 1) * plan.pairs > last]
                 assert len(cut) <= 1  # the place for tiles that begin within the share
+
+
+def test_three_warpgroups_and_128_rows_of_x_keep_two_words_outside_of_the_loop():
+    report = compile_launch(wide_launch(fp4_linear_hopper.wide_shape(128, 1, 2, False, 3), BF16), "sm_90")
+    assert report.spills <= 8
+    assert not any(i.startswith(("STL", "LDL")) for i in hot_loop(report, innermost=True))
+
+
+def test_no_other_block_fits_beside_one_of_hoppers_kernel():
+    """Two of different launches on one multiprocessor did not always end: the register file has no room for more."""
+    for warpgroups, (own, at_first) in fp4_linear_hopper._REGISTERS.items():
+        threads = 32 * (4 * warpgroups + 4)  # one of the last four warps is the producer
+        assert threads * at_first <= 65536 < threads * at_first + 32 * 4 * 16
+        assert 128 * warpgroups * own + 128 * 24 <= 65536
+
+
+def test_the_last_share_of_a_tile_is_the_longer_one():
+    plan = fp4_linear_hopper.plan(256, 4096, 4096, WideConfig(128, 1, 8, 2, lag=3), 132)
+    assert (plan.programs, plan.splits, [plan.begin(p) for p in range(4)]) == (128, 2, [0, 14, 32, 46])
+    assert fp4_linear_hopper.plan(256, 4096, 256, WideConfig(128, 1, 8, 2, lag=3), 132).lag == 0  # two pairs: one each
+    assert fp4_linear_hopper.plan(256, 6144, 4096, WideConfig(128, 1, 8, 0, lag=3), 132).splits == 0
+
+
+def test_weights_are_copied_before_the_kernel_ahead_has_ended():
+    """The producer copies codes and scales (three axes), waits, copies x (two); the consumers wait before all else."""
+    text = disassembly(compile_launch(wide_launch(WideConfig(64, 1, 6, 4, 2), BF16), "sm_90"))
+    order = re.findall(r"UTMALDG\.[23]D|ACQBULK|HGMMA", text)
+    assert order.count("ACQBULK") >= 3
+    at = order.index("UTMALDG.3D")
+    waits = [i for i, name in enumerate(order) if name == "ACQBULK"]
+    assert any(
+        at < wait and set(order[at:wait]) == {"UTMALDG.3D"} and order[wait + 1] == "UTMALDG.2D" for wait in waits
+    )
 
 
 @pytest.mark.parametrize("epilogue", ["silu", "gelu", "gated_silu", "gated_gelu_tanh"])
