@@ -20,8 +20,10 @@ _OPERATIONS, _BYTES = 2e9, 8e6  # 2 to 4 microseconds of a card that the host ca
 
 def ask_for_quick_calls(graph: fx.Graph, context: Any) -> None:
     """Name PyTorch's operator in the small calls of a torch-level graph, in place; nothing where the user named one."""
+    if context.training or context.elsewhere:
+        return
     config = context.config
-    if context.training or context.elsewhere or config.implementations or config.downstream != "inductor":
+    if config.implementations or config.downstream != "inductor":
         return
     if uses_cudagraphs(config.inductor_mode, config.inductor_options):
         return

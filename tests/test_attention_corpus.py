@@ -37,12 +37,12 @@ def test_inference(case, backend):
     _check(attempt(case, backend, mode=INFERENCE))
 
 
-@pytest.mark.parametrize("case", _trials(TRAINING, always=2))
+@pytest.mark.parametrize("case", _trials(TRAINING, always=4))
 def test_training(case, backend):
     _check(attempt(case, backend, mode=TRAINING))
 
 
-@pytest.mark.parametrize("case", _trials(TRAINING, every=4))
+@pytest.mark.parametrize("case", _trials(TRAINING, every=8))
 def test_training_in_bfloat16(case, backend):
     _check(attempt(case, backend, mode=TRAINING, dtype=torch.bfloat16))
 

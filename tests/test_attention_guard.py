@@ -12,7 +12,7 @@ from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import CapturedPattern
 from vbcompile.passes.attention import fuse_attention
 
-GPU = SimpleNamespace(target=SimpleNamespace(device_type="cuda"))
+CPU, GPU = (SimpleNamespace(target=SimpleNamespace(device_type=name), training=True) for name in ("cpu", "cuda"))
 LOWEST = torch.finfo(torch.float32).min
 INF = float("inf")
 
@@ -127,7 +127,7 @@ def test_cpu_kernels_read_the_fill():
     graphs = []
 
     def backend(gm, example_inputs):
-        fuse_attention(gm, SimpleNamespace(target=SimpleNamespace(device_type="cpu")))
+        fuse_attention(gm, CPU)
         graphs.append(gm)
         return gm.forward
 
