@@ -260,13 +260,12 @@ for _operator, _cudnn, _flash, _cpu in (
     ("attention", fused_forward("cudnn"), fused_forward("flash"), _cpu_forward),
     ("attention_backward", fused_backward("cudnn"), fused_backward("flash"), _cpu_backward),
 ):
-    for _name, _run, _refuses in (
-        ("cudnn", _cudnn, _refuses_cudnn),
-        ("flash_attention_2", _flash, _refuses_cuda),
+    for _name, _run, _refuses, _replays in (
+        ("cudnn", _cudnn, _refuses_cudnn, True),
+        ("flash_attention_2", _flash, _refuses_cuda, True),
+        ("cpu_flash", _cpu, _refuses_cpu, False),
     ):
+        _inlines = _operator == "attention"  # graphs with gradients keep our operators
         operator(_operator).register(
-            Implementation(_name, _run, _refuses, _cost(_name), replays=True, inlines=_cpu is _cpu_forward),
+            Implementation(_name, _run, _refuses, _cost(_name), replays=_replays, inlines=_inlines)
         )
-    operator(_operator).register(
-        Implementation("cpu_flash", _cpu, _refuses_cpu, _cost("cpu_flash"), inlines=_cpu is _cpu_forward),
-    )

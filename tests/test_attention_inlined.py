@@ -15,6 +15,7 @@ from vbcompile.passes.implementation_choice import explain_choices
 
 OURS, THEIRS = "ops.vblackwell.attention", "_scaled_dot_product_flash_attention_for_cpu"
 THEIRS_ON_GPU = "_scaled_dot_product_cudnn_attention.default("
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def plain(q, k, v):
@@ -45,12 +46,6 @@ def capped(q, k, v):
 
 def heads(dtype=torch.float32, rows=12, width=16, requires_grad=False):
     return [torch.randn(2, 4, rows, width, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 def compiled(function, **options):
