@@ -16,6 +16,11 @@ def attention(q, k, v):
 def returns_weights(q, k, v):
     p = torch.softmax(q @ k.transpose(-2, -1) * 0.125, -1)
     return p @ v, p
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return attention(x, x, x)
+def make_module():
+    return torch.nn.Sequential(Layer()), (torch.randn(2, 4, 16, 64),)
 def make():
     return attention, [torch.randn(2, 4, 16, 64) for _ in range(3)]
 def wrong():
@@ -69,6 +74,15 @@ def test_explaining_twice_and_while_compiled(functions):
 def test_explain_a_function_from_a_file(model_file, capsys):
     assert main(["explain", f"{model_file}:make", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}
+
+
+def test_explain_modules_from_a_file(model_file, capsys, monkeypatch):
+    """Their functions read the file's globals, which Dynamo finds by the name of the file's module."""
+    monkeypatch.setitem(sys.modules, "model", sys)  # another one of that name
+    arguments = [f"{model_file}:make_module", "--json", "--mode", "balanced", "--as", "sm_90"]
+    assert main(["explain", *arguments]) == 0
+    (decision,) = [d for d in json.loads(capsys.readouterr().out)["graphs"][0]["decisions"] if d["pass_name"] == "attention"]
+    assert decision["implementation"].startswith("hopper")  # the kernel of bfloat16, in which products run
 
 
 def test_explain_a_script(model_file, warm_python):

@@ -5,6 +5,7 @@ Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -216,12 +218,25 @@ def _load(path: str, name: str) -> Callable[..., Any]:
     else:
         sys.path.insert(0, "")
     try:
-        namespace = runpy.run_path(path) if path.endswith(".py") else vars(importlib.import_module(path))
+        module = _import_file(path) if path.endswith(".py") else importlib.import_module(path)
     except (ImportError, SyntaxError, ValueError) as error:
         raise UsageError(f"cannot import {path or repr(path)}: {error}") from error
-    if not callable(namespace.get(name)):
+    found = getattr(module, name, None)
+    if not callable(found):
         raise UsageError(f"{path} has no function {name!r}")
-    return namespace[name]
+    return found
+
+
+def _import_file(path: str) -> ModuleType:
+    """A file as a module that stays importable: Dynamo imports the modules of functions that it follows."""
+    name = Path(path).stem
+    if name in sys.modules:
+        name = f"vbcompile_target_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _explain_script(arguments: argparse.Namespace) -> tuple[Any, Any]:
