@@ -8,6 +8,7 @@ import torch
 
 import vbcompile
 from vbcompile.__main__ import main
+from vbcompile.vgpu import VGPUStack
 
 _MODEL = """
 import torch
@@ -132,11 +133,15 @@ def make():
 """
 
 
-def test_plan(tmp_path, capsys):
+def test_plan(tmp_path, capsys, monkeypatch):
     path = tmp_path / "planned.py"
     path.write_text(_PLANNED)
     assert main(["plan", f"{path}:make", "--budget", "4MiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
+    measured = []
+    monkeypatch.setattr(VGPUStack, "calibrate", lambda stack: measured.append(stack))
+    assert main(["plan", f"{path}:make", "--measure"]) == 0
+    assert measured and "plan --measure" in capsys.readouterr().out  # nothing came of it here
     assert main(["plan", f"{path}:make", "--budget", "1KiB"]) == 1
     assert "smallest" in capsys.readouterr().err
     assert main(["plan", f"{path}:make", "--budget", "much"]) == 2

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what of a model fits where, peak memory and step time, before a run")
     plan.add_argument("target", help="FILE.py:NAME or package.module:NAME, as for explain; built on the meta device")
     plan.add_argument("--budget", help="device memory, e.g. 20GiB (default: all of it, or VB_HBM_BUDGET)")
+    plan.add_argument("--measure", action="store_true", help="measure this machine's memory, links and products first")
     plan.add_argument("--training", action="store_true", help="plan forward, backward and optimizer state")
     plan.add_argument("--weight-bits", type=float, help="bits per element of stored matrices, e.g. 4.5")
     plan.add_argument("--html", metavar="FILE", help="write one self-contained page with the transfer timeline")
@@ -267,6 +268,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from vbcompile.config import ConfigError
     from vbcompile.estimator import PlanError, estimate
+    from vbcompile.vgpu import create_vgpu_stack
 
     path, _, name = arguments.target.rpartition(":")
     if not path:
@@ -280,6 +282,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             model,
             inputs=keywords or inputs,
             budget=arguments.budget,
+            stack=create_vgpu_stack(measure=True) if arguments.measure else None,
             training=arguments.training,
             weight_bits=arguments.weight_bits,
         )
