@@ -102,7 +102,7 @@ class Explanation:
 def _table(report: GraphReport) -> Table:
     table = Table(show_lines=False, expand=True)
     for column in ("pass", "site", "what", "why, or what it became", "runs as"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("pass", "what"))
     for decision in report.decisions:
         action = Text(decision.action, style=_STYLE.get(decision.action, ""))
         row = (decision.pass_name, decision.site, action, decision.reason, decision.implementation)
