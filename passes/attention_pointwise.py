@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from vbcompile.passes.attention_activations import Activations
 from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_exact import compared_in, is_exact, may_be_cut, may_wrap, rounded
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
@@ -31,7 +32,7 @@ def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordin
     return rule(_Rules(lifter, call, node, coordinates))
 
 
-class _Rules:
+class _Rules(Activations):
     """One call in hand; a method per operator that needs more than its own name."""
 
     def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordinates") -> None:
@@ -41,6 +42,7 @@ class _Rules:
         self.const = lifter.algebra.const
         self.call = call
         self._dtype = tensor_of(node).dtype
+        self._is_differentiated = tensor_of(node).requires_grad
         self.kind = kind_of(self._dtype)
         self._lifter = lifter
         self._coordinates = coordinates
@@ -206,30 +208,6 @@ class _Rules:
     def log2(self) -> Expression:
         return self.make("div", self.make("log", self.read_as(FLOAT, "input")), self.const(math.log(2.0)))
 
-    def silu(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self.make("mul", value, self.make("sigmoid", value))
-
-    def logsigmoid(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
-        return self.make("sub", self.make("minimum", value, self.const(0.0)), tail)
-
-    def softplus(self) -> Expression:
-        if self.call.get("beta", 1) != 1:
-            raise self.opaque()
-        value = self.read_as(FLOAT, "input")
-        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
-        smooth = self.make("add", self.make("maximum", value, self.const(0.0)), tail)
-        return self.make(
-            "where", self.make("gt", value, self.const(float(self.call.get("threshold", 20)))), value, smooth
-        )
-
-    def leaky_relu(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        slope = self.convert(FLOAT, self.read("negative_slope", 0.01))
-        return self.make("where", self.make("gt", value, self.const(0.0)), value, self.make("mul", value, slope))
-
     def where(self) -> Expression:
         if "input" not in self.call.arguments:
             raise self.opaque()
@@ -251,14 +229,17 @@ class _Rules:
             raise self.opaque()
         for bound, name in (("min", "maximum"), ("max", "minimum")):
             if self.call.get(bound) is not None:
-                value = self.make(name, value, self.read_as(self.kind, bound))
+                value = self._limited(name, value, self.read_as(self.kind, bound))
         return value
 
     clamp_min = clamp_max = clamp
 
-    def hardtanh(self) -> Expression:
-        low, high = (self.convert(FLOAT, self.read(name, default)) for name, default in (("min", -1.0), ("max", 1.0)))
-        return self.make("minimum", self.make("maximum", self.read_as(FLOAT, "input"), low), high)
+    def _limited(self, name: str, value: Expression, limit: Expression) -> Expression:
+        """At the limit itself ``clamp`` hands on the whole gradient, ``maximum`` and ``minimum`` half of it."""
+        if not self._is_differentiated:
+            return self.make(name, value, limit)
+        beyond = self.make("lt" if name == "maximum" else "gt", value, limit)
+        return self.make("where", beyond, limit, value)
 
     def addcmul(self) -> Expression:
         factor = self.make("mul", self.read_as(self.kind, "tensor1"), self.read_as(self.kind, "tensor2"))
@@ -276,6 +257,15 @@ class _Rules:
         return self.make(name, self.read_as(self.kind, "input"), self.read_as(self.kind, "dim"))
 
     min = max
+
+    def prelu(self) -> Expression:
+        """The slope is one number, or one for each place of the second dimension."""
+        weight = self.call.get("weight")
+        places = () if tensor_of(weight).numel() == 1 else self._coordinates[1]
+        at = (places,) if tensor_of(weight).dim() == 1 else ()
+        slope = self.convert(FLOAT, self._lifter.read(weight, at))
+        value = self.read_as(FLOAT, "input")
+        return self._where(self._is("gt", value, 0.0), value, self.make("mul", value, slope))
 
     def dropout(self) -> Expression:
         if self.call.get("training", True) is not False and self.call.get("p", 0.5) != 0:

@@ -150,6 +150,8 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
             return None
         if call.name in names:
             break
+        if call.name == "detach" and tensor_of(call.input).requires_grad:
+            return None  # the sum's part of the gradient is left out
         if call.name in _CASTS:
             node = call.input
             continue
@@ -277,12 +279,36 @@ def _is_row_constant(space: Space, call: Any, dims: Dims, keys: Dim) -> bool:
     other = call.get("other")
     if call.in_place or "alpha" in call.arguments or not is_tensor(call.input) or not is_tensor(other):
         return False
-    if len(shape_of(call.input)) != len(dims):
+    if len(shape_of(call.input)) != len(dims) or _wants_gradient_besides(other, call.input):
         return False
     place = next(d for d, dim in enumerate(dims) if space.resolve(dim) == space.resolve(keys))
     offset = place - (len(dims) - len(shape_of(other)))
     broadcasts = known_equal(shape_of(call.input)[place], 1)
     return not broadcasts and (offset < 0 or known_equal(shape_of(other)[offset], 1))
+
+
+def _wants_gradient_besides(shift: fx.Node, logits: fx.Node) -> bool:
+    """Whether a number per row needs tensors in its gradient that the logits do not: it is zero there, not absent."""
+    if not tensor_of(shift).requires_grad:
+        return False
+    own, above = _ancestors([shift], {logits}), set()
+    for leaf in own:
+        if leaf.op in ("placeholder", "get_attr") and is_tensor(leaf) and tensor_of(leaf).requires_grad:
+            above = above or _ancestors([logits], set())
+            if leaf not in above:
+                return True
+    return False
+
+
+def _ancestors(nodes: list[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from, no further than ``ends``."""
+    found, todo = set(ends), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
 
 
 # --------------------------------------------------------------------------------------- what softmax does not see

@@ -57,9 +57,13 @@ _UNARY = [
     "square",
     "isnan",
     "reciprocal",
-    "relu",
-    "silu",
     "sign",
+    "expm1",
+    "sinh",
+    "cosh",
+    "logsigmoid",
+    "tanhshrink",
+    "softsign",
     "bool",
     "int",
     "long",
@@ -90,6 +94,7 @@ _BINARY = [
     "xor",
     "maximum",
     "minimum",
+    "logaddexp",
     "type_as",
     "view_as",
 ]
@@ -109,8 +114,15 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp_max": ("input", "max"),
     "nan_to_num": ("input", "nan", "posinf", "neginf"),
     "addcmul": ("input", "tensor1", "tensor2"),
-    "leaky_relu": ("input", "negative_slope"),
+    "leaky_relu": ("input", "negative_slope", "inplace"),
     "softplus": ("input", "beta", "threshold"),
+    **dict.fromkeys(("relu", "relu6", "silu", "selu", "mish", "hardsigmoid", "hardswish"), ("input", "inplace")),
+    **dict.fromkeys(("elu", "celu"), ("input", "alpha", "inplace")),
+    **dict.fromkeys(("hardshrink", "softshrink"), ("input", "lambd")),
+    "hardtanh": ("input", "min_val", "max_val", "inplace"),
+    "threshold": ("input", "threshold", "value", "inplace"),
+    "gelu": ("input",),
+    "prelu": ("input", "weight"),
     "softmax": ("input", "dim", "dtype"),
     "log_softmax": ("input", "dim", "dtype"),
     "softmin": ("input", "dim", "_stacklevel", "dtype"),
@@ -192,8 +204,10 @@ def _functions() -> dict[Any, str]:
         "safe_softmax": "_safe_softmax", "bool": "", "int": "", "long": "", "float": "", "half": "",
         "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
         "mT": "", "T": "", "linear": "", "sdpa": "", "softplus": "", "leaky_relu": "", "silu": "",
-        "view_as": "", "type_as": "", "expand": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
-        "repeat": "", "sign": "sign", "arange": "arange", "einsum": "einsum",
+        "logsigmoid": "", "tanhshrink": "", "softsign": "", "softshrink": "", "mish": "", "hardsigmoid": "",
+        "hardswish": "", "gelu": "", "elu": "", "sign": "sign sgn", "view_as": "", "type_as": "",
+        "expand": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
+        "repeat": "", "arange": "arange", "einsum": "einsum",
     }  # fmt: skip
     for name in _PARAMETERS:
         for spelling in spellings.get(name, name).split():
@@ -206,24 +220,17 @@ def _functions() -> dict[Any, str]:
     }.items():  # fmt: skip
         table[getattr(operator, spelling)] = name
     for function in (
-        "softmax",
-        "softmin",
-        "log_softmax",
-        "dropout",
-        "relu",
-        "silu",
-        "leaky_relu",
-        "softplus",
-        "tanh",
-        "sigmoid",
-    ):
+        "softmax", "softmin", "log_softmax", "dropout", "relu", "relu6", "silu", "selu", "elu", "celu", "leaky_relu",
+        "mish", "hardsigmoid", "hardswish", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "softsign",
+        "softplus", "threshold", "prelu", "gelu", "logsigmoid", "tanh", "sigmoid",
+    ):  # fmt: skip
         table[getattr(F, function)] = function
     table |= {
-        F.linear: "linear", F.sigmoid: "sigmoid", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh",
+        F.linear: "linear", F.scaled_dot_product_attention: "sdpa",
         torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",
+        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad", torch.special.expm1: "expm1",
     }  # fmt: skip
     return table
 
@@ -239,13 +246,13 @@ _METHODS = {
     "logical_xor": "xor", "logical_not": "not", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
     "bitwise_not": "not", "moveaxis": "movedim", "negative": "neg", "absolute": "abs", "concat": "cat",
     "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "adjoint": "mT",
+    "sgn": "sign",
 }  # fmt: skip
 # Dynamo of some releases records `a == b` as a.__eq__(b); reflected ones only where the order does not matter
 _METHODS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs")}
 _METHODS |= {f"__{name}__": name for name in ("add", "sub", "mul", "floordiv", "mod", "pow")}
 _METHODS |= {f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")}
 _METHODS |= {"__invert__": "not", "__truediv__": "div"}
-_PARAMETERS |= {"hardtanh": ("input", "min", "max"), "logsigmoid": ("input",)}
 _FUNCTIONS: dict[Any, str] = _functions()
 _METHOD_PARAMETERS = {"where": ("input", "condition", "other")}
 # F.softmax and F.log_softmax have one more positional parameter than their torch namesakes
