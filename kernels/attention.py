@@ -316,6 +316,7 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, *rest = ctx.saved_tensors
     captured, (out, lse, *seed) = rest[: ctx.captured_count], rest[ctx.captured_count :]
     needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    needs[2] = needs[2] and grad_out is not None  # the logarithm of the sum does not depend on the values
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = attention_backward(
         grad_out,

@@ -9,6 +9,7 @@ from torch import fx
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Kept, Weights
 from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
+from vbcompile.passes.graph_effects import cuts_gradient
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
@@ -148,10 +149,10 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
         call = call_of(node)
         if call is None or call.in_place:
             return None
+        if cuts_gradient(node):
+            return None  # the sum's part of the gradient is left out
         if call.name in names:
             break
-        if call.name == "detach" and tensor_of(call.input).requires_grad:
-            return None  # the sum's part of the gradient is left out
         if call.name in _CASTS:
             node = call.input
             continue
@@ -318,7 +319,7 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
         call = call_of(found.logits)
         if call is None or call.in_place:
             return _finish(found)
-        if call.name in ("to", "float", "double", "type", "type_as") and _is_float_cast(call, found.logits):
+        if is_float_cast(call, found.logits):
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
             found = replace(found, logits=call.input, exact_logits=False)
@@ -330,7 +331,10 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
             return _finish(found)
 
 
-def _is_float_cast(call: Any, node: fx.Node) -> bool:
+def is_float_cast(call: Call | None, node: fx.Node) -> bool:
+    """Whether the node is a conversion from one floating type to another that is no narrower by name."""
+    if call is None or call.in_place or call.name not in ("to", "float", "double", "type", "type_as"):
+        return False
     return is_tensor(call.input) and tensor_of(call.input).is_floating_point() and tensor_of(node).is_floating_point()
 
 
