@@ -130,13 +130,13 @@ def attention_backward_reference(
     dtype = accumulation_dtype(q.dtype)
     inputs = [q, k, v, *captured]
     q = q.expand(*lead_shape(q, k, v, captured), *q.shape[-2:])
-    p, _ = _probabilities(q, k, captured, scale, function)
+    p, lse = _probabilities(q, k, captured, scale, function)
     keep = _keep(p, dropout_p, seed) if dropout_p > 0 else None
     grad = grad_out.to(dtype)
     dp = grad @ v.to(dtype).mT
     weights = p if keep is None else p * keep
     dv = weights.mT @ grad
-    delta = (grad * out.to(dtype)).sum(-1, keepdim=True)
+    delta = (weights * dp).sum(-1, keepdim=True)  # not of ``out``: rows that cancel need the very same weights
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype).unsqueeze(-1)
     d_logits = p * ((dp if keep is None else dp * keep) - delta)

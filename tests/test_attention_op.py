@@ -274,5 +274,5 @@ def test_cpu_kernel_takes_shared_heads_and_two_widths(lead, widths):
 
 def test_cpu_kernel_reads_grouped_keys_where_they_are():
     q, k = torch.randn(2, 2, 3, 6, 8), torch.randn(2, 2, 1, 6, 8)
-    call = attention_sdpa._CpuCall(q, k, k, [], ScoreFunction())
+    call = attention_sdpa._CpuCall(q, k, k, [], 1.0, ScoreFunction())
     assert [t.data_ptr() for t in call.tensors] == [q.data_ptr(), k.data_ptr(), k.data_ptr()]
