@@ -292,13 +292,9 @@ def _wants_gradient_besides(shift: fx.Node, logits: fx.Node) -> bool:
     """Whether a number per row needs tensors in its gradient that the logits do not: it is zero there, not absent."""
     if not tensor_of(shift).requires_grad:
         return False
-    own, above = _ancestors([shift], {logits}), set()
-    for leaf in own:
-        if leaf.op in ("placeholder", "get_attr") and is_tensor(leaf) and tensor_of(leaf).requires_grad:
-            above = above or _ancestors([logits], set())
-            if leaf not in above:
-                return True
-    return False
+    wants = lambda n: n.op in ("placeholder", "get_attr") and is_tensor(n) and tensor_of(n).requires_grad
+    own = {n for n in _ancestors([shift], {logits}) if wants(n)}
+    return bool(own) and not own <= _ancestors([logits], set())
 
 
 def _ancestors(nodes: list[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
