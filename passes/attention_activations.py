@@ -1,157 +1,158 @@
-"""Activation functions as expressions of the instructions that score functions have.
+"""Activation functions of ``torch.nn.functional`` and rarer functions of scores, spelled in the operators of kernels.
 
-Where one has a kink, the gradient at it is PyTorch's: ``clamp`` hands it on at its limits, ``hardtanh`` does not.
+Differences of nearly equal numbers (``exp(x) - 1``) are as exact as logits need: their absolute error counts. Where a
+function has a kink, the choice between its pieces is the one whose gradient PyTorch gives.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
 
-from vbcompile.passes.attention_expression import FLOAT, Expression
-from vbcompile.passes.graph_ops import Call
+from vbcompile.passes.attention_expression import Algebra, Expression
+from vbcompile.passes.graph_ops import ACTIVATIONS
+
+_SELU = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717  # scale, alpha
 
 
 class Activations:
-    """Rules of ``attention_pointwise`` for activation functions, a method each."""
+    """A method per operator, named as the operator; each takes the element and the operator's other numbers.
 
-    call: Call
-    make: Callable[..., Expression]
-    const: Callable[[Any], Expression]
-    opaque: Callable[..., Exception]
-    read_as: Callable[..., Expression]
+    Args:
+        algebra: makes the expressions.
+        dtype: of the tensor that the operator is applied to.
+    """
 
-    def number(self, parameter: str, default: float | None = None) -> float:
-        """An argument that is a Python number; raises Opaque for others."""
-        value = self.call.get(parameter, default)
-        if isinstance(value, fx.Node) or not isinstance(value, (int, float)):
-            raise self.opaque()
-        return float(value)
+    def __init__(self, algebra: Algebra, dtype: torch.dtype) -> None:
+        self._make = algebra.make
+        self._const = algebra.const
+        self._limits = torch.finfo(dtype) if dtype.is_floating_point else None
 
-    def _where(self, condition: Expression, a: Expression | float, b: Expression | float) -> Expression:
-        return self.make("where", condition, *(self.const(x) if isinstance(x, float) else x for x in (a, b)))
+    def _join(self, name: str, *arguments: Expression | float) -> Expression:
+        return self._make(name, *(self._const(float(a)) if isinstance(a, (int, float)) else a for a in arguments))
 
-    def _is(self, comparison: str, e: Expression, number: float) -> Expression:
-        return self.make(comparison, e, self.const(number))
+    def _where(self, x: Expression, comparison: str, limit: float, a: Expression | float, b: Expression) -> Expression:
+        return self._join("where", self._join(comparison, x, limit), a, b)
 
-    def _scaled(self, e: Expression, factor: float) -> Expression:
-        return self.make("mul", e, self.const(factor))
+    def _grow(self, x: Expression, alpha: float, rate: float) -> Expression:
+        """``x`` above zero, and ``alpha * (exp(rate * x) - 1)`` below."""
+        low = self._where(x, "gt", 0.0, 0.0, x)  # nothing overflows where it is not wanted
+        power = self._join("exp", self._join("mul", low, rate))
+        return self._where(x, "gt", 0.0, x, self._join("mul", self._join("sub", power, 1.0), alpha))
 
-    def _between(self, e: Expression, low: float, high: float) -> Expression:
-        """The number in these limits, with no gradient at and beyond them."""
-        below_high = self._where(self._is("ge", e, high), high, e)
-        return self._where(self._is("le", e, low), low, below_high)
+    def _between(self, x: Expression, low: float, high: float) -> Expression:
+        """``x`` within limits, at which the gradient ends."""
+        return self._where(x, "le", low, low, self._where(x, "ge", high, high, x))
 
-    def _softplus(self, e: Expression) -> Expression:
-        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", e))))
-        return self.make("add", self.make("maximum", e, self.const(0.0)), tail)
+    def _soften(self, x: Expression) -> Expression:
+        """``log(1 + exp(x))``."""
+        tail = self._join("log1p", self._join("exp", self._join("neg", self._join("abs", x))))
+        return self._join("add", self._join("maximum", x, 0.0), tail)
 
-    def _exponential_unit(self, e: Expression, alpha: float, scale: float = 1.0, rate: float = 1.0) -> Expression:
-        is_positive = self._is("gt", e, 0.0)
-        below = self._where(is_positive, 0.0, self._scaled(e, rate))  # so that nothing overflows above
-        decay = self._scaled(self.make("sub", self.make("exp", below), self.const(1.0)), alpha * scale)
-        return self._where(is_positive, self._scaled(e, scale), decay)
+    def silu(self, x: Expression) -> Expression:
+        return self._join("mul", x, self._join("sigmoid", x))
 
-    # --------------------------------------------------------------------------------------------- by operator
-    def silu(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self.make("mul", value, self.make("sigmoid", value))
+    def leaky_relu(self, x: Expression, negative_slope: float = 0.01) -> Expression:
+        return self._where(x, "gt", 0.0, x, self._join("mul", x, negative_slope))
 
-    def logsigmoid(self) -> Expression:
-        return self.make("neg", self._softplus(self.make("neg", self.read_as(FLOAT, "input"))))
+    def elu(self, x: Expression, alpha: float = 1.0) -> Expression:
+        return self._grow(x, alpha, 1.0)
 
-    def softplus(self) -> Expression:
-        beta, threshold = self.number("beta", 1.0), self.number("threshold", 20.0)
-        if beta == 0:
-            raise self.opaque()
-        value = self.read_as(FLOAT, "input")
-        inner = self._scaled(value, beta)
-        smooth = self._scaled(self._softplus(inner), 1.0 / beta)
-        return self._where(self._is("gt", inner, threshold), value, smooth)
+    def celu(self, x: Expression, alpha: float = 1.0) -> Expression:
+        return self._grow(x, alpha, 1.0 / alpha)
 
-    def mish(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self.make("mul", value, self.make("tanh", self._softplus(value)))
+    def selu(self, x: Expression) -> Expression:
+        return self._join("mul", self.elu(x, _SELU[1]), _SELU[0])
 
-    def leaky_relu(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        slope = self.read_as(FLOAT, "negative_slope", 0.01)
-        return self._where(self._is("gt", value, 0.0), value, self.make("mul", value, slope))
+    def softplus(self, x: Expression, beta: float = 1.0, threshold: float = 20.0) -> Expression:
+        inner = self._join("mul", x, beta)
+        return self._where(inner, "gt", threshold, x, self._join("div", self._soften(inner), beta))
 
-    def elu(self) -> Expression:
-        return self._exponential_unit(self.read_as(FLOAT, "input"), self.number("alpha", 1.0))
+    def logsigmoid(self, x: Expression) -> Expression:
+        return self._join("neg", self._soften(self._join("neg", x)))
 
-    def celu(self) -> Expression:
-        alpha = self.number("alpha", 1.0)
-        return self._exponential_unit(self.read_as(FLOAT, "input"), alpha, rate=1.0 / alpha)
+    def mish(self, x: Expression) -> Expression:
+        return self._join("mul", x, self._join("tanh", self._soften(x)))
 
-    def selu(self) -> Expression:
-        alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-        return self._exponential_unit(self.read_as(FLOAT, "input"), alpha, scale)
+    def hardsigmoid(self, x: Expression) -> Expression:
+        return self._join("div", self.relu6(self._join("add", x, 3.0)), 6.0)
 
-    def gelu(self) -> Expression:
-        if self.call.get("approximate") != "tanh":
-            raise self.opaque("gelu by the error function")
-        value = self.read_as(FLOAT, "input")
-        cube = self.make("mul", self.make("mul", value, value), value)
-        inner = self._scaled(self.make("add", value, self._scaled(cube, 0.044715)), math.sqrt(2.0 / math.pi))
-        share = self.make("add", self.make("tanh", inner), self.const(1.0))
-        return self.make("mul", self._scaled(value, 0.5), share)
+    def hardswish(self, x: Expression) -> Expression:
+        return self._join("mul", x, self.hardsigmoid(x))
 
-    def hardtanh(self) -> Expression:
-        return self._between(self.read_as(FLOAT, "input"), self.number("min_val", -1.0), self.number("max_val", 1.0))
+    def hardtanh(self, x: Expression, min_val: float = -1.0, max_val: float = 1.0) -> Expression:
+        return self._between(x, min_val, max_val)
 
-    def relu6(self) -> Expression:
-        return self._between(self.read_as(FLOAT, "input"), 0.0, 6.0)
+    def relu6(self, x: Expression) -> Expression:
+        return self._between(x, 0.0, 6.0)
 
-    def hardsigmoid(self) -> Expression:
-        shifted = self.make("add", self.read_as(FLOAT, "input"), self.const(3.0))
-        return self._scaled(self._between(shifted, 0.0, 6.0), 1.0 / 6.0)
+    def softsign(self, x: Expression) -> Expression:
+        return self._join("div", x, self._join("add", self._join("abs", x), 1.0))
 
-    def hardswish(self) -> Expression:
-        return self.make("mul", self.read_as(FLOAT, "input"), self.hardsigmoid())
+    def tanhshrink(self, x: Expression) -> Expression:
+        return self._join("sub", x, self._join("tanh", x))
 
-    def softsign(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self.make("div", value, self.make("add", self.make("abs", value), self.const(1.0)))
+    def softshrink(self, x: Expression, lambd: float = 0.5) -> Expression:
+        low = self._where(x, "lt", -lambd, self._join("add", x, lambd), self._const(0.0))
+        return self._where(x, "gt", lambd, self._join("sub", x, lambd), low)
 
-    def tanhshrink(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self.make("sub", value, self.make("tanh", value))
+    def hardshrink(self, x: Expression, lambd: float = 0.5) -> Expression:
+        return self._where(self._join("abs", x), "le", lambd, 0.0, x)
 
-    def softshrink(self) -> Expression:
-        value, limit = self.read_as(FLOAT, "input"), self.number("lambd", 0.5)
-        lower = self._where(self._is("lt", value, -limit), self.make("add", value, self.const(limit)), 0.0)
-        return self._where(self._is("gt", value, limit), self.make("sub", value, self.const(limit)), lower)
+    def threshold(self, x: Expression, threshold: float, value: float) -> Expression:
+        return self._where(x, "le", threshold, value, x)
 
-    def hardshrink(self) -> Expression:
-        value, limit = self.read_as(FLOAT, "input"), self.number("lambd", 0.5)
-        small = self.make("and", self._is("ge", value, -limit), self._is("le", value, limit))
-        return self._where(small, 0.0, value)
+    def gelu(self, x: Expression, approximate: str = "none") -> Expression | None:
+        """Only the approximation by ``tanh``: kernels have no error function."""
+        if approximate != "tanh":
+            return None
+        cubed = self._join("mul", self._join("mul", self._join("mul", x, x), x), 0.044715)
+        inner = self._join("mul", self._join("add", x, cubed), math.sqrt(2.0 / math.pi))
+        return self._join("mul", self._join("mul", x, 0.5), self._join("add", self._join("tanh", inner), 1.0))
 
-    def threshold(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self._where(self._is("le", value, self.number("threshold")), self.number("value"), value)
+    def expm1(self, x: Expression) -> Expression:
+        return self._join("sub", self._join("exp", x), 1.0)
 
-    def sign(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self._where(self._is("gt", value, 0.0), 1.0, self._where(self._is("lt", value, 0.0), -1.0, 0.0))
+    def sinh(self, x: Expression) -> Expression:
+        return self._join("mul", self._join("sub", *self._both_powers(x)), 0.5)
 
-    def expm1(self) -> Expression:
-        return self.make("sub", self.make("exp", self.read_as(FLOAT, "input")), self.const(1.0))
+    def cosh(self, x: Expression) -> Expression:
+        return self._join("mul", self._join("add", *self._both_powers(x)), 0.5)
 
-    def sinh(self) -> Expression:
-        return self._scaled(self.make("sub", *self._both_exponentials()), 0.5)
+    def _both_powers(self, x: Expression) -> tuple[Expression, Expression]:
+        return self._join("exp", x), self._join("exp", self._join("neg", x))
 
-    def cosh(self) -> Expression:
-        return self._scaled(self.make("add", *self._both_exponentials()), 0.5)
+    def tan(self, x: Expression) -> Expression:
+        return self._join("div", self._join("sin", x), self._join("cos", x))
 
-    def _both_exponentials(self) -> tuple[Expression, Expression]:
-        value = self.read_as(FLOAT, "input")
-        return self.make("exp", value), self.make("exp", self.make("neg", value))
+    def log10(self, x: Expression) -> Expression:
+        return self._join("div", self._join("log", x), math.log(10.0))
 
-    def logaddexp(self) -> Expression:
-        a, b = self.read_as(FLOAT, "input"), self.read_as(FLOAT, "other")
-        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", self.make("sub", a, b)))))
-        return self.make("add", self.make("maximum", a, b), tail)
+    def sign(self, x: Expression) -> Expression:
+        return self._where(x, "gt", 0.0, 1.0, self._where(x, "lt", 0.0, -1.0, self._const(0.0)))
+
+    def isnan(self, x: Expression) -> Expression:
+        return self._join("ne", x, x)
+
+    def isinf(self, x: Expression) -> Expression:
+        return self._join("eq", self._join("abs", x), math.inf)
+
+    def nan_to_num(
+        self, x: Expression, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+    ) -> Expression | None:
+        if self._limits is None:
+            return None
+        high = self._limits.max if posinf is None else posinf
+        low = self._limits.min if neginf is None else neginf
+        result = self._where(x, "eq", -math.inf, low, self._where(x, "eq", math.inf, high, x))
+        return self._join("where", self.isnan(x), nan or 0.0, result)
+
+
+def activation(algebra: Algebra, name: str, x: Expression, dtype: torch.dtype, given: dict[str, Any]) -> Any:
+    """The expression of ``name(x)`` with other arguments ``given``; None where it is not known or not of numbers."""
+    options = {k: v for k, v in given.items() if k in ACTIVATIONS[name] and k != "inplace"}
+    if any(isinstance(v, bool) or not isinstance(v, (int, float, str, type(None))) for v in options.values()):
+        return None
+    method: Callable[..., Expression | None] = getattr(Activations(algebra, dtype), name)
+    return method(x, **options)

@@ -55,15 +55,7 @@ _UNARY = [
     "tanh",
     "sigmoid",
     "square",
-    "isnan",
     "reciprocal",
-    "sign",
-    "expm1",
-    "sinh",
-    "cosh",
-    "logsigmoid",
-    "tanhshrink",
-    "softsign",
     "bool",
     "int",
     "long",
@@ -94,10 +86,21 @@ _BINARY = [
     "xor",
     "maximum",
     "minimum",
-    "logaddexp",
     "type_as",
     "view_as",
 ]
+
+# functions of one tensor and numbers -> the names of the numbers
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("silu", "selu", "mish", "hardsigmoid", "hardswish", "relu6"), ("inplace",)),
+    **dict.fromkeys(("elu", "celu"), ("alpha", "inplace")),
+    **dict.fromkeys(("softshrink", "hardshrink"), ("lambd",)),
+    **dict.fromkeys(("logsigmoid", "softsign", "tanhshrink", "expm1", "sinh", "cosh", "tan", "log10"), ()),
+    **dict.fromkeys(("sign", "isnan", "isinf"), ()),
+    "leaky_relu": ("negative_slope", "inplace"), "hardtanh": ("min_val", "max_val", "inplace"),
+    "softplus": ("beta", "threshold"), "threshold": ("threshold", "value", "inplace"), "gelu": ("approximate",),
+    "nan_to_num": ("nan", "posinf", "neginf"),
+}  # fmt: skip
 
 # canonical name -> positional parameters
 _PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -112,17 +115,14 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
-    "nan_to_num": ("input", "nan", "posinf", "neginf"),
     "addcmul": ("input", "tensor1", "tensor2"),
-    "leaky_relu": ("input", "negative_slope", "inplace"),
-    "softplus": ("input", "beta", "threshold"),
-    **dict.fromkeys(("relu", "relu6", "silu", "selu", "mish", "hardsigmoid", "hardswish"), ("input", "inplace")),
-    **dict.fromkeys(("elu", "celu"), ("input", "alpha", "inplace")),
-    **dict.fromkeys(("hardshrink", "softshrink"), ("input", "lambd")),
-    "hardtanh": ("input", "min_val", "max_val", "inplace"),
-    "threshold": ("input", "threshold", "value", "inplace"),
-    "gelu": ("input",),
+    "relu": ("input", "inplace"),
     "prelu": ("input", "weight"),
+    "rsub": ("input", "other"),
+    "lerp": ("input", "end", "weight"),
+    "hypot": ("input", "other"),
+    "logaddexp": ("input", "other"),
+    **{name: ("input", *parameters) for name, parameters in ACTIVATIONS.items()},
     "softmax": ("input", "dim", "dtype"),
     "log_softmax": ("input", "dim", "dtype"),
     "softmin": ("input", "dim", "_stacklevel", "dtype"),
@@ -203,11 +203,9 @@ def _functions() -> dict[Any, str]:
         "movedim": "movedim moveaxis", "cat": "cat concat concatenate", "permute": "permute",
         "safe_softmax": "_safe_softmax", "bool": "", "int": "", "long": "", "float": "", "half": "",
         "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
-        "mT": "", "T": "", "linear": "", "sdpa": "", "softplus": "", "leaky_relu": "", "silu": "",
-        "logsigmoid": "", "tanhshrink": "", "softsign": "", "softshrink": "", "mish": "", "hardsigmoid": "",
-        "hardswish": "", "gelu": "", "elu": "", "sign": "sign sgn", "view_as": "", "type_as": "",
-        "expand": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
-        "repeat": "", "arange": "arange", "einsum": "einsum",
+        "mT": "", "T": "", "linear": "", "sdpa": "", "view_as": "", "type_as": "", "expand_as": "", "new_zeros": "",
+        "new_ones": "", "new_full": "", "repeat": "", "sign": "sign sgn", "expand": "broadcast_to",
+        "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum",
     }  # fmt: skip
     for name in _PARAMETERS:
         for spelling in spellings.get(name, name).split():
@@ -220,17 +218,17 @@ def _functions() -> dict[Any, str]:
     }.items():  # fmt: skip
         table[getattr(operator, spelling)] = name
     for function in (
-        "softmax", "softmin", "log_softmax", "dropout", "relu", "relu6", "silu", "selu", "elu", "celu", "leaky_relu",
-        "mish", "hardsigmoid", "hardswish", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "softsign",
-        "softplus", "threshold", "prelu", "gelu", "logsigmoid", "tanh", "sigmoid",
-    ):  # fmt: skip
+        *("softmax", "softmin", "log_softmax", "dropout", "relu", "tanh", "sigmoid", "prelu"),
+        *(name for name in ACTIVATIONS if hasattr(F, name)),
+    ):
         table[getattr(F, function)] = function
     table |= {
         F.linear: "linear", F.scaled_dot_product_attention: "sdpa",
         torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
+        torch.special.expm1: "expm1", operator.pos: "positive", torch.float_power: "pow",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad", torch.special.expm1: "expm1",
+        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad",
     }  # fmt: skip
     return table
 
@@ -246,7 +244,7 @@ _METHODS = {
     "logical_xor": "xor", "logical_not": "not", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
     "bitwise_not": "not", "moveaxis": "movedim", "negative": "neg", "absolute": "abs", "concat": "cat",
     "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "adjoint": "mT",
-    "sgn": "sign",
+    "broadcast_to": "expand", "ravel": "flatten", "sgn": "sign", "float_power": "pow",
 }  # fmt: skip
 # Dynamo of some releases records `a == b` as a.__eq__(b); reflected ones only where the order does not matter
 _METHODS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs")}
