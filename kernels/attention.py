@@ -341,6 +341,36 @@ def _backward(ctx, grad_out, grad_lse):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _setup_second(ctx, inputs, keyword_only_inputs, output):
+    grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs = inputs
+    ctx.options = scale, dropout_p, seed, score_function, needs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_out, grad_lse, q, k, v, out, lse, *captured)
+
+
+def _second_backward(ctx, upstream):
+    """Second derivatives in plain PyTorch: the backward as a function of all but ``out`` and ``lse``, made again."""
+    grad_out, grad_lse, q, k, v, out, lse, *captured = ctx.saved_tensors
+    given = [grad_out, grad_lse, q, k, v, *captured]
+    again, grads = torch.is_grad_enabled(), dict.fromkeys(range(len(given)))
+    with torch.enable_grad():
+        apart = [t if t is None or not t.requires_grad else t.view_as(t) for t in given]  # one may come from another
+        first = attention_backward_reference(*apart[:5], apart[5:], out.detach(), lse.detach(), *ctx.options)
+    pairs = [
+        (g, u) for g, u in zip(first, upstream, strict=True) if g is not None and u is not None and g.requires_grad
+    ]
+    wanted = [n for n, t in enumerate(apart) if pairs and t is not None and t.requires_grad]
+    if wanted:
+        outputs, above = zip(*pairs, strict=True)
+        inputs = [apart[n] for n in wanted]
+        found = torch.autograd.grad(outputs, inputs, above, create_graph=again, allow_unused=True)
+        grads |= dict(zip(wanted, found, strict=True))
+    return *(grads[n] for n in range(5)), [grads[n] for n in range(5, len(given))], *[None] * 7
+
+
+attention_backward.register_autograd(_second_backward, setup_context=_setup_second)
+
+
 # ------------------------------------------------------------------------------------- implementations
 def _never_refuses(target: Target, case: AttentionCase | None) -> None:
     return None
