@@ -355,7 +355,8 @@ def _second_backward(ctx, upstream):
     again, grads = torch.is_grad_enabled(), dict.fromkeys(range(len(given)))
     with torch.enable_grad():
         apart = [t if t is None or not t.requires_grad else t.view_as(t) for t in given]  # one may come from another
-        first = attention_backward_reference(*apart[:5], apart[5:], out.detach(), lse.detach(), *ctx.options)
+        results = apart[5:], out.detach(), lse.detach()
+        first = attention_backward_reference(*apart[:5], *results, *ctx.options)  # type: ignore[call-arg]
     pairs = [
         (g, u) for g, u in zip(first, upstream, strict=True) if g is not None and u is not None and g.requires_grad
     ]
