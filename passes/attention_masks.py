@@ -224,7 +224,7 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
             todo.extend(n)
         elif isinstance(n, float) and not abs(n) < -LOWEST_FILL:
             return False
-        if not isinstance(n, fx.Node) or n in seen or not _is_float_tensor(n):
+        if not isinstance(n, fx.Node) or n in seen or not _may_hold_floats(n):
             continue
         seen.add(n)
         call = call_of(n)
@@ -242,9 +242,12 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
     return True
 
 
-def _is_float_tensor(node: fx.Node) -> bool:
+def _may_hold_floats(node: fx.Node) -> bool:
     value = value_of(node)
-    return not isinstance(value, torch.Tensor) or value.is_floating_point()
+    is_whole = isinstance(value, (int, torch.SymInt)) or (
+        isinstance(value, torch.Tensor) and not value.is_floating_point()
+    )
+    return not is_whole
 
 
 def _is_fill(e: Expression, fill: float) -> bool:
