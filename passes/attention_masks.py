@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds
@@ -237,6 +238,8 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
             or (call is not None and call.name == "div" and not isinstance(call.get("other"), (int, float)))
         ):
             return False
+        elif n.target is F.embedding:
+            todo += n.args[1:2]  # the table alone gives elements
         elif call is None or call.name not in _BOUNDED:
             todo += [*n.args, *n.kwargs.values()]
     return True
@@ -244,10 +247,9 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
 
 def _may_hold_floats(node: fx.Node) -> bool:
     value = value_of(node)
-    is_whole = isinstance(value, (int, torch.SymInt)) or (
-        isinstance(value, torch.Tensor) and not value.is_floating_point()
-    )
-    return not is_whole
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    return not isinstance(value, (int, torch.SymInt, torch.Size))
 
 
 def _is_fill(e: Expression, fill: float) -> bool:

@@ -87,17 +87,17 @@ class Matcher:
         softmax = read_softmax(space, weights, keys)
         if softmax.late_sum is not None and (joint or weights.factors or second.addend is not None):
             raise Refusal("an exponential that is not divided by its own sum")
-        reason = "no matrix product computes the scores"
+        reason, was_bound = "no matrix product computes the scores", False
         for first in self._candidates(softmax.logits):
             for detail in Detail:
                 cuts = space.snapshot()
                 try:
                     return finish(self._bind(space, second, labels, keys, softmax, first, detail))
                 except Retry as error:
-                    reason = str(error)
+                    reason, was_bound = str(error), True
                     space.restore(cuts)
                 except (Refusal, AxisError) as error:
-                    reason = str(error)
+                    reason = reason if was_bound else str(error)  # other products say less of it
                     space.restore(cuts)
                     break
         raise Refusal(reason)
