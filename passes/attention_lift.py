@@ -44,8 +44,8 @@ _EXPENSIVE = {"exp", "log", "log1p", "pow", "sin", "cos", "sqrt", "rsqrt", "tanh
 
 
 _SHIFTS = {
-    "amax", "max", "mean", "getitem", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "type", "reshape", "unsqueeze",
-    "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
+    "amax", "max", "mean", "getitem", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "type", "reshape",
+    "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from vbcompile.passes.graph_axes import Dim
 from vbcompile.passes.graph_ops import call_of, is_parameter, known, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
+LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
 _BEYOND = 2**30  # no index is as large
 
 
@@ -55,15 +56,15 @@ class Guard:
 
 
 def split_logits(
-    algebra: Algebra, logits: Expression, keys: Dim, low_fills: bool = False, guard: Guard | None = None
+    algebra: Algebra, logits: Expression, keys: Dim, low_fills: float | None = None, guard: Guard | None = None
 ) -> Logits:
     """Separate the mask and the scale from the logits; ``keys`` are the axes of the softmax.
 
-    ``low_fills``: rows without a key do not matter, so that every low fill is a mask.
+    ``low_fills``: rows without a key do not matter, so that every fill down there is a mask.
     """
-    low = value, mask = _split(algebra, logits, LOWEST_FILL)
+    low = value, mask = _split(algebra, logits, low_fills or LOWEST_FILL)
     every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
-    if not every_row and not low_fills:
+    if not every_row and low_fills is None:
         value, mask = _split(algebra, logits, float("-inf"))
         every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
         may_guard = _is_finite(low[0]) and not any("score" in condition.leaves for condition in low[1])

@@ -12,7 +12,7 @@ from vbcompile.passes.attention_checks import bind_roles, check_axes, check_drop
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Lifter, Refusal
-from vbcompile.passes.attention_masks import Guard, Logits, conjuncts, split_logits
+from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, split_logits
 from vbcompile.passes.attention_shifts import without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, read_softmax
@@ -245,9 +245,11 @@ class Matcher:
             if any(kept.multiplies for kept in weights.kept):
                 raise Refusal("weights that are filled and multiplied in rows that may have no key")
         if not is_fill_infinite:
-            split = split_logits(lifter.algebra, logits, keys, low_fills=True)
-            if after != set(split.mask):
+            splits = (split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))
+            fitting = next((found for found in splits if after == set(found.mask)), None)
+            if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")
+            split = fitting
         if after != set(split.mask) and not split.every_row and not weights.zero_empty:
             raise Refusal("the weights are masked by a part of the mask only")
         return split, "zero"
@@ -257,7 +259,7 @@ class Matcher:
     ) -> tuple[Logits, str]:
         """Check that the rows set to zero are those without a key, told by ``keep.any(-1)``."""
         shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(*rows)))) - {lifter.algebra.true}
-        for found in (split, split_logits(lifter.algebra, logits, keys, low_fills=True)):
+        for found in (split, *(split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))):
             if shown == set(found.mask):
                 return found, "zero"
         raise Refusal("rows of weights are set to zero by something else than the softmax's mask")

@@ -204,7 +204,8 @@ def _functions() -> dict[Any, str]:
         "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
         "mT": "", "T": "", "linear": "", "sdpa": "", "leaky_relu": "", "silu": "",
         "view_as": "", "type_as": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
-        "repeat": "", "sign": "sign sgn", "expand": "broadcast_to", "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum",
+        "repeat": "", "sign": "sign sgn", "expand": "broadcast_to", "flatten": "flatten ravel",
+        "arange": "arange", "einsum": "einsum",
     }  # fmt: skip
     for name in _PARAMETERS:
         for spelling in spellings.get(name, name).split():
