@@ -43,15 +43,15 @@ def _word(codes: str, results: tuple[str, str]) -> str:
     first, second = results
     return "\n".join(
         (
-            f"shl.b32 w, {codes}, 1; shl.b32 u, {codes}, 2; and.b32 s, {codes}, 0x00070007;",
-            "and.b32 t, w, 0x40704070; or.b32 s, s, t; and.b32 t, u, 0x37003700; or.b32 s, s, t;",
+            f"shl.b32 u, {codes}, 2; shr.u32 w, {codes}, 8; and.b32 s, {codes}, 0x00170017;",
+            "and.b32 t, u, 0x77007700; or.b32 s, s, t; and.b32 t, w, 0x00600060; or.b32 s, s, t;",
             f"prmt.b32 t, s, s, 0x3120; prmt.b32 {first}, l0, h0, t;",
             f"prmt.b32 t, s, s, 0x2031; prmt.b32 {second}, l1, h1, t;",
             # signs
             f"shr.u32 t, {codes}, 2; and.b32 t, t, 0x00800080; or.b32 {first}, {first}, t;",
-            f"shl.b32 t, {codes}, 3; and.b32 t, t, 0x80008000; or.b32 {first}, {first}, t;",
-            f"shr.u32 t, {codes}, 8; and.b32 t, t, 0x00800080; or.b32 {second}, {second}, t;",
-            f"and.b32 t, w, 0x80008000; or.b32 {second}, {second}, t;",
+            f"shf.l.wrap.b32 t, {codes}, {codes}, 26; and.b32 t, t, 0x80008000; or.b32 {first}, {first}, t;",
+            f"and.b32 t, w, 0x00800080; or.b32 {second}, {second}, t;",
+            f"shf.l.wrap.b32 t, {codes}, {codes}, 28; and.b32 t, t, 0x80008000; or.b32 {second}, {second}, t;",
         )
     )
 

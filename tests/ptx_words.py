@@ -41,6 +41,11 @@ def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
     return picked
 
 
+def rotate(low: np.ndarray, high: np.ndarray, count: np.ndarray) -> np.ndarray:
+    assert (low == high).all()
+    return low << count | low >> (np.uint32(32) - count)
+
+
 def add_products_of_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     for place in map(np.uint32, (0, 8, 16, 24)):
         c = c + ((a >> place) & np.uint32(255)) * ((b >> place) & np.uint32(255))
@@ -67,6 +72,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "not.b32": np.bitwise_not,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
+    "shf.l.wrap.b32": rotate,
     "lop3.b32": or_of_and,
     "prmt.b32": pick_bytes,
     "mad.lo.u32": lambda a, b, c: a * b + c,
