@@ -23,12 +23,29 @@ from vbcompile.kernels.fp4_linear_wide_end import finish, row_scale
 
 AFTER = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
 LET_NEXT_BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
+# named barriers say that buffers are empty: the compiler puts barriers of a whole warpgroup around what it does with a
+# shared one. The first five are the compiler's own; eleven are left for the stages.
+FIRST_BARRIER = gl.constexpr(5)
+ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
+SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
+# a branch that is never taken, which the assembler moves nothing across
+STAY_BEFORE = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %nctaid.y; setp.eq.u32 p, t, 1; @p bra ON; "
+    "AGAIN: nanosleep.u32 1000; @!p bra AGAIN; ON: mov.b32 $0, $1; }"
+)
 
 
 @gluon.jit
 def _after_the_kernel_ahead(value):
     """An int32, once the kernel ahead has ended and all that it wrote can be read."""
     return gl.inline_asm_elementwise(AFTER, "=r,r", [value], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _empty(slot, ASM: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Consumers say that they are done with what a barrier stands for (ARRIVE), or the producer waits for that (SYNC)."""
+    threads = gl.to_tensor(128 * CONSUMERS + 32)
+    gl.inline_asm_elementwise(ASM, "=r,r,r", [slot + FIRST_BARRIER, threads], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -147,9 +164,12 @@ def _copy_weights(descriptors, buffers, at, slot, tile, column, STEPS: gl.conste
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
+def _produce(
+    descriptors, buffers, barriers, shape, CONSUMERS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    STEPS: gl.constexpr,
+):  # fmt: skip
     """The producer warp: keeps every shared buffer full."""
-    full, empty = barriers[0], barriers[1]
+    full = barriers[0]
     x_desc, code_desc, scale_desc = descriptors
     COPIES: gl.constexpr = PARTS // code_desc.block_type.shape[0]
     WEIGHT_BYTES: gl.constexpr = COPIES * (code_desc.block_type.nbytes + scale_desc.block_type.nbytes)
@@ -167,20 +187,26 @@ def _produce(descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES:
     for j in range(begun):
         _copy_x(descriptors, buffers, full.index(j), j, tile_m, first * 2 + j * STEPS, STEPS)
     slot = gl.where(begun == STAGES, 0, begun)
-    phase = gl.where(begun == STAGES, 0, 1)
+    filled = begun
     while (turn < shape[2]) | (pair < end):
         tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
         for j in range(begun, pairs * 2 // STEPS):
             at = full.index(slot)
             column = first * 2 + j * STEPS
-            mbarrier.wait(empty.index(slot), phase)
+            if filled == STAGES:
+                _empty(slot, SYNC, CONSUMERS)
+            filled = gl.minimum(filled + 1, STAGES)
             mbarrier.expect(at, BYTES)
             _copy_x(descriptors, buffers, at, slot, tile_m, column, STEPS)
             _copy_weights(descriptors, buffers, at, slot, tile_n * PARTS, column, STEPS, COPIES)
-            slot, phase = _advance(slot, phase, STAGES)
+            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         begun = begun * 0
         pair += gl.where(turn < shape[2], 0, pairs)
         turn += 1
+    slot = gl.where(filled == STAGES, slot, 0)
+    for j in range(filled):  # no barrier is left half way
+        _empty(slot, SYNC, CONSUMERS)
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
 
 
 @gluon.jit
@@ -205,7 +231,7 @@ def _multiply(
     time. ``slot`` and ``phase``: the first step's barrier and its parity; those of the step after the last come back.
     """
     x_smem = buffers[0]
-    full, empty, turns = barriers
+    full, turns = barriers
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     COPIES: gl.constexpr = CONSUMERS * TILES // buffers[1].shape[1]
     OWN: gl.constexpr = w * TILES
@@ -242,7 +268,7 @@ def _multiply(
                 mbarrier.arrive(turns.index(NEXT))
             sum_a, pairs = warpgroup_mma_wait(1, [sum_a, pairs])
             if STEPS == 1:
-                mbarrier.arrive(empty.index(slot))
+                _empty(slot, ARRIVE, CONSUMERS)
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
             if IN_TURNS:
@@ -253,13 +279,14 @@ def _multiply(
         next_slot, next_phase = gl.where(more, slot, other_slot), gl.where(more, phase, other_phase)
         mbarrier.wait(full.index(next_slot), next_phase)
         pairs = _decode_part(buffers, next_slot * STEPS, OWN, COPIES, WORD)
-        mbarrier.wait(full.index(next_slot), next_phase)  # or the assembler would decode after the product
+        # or the assembler would decode after the product
+        gl.inline_asm_elementwise(STAY_BEFORE, "=r,r", [next_slot], gl.int32, is_pure=False, pack=1)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])
         else:
             sum_a, sum_b, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, sum_b, other_pairs, pairs])
-        mbarrier.arrive(empty.index(other_slot))
+        _empty(other_slot, ARRIVE, CONSUMERS)
     return sum_a, sum_b, slot, phase
 
 
@@ -328,19 +355,17 @@ def fp4_wide_kernel(
     scale_smem = gl.allocate_shared_memory(gl.int32, [COUNT, TOGETHER, 1, WORDS], scale_desc.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     rounds = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
     shape = (tiles_m, pairs_each, rounds, left, gl.num_programs(0), splits, lag)
     results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
-    barriers = (full, empty, turns)
+    barriers = (full, turns)
     descriptors = (x_desc, code_desc, scale_desc)
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -359,7 +384,7 @@ def fp4_wide_kernel(
                         BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
-                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
+                (_produce, (descriptors, buffers, barriers, shape, CONSUMERS, PARTS, STAGES, STEPS)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -388,7 +413,7 @@ def fp4_wide_kernel(
                         BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
-                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
+                (_produce, (descriptors, buffers, barriers, shape, CONSUMERS, PARTS, STAGES, STEPS)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
