@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vbcompile.kernels.fp4_linear_decode import STAY_BEFORE
 from vbcompile.kernels.fp4_linear_wide_end import finish, row_scale
 
 AFTER = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
@@ -28,11 +29,7 @@ LET_NEXT_BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;
 FIRST_BARRIER = gl.constexpr(5)
 ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
 SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
-# a branch that is never taken, which the assembler moves nothing across
-STAY_BEFORE = gl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %nctaid.y; setp.eq.u32 p, t, 1; @p bra ON; "
-    "AGAIN: nanosleep.u32 1000; @!p bra AGAIN; ON: mov.b32 $0, $1; }"
-)
+STAY = gl.constexpr(STAY_BEFORE + "mov.b32 $0, $1;")
 
 
 @gluon.jit
@@ -280,7 +277,7 @@ def _multiply(
         mbarrier.wait(full.index(next_slot), next_phase)
         pairs = _decode_part(buffers, next_slot * STEPS, OWN, COPIES, WORD)
         # or the assembler would decode after the product
-        gl.inline_asm_elementwise(STAY_BEFORE, "=r,r", [next_slot], gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(STAY, "=r,r", [next_slot], gl.int32, is_pure=False, pack=1)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])
