@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from vbcompile.kernels.fp4_linear_decode import activate, call_assembly
 
-WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+# once the kernel ahead has ended, the next one may begin: it too reads no more than weights before this one has ended
+WAIT = gl.constexpr("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;")
 
 
 @gluon.jit
