@@ -17,8 +17,7 @@ from vbcompile.kernels.fp4_linear_decode import UNPACK_BODY, activate, call_asse
 from vbcompile.kernels.fp4_tiles import TO_HALF
 
 CHUNK = 128  # columns of eight products
-# once the kernel ahead has ended, the next one may begin: it too reads no more than weights before this one has ended
-WAIT = gl.constexpr("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b64 $0, $1;")
+WAIT = gl.constexpr("griddepcontrol.wait; mov.b64 $0, $1;")
 _SMALL = "0x3C803C80"  # added to two magnitudes, carries into bit 15 of those of 256 and above
 _SHIFT = "0x7A807A80"  # 2**118, twice
 

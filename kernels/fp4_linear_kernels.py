@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from vbcompile.kernels.fp4_epilogue_kernels import activation, gate_rows
 from vbcompile.kernels.fp4_tiles import decode_tiles
@@ -40,7 +40,6 @@ def fp4_product_kernel(
     end = tl.minimum(first + steps_each, column_tiles // COLUMNS)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
     for step in tl.range(first, end, num_stages=STAGES):
         words = tl.load(code_at + step * (COLUMNS * 512), eviction_policy="evict_first")
         scales = tl.load(scale_at + step * (COLUMNS * per_tile), eviction_policy="evict_first")

@@ -27,8 +27,9 @@ LET_NEXT_BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;
 # named barriers say that buffers are empty: the compiler puts barriers of a whole warpgroup around what it does with a
 # shared one. The first five are the compiler's own; eleven are left for the stages.
 FIRST_BARRIER = gl.constexpr(5)
-ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
-SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
+PRODUCER_REGISTERS = gl.constexpr(32)
+ARRIVE = gl.constexpr(tuple(f"bar.arrive $1, {128 * consumers + 32}; mov.b32 $0, $1;" for consumers in range(4)))
+SYNC = gl.constexpr(tuple(f"bar.sync $1, {128 * consumers + 32}; mov.b32 $0, $1;" for consumers in range(4)))
 STAY = gl.constexpr(STAY_BEFORE + "mov.b32 $0, $1;")
 
 
@@ -41,8 +42,8 @@ def _after_the_kernel_ahead(value):
 @gluon.jit
 def _empty(slot, ASM: gl.constexpr, CONSUMERS: gl.constexpr):
     """Consumers say that they are done with what a barrier stands for (ARRIVE), or the producer waits for that (SYNC)."""
-    threads = gl.to_tensor(128 * CONSUMERS + 32)
-    gl.inline_asm_elementwise(ASM, "=r,r,r", [slot + FIRST_BARRIER, threads], gl.int32, is_pure=False, pack=1)
+    CODE: gl.constexpr = ASM[CONSUMERS]
+    gl.inline_asm_elementwise(CODE, "=r,r", [slot + FIRST_BARRIER], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -116,15 +117,15 @@ def _begin(program, shape):
 
 
 @gluon.jit
-def _locate(turn, pair, end, shape):
+def _locate(item, pair, end, shape):
     """What to do next -> (tile of the weight's rows, tile of x, number of the tile, its first pair of steps, pairs).
 
-    Tiles are ``[tile of the weight's rows, tile of x]``, so that neighbours share the weight. In the first turns every
-    program takes whole tiles; of the tiles that are left, all programs take equal shares.
+    Tiles are ``[tile of the weight's rows, tile of x]``, so that neighbours share the weight. First every program takes
+    whole tiles, ``item``; of the tiles that are left, all programs take equal shares.
     """
-    tiles_m, pairs_each, turns, _, programs, _, _ = shape
-    whole = turn < turns
-    tile = gl.where(whole, turn * programs + gl.program_id(0), turns * programs + pair // pairs_each)
+    tiles_m, pairs_each, items, _, _, _, _ = shape
+    whole = item < items
+    tile = gl.where(whole, item, items + pair // pairs_each)
     first = gl.where(whole, 0, pair % pairs_each)
     pairs = gl.where(whole, pairs_each, gl.minimum(pairs_each - first, end - pair))
     return tile // tiles_m, tile % tiles_m, tile, first, pairs
@@ -171,9 +172,9 @@ def _produce(
     COPIES: gl.constexpr = PARTS // code_desc.block_type.shape[0]
     WEIGHT_BYTES: gl.constexpr = COPIES * (code_desc.block_type.nbytes + scale_desc.block_type.nbytes)
     BYTES: gl.constexpr = STEPS * (x_desc.block_type.nbytes + WEIGHT_BYTES)
-    turn = gl.to_tensor(0)
+    item = gl.program_id(0)
     pair, end = _share(gl.program_id(0), shape)
-    tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
+    tile_n, tile_m, _, first, pairs = _locate(item, pair, end, shape)
     begun = gl.minimum(pairs * 2 // STEPS, STAGES)
     for j in range(begun):
         mbarrier.expect(full.index(j), BYTES)
@@ -185,8 +186,8 @@ def _produce(
         _copy_x(descriptors, buffers, full.index(j), j, tile_m, first * 2 + j * STEPS, STEPS)
     slot = gl.where(begun == STAGES, 0, begun)
     filled = begun
-    while (turn < shape[2]) | (pair < end):
-        tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
+    while (item < shape[2]) | (pair < end):
+        tile_n, tile_m, _, first, pairs = _locate(item, pair, end, shape)
         for j in range(begun, pairs * 2 // STEPS):
             at = full.index(slot)
             column = first * 2 + j * STEPS
@@ -198,8 +199,8 @@ def _produce(
             _copy_weights(descriptors, buffers, at, slot, tile_n * PARTS, column, STEPS, COPIES)
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         begun = begun * 0
-        pair += gl.where(turn < shape[2], 0, pairs)
-        turn += 1
+        pair += gl.where(item < shape[2], 0, pairs)
+        item += shape[4]
     slot = gl.where(filled == STAGES, slot, 0)
     for j in range(filled):  # no barrier is left half way
         _empty(slot, SYNC, CONSUMERS)
@@ -297,16 +298,16 @@ def _consume(
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
+    item = gl.program_id(0)
     pair, end = _share(_after_the_kernel_ahead(gl.program_id(0)), shape)
-    while (turn < shape[2]) | (pair < end):
-        tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
+    while (item < shape[2]) | (pair < end):
+        tile_n, tile_m, number, _, pairs = _locate(item, pair, end, shape)
         tile = (tile_n * CONSUMERS + w) * TILES
         scale = row_scale(results, tile, out_smem.shape[1], FP8)
         sum_a, sum_b, slot, phase = _multiply(
             buffers, barriers, slot, phase, pairs * 2, w, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD, IN_TURNS
         )
-        split = (number - shape[2] * shape[4], pairs)
+        split = (number - shape[2], pairs)
         finish(
             sum_a, scale, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, CONSUMERS * TILES, FP8,
             BIAS, SPLIT, FUNCTION, GATED,
@@ -317,8 +318,8 @@ def _consume(
                 sum_b, scale, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape,
                 CONSUMERS * TILES, FP8, BIAS, SPLIT, FUNCTION, GATED,
             )  # fmt: skip
-        pair += gl.where(turn < shape[2], 0, pairs)
-        turn += 1
+        pair += gl.where(item < shape[2], 0, pairs)
+        item += shape[4]
     tma.store_wait(0)
 
 
@@ -358,8 +359,7 @@ def fp4_wide_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
-    rounds = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
-    shape = (tiles_m, pairs_each, rounds, left, gl.num_programs(0), splits, lag)
+    shape = (tiles_m, pairs_each, whole, left, gl.num_programs(0), splits, lag)
     results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
     barriers = (full, turns)
@@ -384,7 +384,7 @@ def fp4_wide_kernel(
                 (_produce, (descriptors, buffers, barriers, shape, CONSUMERS, PARTS, STAGES, STEPS)),
             ],
             [4, 1],
-            [REGISTERS, 24],
+            [REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -413,5 +413,5 @@ def fp4_wide_kernel(
                 (_produce, (descriptors, buffers, barriers, shape, CONSUMERS, PARTS, STAGES, STEPS)),
             ],
             [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
