@@ -19,11 +19,9 @@ from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
 activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
 UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
-# a branch that is never taken, which the assembler moves nothing across
-STAY_BEFORE = (
-    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %nctaid.y; setp.eq.u32 p, t, 1; @p bra ON;\n"
-    "AGAIN: nanosleep.u32 1000; @!p bra AGAIN;\nON: }"
-)
+# a branch around code that never runs (no grid has a second dimension here): the assembler moves nothing across
+STAY = "mov.u32 t, %nctaid.y; setp.eq.u32 p, t, 1; @p bra ON;\nAGAIN:\nnanosleep.u32 1000; @!p bra AGAIN;\nON:\n"
+STAY_SCOPE = "{ .reg .pred p; .reg .b32 t;"
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
     "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
@@ -59,18 +57,18 @@ def load_tile_assembly(tile: int, strips: int, scale_words: int) -> tuple[str, s
     """PTX, and its constraints, that loads codes and scales of ``16 * strips`` rows by 64 columns, all of which are there.
 
     Operands: 4 words of codes a strip, then ``scale_words`` words of scale bytes each; the addresses of both, from which
-    it is the how many-th tile of its rows.
+    it is the how many-th tile of its rows. Loads that the assembler may not see through, and nothing moves across them:
+    else it would put all loads of a step at its end, where the products soon wait for them.
     """
     inputs = (4 + scale_words) * strips
-    kind, text = ".v2" if scale_words == 2 else "", ["{"]
+    kind, text = ".v2" if scale_words == 2 else "", [STAY_SCOPE]
     for strip in range(strips):
         words = ", ".join(f"${4 * strip + i}" for i in range(4))
         text.append(f"ld.relaxed.gpu.global.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {2048 * tile + 512 * strip}];")
         words = ", ".join(f"${4 * strips + scale_words * strip + i}" for i in range(scale_words))
         at = scale_words * (128 * tile + 32 * strip)
         text.append(f"ld.relaxed.gpu.global{kind}.b32 {{{words}}}, [${inputs + 1} + {at}];")
-    text.append(STAY_BEFORE)
-    return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "l"])
+    return "\n".join(text) + f"\n{STAY}}}", ",".join(["=&r"] * inputs + ["l", "l"])
 
 
 def load_x_assembly(unroll: int, wide: bool) -> tuple[str, str]:

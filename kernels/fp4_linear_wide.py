@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from vbcompile.kernels.fp4_linear_decode import STAY_BEFORE
+from vbcompile.kernels.fp4_linear_decode import STAY, STAY_SCOPE
 from vbcompile.kernels.fp4_linear_wide_end import finish, row_scale
 
 AFTER = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
@@ -30,7 +30,7 @@ FIRST_BARRIER = gl.constexpr(5)
 PRODUCER_REGISTERS = gl.constexpr(32)
 ARRIVE = gl.constexpr(tuple(f"bar.arrive $1, {128 * consumers + 32}; mov.b32 $0, $1;" for consumers in range(4)))
 SYNC = gl.constexpr(tuple(f"bar.sync $1, {128 * consumers + 32}; mov.b32 $0, $1;" for consumers in range(4)))
-STAY = gl.constexpr(STAY_BEFORE + "mov.b32 $0, $1;")
+STAY_BEFORE = gl.constexpr(f"{STAY_SCOPE} {STAY} mov.b32 $0, $1; }}")
 
 
 @gluon.jit
@@ -278,7 +278,7 @@ def _multiply(
         mbarrier.wait(full.index(next_slot), next_phase)
         pairs = _decode_part(buffers, next_slot * STEPS, OWN, COPIES, WORD)
         # or the assembler would decode after the product
-        gl.inline_asm_elementwise(STAY, "=r,r", [next_slot], gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(STAY_BEFORE, "=r,r", [next_slot], gl.int32, is_pure=False, pack=1)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])

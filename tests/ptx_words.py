@@ -148,7 +148,7 @@ def run_warp(text: str, inputs: dict[str, np.ndarray], memory: np.ndarray) -> di
         groups = [g.replace(" ", "").split(",") for g in re.findall(r"\{([^}]*)\}", instruction)]
         if instruction.startswith("setp."):
             name, _, left, right = re.findall(r"[^,\s]+", instruction)
-            predicate = {"setp.gt.s32": np.greater, "setp.ne.u32": np.not_equal}[name](
+            predicate = {"setp.gt.s32": np.greater, "setp.ne.u32": np.not_equal, "setp.eq.u32": np.equal}[name](
                 state[left].view(np.int32), int(right)
             )
         elif instruction.startswith("vote.sync.any"):
@@ -160,7 +160,7 @@ def run_warp(text: str, inputs: dict[str, np.ndarray], memory: np.ndarray) -> di
                     pass
         elif instruction.endswith(":"):
             continue
-        elif re.match(r"(@p )?ld.global", instruction):
+        elif re.match(r"(@p )?ld.(relaxed.gpu.)?global", instruction):
             base, offset = re.search(r"\[(\S+) \+ (\d+)\]", instruction).groups()
             targets = groups[0] if groups else [instruction.split(" [")[0].split()[-1].rstrip(",")]
             size = 2 if ".u16" in instruction else 4
