@@ -26,9 +26,8 @@ def _scales(word: str) -> str:
     """PTX that makes bytes of scales, of half of them and of one and a half (``b``, ``d``, ``q``)."""
     return "\n".join(
         (
-            # smaller scales have no byte of their own
-            f"shr.u32 t, {word}, 1; and.b32 t, t, 0x7F7F7F7F; or.b32 t, t, 0x80808080;",
-            f"{_add('t', 't', -(_SMALLEST // 2) * _TIMES_4)} prmt.b32 t, t, 0, 0xBA98;",
+            # smaller scales have no byte of their own; no byte is above 151, so that none carries into the next
+            f"{_add('t', word, (128 - _SMALLEST) * _TIMES_4)} prmt.b32 t, t, 0, 0xBA98;",
             f"and.b32 b, {word}, t; not.b32 t, t; and.b32 t, t, {_SMALLEST * _TIMES_4:#x}; or.b32 v, b, t;",
             f"{_add('b', 'v', -_OFFSET * _TIMES_4)} {_add('d', 'v', -(_OFFSET + 8) * _TIMES_4)}",
             f"{_add('t', 'v', (2 - _OFFSET) * _TIMES_4)} {_add('u', 'v', (3 - _OFFSET) * _TIMES_4)}",
