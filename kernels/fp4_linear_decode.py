@@ -54,17 +54,18 @@ def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]
 
 
 def load_tile_assembly(tile: int, strips: int, scale_words: int) -> tuple[str, str]:
-    """PTX, and its constraints, that loads codes and scales of ``16 * strips`` rows by 64 columns, all of which are there.
+    """PTX, and its constraints, that loads codes and scales of ``16 * strips`` rows by 64 columns, all of them there.
 
-    Operands: 4 words of codes a strip, then ``scale_words`` words of scale bytes each; the addresses of both, from which
-    it is the how many-th tile of its rows. Loads that the assembler may not see through, and nothing moves across them:
-    else it would put all loads of a step at its end, where the products soon wait for them.
+    Operands: 4 words of codes a strip, then ``scale_words`` words of scale bytes each; addresses of both, from which it
+    is the how many-th tile of its rows. Of loads that may be moved, the assembler would put all of a step at its end,
+    where the products soon wait for them.
     """
     inputs = (4 + scale_words) * strips
     kind, text = ".v2" if scale_words == 2 else "", [STAY_SCOPE]
     for strip in range(strips):
         words = ", ".join(f"${4 * strip + i}" for i in range(4))
-        text.append(f"ld.relaxed.gpu.global.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {2048 * tile + 512 * strip}];")
+        at = 2048 * tile + 512 * strip
+        text.append(f"ld.relaxed.gpu.global.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {at}];")
         words = ", ".join(f"${4 * strips + scale_words * strip + i}" for i in range(scale_words))
         at = scale_words * (128 * tile + 32 * strip)
         text.append(f"ld.relaxed.gpu.global{kind}.b32 {{{words}}}, [${inputs + 1} + {at}];")

@@ -131,7 +131,7 @@ def stream_config(target: Target, m: int, n: int, k: int) -> StreamConfig:
     """Like :func:`few_config`."""
     if (tuned := tuned_config(target, "triton_stream", n, k, m)) is not None:
         return StreamConfig(*tuned)
-    return StreamConfig(2, 8, 2, _REGISTERS) if m <= 16 else StreamConfig(1, 8, 2, _REGISTERS)
+    return StreamConfig(2, 4, 4, _REGISTERS) if m <= 16 else StreamConfig(1, 8, 2, _REGISTERS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -237,22 +237,27 @@ def product_diagonal(
     return out.view(*x.shape[:-1], out.shape[1])
 
 
+@functools.lru_cache(maxsize=64)
+def _stream_assembly(kind: str, blocks: int, scale_words: int, strips: int, tiles: int) -> dict[str, tuple[str, ...]]:
+    from vbcompile.kernels import fp4_linear_decode as device
+
+    loads = [device.load_tile_assembly(tile, strips, scale_words) for tile in range(tiles)]
+    return {
+        "LOADS": (loads[0][1], *(code for code, _ in loads)),
+        "MULTIPLY": device.strip_assembly(kind, blocks, scale_words, False),
+    }
+
+
 def stream_options(
     dtype: torch.dtype, m: int, format_name: str, config: StreamConfig, epilogue: str = "none"
 ) -> dict[str, Any]:
     """Constants and compiler options of a launch of the kernel that shares x among warps."""
-    from vbcompile.kernels.fp4_linear_decode import load_tile_assembly
-
-    loads = [load_tile_assembly(tile, config.strips, 32 // fp4_format(format_name).block_size) for tile in range(config.tiles)]
     blocks, scale_words = max(1, (1 << (m - 1).bit_length()) // 8), 32 // fp4_format(format_name).block_size
     kind = "half" if dtype == torch.float16 else "bf16_sm90"
-    assembly = _assembly(kind, blocks, scale_words, False, config.strips, 2)
     return {
-        "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words,
-        "TILES": config.tiles,
-        "LOADS": (loads[0][1], *(code for code, _ in loads)),
-        "MULTIPLY": assembly["MULTIPLY"], "num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True, **epilogue_options(epilogue),
-    }  # fmt: skip
+        "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words, "TILES": config.tiles,
+        "num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True, **epilogue_options(epilogue),
+    } | _stream_assembly(kind, blocks, scale_words, config.strips, config.tiles)  # fmt: skip
 
 
 def product_stream(

@@ -41,7 +41,7 @@ def _after_the_kernel_ahead(value):
 
 @gluon.jit
 def _empty(slot, ASM: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Consumers say that they are done with what a barrier stands for (ARRIVE), or the producer waits for that (SYNC)."""
+    """Consumers are done with what a barrier stands for (ARRIVE), or the producer waits until they are (SYNC)."""
     CODE: gl.constexpr = ASM[CONSUMERS]
     gl.inline_asm_elementwise(CODE, "=r,r", [slot + FIRST_BARRIER], gl.int32, is_pure=False, pack=1)
 
@@ -202,7 +202,7 @@ def _produce(
         pair += gl.where(item < shape[2], 0, pairs)
         item += shape[4]
     slot = gl.where(filled == STAGES, slot, 0)
-    for j in range(filled):  # no barrier is left half way
+    for _ in range(filled):  # no barrier is left half way
         _empty(slot, SYNC, CONSUMERS)
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
 
