@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch.fx as fx
 
+from vbcompile import compat
 from vbcompile.passes.activation_fusion import FusedKernels
 from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
 from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
@@ -217,7 +218,7 @@ class StepPlanner:
                 yield operator, operator, size
         for node in self.joint.backward:
             if node.op == "placeholder" and leaders:  # gradients of the results
-                ends = [kernels.end(u) for u in self._all_readers(node)]
+                ends = [kernels.end(u) for u in self._all_readers(node)] if compat.frees_result_gradients() else []
                 yield min(self.first_backward, last), max(ends, default=last), node_bytes(node)
 
     def _is_fused(self, node: fx.Node, readers: list[fx.Node]) -> bool:

@@ -13,6 +13,7 @@ from torch import fx
 from vbcompile.compat import uses_cudagraphs
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.passes.attention_inlined import has_fixed_layout
 from vbcompile.passes.implementation_choice import case_of
 
 _OPERATIONS, _BYTES = 2e9, 8e6  # 2 to 4 microseconds of a card that the host cannot keep busy otherwise
@@ -29,15 +30,11 @@ def ask_for_quick_calls(graph: fx.Graph, context: Any) -> None:
         return
     for node in graph.find_nodes(op="call_function", target=torch.ops.vblackwell.attention.default):
         case = case_of(node)
-        if case is not None and _has_fixed_sizes(node) and _is_small(case):
+        fixed = has_fixed_layout(n.meta["example_value"] for n in node.all_input_nodes)
+        if case is not None and fixed and _is_small(case):
             quick = _quick(context.target, case)
             if quick is not None:
                 node.kwargs = {**node.kwargs, "implementations": f"attention={quick.name}"}
-
-
-def _has_fixed_sizes(node: fx.Node) -> bool:
-    tensors = [n.meta["example_value"] for n in node.all_input_nodes]
-    return all(type(size) is int for t in tensors if isinstance(t, torch.Tensor) for size in t.shape)
 
 
 def _is_small(case: AttentionCase) -> bool:
@@ -52,8 +49,4 @@ def _quick(target: Any, case: AttentionCase) -> Implementation | None:
     choice = attention.choose(target, case)
     if choice.asked or choice.implementation.inlines:
         return None
-    refuses = lambda i: i.refuses(target, None) or i.refuses(target, case)
-    able = [i for i in attention.implementations if i.inlines and not refuses(i)]
-    costs = [(i.cost(target, case), n) for n, i in enumerate(able)]
-    cost, number = min(costs, default=(math.inf, 0))
-    return None if math.isinf(cost) else able[number]
+    return attention.cheapest_inlined(target, case)

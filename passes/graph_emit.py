@@ -110,8 +110,9 @@ class Emitter:
 
     def size(self, value: Any) -> Any:
         """The size as a number, or as a node that holds it; raises LookupError where the graph has none."""
-        if not isinstance(value, SymInt):
-            return value
+        constant = value.node.maybe_as_int() if isinstance(value, SymInt) else value
+        if constant is not None:
+            return constant
         found = self._find_size(value)
         if found is None:
             raise LookupError(f"no node holds the size {value}")

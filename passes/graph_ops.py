@@ -55,11 +55,9 @@ _UNARY = [
     "tanh",
     "sigmoid",
     "square",
-    "isnan",
     "reciprocal",
     "relu",
     "silu",
-    "sign",
     "bool",
     "int",
     "long",
@@ -94,6 +92,15 @@ _BINARY = [
     "view_as",
 ]
 
+# functions of one tensor and numbers -> the names of the numbers
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "elu": ("alpha", "inplace"), "celu": ("alpha", "inplace"), "selu": ("inplace",), "mish": ("inplace",),
+    "softplus": ("beta", "threshold"), "hardsigmoid": ("inplace",), "hardswish": ("inplace",), "relu6": ("inplace",),
+    "softsign": (), "tanhshrink": (), "softshrink": ("lambd",), "hardshrink": ("lambd",),
+    "threshold": ("threshold", "value", "inplace"), "gelu": ("approximate",), "expm1": (), "sinh": (), "cosh": (),
+    "tan": (), "log10": (), "sign": (), "isnan": (), "isinf": (), "nan_to_num": ("nan", "posinf", "neginf"),
+}  # fmt: skip
+
 # canonical name -> positional parameters
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_UNARY, ("input",)),
@@ -107,10 +114,14 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
-    "nan_to_num": ("input", "nan", "posinf", "neginf"),
     "addcmul": ("input", "tensor1", "tensor2"),
     "leaky_relu": ("input", "negative_slope"),
-    "softplus": ("input", "beta", "threshold"),
+    "prelu": ("input", "weight"),
+    "rsub": ("input", "other"),
+    "lerp": ("input", "end", "weight"),
+    "hypot": ("input", "other"),
+    "logaddexp": ("input", "other"),
+    **{name: ("input", *parameters) for name, parameters in ACTIVATIONS.items()},
     "softmax": ("input", "dim", "dtype"),
     "log_softmax": ("input", "dim", "dtype"),
     "softmin": ("input", "dim", "_stacklevel", "dtype"),
@@ -191,9 +202,9 @@ def _functions() -> dict[Any, str]:
         "movedim": "movedim moveaxis", "cat": "cat concat concatenate", "permute": "permute",
         "safe_softmax": "_safe_softmax", "bool": "", "int": "", "long": "", "float": "", "half": "",
         "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
-        "mT": "", "T": "", "linear": "", "sdpa": "", "softplus": "", "leaky_relu": "", "silu": "",
-        "view_as": "", "type_as": "", "expand": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
-        "repeat": "", "sign": "sign", "arange": "arange", "einsum": "einsum",
+        "mT": "", "T": "", "linear": "", "sdpa": "", "leaky_relu": "", "silu": "",
+        "view_as": "", "type_as": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
+        "repeat": "", "sign": "sign sgn", "expand": "broadcast_to", "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum",
     }  # fmt: skip
     for name in _PARAMETERS:
         for spelling in spellings.get(name, name).split():
@@ -206,22 +217,15 @@ def _functions() -> dict[Any, str]:
     }.items():  # fmt: skip
         table[getattr(operator, spelling)] = name
     for function in (
-        "softmax",
-        "softmin",
-        "log_softmax",
-        "dropout",
-        "relu",
-        "silu",
-        "leaky_relu",
-        "softplus",
-        "tanh",
-        "sigmoid",
+        *("softmax", "softmin", "log_softmax", "dropout", "relu", "silu", "leaky_relu", "tanh", "sigmoid", "prelu"),
+        *(name for name in ACTIVATIONS if hasattr(F, name)),
     ):
         table[getattr(F, function)] = function
     table |= {
         F.linear: "linear", F.sigmoid: "sigmoid", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh",
         torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
+        torch.special.expm1: "expm1", operator.pos: "positive", torch.float_power: "pow",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
         torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",
     }  # fmt: skip
@@ -239,6 +243,7 @@ _METHODS = {
     "logical_xor": "xor", "logical_not": "not", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
     "bitwise_not": "not", "moveaxis": "movedim", "negative": "neg", "absolute": "abs", "concat": "cat",
     "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "adjoint": "mT",
+    "broadcast_to": "expand", "ravel": "flatten", "sgn": "sign", "float_power": "pow",
 }  # fmt: skip
 # Dynamo of some releases records `a == b` as a.__eq__(b); reflected ones only where the order does not matter
 _METHODS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs")}

@@ -121,13 +121,9 @@ def _no_fp4_kernel(target: Target) -> str | None:
     return f"no FP4 kernel for {target.vendor} {target.arch}, weights keep their precision ({reasons})"
 
 
-def _wants_mixed_precision(config: Config) -> bool:
-    return config.mode_named if config.mixed_precision is None else config.mixed_precision
-
-
 PASSES = (
     Pass("attention", fuse_attention, lambda config: config.attention, _no_attention_kernel),
-    Pass("mixed_precision", use_mixed_precision, _wants_mixed_precision),
+    Pass("mixed_precision", use_mixed_precision, Config.wants_mixed_precision),
     # after mixed precision: the layers that it runs in bfloat16 take bfloat16 activations
     Pass("fp4", quantize_weights, lambda config: config.fp4, _no_fp4_kernel),
     Pass("shared_values", compute_once, lambda config: config.fp4),

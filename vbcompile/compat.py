@@ -421,6 +421,14 @@ def mark_recomputed(node: fx.Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
+def frees_result_gradients() -> bool:
+    """Whether a compiled backward gives up the gradients of the forward's results as it has used them.
+
+    Before PyTorch had ``boxed_grads_call``, whoever calls a compiled backward holds them until it returns.
+    """
+    return hasattr(torch.autograd.Function, "boxed_grads_call")
+
+
 def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """PyTorch's own partition of a joint graph into forward and backward; heeds the marks above."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
