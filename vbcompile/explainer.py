@@ -12,8 +12,9 @@ from rich.text import Text
 
 from vbcompile.backend import collected_reports, vblackwell
 from vbcompile.device_catalog import catalog_target
+from vbcompile.handles_model import stores_of
 from vbcompile.handles_store import all_stores
-from vbcompile.handles_timeline import movement_of, recorded, stores_of
+from vbcompile.handles_timeline import movement_of, recorded
 from vbcompile.report import GraphReport, merge_counts
 
 if TYPE_CHECKING:
