@@ -148,6 +148,12 @@ def _unique(algebra: Algebra, mask: list[Expression]) -> list[Expression]:
 
 def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, list[Expression]]:
     """``(value, conditions)``: where a condition does not hold, the logit is at most ``fill``."""
+    limited = _limited_below(e, fill)
+    if limited is not None:
+        value, masked = _split(algebra, limited[0], fill)
+        if e.name == "maximum":
+            return algebra.make("maximum", value, limited[1]), masked
+        return algebra.make("where", algebra.make("lt", value, limited[1]), limited[1], value), masked
     if e.name == "where":
         return _split_where(algebra, e, fill)
     if e.name == "add":
@@ -158,12 +164,17 @@ def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, li
         return algebra.make("sub", a, e.arguments[1]), masked
     if e.name in ("mul", "div"):
         return _split_scaled(algebra, e, fill)
-    if e.name == "maximum" and fill > float("-inf"):
-        for a, b in (e.arguments, tuple(reversed(e.arguments))):
-            if b.name == "const" and b.value <= fill:
-                value, masked = _split(algebra, a, fill)
-                return algebra.make("maximum", value, b), masked
     return e, []
+
+
+def _limited_below(e: Expression, fill: float) -> tuple[Expression, Expression] | None:
+    """``(x, limit)`` of ``max(x, limit)``, the limit a finite fill; ``clamp`` is written as a choice."""
+    pairs: list[tuple[Expression, Expression]] = []
+    if e.name == "maximum":
+        pairs = [e.arguments, e.arguments[::-1]]
+    elif e.name == "where" and e.arguments[0].name == "lt" and e.arguments[0].arguments == e.arguments[:0:-1]:
+        pairs = [e.arguments[:0:-1]]
+    return next((p for p in pairs if p[1].name == "const" and float("-inf") < p[1].value <= fill), None)
 
 
 def _split_where(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, list[Expression]]:

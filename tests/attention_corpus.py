@@ -3,6 +3,7 @@
 from attention_cases import (
     circumstances,
     eras,
+    gradients,
     hazards,
     language,
     layouts,
@@ -30,6 +31,7 @@ __all__ = [
     "FAMILIES",
     "circumstances",
     "eras",
+    "gradients",
     "hazards",
     "language",
     "layouts",
