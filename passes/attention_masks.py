@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds
@@ -16,6 +17,7 @@ from vbcompile.passes.graph_axes import Dim
 from vbcompile.passes.graph_ops import call_of, is_parameter, known, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
+LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
 _BEYOND = 2**30  # no index is as large
 
 
@@ -54,15 +56,15 @@ class Guard:
 
 
 def split_logits(
-    algebra: Algebra, logits: Expression, keys: Dim, low_fills: bool = False, guard: Guard | None = None
+    algebra: Algebra, logits: Expression, keys: Dim, low_fills: float | None = None, guard: Guard | None = None
 ) -> Logits:
     """Separate the mask and the scale from the logits; ``keys`` are the axes of the softmax.
 
-    ``low_fills``: rows without a key do not matter, so that every low fill is a mask.
+    ``low_fills``: rows without a key do not matter, so that every fill down there is a mask.
     """
-    low = value, mask = _split(algebra, logits, LOWEST_FILL)
+    low = value, mask = _split(algebra, logits, low_fills or LOWEST_FILL)
     every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
-    if not every_row and not low_fills:
+    if not every_row and low_fills is None:
         value, mask = _split(algebra, logits, float("-inf"))
         every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
         may_guard = _is_finite(low[0]) and not any("score" in condition.leaves for condition in low[1])
@@ -235,7 +237,7 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
             todo.extend(n)
         elif isinstance(n, float) and not abs(n) < -LOWEST_FILL:
             return False
-        if not isinstance(n, fx.Node) or n in seen or not _is_float_tensor(n):
+        if not isinstance(n, fx.Node) or n in seen or not _may_hold_floats(n):
             continue
         seen.add(n)
         call = call_of(n)
@@ -248,14 +250,18 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
             or (call is not None and call.name == "div" and not isinstance(call.get("other"), (int, float)))
         ):
             return False
+        elif n.target is F.embedding:
+            todo += n.args[1:2]  # the table alone gives elements
         elif call is None or call.name not in _BOUNDED:
             todo += [*n.args, *n.kwargs.values()]
     return True
 
 
-def _is_float_tensor(node: fx.Node) -> bool:
+def _may_hold_floats(node: fx.Node) -> bool:
     value = value_of(node)
-    return not isinstance(value, torch.Tensor) or value.is_floating_point()
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    return not isinstance(value, (int, torch.SymInt, torch.Size))
 
 
 def _is_fill(e: Expression, fill: float) -> bool:

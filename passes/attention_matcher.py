@@ -13,7 +13,7 @@ from vbcompile.passes.attention_checks import bind_roles, check_axes, check_drop
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Lifter, Refusal
-from vbcompile.passes.attention_masks import Guard, Logits, conjuncts, split_logits
+from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, split_logits
 from vbcompile.passes.attention_shifts import without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
@@ -96,17 +96,17 @@ class Matcher:
         softmax = read_softmax(space, weights, keys)
         if softmax.late_sum is not None and (joint or weights.factors or second.addend is not None):
             raise Refusal("an exponential that is not divided by its own sum")
-        reason = "no matrix product computes the scores"
+        reason, was_bound = "no matrix product computes the scores", False
         for first in self._candidates(softmax.logits):
             for detail in Detail:
                 cuts = space.snapshot()
                 try:
                     return finish(self._bind(space, second, labels, keys, softmax, first, detail))
                 except Retry as error:
-                    reason = str(error)
+                    reason, was_bound = str(error), True
                     space.restore(cuts)
                 except (Refusal, AxisError) as error:
-                    reason = str(error)
+                    reason = reason if was_bound else str(error)  # other products say less of it
                     space.restore(cuts)
                     break
         raise Refusal(reason)
@@ -255,9 +255,11 @@ class Matcher:
             if any(kept.multiplies for kept in weights.kept):
                 raise Refusal("weights that are filled and multiplied in rows that may have no key")
         if not is_fill_infinite:
-            split = split_logits(lifter.algebra, logits, keys, low_fills=True)
-            if after != set(split.mask):
+            splits = (split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))
+            fitting = next((found for found in splits if after == set(found.mask)), None)
+            if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")
+            split = fitting
         if after != set(split.mask) and not split.every_row and not weights.zero_empty:
             raise Refusal("the weights are masked by a part of the mask only")
         return split, "zero"
@@ -267,7 +269,7 @@ class Matcher:
     ) -> tuple[Logits, str]:
         """Check that the rows set to zero are those without a key, told by ``keep.any(-1)``."""
         shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(*rows)))) - {lifter.algebra.true}
-        for found in (split, split_logits(lifter.algebra, logits, keys, low_fills=True)):
+        for found in (split, *(split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))):
             if shown == set(found.mask):
                 return found, "zero"
         raise Refusal("rows of weights are set to zero by something else than the softmax's mask")
