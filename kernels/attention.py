@@ -57,7 +57,7 @@ def attention_reference(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``; the smallest as sums where a graph is made, which a compiler puts together with what is around them."""
+    """``a @ b``; the smallest as sums where a graph is made: a compiler puts them together with what is around."""
     sizes = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *a.shape[-2:], b.shape[-1])
     if is_fake(a) and all(type(n) is int for n in sizes) and math.prod(sizes) <= _SUMMED:
         return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
