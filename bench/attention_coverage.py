@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 from attention_cases.case import BOTH  # noqa: E402
 from attention_corpus import CASES  # noqa: E402
-from attention_trial import Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
+from attention_trial import REFUSED_BY_PYTORCH, Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
 from model_families import FAMILIES, FamilyResult, try_family  # noqa: E402
 from parallel_trials import run_in_parallel  # noqa: E402
 from record import environment, folder  # noqa: E402
@@ -97,7 +97,7 @@ def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
     rows = []
     key = lambda r: (r.backend, r.mode, r.dtype, r.dynamic)
     for (backend, mode, dtype, dynamic), group in itertools.groupby(sorted(results, key=key), key):
-        trials = list(group)
+        trials = [r for r in group if r.verdict != REFUSED_BY_PYTORCH]
         wanted = [r for r in trials if 0 not in r.expected]
         refused = [r for r in trials if r.expected == (0,)]
         fused_sites = sum(min(r.sites, max(r.expected)) for r in wanted)

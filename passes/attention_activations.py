@@ -1,6 +1,7 @@
 """Activation functions of ``torch.nn.functional`` and rarer functions of scores, spelled in the operators of kernels.
 
-Differences of nearly equal numbers (``exp(x) - 1``) are as exact as logits need: their absolute error counts.
+Differences of nearly equal numbers (``exp(x) - 1``) are as exact as logits need: their absolute error counts. Where a
+function has a kink, the choice between its pieces is the one whose gradient PyTorch gives.
 """
 
 import math
@@ -31,28 +32,48 @@ class Activations:
     def _join(self, name: str, *arguments: Expression | float) -> Expression:
         return self._make(name, *(self._const(float(a)) if isinstance(a, (int, float)) else a for a in arguments))
 
+    def _where(self, x: Expression, comparison: str, limit: float, a: Expression | float, b: Expression) -> Expression:
+        return self._join("where", self._join(comparison, x, limit), a, b)
+
     def _grow(self, x: Expression, alpha: float, rate: float) -> Expression:
-        """``alpha * (exp(rate * x) - 1)`` of the part of ``x`` below zero."""
-        power = self._join("exp", self._join("mul", self._join("minimum", x, 0.0), rate))
-        return self._join("mul", self._join("sub", power, 1.0), alpha)
+        """``x`` above zero, and ``alpha * (exp(rate * x) - 1)`` below."""
+        low = self._where(x, "gt", 0.0, 0.0, x)  # nothing overflows where it is not wanted
+        power = self._join("exp", self._join("mul", low, rate))
+        return self._where(x, "gt", 0.0, x, self._join("mul", self._join("sub", power, 1.0), alpha))
+
+    def _between(self, x: Expression, low: float, high: float) -> Expression:
+        """``x`` within limits, at which the gradient ends."""
+        return self._where(x, "le", low, low, self._where(x, "ge", high, high, x))
+
+    def _soften(self, x: Expression) -> Expression:
+        """``log(1 + exp(x))``."""
+        tail = self._join("log1p", self._join("exp", self._join("neg", self._join("abs", x))))
+        return self._join("add", self._join("maximum", x, 0.0), tail)
+
+    def silu(self, x: Expression) -> Expression:
+        return self._join("mul", x, self._join("sigmoid", x))
+
+    def leaky_relu(self, x: Expression, negative_slope: float = 0.01) -> Expression:
+        return self._where(x, "gt", 0.0, x, self._join("mul", x, negative_slope))
 
     def elu(self, x: Expression, alpha: float = 1.0) -> Expression:
-        return self._join("where", self._join("gt", x, 0.0), x, self._grow(x, alpha, 1.0))
+        return self._grow(x, alpha, 1.0)
 
     def celu(self, x: Expression, alpha: float = 1.0) -> Expression:
-        return self._join("where", self._join("gt", x, 0.0), x, self._grow(x, alpha, 1.0 / alpha))
+        return self._grow(x, alpha, 1.0 / alpha)
 
     def selu(self, x: Expression) -> Expression:
         return self._join("mul", self.elu(x, _SELU[1]), _SELU[0])
 
     def softplus(self, x: Expression, beta: float = 1.0, threshold: float = 20.0) -> Expression:
         inner = self._join("mul", x, beta)
-        tail = self._join("log1p", self._join("exp", self._join("neg", self._join("abs", inner))))
-        smooth = self._join("div", self._join("add", self._join("maximum", inner, 0.0), tail), beta)
-        return self._join("where", self._join("gt", inner, threshold), x, smooth)
+        return self._where(inner, "gt", threshold, x, self._join("div", self._soften(inner), beta))
+
+    def logsigmoid(self, x: Expression) -> Expression:
+        return self._join("neg", self._soften(self._join("neg", x)))
 
     def mish(self, x: Expression) -> Expression:
-        return self._join("mul", x, self._join("tanh", self.softplus(x)))
+        return self._join("mul", x, self._join("tanh", self._soften(x)))
 
     def hardsigmoid(self, x: Expression) -> Expression:
         return self._join("div", self.relu6(self._join("add", x, 3.0)), 6.0)
@@ -60,8 +81,11 @@ class Activations:
     def hardswish(self, x: Expression) -> Expression:
         return self._join("mul", x, self.hardsigmoid(x))
 
+    def hardtanh(self, x: Expression, min_val: float = -1.0, max_val: float = 1.0) -> Expression:
+        return self._between(x, min_val, max_val)
+
     def relu6(self, x: Expression) -> Expression:
-        return self._join("minimum", self._join("relu", x), 6.0)
+        return self._between(x, 0.0, 6.0)
 
     def softsign(self, x: Expression) -> Expression:
         return self._join("div", x, self._join("add", self._join("abs", x), 1.0))
@@ -70,13 +94,14 @@ class Activations:
         return self._join("sub", x, self._join("tanh", x))
 
     def softshrink(self, x: Expression, lambd: float = 0.5) -> Expression:
-        return self._join("sub", x, self._join("minimum", self._join("maximum", x, -lambd), lambd))
+        low = self._where(x, "lt", -lambd, self._join("add", x, lambd), self._const(0.0))
+        return self._where(x, "gt", lambd, self._join("sub", x, lambd), low)
 
     def hardshrink(self, x: Expression, lambd: float = 0.5) -> Expression:
-        return self._join("where", self._join("le", self._join("abs", x), lambd), 0.0, x)
+        return self._where(self._join("abs", x), "le", lambd, 0.0, x)
 
     def threshold(self, x: Expression, threshold: float, value: float) -> Expression:
-        return self._join("where", self._join("le", x, threshold), value, x)
+        return self._where(x, "le", threshold, value, x)
 
     def gelu(self, x: Expression, approximate: str = "none") -> Expression | None:
         """Only the approximation by ``tanh``: kernels have no error function."""
@@ -105,10 +130,7 @@ class Activations:
         return self._join("div", self._join("log", x), math.log(10.0))
 
     def sign(self, x: Expression) -> Expression:
-        return self._join("where", self._join("gt", x, 0.0), 1.0, self._where_below(x))
-
-    def _where_below(self, x: Expression) -> Expression:
-        return self._join("where", self._join("lt", x, 0.0), -1.0, self._const(0.0))
+        return self._where(x, "gt", 0.0, 1.0, self._where(x, "lt", 0.0, -1.0, self._const(0.0)))
 
     def isnan(self, x: Expression) -> Expression:
         return self._join("ne", x, x)
@@ -123,8 +145,7 @@ class Activations:
             return None
         high = self._limits.max if posinf is None else posinf
         low = self._limits.min if neginf is None else neginf
-        result = self._join("where", self._join("eq", x, math.inf), high, x)
-        result = self._join("where", self._join("eq", x, -math.inf), low, result)
+        result = self._where(x, "eq", -math.inf, low, self._where(x, "eq", math.inf, high, x))
         return self._join("where", self.isnan(x), nan or 0.0, result)
 
 

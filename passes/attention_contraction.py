@@ -128,10 +128,12 @@ def _tensor_product(
 
 def _linear(call: Call, node: fx.Node) -> Contraction | None:
     lhs, rhs = call.input, call.get("weight")
-    if not (is_tensor(lhs) and is_tensor(rhs)) or len(shape_of(rhs)) != 2 or len(shape_of(lhs)) < 2:
+    if call.get("bias") is not None or not (is_tensor(lhs) and is_tensor(rhs)) or len(shape_of(rhs)) != 2:
+        return None
+    if len(shape_of(lhs)) < 2:
         return None
     batch = tuple(f"b{i}" for i in range(len(shape_of(lhs)) - 1))
-    return Contraction(node, lhs, rhs, (*batch, "c"), ("n", "c"), (*batch, "n"), call.get("bias"))
+    return Contraction(node, lhs, rhs, (*batch, "c"), ("n", "c"), (*batch, "n"))
 
 
 def _sum_of_product(call: Call, node: fx.Node) -> Contraction | None:

@@ -44,8 +44,8 @@ _EXPENSIVE = {"exp", "log", "log1p", "pow", "sin", "cos", "sqrt", "rsqrt", "tanh
 
 
 _SHIFTS = {
-    "amax", "max", "mean", "getitem", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "type", "reshape", "unsqueeze",
-    "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
+    "amax", "max", "mean", "getitem", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "type", "reshape",
+    "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
 }  # fmt: skip
 
 
@@ -105,6 +105,7 @@ class Lifter:
         self.score = None if contraction is None else contraction.node
         self.score_dims: tuple[Dim, ...] | None = None
         self.region: set[fx.Node] = set()
+        self.shifts: set[fx.Node] = set()
         self._position = position
         self._stable = stable
         self._representative = representative
@@ -284,6 +285,7 @@ class Lifter:
                 return False
             todo += [i for i in dependent if i is not self.score]
         self.region |= way
+        self.shifts |= way
         return True
 
     # ---------------------------------------------------------------------------------------- independent tensors

@@ -43,6 +43,7 @@ class _Rules:
         self.const = lifter.algebra.const
         self.call = call
         self._dtype = tensor_of(node).dtype
+        self._is_differentiated = tensor_of(node).requires_grad
         self.kind = kind_of(self._dtype)
         self._lifter = lifter
         self._coordinates = coordinates
@@ -207,15 +208,6 @@ class _Rules:
     def log2(self) -> Expression:
         return self.make("div", self.make("log", self.read_as(FLOAT, "input")), self.const(math.log(2.0)))
 
-    def silu(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self.make("mul", value, self.make("sigmoid", value))
-
-    def logsigmoid(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
-        return self.make("sub", self.make("minimum", value, self.const(0.0)), tail)
-
     def activation(self) -> Expression:
         """One of :mod:`attention_activations`."""
         if self.call.name in _JUMPS and not self._direct:
@@ -258,11 +250,6 @@ class _Rules:
         value = self.read_as(FLOAT, "input")
         return self.make("where", self.make("gt", value, self.const(0.0)), value, self.make("mul", value, slope))
 
-    def leaky_relu(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        slope = self.convert(FLOAT, self.read("negative_slope", 0.01))
-        return self.make("where", self.make("gt", value, self.const(0.0)), value, self.make("mul", value, slope))
-
     def where(self) -> Expression:
         if "input" not in self.call.arguments:
             raise self.opaque()
@@ -284,14 +271,17 @@ class _Rules:
             raise self.opaque()
         for bound, name in (("min", "maximum"), ("max", "minimum")):
             if self.call.get(bound) is not None:
-                value = self.make(name, value, self.read_as(self.kind, bound))
+                value = self._limited(name, value, self.read_as(self.kind, bound))
         return value
 
     clamp_min = clamp_max = clamp
 
-    def hardtanh(self) -> Expression:
-        low, high = (self.convert(FLOAT, self.read(name, default)) for name, default in (("min", -1.0), ("max", 1.0)))
-        return self.make("minimum", self.make("maximum", self.read_as(FLOAT, "input"), low), high)
+    def _limited(self, name: str, value: Expression, limit: Expression) -> Expression:
+        """At the limit itself ``clamp`` hands on the whole gradient, ``maximum`` and ``minimum`` half of it."""
+        if not self._is_differentiated:
+            return self.make(name, value, limit)
+        beyond = self.make("lt" if name == "maximum" else "gt", value, limit)
+        return self.make("where", beyond, limit, value)
 
     def addcmul(self) -> Expression:
         factor = self.make("mul", self.read_as(self.kind, "tensor1"), self.read_as(self.kind, "tensor2"))

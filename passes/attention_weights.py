@@ -105,7 +105,7 @@ class Carriers:
 
 _WAY = _CASTS | {
     "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "contiguous", "clone", "transpose", "mT", "t",
-    "T", "permute", "movedim", "expand", "expand_as", "repeat", "repeat_interleave", "getitem", "narrow", "detach",
+    "T", "permute", "movedim", "expand", "expand_as", "repeat", "repeat_interleave", "getitem", "narrow",
     "dropout", "nan_to_num", "masked_fill", "where", "mul", "div", "neg", "add", "sub",
 }  # fmt: skip
 
@@ -156,11 +156,6 @@ class _Walk:
     def _cast(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         if not tensor_of(node).is_floating_point():
             raise Refusal("the attention weights are converted to integers")
-        return self.terms(call.input, dims, here)
-
-    def _detach(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
-        if tensor_of(call.input).requires_grad:
-            raise Refusal("the attention weights are detached")
         return self.terms(call.input, dims, here)
 
     def _dropout(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:

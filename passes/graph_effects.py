@@ -108,6 +108,12 @@ def _switches_grad_mode(node: fx.Node) -> bool:
     )
 
 
+def cuts_gradient(node: fx.Node) -> bool:
+    """Whether no gradient goes from the node's tensor to an input that wants one: ``detach``, ``torch.no_grad``."""
+    wants = lambda n: is_tensor(n) and tensor_of(n).is_floating_point() and tensor_of(n).requires_grad
+    return not wants(node) and any(map(wants, node.all_input_nodes))
+
+
 _IN_PLACE_METHODS = {"__setitem__"} | {
     f"__i{name}__"
     for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]

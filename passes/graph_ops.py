@@ -56,8 +56,6 @@ _UNARY = [
     "sigmoid",
     "square",
     "reciprocal",
-    "relu",
-    "silu",
     "bool",
     "int",
     "long",
@@ -94,11 +92,14 @@ _BINARY = [
 
 # functions of one tensor and numbers -> the names of the numbers
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "elu": ("alpha", "inplace"), "celu": ("alpha", "inplace"), "selu": ("inplace",), "mish": ("inplace",),
-    "softplus": ("beta", "threshold"), "hardsigmoid": ("inplace",), "hardswish": ("inplace",), "relu6": ("inplace",),
-    "softsign": (), "tanhshrink": (), "softshrink": ("lambd",), "hardshrink": ("lambd",),
-    "threshold": ("threshold", "value", "inplace"), "gelu": ("approximate",), "expm1": (), "sinh": (), "cosh": (),
-    "tan": (), "log10": (), "sign": (), "isnan": (), "isinf": (), "nan_to_num": ("nan", "posinf", "neginf"),
+    **dict.fromkeys(("silu", "selu", "mish", "hardsigmoid", "hardswish", "relu6"), ("inplace",)),
+    **dict.fromkeys(("elu", "celu"), ("alpha", "inplace")),
+    **dict.fromkeys(("softshrink", "hardshrink"), ("lambd",)),
+    **dict.fromkeys(("logsigmoid", "softsign", "tanhshrink", "expm1", "sinh", "cosh", "tan", "log10"), ()),
+    **dict.fromkeys(("sign", "isnan", "isinf"), ()),
+    "leaky_relu": ("negative_slope", "inplace"), "hardtanh": ("min_val", "max_val", "inplace"),
+    "softplus": ("beta", "threshold"), "threshold": ("threshold", "value", "inplace"), "gelu": ("approximate",),
+    "nan_to_num": ("nan", "posinf", "neginf"),
 }  # fmt: skip
 
 # canonical name -> positional parameters
@@ -115,7 +116,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
     "addcmul": ("input", "tensor1", "tensor2"),
-    "leaky_relu": ("input", "negative_slope"),
+    "relu": ("input", "inplace"),
     "prelu": ("input", "weight"),
     "rsub": ("input", "other"),
     "lerp": ("input", "end", "weight"),
@@ -202,9 +203,9 @@ def _functions() -> dict[Any, str]:
         "movedim": "movedim moveaxis", "cat": "cat concat concatenate", "permute": "permute",
         "safe_softmax": "_safe_softmax", "bool": "", "int": "", "long": "", "float": "", "half": "",
         "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
-        "mT": "", "T": "", "linear": "", "sdpa": "", "leaky_relu": "", "silu": "",
-        "view_as": "", "type_as": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
-        "repeat": "", "sign": "sign sgn", "expand": "broadcast_to", "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum",
+        "mT": "", "T": "", "linear": "", "sdpa": "", "view_as": "", "type_as": "", "expand_as": "", "new_zeros": "",
+        "new_ones": "", "new_full": "", "repeat": "", "sign": "sign sgn", "expand": "broadcast_to",
+        "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum",
     }  # fmt: skip
     for name in _PARAMETERS:
         for spelling in spellings.get(name, name).split():
@@ -217,17 +218,17 @@ def _functions() -> dict[Any, str]:
     }.items():  # fmt: skip
         table[getattr(operator, spelling)] = name
     for function in (
-        *("softmax", "softmin", "log_softmax", "dropout", "relu", "silu", "leaky_relu", "tanh", "sigmoid", "prelu"),
+        *("softmax", "softmin", "log_softmax", "dropout", "relu", "tanh", "sigmoid", "prelu"),
         *(name for name in ACTIVATIONS if hasattr(F, name)),
     ):
         table[getattr(F, function)] = function
     table |= {
-        F.linear: "linear", F.sigmoid: "sigmoid", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh",
+        F.linear: "linear", F.scaled_dot_product_attention: "sdpa",
         torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
         torch.special.expm1: "expm1", operator.pos: "positive", torch.float_power: "pow",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",
+        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad",
     }  # fmt: skip
     return table
 
@@ -250,7 +251,6 @@ _METHODS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge"
 _METHODS |= {f"__{name}__": name for name in ("add", "sub", "mul", "floordiv", "mod", "pow")}
 _METHODS |= {f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")}
 _METHODS |= {"__invert__": "not", "__truediv__": "div"}
-_PARAMETERS |= {"hardtanh": ("input", "min", "max"), "logsigmoid": ("input",)}
 _FUNCTIONS: dict[Any, str] = _functions()
 _METHOD_PARAMETERS = {"where": ("input", "condition", "other")}
 # F.softmax and F.log_softmax have one more positional parameter than their torch namesakes

@@ -132,6 +132,9 @@ PASSES = (
 )
 
 
+_BEFORE_CHOICE = ("attention", "mixed_precision")  # these decide what attention is called with
+
+
 def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, original: "Backup") -> None:
     """Run every wanted pass on ``gm`` in place, recording decisions and failures in ``report``.
 
@@ -150,12 +153,14 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
         added = len(context.example_inputs), len(context.wrappers)
         try:
             with option(context.followed):
-                found = pass_.run(gm, context)
-                report.decisions += explain_choices(gm, context.target, context.training, found)
+                found = [*report.decisions, *pass_.run(gm, context)]
+                if pass_.name in _BEFORE_CHOICE:
+                    found = explain_choices(gm, context.target, context.training, found)
             for module in module_graphs(gm):
                 name_implementations(module.graph, context.implementations)
-            if any(d.action == "rewritten" for d in found):
+            if any(d.action == "rewritten" for d in found[len(report.decisions) :]):
                 backup = None
+            report.decisions = found
         except (PlanError, ConfigError):
             raise  # without a plan the model would not fit, and what was asked for is not replaced in silence
         except Exception as error:
