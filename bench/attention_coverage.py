@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 from attention_cases.case import BOTH  # noqa: E402
 from attention_corpus import CASES  # noqa: E402
-from attention_trial import Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
+from attention_trial import REFUSED_BY_PYTORCH, Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
 from model_families import FAMILIES, FamilyResult, try_family  # noqa: E402
 from parallel_trials import run_in_parallel  # noqa: E402
 from record import environment, folder  # noqa: E402
@@ -54,27 +54,32 @@ def make_backend(name: str) -> Backend:
     return made[name]()
 
 
-def run_corpus(backends: Sequence[Backend], arguments: argparse.Namespace) -> list[Result]:
+def run_corpus(arguments: argparse.Namespace) -> list[Result]:
     """Every case of the corpus in every combination asked for."""
     cases = [c for c in CASES.values() if not arguments.only or {c.family, c.name} & set(arguments.only)]
-    product = itertools.product(backends, arguments.modes, arguments.dtypes, arguments.shapes, cases)
-    trials = [t for t in product if t[1] in t[4].modes][:: arguments.every]
-    return [
-        attempt(
-            case, backend, mode=mode, dtype=getattr(torch, dtype), dynamic=shapes == "dynamic", device=arguments.device
-        )
-        for backend, mode, dtype, shapes, case in track(trials, "corpus", console=console)
-    ]
+    product = itertools.product(arguments.backends, arguments.modes, arguments.dtypes, arguments.shapes, cases)
+    return run_all(run_case, [(*trial, case.name) for *trial, case in product if trial[1] in case.modes], arguments)
 
 
 def run_families(arguments: argparse.Namespace) -> list[FamilyResult]:
     """Every model family in inference and training."""
     families = [f.name for f in FAMILIES if not arguments.only or f.name in arguments.only]
-    product = itertools.product(arguments.backends, arguments.modes, families)
-    trials = [(*trial, arguments.device) for trial in product][:: arguments.every]
+    return run_all(run_family, list(itertools.product(arguments.backends, arguments.modes, families)), arguments)
+
+
+def run_all(run: Callable[..., Any], trials: Sequence[tuple[Any, ...]], arguments: argparse.Namespace) -> list[Any]:
+    """``run(*trial, device)`` of every ``arguments.every``-th trial, in ``arguments.jobs`` processes."""
+    chosen = [(*trial, arguments.device) for trial in trials][:: arguments.every]
     if arguments.jobs > 1:
-        return run_in_parallel(run_family, trials, arguments.jobs, arguments.seconds)
-    return [run_family(*trial) for trial in track(trials, "families", console=console)]
+        return run_in_parallel(run, chosen, arguments.jobs, arguments.seconds)
+    return [run(*trial) for trial in track(chosen, run.__name__, console=console)]
+
+
+def run_case(backend: str, mode: str, dtype: str, shapes: str, case: str, device: str) -> Result:
+    """One case of the corpus under a backend, by their names."""
+    warnings.filterwarnings("ignore")
+    made, dynamic = make_backend(backend), shapes == "dynamic"
+    return attempt(CASES[case], made, mode=mode, dtype=getattr(torch, dtype), dynamic=dynamic, device=device)
 
 
 def run_family(backend: str, mode: str, family: str, device: str) -> FamilyResult:
@@ -92,7 +97,7 @@ def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
     rows = []
     key = lambda r: (r.backend, r.mode, r.dtype, r.dynamic)
     for (backend, mode, dtype, dynamic), group in itertools.groupby(sorted(results, key=key), key):
-        trials = list(group)
+        trials = [r for r in group if r.verdict != REFUSED_BY_PYTORCH]
         wanted = [r for r in trials if 0 not in r.expected]
         refused = [r for r in trials if r.expected == (0,)]
         fused_sites = sum(min(r.sites, max(r.expected)) for r in wanted)
@@ -184,8 +189,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=("static", "dynamic"), default=["static", "dynamic"])
     parser.add_argument("--only", nargs="+", default=[], help="families or names of cases; names of model families")
     parser.add_argument("--every", type=int, default=1, help="run every n-th trial only")
-    parser.add_argument("--jobs", type=int, default=1, help="processes for the model families")
-    parser.add_argument("--seconds", type=float, default=0.0, help="with --jobs: stop waiting for families after this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes to run the trials in")
+    parser.add_argument("--seconds", type=float, default=0.0, help="with --jobs: stop waiting for trials after this")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--failures", action="store_true", help="list every trial that is not as it should be")
@@ -195,8 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     warnings.filterwarnings("ignore")
-    backends = [make_backend(name) for name in arguments.backends]
-    corpus = run_corpus(backends, arguments) if arguments.what != "families" else []
+    corpus = run_corpus(arguments) if arguments.what != "families" else []
     families = run_families(arguments) if arguments.what != "corpus" else []
     rows = summarise(corpus)
     if corpus:

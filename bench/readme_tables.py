@@ -18,12 +18,13 @@ RESULTS = ROOT / "bench" / "results"
 
 def table(name: str) -> str:
     """The Markdown table of one results file, with a line that says where it was measured."""
-    data = json.loads((RESULTS / f"{name}.json").read_text())
+    file = f"{FILES.get(name, name)}.json"
+    data = json.loads((RESULTS / file).read_text())
     title, columns = TABLES[name]
     shown = SUMMARIES.get(name, list)(data["rows"])
     rows = [[str(cell(row)) for _, cell in columns] for row in shown if row.get("readme", True)]
     lines = [
-        f"**{title}** ({_where(data['environment'])}; `bench/results/{name}.json`)",
+        f"**{title}** ({_where(data['environment'])}; `bench/results/{file}`)",
         "",
         "| " + " | ".join(head for head, _ in columns) + " |",
         "|" + " --- |" * len(columns),
@@ -54,6 +55,22 @@ def _gigabytes(key: str) -> Callable[[dict[str, Any]], str]:
 
 
 Columns = list[tuple[str, Callable[[dict[str, Any]], Any]]]
+
+
+def _fp4_columns(bits: float) -> Columns:
+    return [
+        ("weight", lambda row: f"{row['n']} x {row['k']}"),
+        ("rows", _column("m")),
+        ("cuBLAS bfloat16", lambda row: f"{row['bf16']:.1f}"),
+        ("FP4", lambda row: f"{row['fp4']:.1f}"),
+        ("times faster", lambda row: f"{row['bf16'] / row['fp4']:.2f}"),
+        ("TB/s", lambda row: f"{row['n'] * row['k'] * bits / 8 / row['fp4'] / 1e6:.2f}"),
+        ("kernel", _column("implementation")),
+        ("with FP8 activations", lambda row: f"{row['fp4_fp8']:.1f}"),
+    ]
+
+
+FILES = {"fp4_linear_mxfp4": "fp4_linear"}  # where it is not the table's name
 TABLES: dict[str, tuple[str, Columns]] = {
     "fp4_models": (
         "What FP4 weights cost real models in quality, on English text; SmolLM2's weights were 4-bit before",
@@ -90,16 +107,11 @@ TABLES: dict[str, tuple[str, Columns]] = {
     ),
     "fp4_linear": (
         "Linear layer with NVFP4 weights, microseconds; TB/s: packed bytes over time, one large copy reaches 4.2",
-        [
-            ("weight", lambda row: f"{row['n']} x {row['k']}"),
-            ("rows", _column("m")),
-            ("cuBLAS bfloat16", lambda row: f"{row['bf16']:.1f}"),
-            ("FP4", lambda row: f"{row['fp4']:.1f}"),
-            ("times faster", lambda row: f"{row['bf16'] / row['fp4']:.2f}"),
-            ("TB/s", lambda row: f"{row['n'] * row['k'] * 4.5 / 8 / row['fp4'] / 1e6:.2f}"),
-            ("kernel", _column("implementation")),
-            ("with FP8 activations", lambda row: f"{row['fp4_fp8']:.1f}"),
-        ],
+        _fp4_columns(4.5),
+    ),
+    "fp4_linear_mxfp4": (
+        "Linear layer with MXFP4 weights, microseconds, in the run of the NVFP4 table",
+        _fp4_columns(4.25),
     ),
     "fp4_model": (
         "Llama-3-8B shape, batch 1, random weights: a decode step, and a prompt of 2048 tokens",
@@ -367,6 +379,8 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
     "aot_matrix": _by_target,
     "attention_scores": _by_case,
     "attention_scores_backward": _by_case_backward,
+    "fp4_linear": lambda rows: [row for row in rows if row["format"] == "nvfp4"],
+    "fp4_linear_mxfp4": lambda rows: [row for row in rows if row["format"] == "mxfp4"],
 }
 
 

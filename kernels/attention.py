@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vbcompile.compat import is_fake
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
@@ -30,6 +31,8 @@ from vbcompile.kernels.score_function import (
     evaluate,
 )
 from vbcompile.kernels.score_gradient import differentiate
+
+_SUMMED = 5 * 10**6  # multiplications
 
 
 # ------------------------------------------------------------------------------------------- reference
@@ -49,8 +52,16 @@ def attention_reference(
     p, lse = _probabilities(q, k, captured, scale, function)
     if dropout_p > 0:
         p = p * _keep(p, dropout_p, seed)
-    out = (p @ v.to(p.dtype)).to(q.dtype)
+    out = _product(p, v.to(p.dtype)).to(q.dtype)
     return arrange(out, function.rows_first), lse
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; the smallest as sums where a graph is made: a compiler puts them together with what is around."""
+    sizes = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *a.shape[-2:], b.shape[-1])
+    if is_fake(a) and all(type(n) is int for n in sizes) and math.prod(sizes) <= _SUMMED:
+        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+    return a @ b
 
 
 def _keep(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -82,7 +93,7 @@ def _logits(
     q: Tensor, k: Tensor, captured: Sequence[Tensor], scale: float, function: ScoreFunction
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = accumulation_dtype(q.dtype)
-    score = (q.to(dtype) @ k.to(dtype).mT) * scale
+    score = _product(q.to(dtype), k.to(dtype).mT) * scale
     logits, keep, sink = _evaluate(function, (function.score, function.mask, function.sink), score, captured)
     assert logits is not None
     return logits.to(dtype).expand(score.shape), keep, None if sink is None else sink.to(dtype)
@@ -130,13 +141,13 @@ def attention_backward_reference(
     dtype = accumulation_dtype(q.dtype)
     inputs = [q, k, v, *captured]
     q = q.expand(*lead_shape(q, k, v, captured), *q.shape[-2:])
-    p, _ = _probabilities(q, k, captured, scale, function)
+    p, lse = _probabilities(q, k, captured, scale, function)
     keep = _keep(p, dropout_p, seed) if dropout_p > 0 else None
     grad = grad_out.to(dtype)
     dp = grad @ v.to(dtype).mT
     weights = p if keep is None else p * keep
     dv = weights.mT @ grad
-    delta = (grad * out.to(dtype)).sum(-1, keepdim=True)
+    delta = (weights * dp).sum(-1, keepdim=True)  # not of ``out``: rows that cancel need the very same weights
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype).unsqueeze(-1)
     d_logits = p * ((dp if keep is None else dp * keep) - delta)
@@ -316,6 +327,7 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, *rest = ctx.saved_tensors
     captured, (out, lse, *seed) = rest[: ctx.captured_count], rest[ctx.captured_count :]
     needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    needs[2] = needs[2] and grad_out is not None  # the logarithm of the sum does not depend on the values
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = attention_backward(
         grad_out,
@@ -338,6 +350,37 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_second(ctx, inputs, keyword_only_inputs, output):
+    grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs = inputs
+    ctx.options = scale, dropout_p, seed, score_function, needs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_out, grad_lse, q, k, v, out, lse, *captured)
+
+
+def _second_backward(ctx, upstream):
+    """Second derivatives in plain PyTorch: the backward as a function of all but ``out`` and ``lse``, made again."""
+    grad_out, grad_lse, q, k, v, out, lse, *captured = ctx.saved_tensors
+    given = [grad_out, grad_lse, q, k, v, *captured]
+    again, grads = torch.is_grad_enabled(), dict.fromkeys(range(len(given)))
+    with torch.enable_grad():
+        apart = [t if t is None or not t.requires_grad else t.view_as(t) for t in given]  # one may come from another
+        results = apart[5:], out.detach(), lse.detach()
+        first = attention_backward_reference(*apart[:5], *results, *ctx.options)  # type: ignore[call-arg]
+    pairs = [
+        (g, u) for g, u in zip(first, upstream, strict=True) if g is not None and u is not None and g.requires_grad
+    ]
+    wanted = [n for n, t in enumerate(apart) if pairs and t is not None and t.requires_grad]
+    if wanted:
+        outputs, above = zip(*pairs, strict=True)
+        inputs = [apart[n] for n in wanted]
+        found = torch.autograd.grad(outputs, inputs, above, create_graph=again, allow_unused=True)
+        grads |= dict(zip(wanted, found, strict=True))
+    return *(grads[n] for n in range(5)), [grads[n] for n in range(5, len(given))], *[None] * 7
+
+
+attention_backward.register_autograd(_second_backward, setup_context=_setup_second)
 
 
 # ------------------------------------------------------------------------------------- implementations

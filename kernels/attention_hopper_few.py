@@ -15,12 +15,12 @@ from vbcompile.kernels.attention_hopper import (
     refuses_triton,
 )
 from vbcompile.kernels.attention_layout import pad_lead, tile_strides
-from vbcompile.kernels.attention_parts import Parts
+from vbcompile.kernels.attention_parts import Parts, split_count
 from vbcompile.kernels.attention_problem import Problem
 
 MOST_ROWS = 32  # of one head of k and v
 _MOST_HEADS = 65535  # along an axis of a grid
-_MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 128, 132
+_TYPICAL_MULTIPROCESSORS = 132
 _LOOKED_AT, _LOOK_ELEMENTS = 4, 2048  # tiles of a program from which it looks at the mask first; elements at a time
 
 
@@ -78,11 +78,6 @@ def _as_heads(t: Tensor, outer: tuple[int, ...]) -> Tensor | None:
         return whole.view(outer[0], math.prod(outer[1:]), *t.shape[-2:])
     except RuntimeError:
         return None
-
-
-def split_count(slots: int, programs: int, tiles: int) -> int:
-    """Parts of the keys that fill ``slots``."""
-    return max(1, min(slots // programs, tiles, _MOST_SPLITS))
 
 
 def choose_config(dim: int, programs: int, multiprocessors: int, masked: bool) -> FewConfig:

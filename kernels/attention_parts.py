@@ -11,6 +11,12 @@ from vbcompile.kernels.attention_problem import Problem
 
 _DEPENDENT_LAUNCH = ("sm_90", "sm_100", "sm_120")  # where a kernel may be launched before the one it waits for ends
 _MERGE_WARPS = 4
+_MOST_SPLITS = 128
+
+
+def split_count(slots: int, programs: int, tiles: int) -> int:
+    """Parts that the keys of each program are split into so that all together fill ``slots``, none without a tile."""
+    return max(1, min(slots // programs, tiles, _MOST_SPLITS))
 
 
 @dataclass(frozen=True)

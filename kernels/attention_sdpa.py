@@ -144,16 +144,20 @@ class _CpuCall:
     copied. Head sizes are padded to the larger one.
 
     Attributes:
+        factor: what the queries are multiplied by beforehand, and ``scale``, what is left to the kernel.
         scores: bias and mask; None where the causal flag says all.
         bias: both in one tensor ``[batch, heads, Q, K]``, sizes of one where shared by all.
         empty: rows without a key, ``[*lead, Q]``; None where there can be none.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], function: ScoreFunction) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scale: float, function: ScoreFunction
+    ) -> None:
+        self.factor, self.scale = (1.0, scale) if _is_exact(scale, q.dtype) else (scale, 1.0)
         self.lead = lead_shape(q, k, v, captured)
         self.heads = self.lead[-1] if len(self.lead) > 1 else 1
         self.widths = [int(t.shape[-1]) for t in (q, k, v)]
-        self.tensors = [self.folded(t) for t in (q, k, v)]
+        self.tensors = [self.folded(t) for t in (q if self.factor == 1.0 else q * self.factor, k, v)]
         self.causal = causal_offset(function, q.shape[-2], k.shape[-2]) == 0
         self.scores: DenseScores | None = None
         self.bias: Tensor | None = None
@@ -177,11 +181,17 @@ class _CpuCall:
         return total.expand(*lead, rows, columns).reshape(-1, heads, rows, columns)
 
 
+def _is_exact(scale: float, dtype: torch.dtype) -> bool:
+    """Whether the kernel's forward and backward agree on scaled scores: they round a product at different places."""
+    usual = dtype in (torch.float32, torch.float64) and 1e-30 < abs(scale) < 1e30
+    return not usual or abs(math.frexp(scale)[0]) == 0.5
+
+
 def _cpu_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     function = ScoreFunction.loads(score_function)
-    call = _CpuCall(q, k, v, captured, function)
+    call = _CpuCall(q, k, v, captured, scale, function)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *call.tensors, 0.0, call.causal, attn_mask=call.bias, scale=scale
+        *call.tensors, 0.0, call.causal, attn_mask=call.bias, scale=call.scale
     )
     odd = _odd_rows(out, lse, call)
     if is_fake(out):  # a graph is made, which cannot choose by values
@@ -209,9 +219,11 @@ def _odd_rows(out: Tensor, lse: Tensor, call: _CpuCall) -> Tensor:
 
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
-    call = _CpuCall(q, k, v, captured, function)
+    call = _CpuCall(q, k, v, captured, scale, function)
     odd = ~lse.isfinite() if call.empty is None else ~lse.isfinite() & ~call.empty
-    if bool(odd.any()) or (call.scores is not None and call.scores.absorbed):
+    unit = _last_place(lse)
+    saturated = q.dtype == torch.float32 and unit > _SATURATED
+    if saturated or bool(odd.any()) or (call.scores is not None and call.scores.absorbed):
         return attention_backward_reference(
             grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
         )
@@ -221,11 +233,12 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
         rows = call.empty.reshape(lse4.shape)
         out4, lse4 = out4.masked_fill(rows.unsqueeze(-1), 0.0), lse4.masked_fill(rows, 0.0)
-    if _is_rounded(lse4, q.dtype):
-        bias, lse4 = _shifted(call, lse4, scale)
+    if unit > 16 * torch.finfo(q.dtype).eps:
+        out4, bias, lse4 = _shifted(call, lse4)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=bias, scale=scale
+        grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=bias, scale=call.scale
     )
+    dq = dq if call.factor == 1.0 else dq * call.factor
     if call.scores is not None and call.scores.poisoned is not None:
         poisoned = call.scores.poisoned.expand(*call.lead, -1).reshape(lse4.shape)
         dq = dq.masked_fill(poisoned.unsqueeze(-1), torch.nan)
@@ -235,19 +248,25 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
     return unfold_gradients(grads, (q, k, v), call.lead, captured)
 
 
-def _is_rounded(lse: Tensor, dtype: torch.dtype) -> bool:
-    """Whether weights ``exp(score - lse)`` would be worse than a softmax's, for digits that ``lse`` has no room for."""
-    unit = torch.finfo(lse.dtype).eps * lse.abs().amax() if lse.numel() else lse.new_zeros(())
-    return bool(unit > 16 * torch.finfo(dtype).eps)
+_SATURATED = 2.0**-12  # in float32 of scores beyond 2000, whose gradients are what rounding leaves of sums
 
 
-def _shifted(call: _CpuCall, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``lse`` as a part of the bias, and the small rest of it, from another forward."""
+def _last_place(lse: Tensor) -> float:
+    """Unit in the last place of the largest finite number: how far weights ``exp(score - lse)`` are off at most."""
+    largest = lse.masked_fill(~lse.isfinite(), 0.0).abs().amax() if lse.numel() else 0.0
+    return torch.finfo(lse.dtype).eps * float(largest)
+
+
+def _shifted(call: _CpuCall, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Another forward with ``lse`` as a part of the bias: its result, that bias, and the small rest of ``lse``.
+
+    Saturated rows have gradients that cancel, so the result too has to be that of the weights which backward computes.
+    """
     bias = -lse.unsqueeze(-1) if call.bias is None else call.bias.to(lse.dtype) - lse.unsqueeze(-1)
-    _, rest = aten._scaled_dot_product_flash_attention_for_cpu(
-        *call.tensors, 0.0, call.causal, attn_mask=bias, scale=scale
+    out, rest = aten._scaled_dot_product_flash_attention_for_cpu(
+        *call.tensors, 0.0, call.causal, attn_mask=bias, scale=call.scale
     )
-    return bias, rest.to(lse.dtype)
+    return out, bias, rest.to(lse.dtype)
 
 
 # ---------------------------------------------------------------------------------------- registration

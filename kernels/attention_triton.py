@@ -15,7 +15,7 @@ from vbcompile.kernels import attention_problem as problems
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_gradients import backward
 from vbcompile.kernels.attention_layout import pad_lead, tile_strides
-from vbcompile.kernels.attention_parts import Parts
+from vbcompile.kernels.attention_parts import Parts, split_count
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.attention_tuning import TileConfig, refuses_tiles
@@ -29,7 +29,7 @@ _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
 _CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
 _DECODE_ROWS = 64  # most rows of a tile there
-_DECODE_PROGRAMS, _MOST_SPLITS, _TYPICAL_MULTIPROCESSORS = 2, 128, 128
+_DECODE_PROGRAMS, _TYPICAL_MULTIPROCESSORS = 2, 128  # programs a multiprocessor
 _LOOKED_AT, _LOOK_ELEMENTS = 4, 1024  # tiles of a program from which it looks at the mask first; elements at a time
 
 
@@ -147,7 +147,8 @@ def _decode(
     block_q = min(_DECODE_ROWS, max(tiles.block_q, problems.power_of_two(members * problem.q_length)))
     programs = math.prod(outer) * -(-members * problem.q_length // block_q)
     key_tiles = -(-problem.k_length // tiles.block_k)
-    splits = _split_count(q.device, programs, key_tiles)
+    slots = _DECODE_PROGRAMS * (get_target(q.device).multiprocessors or _TYPICAL_MULTIPROCESSORS)
+    splits = -(-key_tiles // -(-key_tiles // split_count(slots, programs, key_tiles)))  # no more than the longest needs
     parts, program = Parts.of(problem, q, splits), problem.program
     pairs = zip(problem.column_sizes, pad_lead(group), strict=True)
     looks = key_tiles >= _LOOKED_AT * splits and all(size == 1 for size, of_group in pairs if of_group > 1)
@@ -165,10 +166,3 @@ def _decode(
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     parts.merge(out, lse)
-
-
-def _split_count(device: torch.device, programs: int, tiles: int) -> int:
-    """Parts of the keys that fill the device: about two programs for each multiprocessor, equal numbers of tiles."""
-    slots = _DECODE_PROGRAMS * (get_target(device).multiprocessors or _TYPICAL_MULTIPROCESSORS)
-    wanted = max(1, min(slots // programs, tiles, _MOST_SPLITS))
-    return -(-tiles // -(-tiles // wanted))

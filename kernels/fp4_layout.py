@@ -13,7 +13,7 @@
     - ``fragments8``: ``[kh 2][rr 2][kk & 3]``, the low nibble ``kk < 4``, the high one ``kk >= 4``.
 
     A trailing ``t`` means that the eight codes of each 32-bit word are interleaved by bits, so that three of the four
-    pairs of 16-bit floats are one shift and one mask away.
+    pairs of 16-bit floats are one rotation and one mask away.
 
     Block scales are ordered ``[w 4][r 8][group][rr 2]`` a tile, one byte ``exponent << 3 | mantissa`` each, where the
     scale is ``2**(exponent - 9) * (1 + mantissa / 8)``: every positive E4M3 scale has one, and so has every power of
@@ -163,10 +163,11 @@ def _untile_scales(tiles: Tensor, groups: int) -> Tensor:
     return tiles.view(n, k, 4, 8, groups, 2).permute(0, 2, 5, 3, 1, 4).reshape(n * TILE, k * groups)
 
 
-# where sign and magnitude bits (high, middle, low) of the code of each pair lie within 16 bits: pair 2 is in place,
-# pairs 1 and 0 are shifted by three and six, pair 3 takes what is left. Shifted by at most two, the magnitudes of pair
-# n are the n-th of four bits each, as selectors of bytes want them.
-_BIT_PLACES = ((9, 2, 1, 0), (12, 5, 4, 3), (15, 8, 7, 6), (14, 13, 11, 10))
+# Where sign and magnitude bits (high, middle, low) of the code of each pair lie within 16 bits: pair 2 is in place,
+# rotations of the word by 6 and 28 take pairs 0 and 3 there, rotations by 26 and 2 the two parts of pair 1. Moved by at
+# most eight, the magnitudes of pair n are the n-th of four bits each, as selectors of bytes want them.
+_BIT_PLACES = ((9, 2, 1, 0), (5, 14, 13, 4), (15, 8, 7, 6), (3, 12, 11, 10))
+_SIGNS_CROSS = (1, 3)  # pairs whose signs lie in each other's 16 bits: the rotations bring them home
 
 
 def _interleave(flat: Tensor) -> Tensor:
@@ -174,8 +175,10 @@ def _interleave(flat: Tensor) -> Tensor:
     # (byte high, byte low, half) -> pairs ordered (half, byte high), each of (byte low)
     pairs = flat.view(*flat.shape[:-1], -1, 2, 2, 2).movedim(-1, -3).flatten(-3, -2).to(torch.int32)
     halves = torch.zeros_like(pairs[..., 0, :])
-    for pair, places in enumerate(_BIT_PLACES):
-        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+    for pair, (sign, *places) in enumerate(_BIT_PLACES):
+        signs = pairs[..., pair, :] >> 3
+        halves |= (signs.flip(-1) if pair in _SIGNS_CROSS else signs) << sign
+        for bit, place in zip((2, 1, 0), places, strict=True):
             halves |= ((pairs[..., pair, :] >> bit) & 1) << place
     return torch.stack((halves & 255, halves >> 8), -1).flatten(-3).to(torch.uint8)
 
@@ -185,9 +188,9 @@ def _deinterleave(tiles: Tensor) -> Tensor:
     halves = tiles.view(*tiles.shape[:-1], -1, 2, 2).to(torch.int32)
     halves = halves[..., 0] | halves[..., 1] << 8
     pairs = []
-    for places in _BIT_PLACES:
-        code = torch.zeros_like(halves)
-        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+    for pair, (sign, *places) in enumerate(_BIT_PLACES):
+        code = ((halves.flip(-1) if pair in _SIGNS_CROSS else halves) >> sign & 1) << 3
+        for bit, place in zip((2, 1, 0), places, strict=True):
             code |= ((halves >> place) & 1) << bit
         pairs.append(code)
     stacked = torch.stack(pairs, -2).unflatten(-2, (2, 2))  # half, byte high, byte low

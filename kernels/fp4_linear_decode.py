@@ -19,6 +19,9 @@ from vbcompile.kernels.fp4_tiles import TO_HALF, UNPACK
 
 activate = gluon.jit(fp4_epilogue_kernels.activate.fn)
 UNPACK_BODY = UNPACK.split("\n", 2)[2]  # without the opening of its own scope
+# a branch around code that never runs (no grid has a second dimension here): the assembler moves nothing across
+STAY = "mov.u32 t, %nctaid.y; setp.eq.u32 p, t, 1; @p bra ON;\nAGAIN:\nnanosleep.u32 1000; @!p bra AGAIN;\nON:\n"
+STAY_SCOPE = "{ .reg .pred p; .reg .b32 t;"
 _MULTIPLY = {
     "half": "mul.rn.f16x2 {0}, {0}, {1};",
     "bf16_sm80": "fma.rn.bf16x2 {0}, {0}, {1}, n;",
@@ -48,6 +51,25 @@ def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]
             at = scale_words * (128 * tile + 32 * strip)
             text.append(f"@p ld.global.nc{kind}.b32 {{{words}}}, [${inputs + 1} + {at}];")
     return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "l", "r"])
+
+
+def load_tile_assembly(tile: int, strips: int, scale_words: int) -> tuple[str, str]:
+    """PTX, and its constraints, that loads codes and scales of ``16 * strips`` rows by 64 columns, all of them there.
+
+    Operands: 4 words of codes a strip, then ``scale_words`` words of scale bytes each; addresses of both, from which it
+    is the how many-th tile of its rows. Of loads that may be moved, the assembler would put all of a step at its end,
+    where the products soon wait for them.
+    """
+    inputs = (4 + scale_words) * strips
+    kind, text = ".v2" if scale_words == 2 else "", [STAY_SCOPE]
+    for strip in range(strips):
+        words = ", ".join(f"${4 * strip + i}" for i in range(4))
+        at = 2048 * tile + 512 * strip
+        text.append(f"ld.relaxed.gpu.global.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {at}];")
+        words = ", ".join(f"${4 * strips + scale_words * strip + i}" for i in range(scale_words))
+        at = scale_words * (128 * tile + 32 * strip)
+        text.append(f"ld.relaxed.gpu.global{kind}.b32 {{{words}}}, [${inputs + 1} + {at}];")
+    return "\n".join(text) + f"\n{STAY}}}", ",".join(["=&r"] * inputs + ["l", "l"])
 
 
 def load_x_assembly(unroll: int, wide: bool) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 ``fragments2t`` :mod:`vbcompile.kernels.fp4_linear_diagonal` and :mod:`vbcompile.kernels.fp4_linear_stream`."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ class StreamConfig:
         warps: of a block of threads, which takes as many times as many rows.
         blocks: blocks that a multiprocessor holds at a time.
         registers: most registers a thread.
+        tiles: tiles of 64 columns a step, where they divide the columns.
     """
 
     strips: int
     warps: int
     blocks: int
     registers: int
+    tiles: int = 2
 
 
 def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
@@ -129,7 +131,7 @@ def stream_config(target: Target, m: int, n: int, k: int) -> StreamConfig:
     """Like :func:`few_config`."""
     if (tuned := tuned_config(target, "triton_stream", n, k, m)) is not None:
         return StreamConfig(*tuned)
-    return StreamConfig(2, 8, 2, _REGISTERS) if m <= 16 else StreamConfig(1, 8, 2, _REGISTERS)
+    return StreamConfig(2, 4, 4, _REGISTERS) if m <= 16 else StreamConfig(1, 8, 2, _REGISTERS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -235,18 +237,27 @@ def product_diagonal(
     return out.view(*x.shape[:-1], out.shape[1])
 
 
+@functools.lru_cache(maxsize=64)
+def _stream_assembly(kind: str, blocks: int, scale_words: int, strips: int, tiles: int) -> dict[str, tuple[str, ...]]:
+    from vbcompile.kernels import fp4_linear_decode as device
+
+    loads = [device.load_tile_assembly(tile, strips, scale_words) for tile in range(tiles)]
+    return {
+        "LOADS": (loads[0][1], *(code for code, _ in loads)),
+        "MULTIPLY": device.strip_assembly(kind, blocks, scale_words, False),
+    }
+
+
 def stream_options(
     dtype: torch.dtype, m: int, format_name: str, config: StreamConfig, epilogue: str = "none"
 ) -> dict[str, Any]:
     """Constants and compiler options of a launch of the kernel that shares x among warps."""
     blocks, scale_words = max(1, (1 << (m - 1).bit_length()) // 8), 32 // fp4_format(format_name).block_size
     kind = "half" if dtype == torch.float16 else "bf16_sm90"
-    assembly = _assembly(kind, blocks, scale_words, False, config.strips, 2)
     return {
-        "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words,
-        "LOAD": assembly["LOAD"], "MULTIPLY": assembly["MULTIPLY"], "num_warps": config.warps,
-        "maxnreg": config.registers, "launch_pdl": True, **epilogue_options(epilogue),
-    }  # fmt: skip
+        "STRIPS": config.strips, "WARPS": config.warps, "BLOCKS": blocks, "WORDS": scale_words, "TILES": config.tiles,
+        "num_warps": config.warps, "maxnreg": config.registers, "launch_pdl": True, **epilogue_options(epilogue),
+    } | _stream_assembly(kind, blocks, scale_words, config.strips, config.tiles)  # fmt: skip
 
 
 def product_stream(
@@ -262,17 +273,19 @@ def product_stream(
     m, n = rows.shape[0], row_scale.shape[0]
     target = get_target(x.device)
     config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)
+    if k % (TILE * config.tiles):
+        config = replace(config, tiles=CHUNK // TILE)
     options = stream_options(x.dtype, m, format_name, config, epilogue)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     each_time(kernel_in_between, codes, block_scales)
-    tiles, chunks = -(-n // (16 * config.strips * config.warps)), k // CHUNK
-    programs = min(tiles * chunks, (target.multiprocessors or 132) * config.blocks)
+    blocks, steps = -(-n // (16 * config.strips * config.warps)), k // (TILE * config.tiles)
+    programs = min(blocks * steps, (target.multiprocessors or 132) * config.blocks)
     size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps
     partial = torch.empty(2 * programs * size, dtype=torch.float32, device=x.device)
     launch(
         fp4_stream_kernel, (programs,),
         rows.view(torch.int32), codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial,
-        counters(x.device, tiles), m, n, rows.stride(0) // 2, chunks, codes.shape[1], tiles * chunks,
+        counters(x.device, blocks), m, n, rows.stride(0) // 2, steps, codes.shape[1], blocks * steps,
         BIAS=bias is not None, **options,
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])

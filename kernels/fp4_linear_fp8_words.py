@@ -26,9 +26,8 @@ def _scales(word: str) -> str:
     """PTX that makes bytes of scales, of half of them and of one and a half (``b``, ``d``, ``q``)."""
     return "\n".join(
         (
-            # smaller scales have no byte of their own
-            f"shr.u32 t, {word}, 1; and.b32 t, t, 0x7F7F7F7F; or.b32 t, t, 0x80808080;",
-            f"{_add('t', 't', -(_SMALLEST // 2) * _TIMES_4)} prmt.b32 t, t, 0, 0xBA98;",
+            # smaller scales have no byte of their own; no byte is above 151, so that none carries into the next
+            f"{_add('t', word, (128 - _SMALLEST) * _TIMES_4)} prmt.b32 t, t, 0, 0xBA98;",
             f"and.b32 b, {word}, t; not.b32 t, t; and.b32 t, t, {_SMALLEST * _TIMES_4:#x}; or.b32 v, b, t;",
             f"{_add('b', 'v', -_OFFSET * _TIMES_4)} {_add('d', 'v', -(_OFFSET + 8) * _TIMES_4)}",
             f"{_add('t', 'v', (2 - _OFFSET) * _TIMES_4)} {_add('u', 'v', (3 - _OFFSET) * _TIMES_4)}",
@@ -43,15 +42,15 @@ def _word(codes: str, results: tuple[str, str]) -> str:
     first, second = results
     return "\n".join(
         (
-            f"shl.b32 w, {codes}, 1; shl.b32 u, {codes}, 2; and.b32 s, {codes}, 0x00070007;",
-            "and.b32 t, w, 0x40704070; or.b32 s, s, t; and.b32 t, u, 0x37003700; or.b32 s, s, t;",
+            f"shl.b32 u, {codes}, 2; shr.u32 w, {codes}, 8; and.b32 s, {codes}, 0x00170017;",
+            "and.b32 t, u, 0x77007700; or.b32 s, s, t; and.b32 t, w, 0x00600060; or.b32 s, s, t;",
             f"prmt.b32 t, s, s, 0x3120; prmt.b32 {first}, l0, h0, t;",
             f"prmt.b32 t, s, s, 0x2031; prmt.b32 {second}, l1, h1, t;",
             # signs
             f"shr.u32 t, {codes}, 2; and.b32 t, t, 0x00800080; or.b32 {first}, {first}, t;",
-            f"shl.b32 t, {codes}, 3; and.b32 t, t, 0x80008000; or.b32 {first}, {first}, t;",
-            f"shr.u32 t, {codes}, 8; and.b32 t, t, 0x00800080; or.b32 {second}, {second}, t;",
-            f"and.b32 t, w, 0x80008000; or.b32 {second}, {second}, t;",
+            f"shf.l.wrap.b32 t, {codes}, {codes}, 26; and.b32 t, t, 0x80008000; or.b32 {first}, {first}, t;",
+            f"and.b32 t, w, 0x00800080; or.b32 {second}, {second}, t;",
+            f"shf.l.wrap.b32 t, {codes}, {codes}, 28; and.b32 t, t, 0x80008000; or.b32 {second}, {second}, t;",
         )
     )
 

@@ -33,8 +33,8 @@ _TYPICAL_MULTIPROCESSORS = 132
 # a step of 64 columns of one block, as measured on an H200; (block_m, tiles, warpgroups)
 _STEP_MICROSECONDS = {
     False: {
-        (32, 1, 2): 0.21, (64, 1, 2): 0.23, (64, 1, 3): 0.27, (128, 1, 2): 0.31, (128, 1, 3): 0.5, (128, 2, 2): 0.6,
-        (256, 1, 2): 0.62,
+        (16, 1, 2): 0.16, (32, 1, 2): 0.17, (64, 1, 2): 0.2, (64, 1, 3): 0.27, (128, 1, 2): 0.28, (128, 1, 3): 0.45,
+        (128, 2, 2): 0.6, (256, 1, 2): 0.62,
     },
     True: {
         (64, 1, 2): 0.27, (128, 1, 2): 0.31, (128, 1, 3): 0.45, (128, 2, 2): 0.5, (256, 1, 2): 0.5,
@@ -105,7 +105,7 @@ def wide_shape(block_m: int, tiles: int, splits: int, fp8: bool, warpgroups: int
 def wide_candidates(m: int, fp8: bool) -> Iterator[WideConfig]:
     """Configurations worth trying for m rows of x."""
     for block_m, tiles, warpgroups in _STEP_MICROSECONDS[fp8]:
-        if block_m <= max(64, m) and m <= {32: 32, 64: 512}.get(block_m, 16 * block_m):
+        if block_m <= max(64, m) and m <= {16: 16, 32: 128, 64: 512}.get(block_m, 16 * block_m):
             for splits, lag in ((1, 0), (0, 0), (2, 0), (2, 2), (2, 4), (3, 0), (4, 0), (4, 2), (5, 2), (6, 0), (8, 0)):
                 yield wide_shape(block_m, tiles, splits, fp8, warpgroups, lag)
 

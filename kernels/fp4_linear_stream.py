@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from vbcompile.kernels.fp4_linear_decode import activate, call_assembly
 
-WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+# once the kernel ahead has ended, the next one may begin: it too reads no more than weights before this one has ended
+WAIT = gl.constexpr("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;")
 
 
 @gluon.jit
@@ -28,23 +29,24 @@ def _program_of(step, total):
 
 
 @gluon.jit
-def _load(
-    codes_ptr, scales_ptr, strip, strips, chunk, there, column_tiles, lane, LOAD: gl.constexpr, COUNT: gl.constexpr,
+def _place(
+    codes_ptr, scales_ptr, strip, strips, step, column_tiles, lane, TILES: gl.constexpr, STRIPS: gl.constexpr,
     WORDS: gl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of a thread in 128 columns; zeros where there are no such rows."""
-    at = ((strip // 4).to(gl.int64) * column_tiles + 2 * chunk) * 4 + strip % 4
+    """Addresses of a thread's codes and scales in a step; those of the last rows where there are no such rows."""
+    strip = gl.minimum(strip, (strips - 1) // STRIPS * STRIPS)
+    at = ((strip // 4).to(gl.int64) * column_tiles + TILES * step) * 4 + strip % 4
     code_at = codes_ptr.to(gl.int64) + at * 512 + lane * 16
-    scale_at = scales_ptr.to(gl.int64) + (at * 8 + lane // 4) * (4 * WORDS)
-    return call_assembly(LOAD, (code_at, scale_at, gl.where((strip < strips) & there, 2, 0)), COUNT, True, False)
+    return code_at, scales_ptr.to(gl.int64) + (at * 8 + lane // 4) * (4 * WORDS)
 
 
 @gluon.jit
-def _copy_x(x_smem, buffer, x_at, chunk):
-    """Begin to copy 128 columns of x."""
-    for tile in gl.static_range(2):
-        async_copy.async_copy_global_to_shared(x_smem.index(2 * buffer + tile), x_at + (chunk * 64 + tile * 32))
-    async_copy.commit_group()
+def _load(code_at, scale_at, LOADS: gl.constexpr, TILE: gl.constexpr, COUNT: gl.constexpr):
+    """Codes and scales of a thread in one tile of a step."""
+    CODE: gl.constexpr = LOADS[TILE + 1]
+    CONSTRAINTS: gl.constexpr = LOADS[0]
+    TYPES: gl.constexpr = (gl.int32,) * COUNT
+    return gl.inline_asm_elementwise(CODE, CONSTRAINTS, (code_at, scale_at), TYPES, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -80,10 +82,11 @@ def _x_words(buffer, BLOCKS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.const
 
 
 @gluon.jit
-def _weights(codes, PART: gl.constexpr, STRIPS: gl.constexpr, WORDS: gl.constexpr):
+def _weights(codes, TILE: gl.constexpr, STRIP: gl.constexpr, STRIPS: gl.constexpr, WORDS: gl.constexpr):
     """Codes and scales of one strip in one tile, out of a step's."""
-    SCALES: gl.constexpr = 8 * STRIPS + WORDS * PART
-    return codes[4 * PART : 4 * PART + 4] + codes[SCALES : SCALES + WORDS]
+    BEGIN: gl.constexpr = TILE * (4 + WORDS) * STRIPS
+    SCALES: gl.constexpr = BEGIN + 4 * STRIPS + WORDS * STRIP
+    return codes[BEGIN + 4 * STRIP : BEGIN + 4 * STRIP + 4] + codes[SCALES : SCALES + WORDS]
 
 
 @gluon.jit
@@ -137,25 +140,27 @@ def _finish(
                     gl.store(at + 8, second, mask=(row + 8 < n) & (x_row < m))
 
 
-@gluon.jit(do_not_specialize=["m", "chunks", "column_tiles", "total"])
+@gluon.jit(do_not_specialize=["m", "steps", "column_tiles", "total"])
 def fp4_stream_kernel(
-    x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n, x_stride, chunks,
+    x_ptr, codes_ptr, scales_ptr, row_scale_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, m, n, x_stride, steps,
     column_tiles, total, STRIPS: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, WORDS: gl.constexpr,
-    LOAD: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr, FUNCTION: gl.constexpr, GATED: gl.constexpr,
+    TILES: gl.constexpr, LOADS: gl.constexpr, MULTIPLY: gl.constexpr, BIAS: gl.constexpr, FUNCTION: gl.constexpr,
+    GATED: gl.constexpr,
 ):  # fmt: skip
     """``out = epilogue(x @ weight.T * row_scale + bias)`` for up to 8 * BLOCKS rows of x.
 
-    x pairs of 16-bit floats as int32 ``[m, 64 * chunks]``, rows ``x_stride`` words apart; codes ``[n tiles,
+    x pairs of 16-bit floats as int32 ``[m, 32 * tiles * steps]``, rows ``x_stride`` words apart; codes ``[n tiles,
     column_tiles, 2048]`` bytes and scales ``[n tiles, column_tiles, 128 * WORDS]`` bytes in the layout ``fragments2t``;
     row_scale, bias ``[n]``; out ``[m, n]``, or (GATED) ``[m, n / 2]``, after FUNCTION; partial float32 ``[2 * programs,
     4 * STRIPS * BLOCKS, 32 * WARPS]``; arrived: a zero for each block of ``16 * STRIPS * WARPS`` rows of the weight,
-    zero again afterwards; total: steps of 128 columns of all blocks.
+    zero again afterwards; total: steps of all blocks. LOADS: constraints, and assembly for
+    each of a step's TILES tiles of 64 columns.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     COUNT: gl.constexpr = 4 * STRIPS * BLOCKS
-    LOADED: gl.constexpr = (4 + WORDS) * STRIPS * 2
-    x_smem = gl.allocate_shared_memory(gl.int32, [4, 256 * BLOCKS], SHARED)
+    LOADED: gl.constexpr = (4 + WORDS) * STRIPS
+    x_smem = gl.allocate_shared_memory(gl.int32, [2, TILES * 256 * BLOCKS], SHARED)
     thread = gl.arange(0, 32 * WARPS, layout=LAYOUT)
     warp, lane = thread // 32, thread % 32
     results = (out_ptr, (row_scale_ptr, bias_ptr, n), m, n)
@@ -163,43 +168,61 @@ def fp4_stream_kernel(
     program = gl.program_id(0)
     first = _first_step(program, total)
     end = _first_step(program + 1, total)
-    block = first // chunks
-    chunk = first % chunks
-    whole = chunk == 0
+    block = first // steps
+    step = first % steps
+    whole = step == 0
     slot = 2 * program
     sums = ()
     for _ in gl.static_range(COUNT):
         sums += (gl.zeros([32 * WARPS], gl.float32, LAYOUT),)
     strip = (block * WARPS + warp) * STRIPS
-    codes = _load(codes_ptr, scales_ptr, strip, strips, chunk, True, column_tiles, lane, LOAD, LOADED, WORDS)
-    # (block of eight rows of x, half of 64 columns, row, thread of a quad, word)
-    word = gl.arange(0, 256 * BLOCKS, layout=LAYOUT)
+    code_at, scale_at = _place(
+        codes_ptr, scales_ptr, strip, strips, step, column_tiles, lane, TILES, STRIPS, WORDS
+    )  # fmt: skip
+    codes = ()
+    for tile in gl.static_range(TILES):
+        codes += _load(code_at, scale_at, LOADS, tile, LOADED)
+    # (tile, block of eight rows of x, half of 64 columns, row, thread of a quad, word)
+    word = gl.arange(0, TILES * 256 * BLOCKS, layout=LAYOUT)
     # weights may be read before the kernel ahead has ended, x may not
     word = gl.inline_asm_elementwise(WAIT, "=r,r", [word], gl.int32, is_pure=False, pack=1)
-    x_row = gl.minimum(word // 256 * 8 + word // 16 % 8, m - 1)
-    x_at = x_ptr + x_row.to(gl.int64) * x_stride + (word // 128 % 2 * 16 + word % 4 * 4 + word // 4 % 4)
-    _copy_x(x_smem, 0, x_at, chunk)
+    x_row = gl.minimum(word // 256 % BLOCKS * 8 + word // 16 % 8, m - 1)
+    within = word // (256 * BLOCKS) * 32 + word // 128 % 2 * 16 + word % 4 * 4 + word // 4 % 4
+    x_at = x_ptr + x_row.to(gl.int64) * x_stride + within
+    async_copy.async_copy_global_to_shared(x_smem.index(0), x_at + step * (32 * TILES))
+    async_copy.commit_group()
     buffer = gl.to_tensor(0)
-    for step in range(first, end):
-        ends = chunk + 1 == chunks
+    for done in range(first, end):
+        ends = step + 1 == steps
         next_block = gl.where(ends, block + 1, block)
-        next_chunk = gl.where(ends, 0, chunk + 1)
+        next_step = gl.where(ends, 0, step + 1)
         next_strip = (next_block * WARPS + warp) * STRIPS
-        more = _load(
-            codes_ptr, scales_ptr, next_strip, strips, next_chunk, step + 1 < end, column_tiles, lane, LOAD, LOADED,
-            WORDS,
-        )  # fmt: skip
+        if ends:
+            code_at, scale_at = _place(
+                codes_ptr, scales_ptr, next_strip, strips, next_step, column_tiles, lane, TILES, STRIPS, WORDS
+            )  # fmt: skip
+        else:
+            code_at += 2048 * TILES
+            scale_at += 128 * WORDS * TILES
+        # after the last step any codes, for all threads the same
+        next_codes = gl.where(done + 1 < end, code_at, codes_ptr.to(gl.int64))
+        next_scales = gl.where(done + 1 < end, scale_at, scales_ptr.to(gl.int64))
         async_copy.wait_group(0)
-        _copy_x(x_smem, 1 - buffer, x_at, next_chunk)
-        for tile in gl.static_range(2):
-            x = _x_words(x_smem.index(2 * buffer + tile), BLOCKS, WARPS, LAYOUT)
+        async_copy.async_copy_global_to_shared(x_smem.index(1 - buffer), x_at + next_step * (32 * TILES))
+        async_copy.commit_group()
+        more = ()
+        for tile in gl.static_range(TILES):
+            x_part = x_smem.index(buffer).slice(tile * 256 * BLOCKS, 256 * BLOCKS)
+            x = _x_words(x_part, BLOCKS, WARPS, LAYOUT)
             after = ()
             for i in gl.static_range(STRIPS):
-                operands = _weights(codes, tile * STRIPS + i, STRIPS, WORDS) + x + (lane,)
+                operands = _weights(codes, tile, i, STRIPS, WORDS) + x + (lane,)
                 operands += sums[4 * BLOCKS * i : 4 * BLOCKS * (i + 1)]
-                after += call_assembly(MULTIPLY, operands, 4 * BLOCKS, False, True)
+                after += call_assembly(MULTIPLY, operands, 4 * BLOCKS, False, False)
             sums = after
-        if ends | (step + 1 == end):
+            # into the registers that are free now
+            more += _load(next_codes, next_scales, LOADS, tile, LOADED)
+        if ends | (done + 1 == end):
             if whole & ends:
                 _finish(sums, results, strip, lane, STRIPS, BLOCKS, BIAS, FUNCTION, GATED)
             else:
@@ -207,9 +230,9 @@ def fp4_stream_kernel(
                 for i in gl.static_range(COUNT):
                     gl.store(own + i * (32 * WARPS), sums[i])
                 gl.thread_barrier()
-                begin = block * chunks
+                begin = block * steps
                 owner = _program_of(begin, total)
-                last = _program_of(begin + chunks - 1, total)
+                last = _program_of(begin + steps - 1, total)
                 if gl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == last - owner:
                     added = ()
                     # the first part is the end of its program's steps, unless they begin with it
@@ -232,5 +255,5 @@ def fp4_stream_kernel(
             sums = none
             slot = 2 * program + 1
             whole = True
-        block, chunk, strip, codes, buffer = next_block, next_chunk, next_strip, more, 1 - buffer
+        block, step, strip, codes, buffer = next_block, next_step, next_strip, more, 1 - buffer
     async_copy.wait_group(0)

@@ -19,16 +19,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vbcompile.kernels.fp4_linear_decode import STAY, STAY_SCOPE
 from vbcompile.kernels.fp4_linear_wide_end import finish, row_scale
 
 AFTER = gl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
 LET_NEXT_BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
+# named barriers say that buffers are empty: the compiler puts barriers of a whole warpgroup around what it does with a
+# shared one. The first five are the compiler's own; eleven are left for the stages.
+FIRST_BARRIER = gl.constexpr(5)
+PRODUCER_REGISTERS = gl.constexpr(32)
+ARRIVE = gl.constexpr(tuple(f"bar.arrive $1, {128 * consumers + 32}; mov.b32 $0, $1;" for consumers in range(4)))
+SYNC = gl.constexpr(tuple(f"bar.sync $1, {128 * consumers + 32}; mov.b32 $0, $1;" for consumers in range(4)))
+STAY_BEFORE = gl.constexpr(f"{STAY_SCOPE} {STAY} mov.b32 $0, $1; }}")
 
 
 @gluon.jit
 def _after_the_kernel_ahead(value):
     """An int32, once the kernel ahead has ended and all that it wrote can be read."""
     return gl.inline_asm_elementwise(AFTER, "=r,r", [value], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _empty(slot, ASM: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Consumers are done with what a barrier stands for (ARRIVE), or the producer waits until they are (SYNC)."""
+    CODE: gl.constexpr = ASM[CONSUMERS]
+    gl.inline_asm_elementwise(CODE, "=r,r", [slot + FIRST_BARRIER], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -102,15 +117,15 @@ def _begin(program, shape):
 
 
 @gluon.jit
-def _locate(turn, pair, end, shape):
+def _locate(item, pair, end, shape):
     """What to do next -> (tile of the weight's rows, tile of x, number of the tile, its first pair of steps, pairs).
 
-    Tiles are ``[tile of the weight's rows, tile of x]``, so that neighbours share the weight. In the first turns every
-    program takes whole tiles; of the tiles that are left, all programs take equal shares.
+    Tiles are ``[tile of the weight's rows, tile of x]``, so that neighbours share the weight. First every program takes
+    whole tiles, ``item``; of the tiles that are left, all programs take equal shares.
     """
-    tiles_m, pairs_each, turns, _, programs, _, _ = shape
-    whole = turn < turns
-    tile = gl.where(whole, turn * programs + gl.program_id(0), turns * programs + pair // pairs_each)
+    tiles_m, pairs_each, items, _, _, _, _ = shape
+    whole = item < items
+    tile = gl.where(whole, item, items + pair // pairs_each)
     first = gl.where(whole, 0, pair % pairs_each)
     pairs = gl.where(whole, pairs_each, gl.minimum(pairs_each - first, end - pair))
     return tile // tiles_m, tile % tiles_m, tile, first, pairs
@@ -147,16 +162,19 @@ def _copy_weights(descriptors, buffers, at, slot, tile, column, STEPS: gl.conste
 
 
 @gluon.jit
-def _produce(descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
+def _produce(
+    descriptors, buffers, barriers, shape, CONSUMERS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    STEPS: gl.constexpr,
+):  # fmt: skip
     """The producer warp: keeps every shared buffer full."""
-    full, empty = barriers[0], barriers[1]
+    full = barriers[0]
     x_desc, code_desc, scale_desc = descriptors
     COPIES: gl.constexpr = PARTS // code_desc.block_type.shape[0]
     WEIGHT_BYTES: gl.constexpr = COPIES * (code_desc.block_type.nbytes + scale_desc.block_type.nbytes)
     BYTES: gl.constexpr = STEPS * (x_desc.block_type.nbytes + WEIGHT_BYTES)
-    turn = gl.to_tensor(0)
+    item = gl.program_id(0)
     pair, end = _share(gl.program_id(0), shape)
-    tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
+    tile_n, tile_m, _, first, pairs = _locate(item, pair, end, shape)
     begun = gl.minimum(pairs * 2 // STEPS, STAGES)
     for j in range(begun):
         mbarrier.expect(full.index(j), BYTES)
@@ -167,20 +185,26 @@ def _produce(descriptors, buffers, barriers, shape, PARTS: gl.constexpr, STAGES:
     for j in range(begun):
         _copy_x(descriptors, buffers, full.index(j), j, tile_m, first * 2 + j * STEPS, STEPS)
     slot = gl.where(begun == STAGES, 0, begun)
-    phase = gl.where(begun == STAGES, 0, 1)
-    while (turn < shape[2]) | (pair < end):
-        tile_n, tile_m, _, first, pairs = _locate(turn, pair, end, shape)
+    filled = begun
+    while (item < shape[2]) | (pair < end):
+        tile_n, tile_m, _, first, pairs = _locate(item, pair, end, shape)
         for j in range(begun, pairs * 2 // STEPS):
             at = full.index(slot)
             column = first * 2 + j * STEPS
-            mbarrier.wait(empty.index(slot), phase)
+            if filled == STAGES:
+                _empty(slot, SYNC, CONSUMERS)
+            filled = gl.minimum(filled + 1, STAGES)
             mbarrier.expect(at, BYTES)
             _copy_x(descriptors, buffers, at, slot, tile_m, column, STEPS)
             _copy_weights(descriptors, buffers, at, slot, tile_n * PARTS, column, STEPS, COPIES)
-            slot, phase = _advance(slot, phase, STAGES)
+            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         begun = begun * 0
-        pair += gl.where(turn < shape[2], 0, pairs)
-        turn += 1
+        pair += gl.where(item < shape[2], 0, pairs)
+        item += shape[4]
+    slot = gl.where(filled == STAGES, slot, 0)
+    for _ in range(filled):  # no barrier is left half way
+        _empty(slot, SYNC, CONSUMERS)
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
 
 
 @gluon.jit
@@ -205,7 +229,7 @@ def _multiply(
     time. ``slot`` and ``phase``: the first step's barrier and its parity; those of the step after the last come back.
     """
     x_smem = buffers[0]
-    full, empty, turns = barriers
+    full, turns = barriers
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     COPIES: gl.constexpr = CONSUMERS * TILES // buffers[1].shape[1]
     OWN: gl.constexpr = w * TILES
@@ -242,7 +266,7 @@ def _multiply(
                 mbarrier.arrive(turns.index(NEXT))
             sum_a, pairs = warpgroup_mma_wait(1, [sum_a, pairs])
             if STEPS == 1:
-                mbarrier.arrive(empty.index(slot))
+                _empty(slot, ARRIVE, CONSUMERS)
         else:
             sum_b = warpgroup_mma(b, x, sum_b, is_async=True)
             if IN_TURNS:
@@ -253,13 +277,14 @@ def _multiply(
         next_slot, next_phase = gl.where(more, slot, other_slot), gl.where(more, phase, other_phase)
         mbarrier.wait(full.index(next_slot), next_phase)
         pairs = _decode_part(buffers, next_slot * STEPS, OWN, COPIES, WORD)
-        mbarrier.wait(full.index(next_slot), next_phase)  # or the assembler would decode after the product
+        # or the assembler would decode after the product
+        gl.inline_asm_elementwise(STAY_BEFORE, "=r,r", [next_slot], gl.int32, is_pure=False, pack=1)
         # the assembler wants all products of a round done before its end
         if TILES == 1:
             sum_a, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, other_pairs, pairs])
         else:
             sum_a, sum_b, other_pairs, pairs = warpgroup_mma_wait(0, [sum_a, sum_b, other_pairs, pairs])
-        mbarrier.arrive(empty.index(other_slot))
+        _empty(other_slot, ARRIVE, CONSUMERS)
     return sum_a, sum_b, slot, phase
 
 
@@ -273,16 +298,16 @@ def _consume(
     FP8: gl.constexpr = TYPE.primitive_bitwidth == 8
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
+    item = gl.program_id(0)
     pair, end = _share(_after_the_kernel_ahead(gl.program_id(0)), shape)
-    while (turn < shape[2]) | (pair < end):
-        tile_n, tile_m, number, _, pairs = _locate(turn, pair, end, shape)
+    while (item < shape[2]) | (pair < end):
+        tile_n, tile_m, number, _, pairs = _locate(item, pair, end, shape)
         tile = (tile_n * CONSUMERS + w) * TILES
         scale = row_scale(results, tile, out_smem.shape[1], FP8)
         sum_a, sum_b, slot, phase = _multiply(
             buffers, barriers, slot, phase, pairs * 2, w, CONSUMERS, TILES, STAGES, STEPS, TYPE, WORD, IN_TURNS
         )
-        split = (number - shape[2] * shape[4], pairs)
+        split = (number - shape[2], pairs)
         finish(
             sum_a, scale, tile, w * TILES, tile_m, split, results, out_smem.index(w), shape, CONSUMERS * TILES, FP8,
             BIAS, SPLIT, FUNCTION, GATED,
@@ -293,8 +318,8 @@ def _consume(
                 sum_b, scale, tile + 1, w * TILES + 1, tile_m, split, results, out_smem.index(w), shape,
                 CONSUMERS * TILES, FP8, BIAS, SPLIT, FUNCTION, GATED,
             )  # fmt: skip
-        pair += gl.where(turn < shape[2], 0, pairs)
-        turn += 1
+        pair += gl.where(item < shape[2], 0, pairs)
+        item += shape[4]
     tma.store_wait(0)
 
 
@@ -328,19 +353,16 @@ def fp4_wide_kernel(
     scale_smem = gl.allocate_shared_memory(gl.int32, [COUNT, TOGETHER, 1, WORDS], scale_desc.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, WIDTH], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    rounds = gl.cdiv(whole - gl.program_id(0), gl.num_programs(0))
-    shape = (tiles_m, pairs_each, rounds, left, gl.num_programs(0), splits, lag)
+    shape = (tiles_m, pairs_each, whole, left, gl.num_programs(0), splits, lag)
     results = (out_desc, row_scale_ptr, bias_ptr, x_scale_ptr, partial_ptr, arrived_ptr, m, n)
     buffers = (x_smem, code_smem, scale_smem)
-    barriers = (full, empty, turns)
+    barriers = (full, turns)
     descriptors = (x_desc, code_desc, scale_desc)
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -359,10 +381,10 @@ def fp4_wide_kernel(
                         BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
-                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
+                (_produce, (descriptors, buffers, barriers, shape, CONSUMERS, PARTS, STAGES, STEPS)),
             ],
             [4, 1],
-            [REGISTERS, 24],
+            [REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -388,8 +410,8 @@ def fp4_wide_kernel(
                         BIAS, SPLIT, FUNCTION, GATED, IN_TURNS,
                     ),
                 ),
-                (_produce, (descriptors, buffers, barriers, shape, PARTS, STAGES, STEPS)),
+                (_produce, (descriptors, buffers, barriers, shape, CONSUMERS, PARTS, STAGES, STEPS)),
             ],
             [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

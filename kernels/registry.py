@@ -14,12 +14,13 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module, metadata
+from operator import itemgetter
 from typing import Any
 
 from vbcompile.config import ConfigError
@@ -125,6 +126,13 @@ class Operator:
         """
         with following(asked):
             return _choose(self.name, target, case, forced_implementation(self.name))
+
+    def cheapest_inlined(self, target: Target, case: Any) -> Implementation | None:
+        """The cheapest of those that graphs may hold themselves; None where each refuses or is a last resort."""
+        self.load()
+        costs, _, _ = _sort_out([i for i in self.implementations if i.inlines], target, case)
+        cost, chosen = min(costs, key=_by_cost, default=(math.inf, None))
+        return None if math.isinf(cost) else chosen
 
 
 def to_be_run(choice: Choice) -> Implementation:
@@ -254,23 +262,36 @@ def _choose(name: str, target: Target, case: Any, forced: str | None) -> Choice:
     _OPERATORS[name].load()
     if forced is not None:
         return _forced_choice(name, target, case, forced)
-    costs: list[tuple[float, Implementation]] = []
-    refused: list[tuple[str, str]] = []
-    elsewhere: list[tuple[str, str]] = []
-    for implementation in _OPERATORS[name].implementations:
+    costs, refused, elsewhere = _sort_out(_OPERATORS[name].implementations, target, case)
+    if not costs:
+        raise RuntimeError(f"no implementation of {name} runs this: {refused + elsewhere}")
+    cost, chosen = min(costs, key=_by_cost)
+    refused += [(i.name, f"estimated {c / cost:.2g} times slower") for c, i in costs if cost < c < math.inf]
+    if math.isinf(cost):  # nothing but the last resort: then it matters why
+        return Choice(chosen, (*refused, *elsewhere))
+    return Choice(chosen, tuple(refused), tuple(elsewhere))
+
+
+_Costs = list[tuple[float, Implementation]]
+_Reasons = list[tuple[str, str]]
+_by_cost = itemgetter(0)
+
+
+def _sort_out(
+    implementations: Iterable[Implementation], target: Target, case: Any
+) -> tuple[_Costs, _Reasons, _Reasons]:
+    """What each costs that takes a case, why others do not, and why others do not run on the target at all."""
+    costs: _Costs = []
+    refused: _Reasons = []
+    elsewhere: _Reasons = []
+    for implementation in implementations:
         if reason := implementation.refuses(target, None):
             elsewhere.append((implementation.name, reason))
         elif reason := implementation.refuses(target, case):
             refused.append((implementation.name, reason))
         else:
             costs.append((implementation.cost(target, case), implementation))
-    if not costs:
-        raise RuntimeError(f"no implementation of {name} runs this: {refused + elsewhere}")
-    cost, chosen = min(costs, key=lambda c: c[0])
-    refused += [(i.name, f"estimated {c / cost:.2g} times slower") for c, i in costs if cost < c < math.inf]
-    if math.isinf(cost):  # nothing but the last resort: then it matters why
-        return Choice(chosen, (*refused, *elsewhere))
-    return Choice(chosen, tuple(refused), tuple(elsewhere))
+    return costs, refused, elsewhere
 
 
 def _forced_choice(name: str, target: Target, case: Any, forced: str) -> Choice:

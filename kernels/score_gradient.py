@@ -89,9 +89,10 @@ def _contributions(
                 (y, mul(upstream, mul(value, safe_log))),
             ]
         case "maximum" | "minimum":
-            first = emit("gt" if name == "maximum" else "lt", x, y)
-            share = emit("where", emit("eq", x, y), const(0.5), emit("where", first, const(1.0), const(0.0)))
-            return [(x, mul(upstream, share)), (y, mul(upstream, sub(const(1.0), share)))]
+            order = ("gt", "lt") if name == "maximum" else ("lt", "gt")
+            half, tie = mul(upstream, const(0.5)), emit("eq", x, y)
+            parts = [emit("where", emit(sense, x, y), upstream, const(0.0)) for sense in order]
+            return [(to, emit("where", tie, half, part)) for to, part in zip((x, y), parts, strict=True)]
         case "where":
             zero = const(0.0)
             return [
@@ -112,7 +113,7 @@ def _contributions(
         "cos": lambda: emit("neg", mul(upstream, emit("sin", x))),
         "tanh": lambda: mul(upstream, sub(const(1.0), mul(value, value))),
         "sigmoid": lambda: mul(upstream, mul(value, sub(const(1.0), value))),
-        "relu": lambda: mul(upstream, _step(emit, x, "gt")),
+        "relu": lambda: emit("where", emit("gt", x, const(0.0)), upstream, const(0.0)),  # zero beside infinity, too
     }
     return [(x, unary[name]())] if name in unary else []
 

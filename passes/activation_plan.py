@@ -8,10 +8,11 @@ from itertools import accumulate
 
 import torch.fx as fx
 
+from vbcompile import compat
 from vbcompile.passes.activation_fusion import FusedKernels
 from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
 from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
-from vbcompile.vgpu_plan import Operator, PlanError, Tier
+from vbcompile.vgpu_plan import Operator, PlanError, Tier, padded
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ _SMALLEST_SHARE = 1000
 _SMALLEST_MOVED = 2**20
 _TRIES = 8
 _FINE = 50
-_HEADROOM = 32  # one part in so many of all that is kept by default is left to workspaces and small tensors
+_SEGMENT = 2**21  # PyTorch's allocators take memory in such steps for what is larger than half of one
+_GRAIN = 512  # and hand out what is smaller in these
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class StepPlanner:
         moved = limits.offload and node not in self.joint.results and node not in late
         return Activation(
             node.name,
-            node_bytes(node),
+            held_bytes(node),
             index[node],
             max([index[node], *reads]),
             first,
@@ -205,20 +207,26 @@ class StepPlanner:
             readers = self._all_readers(node)
             again = [u for u in readers if inside and u not in self.joint.forward and not self._is_light(u)]
             uses = [kernels.end(u) for u in readers if (u in self.joint.forward) == inside or node in saved]
-            if again and node not in saved:  # made again there
-                begin = kernels.begin(node, min(index[u] for u in again))
-                yield begin, max(kernels.end(u) for u in again), node_bytes(node)
+            times = [(index[u], kernels.end(u)) for u in again] + self._made_for(readers)
+            if times and node not in saved:  # made again there
+                begin = kernels.begin(node, min(t[0] for t in times))
+                yield begin, max(t[1] for t in times), held_bytes(node)
             if not self._is_fused(node, readers):
                 end = last if node in self.joint.results else max(uses, default=index[node])
                 begin = index[node] if inside else kernels.begin(node, index[node])
-                yield begin, max(begin, end), node_bytes(node)
+                yield begin, max(begin, end), held_bytes(node)
         for node, operator in index.items():
             if size := scratch_bytes(node):
                 yield operator, operator, size
         for node in self.joint.backward:
             if node.op == "placeholder" and leaders:  # gradients of the results
-                ends = [kernels.end(u) for u in self._all_readers(node)]
-                yield min(self.first_backward, last), max(ends, default=last), node_bytes(node)
+                ends = [kernels.end(u) for u in self._all_readers(node)] if compat.frees_result_gradients() else []
+                yield min(self.first_backward, last), max(ends, default=last), held_bytes(node)
+
+    def _made_for(self, readers: list[fx.Node]) -> list[tuple[int, int]]:
+        """When costly operators among these would run again, at the soonest."""
+        again = self.recomputable if self.limits.recompute else {}
+        return [(self._needs[u][0], self._needs[u][0]) for u in readers if u in again and u in self._needs]
 
     def _is_fused(self, node: fx.Node, readers: list[fx.Node]) -> bool:
         """Whether a pointwise operator's result goes straight into those that read it."""
@@ -240,7 +248,7 @@ class StepPlanner:
     def resident_bytes(self) -> int:
         """Parameters and other inputs."""
         inputs = self.joint.graph.find_nodes(op="placeholder")
-        return sum(node_bytes(n) for n in inputs if n not in self.joint.backward)
+        return sum(held_bytes(n) for n in inputs if n not in self.joint.backward)
 
     def plan(self) -> ActivationPlan:
         """The fates of :attr:`planned`, in their order.
@@ -263,8 +271,7 @@ class StepPlanner:
 
     def _search(self, activations: list[Activation]) -> ActivationPlan:
         operators = [Operator(n.name, t) for n, t in zip(self._timeline[1], self._timeline[2], strict=True)]
-        tier, limits, resident = self.rates.tier, self.limits, self.resident_bytes
-        resident += (resident + sum(map(node_bytes, self.saved))) // _HEADROOM + self.rates.workspace
+        tier, limits, resident = self.rates.tier, self.limits, self.resident_bytes + self.rates.workspace
         reserved = [resident + size for size in self._reserved]
 
         def solve(budget: int) -> ActivationPlan:
@@ -289,6 +296,18 @@ class StepPlanner:
             else:
                 low = middle
         return best
+
+
+def held_bytes(node: fx.Node) -> int:
+    """Bytes that an allocator holds for a node's results: what is left of a block goes to others if it is worth it."""
+    return sum(map(_block_bytes, map(tensor_bytes, tensors_of(node))))
+
+
+def _block_bytes(size: int) -> int:
+    if 2 * size <= _SEGMENT:
+        return padded(size, _GRAIN)
+    rest = -size % _SEGMENT
+    return padded(size, _GRAIN) if 2 * rest > _SEGMENT else size + rest
 
 
 def scratch_bytes(node: fx.Node) -> int:

@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 _PLAIN = Rates(matmul=10**11, memory=10**10, away=5 * 10**9, back=5 * 10**9, host_bytes=2**40)
 _REACHED = 0.8
-_WORKSPACE = 96 << 20  # cuBLAS takes 32 MiB on a Hopper card, for each thread that computes
+_WORKSPACE = 2 * (32 << 20)  # cuBLAS on a Hopper card, for each thread that computes: forward and backward are two
 _LINK_REACHED = 0.85  # a plan that fills the link to the last byte waits wherever an estimate is off
 
 

@@ -7,7 +7,7 @@ compiled. Graphs compiled while an implementation is forced in the process keep 
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ def inline_attention(graph: fx.Graph, decompositions: Mapping[Any, Callable[...,
     return count
 
 
+def has_fixed_layout(values: Iterable[Any]) -> bool:
+    """Whether no size or stride of the tensors among some values is symbolic."""
+    tensors = (t for t in values if isinstance(t, Tensor))
+    return all(type(n) is int for t in tensors for n in (*t.shape, *t.stride()))
+
+
 def _values(arguments: Any) -> Any:
     return fx.map_arg(arguments, lambda node: node.meta["val"])
 
@@ -47,7 +53,7 @@ def _inlined(
     """What runs the call, if it is to be inlined."""
     if registry.forced_implementation("attention"):
         return None
-    if not all(type(n) is int for t in (q, k, v, *captured) for n in (*t.shape, *t.stride())):
+    if not has_fixed_layout((q, k, v, *captured)):
         return None
     if not isinstance(scale, float) or dropout_p != 0:
         return None

@@ -22,6 +22,7 @@ from vbcompile.passes.attention_expression import (
     count_instructions,
     is_constant_choice,
 )
+from vbcompile.passes.attention_masks import holds_learned_numbers
 from vbcompile.passes.graph_axes import (
     REPEATS,
     RESHAPES,
@@ -43,8 +44,8 @@ _EXPENSIVE = {"exp", "log", "log1p", "pow", "sin", "cos", "sqrt", "rsqrt", "tanh
 
 
 _SHIFTS = {
-    "amax", "max", "mean", "getitem", "detach", "mul", "div", "neg", "to", "float", "type", "reshape", "unsqueeze",
-    "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
+    "amax", "max", "mean", "getitem", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "type", "reshape",
+    "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
 }  # fmt: skip
 
 
@@ -104,6 +105,7 @@ class Lifter:
         self.score = None if contraction is None else contraction.node
         self.score_dims: tuple[Dim, ...] | None = None
         self.region: set[fx.Node] = set()
+        self.shifts: set[fx.Node] = set()
         self._position = position
         self._stable = stable
         self._representative = representative
@@ -264,7 +266,7 @@ class Lifter:
         return result
 
     def _is_shift(self, node: fx.Node, coordinates: Coordinates) -> bool:
-        """Whether all keys of a row read one number here, made of finite scores alone."""
+        """Whether all keys of a row read one number here, made of finite scores and learned numbers alone."""
         if not self._plain(coordinates) or not tensor_of(node).is_floating_point():
             return False
         read = {atom for c in self.space.resolve_all(coordinates) for atom in c}  # type: ignore[arg-type]
@@ -278,10 +280,12 @@ class Lifter:
                 return False
             way.add(n)
             dependent = [i for i in n.all_input_nodes if self.depends(i)]
-            if len(dependent) != 1 or any(is_tensor(i) for i in n.all_input_nodes if i not in dependent):
+            others = [i for i in n.all_input_nodes if i not in dependent and is_tensor(i)]
+            if len(dependent) != 1 or not all(map(holds_learned_numbers, others)):
                 return False
             todo += [i for i in dependent if i is not self.score]
         self.region |= way
+        self.shifts |= way
         return True
 
     # ---------------------------------------------------------------------------------------- independent tensors
@@ -364,6 +368,8 @@ class Lifter:
         found = read_source(self, call, node, coordinates)
         if found is not None:
             return found
+        if call.name == "detach" and not tensor_of(call.input).requires_grad:
+            return self.read(call.input, coordinates)
         moved = self._view(call, node, coordinates)
         if moved is not None:
             return self.read(*moved)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds
@@ -16,6 +17,7 @@ from vbcompile.passes.graph_axes import Dim
 from vbcompile.passes.graph_ops import call_of, is_parameter, known, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
+LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
 _BEYOND = 2**30  # no index is as large
 
 
@@ -54,15 +56,15 @@ class Guard:
 
 
 def split_logits(
-    algebra: Algebra, logits: Expression, keys: Dim, low_fills: bool = False, guard: Guard | None = None
+    algebra: Algebra, logits: Expression, keys: Dim, low_fills: float | None = None, guard: Guard | None = None
 ) -> Logits:
     """Separate the mask and the scale from the logits; ``keys`` are the axes of the softmax.
 
-    ``low_fills``: rows without a key do not matter, so that every low fill is a mask.
+    ``low_fills``: rows without a key do not matter, so that every fill down there is a mask.
     """
-    low = value, mask = _split(algebra, logits, LOWEST_FILL)
+    low = value, mask = _split(algebra, logits, low_fills or LOWEST_FILL)
     every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
-    if not every_row and not low_fills:
+    if not every_row and low_fills is None:
         value, mask = _split(algebra, logits, float("-inf"))
         every_row = keeps_a_key(algebra, mask, keys) and _is_finite(value)
         may_guard = _is_finite(low[0]) and not any("score" in condition.leaves for condition in low[1])
@@ -146,6 +148,12 @@ def _unique(algebra: Algebra, mask: list[Expression]) -> list[Expression]:
 
 def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, list[Expression]]:
     """``(value, conditions)``: where a condition does not hold, the logit is at most ``fill``."""
+    limited = _limited_below(e, fill)
+    if limited is not None:
+        value, masked = _split(algebra, limited[0], fill)
+        if e.name == "maximum":
+            return algebra.make("maximum", value, limited[1]), masked
+        return algebra.make("where", algebra.make("lt", value, limited[1]), limited[1], value), masked
     if e.name == "where":
         return _split_where(algebra, e, fill)
     if e.name == "add":
@@ -156,12 +164,17 @@ def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, li
         return algebra.make("sub", a, e.arguments[1]), masked
     if e.name in ("mul", "div"):
         return _split_scaled(algebra, e, fill)
-    if e.name == "maximum" and fill > float("-inf"):
-        for a, b in (e.arguments, tuple(reversed(e.arguments))):
-            if b.name == "const" and b.value <= fill:
-                value, masked = _split(algebra, a, fill)
-                return algebra.make("maximum", value, b), masked
     return e, []
+
+
+def _limited_below(e: Expression, fill: float) -> tuple[Expression, Expression] | None:
+    """``(x, limit)`` of ``max(x, limit)``, the limit a finite fill; ``clamp`` is written as a choice."""
+    pairs: list[tuple[Expression, Expression]] = []
+    if e.name == "maximum":
+        pairs = [e.arguments, e.arguments[::-1]]
+    elif e.name == "where" and e.arguments[0].name == "lt" and e.arguments[0].arguments == e.arguments[:0:-1]:
+        pairs = [e.arguments[:0:-1]]
+    return next((p for p in pairs if p[1].name == "const" and float("-inf") < p[1].value <= fill), None)
 
 
 def _split_where(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, list[Expression]]:
@@ -224,7 +237,7 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
             todo.extend(n)
         elif isinstance(n, float) and not abs(n) < -LOWEST_FILL:
             return False
-        if not isinstance(n, fx.Node) or n in seen or not _is_float_tensor(n):
+        if not isinstance(n, fx.Node) or n in seen or not _may_hold_floats(n):
             continue
         seen.add(n)
         call = call_of(n)
@@ -237,14 +250,18 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
             or (call is not None and call.name == "div" and not isinstance(call.get("other"), (int, float)))
         ):
             return False
+        elif n.target is F.embedding:
+            todo += n.args[1:2]  # the table alone gives elements
         elif call is None or call.name not in _BOUNDED:
             todo += [*n.args, *n.kwargs.values()]
     return True
 
 
-def _is_float_tensor(node: fx.Node) -> bool:
+def _may_hold_floats(node: fx.Node) -> bool:
     value = value_of(node)
-    return not isinstance(value, torch.Tensor) or value.is_floating_point()
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    return not isinstance(value, (int, torch.SymInt, torch.Size))
 
 
 def _is_fill(e: Expression, fill: float) -> bool:

@@ -6,21 +6,30 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import fx
 
 from vbcompile.passes.attention_checks import bind_roles, check_axes, check_dropout, check_operands
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Lifter, Refusal
-from vbcompile.passes.attention_masks import Guard, Logits, conjuncts, split_logits
+from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, split_logits
 from vbcompile.passes.attention_shifts import without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
-from vbcompile.passes.attention_softmax import Softmax, find_late_division, read_softmax
+from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
 from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
-from vbcompile.passes.graph_effects import Effects
-from vbcompile.passes.graph_ops import call_of, is_tensor, shape_of, tensor_of
+from vbcompile.passes.graph_effects import Effects, cuts_gradient
+from vbcompile.passes.graph_ops import (
+    call_of,
+    is_tensor,
+    positive_dim,
+    reads_metadata_only,
+    shape_of,
+    tensor_of,
+    value_of,
+)
 
 Planned = TypeVar("Planned")
 _SEARCH_LIMIT = 300  # nodes looked at between the softmax and the first matrix product
@@ -87,17 +96,17 @@ class Matcher:
         softmax = read_softmax(space, weights, keys)
         if softmax.late_sum is not None and (joint or weights.factors or second.addend is not None):
             raise Refusal("an exponential that is not divided by its own sum")
-        reason = "no matrix product computes the scores"
+        reason, was_bound = "no matrix product computes the scores", False
         for first in self._candidates(softmax.logits):
             for detail in Detail:
                 cuts = space.snapshot()
                 try:
                     return finish(self._bind(space, second, labels, keys, softmax, first, detail))
                 except Retry as error:
-                    reason = str(error)
+                    reason, was_bound = str(error), True
                     space.restore(cuts)
                 except (Refusal, AxisError) as error:
-                    reason = str(error)
+                    reason = reason if was_bound else str(error)  # other products say less of it
                     space.restore(cuts)
                     break
         raise Refusal(reason)
@@ -170,8 +179,9 @@ class Matcher:
         )  # fmt: skip
         site.region = {first.node, *way, *weights.region, *lifter.region}
         site.region |= set() if second.before is None else {second.before}
+        essential = set(site.region)
         site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
-        self._check(site, softmax, keys)
+        self._check(site, softmax, keys, essential - lifter.shifts)
         return site
 
     def guard(self, score: fx.Node) -> Guard | None:
@@ -245,9 +255,11 @@ class Matcher:
             if any(kept.multiplies for kept in weights.kept):
                 raise Refusal("weights that are filled and multiplied in rows that may have no key")
         if not is_fill_infinite:
-            split = split_logits(lifter.algebra, logits, keys, low_fills=True)
-            if after != set(split.mask):
+            splits = (split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))
+            fitting = next((found for found in splits if after == set(found.mask)), None)
+            if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")
+            split = fitting
         if after != set(split.mask) and not split.every_row and not weights.zero_empty:
             raise Refusal("the weights are masked by a part of the mask only")
         return split, "zero"
@@ -257,7 +269,7 @@ class Matcher:
     ) -> tuple[Logits, str]:
         """Check that the rows set to zero are those without a key, told by ``keep.any(-1)``."""
         shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(*rows)))) - {lifter.algebra.true}
-        for found in (split, split_logits(lifter.algebra, logits, keys, low_fills=True)):
+        for found in (split, *(split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))):
             if shown == set(found.mask):
                 return found, "zero"
         raise Refusal("rows of weights are set to zero by something else than the softmax's mask")
@@ -265,10 +277,9 @@ class Matcher:
     def _sink(self, lifter: Lifter, softmax: Softmax) -> Expression | None:
         if softmax.sink is None:
             return None
-        node, dims = softmax.sink
-        if isinstance(node, fx.Node) and lifter.depends(node):
+        sink = lifter.algebra.make("to_float", lifter.lift(*softmax.sink))
+        if not sink.leaves.isdisjoint({"score", "shift"}):
             raise Refusal("the sink depends on the scores")
-        sink = lifter.algebra.make("to_float", lifter.lift(node, dims))
         factor = lifter.algebra.const(softmax.factor)
         return sink if softmax.factor == 1.0 else lifter.algebra.make("mul", sink, factor)
 
@@ -278,19 +289,21 @@ class Matcher:
         todo = [i for reader in readers if reader is not None for i in (reader, *reader.all_input_nodes)]
         while todo:
             node = todo.pop()
-            if node in found or not lifter.depends(node) or node in lifter.region:
+            holds_tensors = isinstance(value_of(node), (torch.Tensor, tuple, list)) and not reads_metadata_only(node)
+            if node in found or not holds_tensors or not lifter.depends(node):
                 continue
             found.add(node)
             todo += node.all_input_nodes
         return found
 
-    def _check(self, site: Site, softmax: Softmax, keys: Dim) -> None:
+    def _check(self, site: Site, softmax: Softmax, keys: Dim, essential: set[fx.Node]) -> None:
+        """Raise Refusal for what stands against the site; ``essential``: its nodes but those that only shift scores."""
         begin, end = site.first, self.effects.position[site.out]
         check_axes(site)
         for operand in (site.q, site.k):
             if self.effects.is_written(operand.node, begin, end):
                 raise Refusal("queries or keys are modified in place before the values are weighted")
-        if self.effects.switches_grad_mode(begin, end):
+        if self.effects.switches_grad_mode(begin, end) and (any(map(cuts_gradient, essential))):
             raise Refusal("the gradient mode changes inside the attention")
         read_late = [site.v.node, *(factor for _, factor, _ in site.factors), *(site.residual or ())[:1]]
         if any(is_tensor(node) and self.effects.is_written(node, begin, end) for node in read_late):
@@ -301,29 +314,40 @@ class Matcher:
     def _find_log_sums(self, site: Site, softmax: Softmax, keys: Dim) -> None:
         if not softmax.exact_logits or softmax.factor != 1.0 or site.sink is not None:
             return
-        for user in softmax.logits.users:
-            call = call_of(user)
-            if call is None or call.name != "logsumexp" or user in site.region:
-                continue
-            dim = call.get("dim")
-            dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-            if not isinstance(dim, int):
-                continue
-            dim = dim % len(softmax.dims)
-            if site.space.resolve(softmax.dims[dim]) == site.space.resolve(keys):
-                kept = ((),) if call.get("keepdim") else ()
-                site.log_sums.append((user, (*softmax.dims[:dim], *kept, *softmax.dims[dim + 1 :])))
+        for node in (softmax.logits, *self._widened(softmax.logits, site)):
+            for user in node.users:
+                self._find_log_sum(site, user, softmax.dims, keys)
         self._check_early(site)
 
+    @staticmethod
+    def _widened(logits: fx.Node, site: Site) -> list[fx.Node]:
+        """Casts of the logits that nothing but the site and ``logsumexp`` reads."""
+        reads_no_more = lambda n: all(getattr(call_of(u), "name", "") == "logsumexp" for u in n.users)
+        casts = [n for n in logits.users if is_float_cast(call_of(n), n)]
+        return [n for n in casts if n in site.region or reads_no_more(n)]
+
+    def _find_log_sum(self, site: Site, user: fx.Node, dims: Dims, keys: Dim) -> None:
+        call = call_of(user)
+        if call is None or call.name != "logsumexp" or user in site.region or cuts_gradient(user):
+            return
+        dim = call.get("dim")
+        dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+        if not isinstance(dim, int):
+            return
+        dim = positive_dim(dim, len(dims))
+        if site.space.resolve(dims[dim]) == site.space.resolve(keys):
+            kept = ((),) if call.get("keepdim") else ()
+            site.log_sums.append((user, (*dims[:dim], *kept, *dims[dim + 1 :])))
+            site.region |= {call.input} - {site.out}
+
     def _check_early(self, site: Site) -> None:
-        """Refuse where the operands are not there yet when a ``logsumexp`` is read."""
+        """Place the call before a ``logsumexp`` of its logits; refuse where the values are not there yet."""
         place = self.effects.position
         site.log_sums.sort(key=lambda found: place[found[0]])
         if not site.log_sums:
             return
+        site.insert_before = min(site.log_sums[0][0], site.out, key=place.__getitem__)
         early = place[site.insert_before]
-        if early > place[site.out]:
-            raise Refusal("the scores are used again after the attention")
         if place.get(site.v.node, 0) >= early or self.effects.is_written(site.v.node, early, place[site.out]):
             raise Refusal("the scores are used before the values are known")
 

@@ -110,7 +110,7 @@ def _check_dims(dims: Dims, target: list[Dim], spread: bool = False) -> None:
         raise Refusal("a diagonal of a tensor takes part in the scores")
     for group in target:
         missing = set(group) - set(atoms)
-        if set(group) & set(atoms) and missing and not (spread and all(type(a.size) is int for a in missing)):
+        if set(group) & set(atoms) and missing and not spread:
             raise Retry("an operand covers a part of a merged axis")
     if not set(atoms) <= {a for group in target for a in group}:
         raise Retry("an operand has an axis that the attention does not have")

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from vbcompile.passes.attention_activations import activation
 from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_exact import compared_in, is_exact, may_be_cut, may_wrap, rounded
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
+from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, shape_of, tensor_of
 
 if TYPE_CHECKING:
     from vbcompile.passes.attention_lift import Coordinates, Lifter
@@ -18,6 +19,7 @@ _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
 _SAME_NAME = {"mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
 _FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid"}
+_JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # rounding may decide what they give
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
 
@@ -41,6 +43,7 @@ class _Rules:
         self.const = lifter.algebra.const
         self.call = call
         self._dtype = tensor_of(node).dtype
+        self._is_differentiated = tensor_of(node).requires_grad
         self.kind = kind_of(self._dtype)
         self._lifter = lifter
         self._coordinates = coordinates
@@ -81,8 +84,7 @@ class _Rules:
             raise self.opaque()
         names = ("input", "other") if "other" in self.call.arguments else ("input",)
         arguments = [self.read_as(self.kind, name) for name in names]
-        if "alpha" in self.call.arguments:
-            arguments[1] = self.make("mul", arguments[1], self.convert(self.kind, self.read("alpha")))
+        arguments[1:] = [self._times_alpha(e) for e in arguments[1:]]
         self.check_range(arguments)
         if self.call.name == "mod" and self.kind == FLOAT:
             self.check_decision(arguments, self._dtype)
@@ -206,28 +208,46 @@ class _Rules:
     def log2(self) -> Expression:
         return self.make("div", self.make("log", self.read_as(FLOAT, "input")), self.const(math.log(2.0)))
 
-    def silu(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        return self.make("mul", value, self.make("sigmoid", value))
-
-    def logsigmoid(self) -> Expression:
-        value = self.read_as(FLOAT, "input")
-        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
-        return self.make("sub", self.make("minimum", value, self.const(0.0)), tail)
-
-    def softplus(self) -> Expression:
-        if self.call.get("beta", 1) != 1:
+    def activation(self) -> Expression:
+        """One of :mod:`attention_activations`."""
+        if self.call.name in _JUMPS and not self._direct:
             raise self.opaque()
-        value = self.read_as(FLOAT, "input")
-        tail = self.make("log1p", self.make("exp", self.make("neg", self.make("abs", value))))
-        smooth = self.make("add", self.make("maximum", value, self.const(0.0)), tail)
-        return self.make(
-            "where", self.make("gt", value, self.const(float(self.call.get("threshold", 20)))), value, smooth
-        )
+        x = self.read_as(FLOAT, "input")
+        dtype = tensor_of(self.call.input).dtype
+        made = activation(self._lifter, self.call.name, x, dtype, self.call.arguments)
+        if made is None or not dtype.is_floating_point:
+            raise self.opaque()
+        return made
 
-    def leaky_relu(self) -> Expression:
+    def rsub(self) -> Expression:
+        return self.make("sub", self.read_as(self.kind, "other"), self._times_alpha(self.read_as(self.kind, "input")))
+
+    def _times_alpha(self, e: Expression) -> Expression:
+        if "alpha" not in self.call.arguments:
+            return e
+        return self.make("mul", e, self.convert(self.kind, self.read("alpha")))
+
+    def lerp(self) -> Expression:
+        start, end, weight = (self.read_as(FLOAT, name) for name in ("input", "end", "weight"))
+        return self.make("add", start, self.make("mul", weight, self.make("sub", end, start)))
+
+    def hypot(self) -> Expression:
+        a, b = (self.read_as(FLOAT, name) for name in ("input", "other"))
+        return self.make("sqrt", self.make("add", self.make("mul", a, a), self.make("mul", b, b)))
+
+    def logaddexp(self) -> Expression:
+        a, b = (self.read_as(FLOAT, name) for name in ("input", "other"))
+        distance = self.make("abs", self.make("sub", a, b))
+        distance = self.make("where", self.make("eq", a, b), self.const(0.0), distance)  # both may be infinite
+        tail = self.make("log1p", self.make("exp", self.make("neg", distance)))
+        return self.make("add", self.make("maximum", a, b), tail)
+
+    def prelu(self) -> Expression:
+        """One slope, or one for each index of the second axis."""
+        weight = self.call.get("weight")
+        at = self._coordinates[1:2] if known_equal(shape_of(weight)[0], 1) is False else ((),)
+        slope = self._lifter.lift(weight, at) if self._direct else self._lifter.value(weight, at)
         value = self.read_as(FLOAT, "input")
-        slope = self.convert(FLOAT, self.read("negative_slope", 0.01))
         return self.make("where", self.make("gt", value, self.const(0.0)), value, self.make("mul", value, slope))
 
     def where(self) -> Expression:
@@ -251,14 +271,17 @@ class _Rules:
             raise self.opaque()
         for bound, name in (("min", "maximum"), ("max", "minimum")):
             if self.call.get(bound) is not None:
-                value = self.make(name, value, self.read_as(self.kind, bound))
+                value = self._limited(name, value, self.read_as(self.kind, bound))
         return value
 
     clamp_min = clamp_max = clamp
 
-    def hardtanh(self) -> Expression:
-        low, high = (self.convert(FLOAT, self.read(name, default)) for name, default in (("min", -1.0), ("max", 1.0)))
-        return self.make("minimum", self.make("maximum", self.read_as(FLOAT, "input"), low), high)
+    def _limited(self, name: str, value: Expression, limit: Expression) -> Expression:
+        """At the limit itself ``clamp`` hands on the whole gradient, ``maximum`` and ``minimum`` half of it."""
+        if not self._is_differentiated:
+            return self.make(name, value, limit)
+        beyond = self.make("lt" if name == "maximum" else "gt", value, limit)
+        return self.make("where", beyond, limit, value)
 
     def addcmul(self) -> Expression:
         factor = self.make("mul", self.read_as(self.kind, "tensor1"), self.read_as(self.kind, "tensor2"))
@@ -311,5 +334,6 @@ _RULES: dict[str, Any] = {
     **dict.fromkeys(_COMPARISONS, _Rules.comparison),
     **dict.fromkeys(_LOGICAL, _Rules.logical),
     **dict.fromkeys(_CASTS, _Rules.cast),
+    **dict.fromkeys(ACTIVATIONS, _Rules.activation),
     "not": _Rules.logical_not,
 }

@@ -82,6 +82,7 @@ def _emit_call(
     for more_q, more_k, axis in plan.terms:
         q = _joined(emitter, q, _operand(emitter, plan, more_q, [*lead, plan.rows, space.resolve(axis)]))
         k = _joined(emitter, k, _operand(emitter, plan, more_k, [*lead, plan.keys, space.resolve(axis)]))
+    q = _over_every_lead(emitter, plan, q)
     captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in plan.captured]
     seed = None
     if site.dropout:
@@ -137,6 +138,17 @@ def _operand(emitter: Emitter, plan: Plan, operand: Operand, target: list[Dim]) 
     if tensor_of(node).dtype != plan.dtype:
         node = emitter.method("to", node, plan.dtype)
     return emitter.arrange(node, plan.site.space.resolve_all(dims), target)
+
+
+def _over_every_lead(emitter: Emitter, plan: Plan, q: fx.Node) -> fx.Node:
+    """The queries, repeated along leading axes that no operand has: of repeated scores, weights or operands."""
+    operands = [plan.q, plan.k, plan.v, *(x for pair in plan.terms for x in pair[:2])]
+    dims = [operand.dims for operand in operands] + [dims for _, dims in plan.captured]
+    held = {atom for each in dims for dim in plan.site.space.resolve_all(each) for atom in dim}
+    sizes = [product(group) if held.isdisjoint(group) else 1 for group in plan.lead]
+    if all(known_equal(size, 1) for size in sizes):
+        return q
+    return emitter.method("expand", q, (*(-1 if known_equal(n, 1) else emitter.size(n) for n in sizes), -1, -1))
 
 
 def _captured(

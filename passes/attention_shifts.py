@@ -7,7 +7,7 @@ one number for all keys of a row.
 
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.attention_masks import LOWEST_FILL
+from vbcompile.passes.attention_masks import LOW_FILL
 
 
 def without_shifts(algebra: Algebra, e: Expression) -> Expression:
@@ -41,4 +41,4 @@ def _is_finite_number(e: Expression) -> bool:
 
 def _is_low(e: Expression) -> bool:
     """Whether a fill hides its keys, whatever is subtracted from the others."""
-    return e.name == "const" and e.value <= LOWEST_FILL
+    return e.name == "const" and e.value <= LOW_FILL

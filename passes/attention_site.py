@@ -48,7 +48,8 @@ class Site:
         sink: one more logit per row.
         factors: ``(operator, operand, dims)`` applied to whole rows of the result, first applied first.
         region: nodes that the fused call makes superfluous.
-        log_sums: ``logsumexp`` nodes over the same logits that come before the result, with their dimensions, in order.
+        log_sums: ``logsumexp`` nodes over the same logits, with their dimensions, in order.
+        insert_before: where the fused call goes: at the result, or at a ``logsumexp`` of the same logits before it.
         terms: more parts of the features of queries and keys: ``(queries, keys, axis of the features)``.
         spread: whether captured tensors may be copied out over the whole of a merged axis.
         residual: ``(node, dims, factor)`` added to ``alpha`` times the result, as ``baddbmm`` does.
@@ -78,8 +79,7 @@ class Site:
     first: int = 0
     spread: bool = False
     terms: list[tuple[Operand, Operand, Dim]] = field(default_factory=list)
+    insert_before: fx.Node = None  # type: ignore[assignment]
 
-    @property
-    def insert_before(self) -> fx.Node:
-        """Where the fused call goes: at the result, or at the first ``logsumexp`` of the same logits."""
-        return self.log_sums[0][0] if self.log_sums else self.out
+    def __post_init__(self) -> None:
+        self.insert_before = self.out

@@ -1,7 +1,8 @@
 """Small calls of attention in inference run by PyTorch's own operator, which compiled graphs hold themselves.
 
 What such a call takes on the device is less than what a call of a custom operator takes on the host
-(``bench/host_time.py``), so the quicker call is the faster one, unless CUDA graphs leave the host out.
+(``bench/host_time.py``), so the quicker call is the faster one, unless CUDA graphs leave the host out. Where no fused
+operator of PyTorch's computes a call, as under a mask, and it is smaller still, the graph holds its meaning.
 """
 
 import math
@@ -13,9 +14,11 @@ from torch import fx
 from vbcompile.compat import uses_cudagraphs
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.passes.attention_inlined import has_fixed_layout
 from vbcompile.passes.implementation_choice import case_of
 
 _OPERATIONS, _BYTES = 2e9, 8e6  # 2 to 4 microseconds of a card that the host cannot keep busy otherwise
+_PLAIN_OPERATIONS = 1e7  # up to here the products in float32, keys repeated for each head, take 10 microseconds
 
 
 def ask_for_quick_calls(graph: fx.Graph, context: Any) -> None:
@@ -29,25 +32,24 @@ def ask_for_quick_calls(graph: fx.Graph, context: Any) -> None:
         return
     for node in graph.find_nodes(op="call_function", target=torch.ops.vblackwell.attention.default):
         case = case_of(node)
-        if case is not None and _has_fixed_sizes(node) and _is_small(case):
+        fixed = has_fixed_layout(n.meta["example_value"] for n in node.all_input_nodes)
+        if case is not None and fixed and _is_small(case):
             quick = _quick(context.target, case)
             if quick is not None:
                 node.kwargs = {**node.kwargs, "implementations": f"attention={quick.name}"}
 
 
-def _has_fixed_sizes(node: fx.Node) -> bool:
-    tensors = [n.meta["example_value"] for n in node.all_input_nodes]
-    return all(type(size) is int for t in tensors if isinstance(t, torch.Tensor) for size in t.shape)
-
-
 def _is_small(case: AttentionCase) -> bool:
+    return _operations(case) <= _OPERATIONS and (math.prod(case.k) + math.prod(case.v)) * case.dtype.itemsize <= _BYTES
+
+
+def _operations(case: AttentionCase) -> int:
     lead = math.prod(max(sizes) for sizes in zip(case.q[:-2], case.k[:-2], case.v[:-2], strict=True))
-    operations = 2 * lead * case.q_length * case.k_length * (case.q[-1] + case.v[-1])
-    return operations <= _OPERATIONS and (math.prod(case.k) + math.prod(case.v)) * case.dtype.itemsize <= _BYTES
+    return 2 * lead * case.q_length * case.k_length * (case.q[-1] + case.v[-1])
 
 
 def _quick(target: Any, case: AttentionCase) -> Implementation | None:
-    """The cheapest one made of PyTorch's fused operators, where none of them would be chosen anyway."""
+    """The cheapest one made of PyTorch's operators, where none of them would be chosen anyway."""
     attention = operator("attention")
     choice = attention.choose(target, case)
     if choice.asked or choice.implementation.inlines:
@@ -56,4 +58,5 @@ def _quick(target: Any, case: AttentionCase) -> Implementation | None:
     able = [i for i in attention.implementations if i.inlines and not refuses(i)]
     costs = [(i.cost(target, case), n) for n, i in enumerate(able)]
     cost, number = min(costs, default=(math.inf, 0))
-    return None if math.isinf(cost) else able[number]
+    is_plain = math.isinf(cost)  # the reference
+    return None if not able or (is_plain and _operations(case) > _PLAIN_OPERATIONS) else able[number]

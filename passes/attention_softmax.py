@@ -9,6 +9,7 @@ from torch import fx
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Kept, Weights
 from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
+from vbcompile.passes.graph_effects import cuts_gradient
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
@@ -148,6 +149,8 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
         call = call_of(node)
         if call is None or call.in_place:
             return None
+        if cuts_gradient(node):
+            return None  # the sum's part of the gradient is left out
         if call.name in names:
             break
         if call.name in _CASTS:
@@ -277,12 +280,32 @@ def _is_row_constant(space: Space, call: Any, dims: Dims, keys: Dim) -> bool:
     other = call.get("other")
     if call.in_place or "alpha" in call.arguments or not is_tensor(call.input) or not is_tensor(other):
         return False
-    if len(shape_of(call.input)) != len(dims):
+    if len(shape_of(call.input)) != len(dims) or _wants_gradient_besides(other, call.input):
         return False
     place = next(d for d, dim in enumerate(dims) if space.resolve(dim) == space.resolve(keys))
     offset = place - (len(dims) - len(shape_of(other)))
     broadcasts = known_equal(shape_of(call.input)[place], 1)
     return not broadcasts and (offset < 0 or known_equal(shape_of(other)[offset], 1))
+
+
+def _wants_gradient_besides(shift: fx.Node, logits: fx.Node) -> bool:
+    """Whether a number per row needs tensors in its gradient that the logits do not: it is zero there, not absent."""
+    if not tensor_of(shift).requires_grad:
+        return False
+    wants = lambda n: n.op in ("placeholder", "get_attr") and is_tensor(n) and tensor_of(n).requires_grad
+    own = {n for n in _ancestors([shift], {logits}) if wants(n)}
+    return bool(own) and not own <= _ancestors([logits], set())
+
+
+def _ancestors(nodes: list[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from, no further than ``ends``."""
+    found, todo = set(ends), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
 
 
 # --------------------------------------------------------------------------------------- what softmax does not see
@@ -292,7 +315,7 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
         call = call_of(found.logits)
         if call is None or call.in_place:
             return _finish(found)
-        if call.name in ("to", "float", "double", "type", "type_as") and _is_float_cast(call, found.logits):
+        if is_float_cast(call, found.logits):
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
             found = replace(found, logits=call.input, exact_logits=False)
@@ -304,7 +327,10 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
             return _finish(found)
 
 
-def _is_float_cast(call: Any, node: fx.Node) -> bool:
+def is_float_cast(call: Call | None, node: fx.Node) -> bool:
+    """Whether the node is a conversion from one floating type to another that is no narrower by name."""
+    if call is None or call.in_place or call.name not in ("to", "float", "double", "type", "type_as"):
+        return False
     return is_tensor(call.input) and tensor_of(call.input).is_floating_point() and tensor_of(node).is_floating_point()
 
 

@@ -105,9 +105,8 @@ class Carriers:
 
 _WAY = _CASTS | {
     "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "contiguous", "clone", "transpose", "mT", "t",
-    "T", "permute", "movedim", "expand", "expand_as", "getitem", "narrow", "dropout", "nan_to_num",
-    "masked_fill", "where", "mul",
-    "div", "neg", "add", "sub",
+    "T", "permute", "movedim", "expand", "expand_as", "repeat", "repeat_interleave", "getitem", "narrow",
+    "dropout", "nan_to_num", "masked_fill", "where", "mul", "div", "neg", "add", "sub",
 }  # fmt: skip
 
 

@@ -120,8 +120,10 @@ class Space:
             if not atoms:
                 raise AxisError("a reshape whose sizes cannot be followed")
             atom = atoms.pop()
-            rest = size // product
-            if known_equal(rest, atom.size) or _divides(atom.size, rest):
+            rest = size // product  # without a remainder: every atom taken so far divides it
+            if known_equal(rest, atom.size):
+                return (*taken, atom)
+            if _divides(atom.size, rest):
                 taken.append(atom)
                 product = product * atom.size
             elif _divides(rest, atom.size):

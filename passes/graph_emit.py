@@ -83,14 +83,17 @@ class Emitter:
         return node if list(dims) == wanted else self._reshape(node, dims, wanted)
 
     def spread(self, node: fx.Node, dims: Dims, target: list[Dim]) -> tuple[fx.Node, Dims]:
-        """The node broadcast to the whole of every merged entry of ``target`` that it covers in part."""
+        """The node broadcast to the whole of every merged entry of ``target`` that it covers in part.
+
+        Raises LookupError where the graph has no node that holds a size known at run time only.
+        """
         present = {atom for dim in dims for atom in dim}
         missing = [a for group in target if set(group) & present for a in group if a not in present]
         if not missing:
             return node, dims
         for _ in missing:
             node = self.method("unsqueeze", node, -1)
-        node = self.method("expand", node, (*(-1 for _ in dims), *(a.size for a in missing)))
+        node = self.method("expand", node, (*(-1 for _ in dims), *(self.size(a.size) for a in missing)))
         return node, (*dims, *((a,) for a in missing))
 
     def _reshape(self, node: fx.Node, dims: Dims, sizes: list[Dim]) -> fx.Node:
@@ -110,8 +113,9 @@ class Emitter:
 
     def size(self, value: Any) -> Any:
         """The size as a number, or as a node that holds it; raises LookupError where the graph has none."""
-        if not isinstance(value, SymInt):
-            return value
+        constant = value.node.maybe_as_int() if isinstance(value, SymInt) else value
+        if constant is not None:
+            return constant
         found = self._find_size(value)
         if found is None:
             raise LookupError(f"no node holds the size {value}")

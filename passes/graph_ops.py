@@ -55,11 +55,7 @@ _UNARY = [
     "tanh",
     "sigmoid",
     "square",
-    "isnan",
     "reciprocal",
-    "relu",
-    "silu",
-    "sign",
     "bool",
     "int",
     "long",
@@ -94,6 +90,18 @@ _BINARY = [
     "view_as",
 ]
 
+# functions of one tensor and numbers -> the names of the numbers
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("silu", "selu", "mish", "hardsigmoid", "hardswish", "relu6"), ("inplace",)),
+    **dict.fromkeys(("elu", "celu"), ("alpha", "inplace")),
+    **dict.fromkeys(("softshrink", "hardshrink"), ("lambd",)),
+    **dict.fromkeys(("logsigmoid", "softsign", "tanhshrink", "expm1", "sinh", "cosh", "tan", "log10"), ()),
+    **dict.fromkeys(("sign", "isnan", "isinf"), ()),
+    "leaky_relu": ("negative_slope", "inplace"), "hardtanh": ("min_val", "max_val", "inplace"),
+    "softplus": ("beta", "threshold"), "threshold": ("threshold", "value", "inplace"), "gelu": ("approximate",),
+    "nan_to_num": ("nan", "posinf", "neginf"),
+}  # fmt: skip
+
 # canonical name -> positional parameters
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_UNARY, ("input",)),
@@ -107,10 +115,14 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
-    "nan_to_num": ("input", "nan", "posinf", "neginf"),
     "addcmul": ("input", "tensor1", "tensor2"),
-    "leaky_relu": ("input", "negative_slope"),
-    "softplus": ("input", "beta", "threshold"),
+    "relu": ("input", "inplace"),
+    "prelu": ("input", "weight"),
+    "rsub": ("input", "other"),
+    "lerp": ("input", "end", "weight"),
+    "hypot": ("input", "other"),
+    "logaddexp": ("input", "other"),
+    **{name: ("input", *parameters) for name, parameters in ACTIVATIONS.items()},
     "softmax": ("input", "dim", "dtype"),
     "log_softmax": ("input", "dim", "dtype"),
     "softmin": ("input", "dim", "_stacklevel", "dtype"),
@@ -191,9 +203,9 @@ def _functions() -> dict[Any, str]:
         "movedim": "movedim moveaxis", "cat": "cat concat concatenate", "permute": "permute",
         "safe_softmax": "_safe_softmax", "bool": "", "int": "", "long": "", "float": "", "half": "",
         "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
-        "mT": "", "T": "", "linear": "", "sdpa": "", "softplus": "", "leaky_relu": "", "silu": "",
-        "view_as": "", "type_as": "", "expand": "", "expand_as": "", "new_zeros": "", "new_ones": "", "new_full": "",
-        "repeat": "", "sign": "sign", "arange": "arange", "einsum": "einsum",
+        "mT": "", "T": "", "linear": "", "sdpa": "", "view_as": "", "type_as": "", "expand_as": "", "new_zeros": "",
+        "new_ones": "", "new_full": "", "repeat": "", "sign": "sign sgn", "expand": "broadcast_to",
+        "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum",
     }  # fmt: skip
     for name in _PARAMETERS:
         for spelling in spellings.get(name, name).split():
@@ -206,24 +218,17 @@ def _functions() -> dict[Any, str]:
     }.items():  # fmt: skip
         table[getattr(operator, spelling)] = name
     for function in (
-        "softmax",
-        "softmin",
-        "log_softmax",
-        "dropout",
-        "relu",
-        "silu",
-        "leaky_relu",
-        "softplus",
-        "tanh",
-        "sigmoid",
+        *("softmax", "softmin", "log_softmax", "dropout", "relu", "tanh", "sigmoid", "prelu"),
+        *(name for name in ACTIVATIONS if hasattr(F, name)),
     ):
         table[getattr(F, function)] = function
     table |= {
-        F.linear: "linear", F.sigmoid: "sigmoid", F.scaled_dot_product_attention: "sdpa", F.hardtanh: "hardtanh",
+        F.linear: "linear", F.scaled_dot_product_attention: "sdpa",
         torch.functional.einsum: "einsum",
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
+        torch.special.expm1: "expm1", operator.pos: "positive", torch.float_power: "pow",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad", F.logsigmoid: "logsigmoid",
+        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad",
     }  # fmt: skip
     return table
 
@@ -231,6 +236,7 @@ def _functions() -> dict[Any, str]:
 _IN_PLACE_OPERATORS = {
     operator.iadd: "add", operator.isub: "sub", operator.imul: "mul", operator.itruediv: "div", operator.iand: "and",
     operator.ior: "or", operator.ixor: "xor", operator.ipow: "pow",
+    **{getattr(F, f"{name}_"): name for name in (*ACTIVATIONS, "relu") if hasattr(F, f"{name}_")},
 }  # fmt: skip
 _METHODS = {
     "view": "reshape", "swapaxes": "transpose", "swapdims": "transpose", "multiply": "mul", "divide": "div",
@@ -239,13 +245,13 @@ _METHODS = {
     "logical_xor": "xor", "logical_not": "not", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
     "bitwise_not": "not", "moveaxis": "movedim", "negative": "neg", "absolute": "abs", "concat": "cat",
     "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "adjoint": "mT",
+    "broadcast_to": "expand", "ravel": "flatten", "sgn": "sign", "float_power": "pow",
 }  # fmt: skip
 # Dynamo of some releases records `a == b` as a.__eq__(b); reflected ones only where the order does not matter
 _METHODS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs")}
 _METHODS |= {f"__{name}__": name for name in ("add", "sub", "mul", "floordiv", "mod", "pow")}
 _METHODS |= {f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")}
 _METHODS |= {"__invert__": "not", "__truediv__": "div"}
-_PARAMETERS |= {"hardtanh": ("input", "min", "max"), "logsigmoid": ("input",)}
 _FUNCTIONS: dict[Any, str] = _functions()
 _METHOD_PARAMETERS = {"where": ("input", "condition", "other")}
 # F.softmax and F.log_softmax have one more positional parameter than their torch namesakes

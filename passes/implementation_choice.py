@@ -62,8 +62,10 @@ def _explain(node: fx.Node, target: Target, training: bool) -> str:
     together = _in_training(node, target) if training else None
     if together is not None and together.implementation.name != BY_OPERATORS:
         return together.explain()
-    text = operator("attention").choose(target, case).explain()
-    if asked := node.kwargs.get("implementations"):  # before the user's option is handed out: attention_small's
+    choice = operator("attention").choose(target, case)
+    text = choice.explain()
+    asked = node.kwargs.get("implementations")
+    if asked and not choice.asked:  # not by the user: attention_small's
         name = operator("attention").choose(target, case, str(asked)).implementation.name
         return f"{name}, since the call is small and the graph holds this one itself (otherwise {text})"
     if not training:

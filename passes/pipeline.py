@@ -121,19 +121,18 @@ def _no_fp4_kernel(target: Target) -> str | None:
     return f"no FP4 kernel for {target.vendor} {target.arch}, weights keep their precision ({reasons})"
 
 
-def _wants_mixed_precision(config: Config) -> bool:
-    return config.mode_named if config.mixed_precision is None else config.mixed_precision
-
-
 PASSES = (
     Pass("attention", fuse_attention, lambda config: config.attention, _no_attention_kernel),
-    Pass("mixed_precision", use_mixed_precision, _wants_mixed_precision),
+    Pass("mixed_precision", use_mixed_precision, Config.wants_mixed_precision),
     # after mixed precision: the layers that it runs in bfloat16 take bfloat16 activations
     Pass("fp4", quantize_weights, lambda config: config.fp4, _no_fp4_kernel),
     Pass("shared_values", compute_once, lambda config: config.fp4),
     # last: it plans what the others have left, and in every mode, since weights that are elsewhere have to arrive
     Pass("offload", stream_weights, lambda config: True),
 )
+
+
+_BEFORE_CHOICE = ("attention", "mixed_precision")  # these decide what attention is called with
 
 
 def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, original: "Backup") -> None:
@@ -154,12 +153,14 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
         added = len(context.example_inputs), len(context.wrappers)
         try:
             with option(context.followed):
-                found = pass_.run(gm, context)
-                report.decisions += explain_choices(gm, context.target, context.training, found)
+                found = [*report.decisions, *pass_.run(gm, context)]
+                if pass_.name in _BEFORE_CHOICE:
+                    found = explain_choices(gm, context.target, context.training, found)
             for module in module_graphs(gm):
                 name_implementations(module.graph, context.implementations)
-            if any(d.action == "rewritten" for d in found):
+            if any(d.action == "rewritten" for d in found[len(report.decisions) :]):
                 backup = None
+            report.decisions = found
         except (PlanError, ConfigError):
             raise  # without a plan the model would not fit, and what was asked for is not replaced in silence
         except Exception as error:

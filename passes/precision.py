@@ -84,13 +84,18 @@ def _cast_attention(gm: fx.GraphModule) -> None:
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.target is operator:
                 with node.graph.inserting_before(node):
-                    cast = [node.graph.call_method("to", (t, torch.bfloat16)) for t in node.args[:3]]
+                    cast = [_cast(node.graph, t, torch.bfloat16) for t in node.args[:3]]
                 node.args = (*cast, *node.args[3:])
 
 
 def _in_own_dtype(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    if not _is_float(node) or node.op == "placeholder":
-        return node
-    cast = graph.call_method("to", (node, torch.float32))
+    return _cast(graph, node, torch.float32) if _is_float(node) and node.op != "placeholder" else node
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    cast = graph.call_method("to", (node, dtype))
     cast.meta = dict(node.meta)
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor):
+        cast.meta["example_value"] = value.to(dtype)
     return cast

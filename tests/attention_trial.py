@@ -17,6 +17,7 @@ LEFT: Final = "left"
 MISSED: Final = "missed"
 PARTIAL: Final = "partial"
 WRONGLY_FUSED: Final = "wrongly fused"
+REFUSED_BY_PYTORCH: Final = "PyTorch refuses"
 
 
 def _vblackwell_sites() -> int:
@@ -81,7 +82,8 @@ class Result:
     """What a trial gave.
 
     Attributes:
-        verdict: ``fused``, ``left``, ``missed``, ``partial`` or ``wrongly fused``.
+        verdict: ``fused``, ``left``, ``missed``, ``partial``, ``wrongly fused``, or ``PyTorch refuses`` where Dynamo
+            fails with any backend.
         problems: results that are worse than eager's; an exception of the backend.
     """
 
@@ -99,7 +101,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        return self.verdict in (FUSED, LEFT) and not self.problems
+        return self.verdict in (FUSED, LEFT, REFUSED_BY_PYTORCH) and not self.problems
 
 
 def clear() -> None:
@@ -124,7 +126,7 @@ def attempt(
     """
     clear()
     start = time.perf_counter()
-    sites, problems = 0, []
+    sites, problems, verdict = 0, [], ""
     try:
         function = prepared(case, mode, dtype, device, sizes)
         compiled = backend.compile(function, dynamic=dynamic, fullgraph=case.fullgraph)
@@ -137,13 +139,31 @@ def attempt(
             elif not case.random or backend.same_random_numbers:
                 problems += [f"size {i}: {p}" for p in differences(ours, *_references(function, inputs, mode, case))]
     except Exception as error:  # noqa: BLE001  # whatever a backend raises is its result
-        problems.append(f"{type(error).__name__}: {str(error).strip()[:600]}")
+        if _is_refused_by_pytorch(case, mode, dtype, dynamic, (sizes, LONGER), device, seed):
+            verdict = REFUSED_BY_PYTORCH
+        else:
+            problems.append(f"{type(error).__name__}: {str(error).strip()[:600]}")
     seconds = time.perf_counter() - start
     name = str(dtype).removeprefix("torch.")
-    verdict = judge(sites, case.sites)
+    verdict = verdict or judge(sites, case.sites)
     return Result(
         case.name, case.family, backend.name, mode, name, dynamic, sites, case.sites, verdict, problems, seconds
     )
+
+
+def _is_refused_by_pytorch(
+    case: Case, mode: str, dtype: torch.dtype, dynamic: bool, sizes: tuple[Sizes, Sizes], device: str, seed: int
+) -> bool:
+    """Whether Dynamo fails with a backend that leaves the graph as it is."""
+    torch._dynamo.reset()
+    function = prepared(case, mode, dtype, device, sizes[0])
+    compiled = torch.compile(function, backend="eager", dynamic=dynamic, fullgraph=case.fullgraph)
+    try:
+        for i, size in enumerate(sizes if dynamic else sizes[:1]):
+            _seeded(compiled, case.make_inputs(dtype, device, seed + i, size), mode, _module(function))
+    except Exception:  # noqa: BLE001  # any failure is PyTorch's own here
+        return True
+    return False
 
 
 def judge(sites: int, accepted: tuple[int, ...]) -> str:

@@ -41,6 +41,11 @@ def pick_bytes(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
     return picked
 
 
+def rotate(low: np.ndarray, high: np.ndarray, count: np.ndarray) -> np.ndarray:
+    assert (low == high).all()
+    return low << count | low >> (np.uint32(32) - count)
+
+
 def add_products_of_bytes(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     for place in map(np.uint32, (0, 8, 16, 24)):
         c = c + ((a >> place) & np.uint32(255)) * ((b >> place) & np.uint32(255))
@@ -67,6 +72,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "not.b32": np.bitwise_not,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
+    "shf.l.wrap.b32": rotate,
     "lop3.b32": or_of_and,
     "prmt.b32": pick_bytes,
     "mad.lo.u32": lambda a, b, c: a * b + c,
@@ -142,7 +148,7 @@ def run_warp(text: str, inputs: dict[str, np.ndarray], memory: np.ndarray) -> di
         groups = [g.replace(" ", "").split(",") for g in re.findall(r"\{([^}]*)\}", instruction)]
         if instruction.startswith("setp."):
             name, _, left, right = re.findall(r"[^,\s]+", instruction)
-            predicate = {"setp.gt.s32": np.greater, "setp.ne.u32": np.not_equal}[name](
+            predicate = {"setp.gt.s32": np.greater, "setp.ne.u32": np.not_equal, "setp.eq.u32": np.equal}[name](
                 state[left].view(np.int32), int(right)
             )
         elif instruction.startswith("vote.sync.any"):
@@ -154,7 +160,7 @@ def run_warp(text: str, inputs: dict[str, np.ndarray], memory: np.ndarray) -> di
                     pass
         elif instruction.endswith(":"):
             continue
-        elif re.match(r"(@p )?ld.global", instruction):
+        elif re.match(r"(@p )?ld.(relaxed.gpu.)?global", instruction):
             base, offset = re.search(r"\[(\S+) \+ (\d+)\]", instruction).groups()
             targets = groups[0] if groups else [instruction.split(" [")[0].split()[-1].rstrip(",")]
             size = 2 if ".u16" in instruction else 4

@@ -114,3 +114,34 @@ def test_gradients_of_large_scores(name, factor):
 
     found = differences(outcome(ours, torch.float32), outcome(plain, torch.float32), outcome(plain, torch.float64))
     assert found == []
+
+
+@pytest.mark.parametrize("factor", [2.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_as_exact_as_plain_ones(factor, masked):
+    """With a scale that is no power of two, whose product the kernel's two directions round at different places."""
+    keep = torch.ones(64, 64, dtype=torch.bool).tril() if masked else torch.ones(64, 64, dtype=torch.bool)
+    function = _shown() if masked else ScoreFunction()
+
+    def plain(q, k, v):
+        s = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+        return torch.softmax(s, -1) @ v
+
+    def ours(q, k, v):
+        return attention(q, k, v, [keep[None, None]] if masked else [], 0.3, 0.0, None, function.dumps())[0]
+
+    errors = torch.zeros(2, 3, dtype=torch.float64)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = [torch.randn(2, 3, 64, 24, generator=generator) * f for f in (factor, 1.0, 1.0)]
+        upstream = torch.randn(2, 3, 64, 24, generator=generator)
+
+        def gradients(f, dtype, inputs=inputs, upstream=upstream):
+            leaves = [x.to(dtype).requires_grad_() for x in inputs]
+            return torch.autograd.grad(f(*leaves), leaves, upstream.to(dtype))
+
+        truth = gradients(plain, torch.float64)
+        for place, f in enumerate((ours, plain)):
+            found = gradients(f, torch.float32)
+            errors[place] += torch.stack([(a - b).abs().amax() for a, b in zip(found, truth, strict=True)])
+    assert bool((errors[0] < 2 * errors[1]).all()), errors

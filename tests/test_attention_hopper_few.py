@@ -12,6 +12,7 @@ from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import attention_hopper as hopper
 from vbcompile.kernels import attention_hopper_few as few
 from vbcompile.kernels import attention_problem, attention_triton
+from vbcompile.kernels.attention_parts import split_count
 from vbcompile.kernels.triton_target import interpreted
 
 pytest.importorskip("triton")
@@ -75,7 +76,7 @@ def test_layouts_and_devices_are_refused_with_a_reason():
     [(132, 8, 512, 16), (132, 6, 512, 22), (264, 300, 512, 1), (132, 8, 3, 3), (132, 1, 9999, 128)],
 )
 def test_number_of_parts(slots, programs, tiles, expected):
-    assert few.split_count(slots, programs, tiles) == expected
+    assert split_count(slots, programs, tiles) == expected
 
 
 @pytest.mark.parametrize(

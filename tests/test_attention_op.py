@@ -274,5 +274,31 @@ def test_cpu_kernel_takes_shared_heads_and_two_widths(lead, widths):
 
 def test_cpu_kernel_reads_grouped_keys_where_they_are():
     q, k = torch.randn(2, 2, 3, 6, 8), torch.randn(2, 2, 1, 6, 8)
-    call = attention_sdpa._CpuCall(q, k, k, [], ScoreFunction())
+    call = attention_sdpa._CpuCall(q, k, k, [], 1.0, ScoreFunction())
     assert [t.data_ptr() for t in call.tensors] == [q.data_ptr(), k.data_ptr(), k.data_ptr()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_second_derivatives(dropout):
+    """Of the result and of ``lse``, by captured tensors too; and a third, where one tensor is everything."""
+    b = Builder()
+    logits = b.emit("tanh", b.emit("add", b.emit("score"), b.emit("captured", 0)))
+    mask = b.emit("le", b.emit("k_index"), b.emit("add", b.emit("q_index"), b.emit("const", 1)))
+    function = ScoreFunction(b.program, logits, mask).dumps()
+    shapes = (1, 2, 3, 2), (1, 2, 4, 2), (1, 2, 4, 3), (1, 1, 3, 4)
+    inputs = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes]
+    seed = torch.tensor([7]) if dropout else None
+
+    def ours(q, k, v, bias):
+        return op_module.attention(q, k, v, [bias], 0.7, dropout, seed, function)
+
+    assert torch.autograd.gradgradcheck(ours, inputs, fast_mode=True)
+
+    def second(x):
+        y = op_module.attention(x, x, x, [], 0.7, 0.0, None, ScoreFunction().dumps())[0].square().sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(
+        second, torch.randn(1, 1, 3, 2, dtype=torch.float64).requires_grad_(), fast_mode=True
+    )

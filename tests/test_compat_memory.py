@@ -102,3 +102,35 @@ def test_host_memory_is_registered_where_the_driver_can(monkeypatch):
     monkeypatch.setattr(utils, "pin_memory", refuses)
     monkeypatch.setattr(compat, "_forget_cuda_error", lambda: None)
     assert compat.register_host_memory(torch.device("cuda", 0), 4096, 8192).startswith("Registering memory failed")
+
+
+def test_whether_a_compiled_backward_gives_up_the_gradients_of_results():
+    from functorch.compile import aot_function, make_boxed_func
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            made = gradient * 2
+            seen.append(StorageWeakRef(made.untyped_storage()))
+            return made
+
+    def backward(gm, _):
+        def run(args):
+            results = gm(*args)
+            args.clear()
+            freed.append(seen[0].expired())
+            return results
+
+        run._boxed_call = True
+        return run
+
+    seen, freed = [], []
+    x = torch.randn(4, requires_grad=True)
+    compiled = aot_function(torch.sin, fw_compiler=lambda gm, _: make_boxed_func(gm.forward), bw_compiler=backward)
+    Spy.apply(compiled(x)).sum().backward()
+    assert freed == [compat.frees_result_gradients()]

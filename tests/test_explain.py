@@ -8,6 +8,7 @@ import torch
 
 import vbcompile
 from vbcompile.__main__ import main
+from vbcompile.vgpu import VGPUStack
 
 _MODEL = """
 import torch
@@ -16,6 +17,11 @@ def attention(q, k, v):
 def returns_weights(q, k, v):
     p = torch.softmax(q @ k.transpose(-2, -1) * 0.125, -1)
     return p @ v, p
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return attention(x, x, x)
+def make_module():
+    return torch.nn.Sequential(Layer()), (torch.randn(2, 4, 16, 64),)
 def make():
     return attention, [torch.randn(2, 4, 16, 64) for _ in range(3)]
 def wrong():
@@ -71,6 +77,16 @@ def test_explain_a_function_from_a_file(model_file, capsys):
     assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}
 
 
+def test_explain_modules_from_a_file(model_file, capsys, monkeypatch):
+    """Their functions read the file's globals, which Dynamo finds by the name of the file's module."""
+    monkeypatch.setitem(sys.modules, "model", sys)  # another one of that name
+    arguments = [f"{model_file}:make_module", "--json", "--mode", "balanced", "--as", "sm_90"]
+    assert main(["explain", *arguments]) == 0
+    decision = json.loads(capsys.readouterr().out)["graphs"][0]["decisions"][0]
+    assert decision["pass_name"] == "attention" and decision["action"] == "rewritten"
+    assert "float32" not in decision["implementation"]  # no refusal of it: products run in bfloat16
+
+
 def test_explain_a_script(model_file, warm_python):
     done = warm_python.run(["-m", "vbcompile", "explain", str(model_file)])
     assert done.returncode == 0, done.stderr
@@ -117,11 +133,15 @@ def make():
 """
 
 
-def test_plan(tmp_path, capsys):
+def test_plan(tmp_path, capsys, monkeypatch):
     path = tmp_path / "planned.py"
     path.write_text(_PLANNED)
     assert main(["plan", f"{path}:make", "--budget", "4MiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
+    measured = []
+    monkeypatch.setattr(VGPUStack, "calibrate", lambda stack: measured.append(stack))
+    assert main(["plan", f"{path}:make", "--measure"]) == 0
+    assert measured and "plan --measure" in capsys.readouterr().out  # nothing came of it here
     assert main(["plan", f"{path}:make", "--budget", "1KiB"]) == 1
     assert "smallest" in capsys.readouterr().err
     assert main(["plan", f"{path}:make", "--budget", "much"]) == 2

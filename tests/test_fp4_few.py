@@ -9,7 +9,12 @@ from vbcompile.device import Target
 from vbcompile.kernels import early_launch, replay
 from vbcompile.kernels.early_launch import may_overlap
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
-from vbcompile.kernels.fp4_linear_decode import load_assembly, load_x_assembly, strip_assembly
+from vbcompile.kernels.fp4_linear_decode import (
+    load_assembly,
+    load_tile_assembly,
+    load_x_assembly,
+    strip_assembly,
+)
 from vbcompile.kernels.fp4_linear_few import refuses_diagonal, refuses_few, refuses_stream
 from vbcompile.kernels.fp4_quantize import quantize
 
@@ -78,6 +83,26 @@ def test_a_warp_multiplies_its_rows(kind, format_name, layout, rows, blocks):
     ours = torch.from_numpy(got[:, :rows]).double() * 256 * weight.row_scale.double()[:, None]
     assert float((ours - exact).norm() / exact.norm()) < 1e-6
     assert not got[:, rows:].any()
+
+
+@pytest.mark.parametrize("scale_words", [1, 2])
+def test_tiles_one_by_one_are_those_of_a_step(scale_words):
+    memory = np.random.default_rng(0).integers(0, 256, 3 * 2048 + 3 * 128 * scale_words, np.uint8)
+    lane, parts = np.arange(32), 2 * 3
+    code_at, scale_at = lane * 16, 3 * 2048 + lane // 4 * 4 * scale_words
+    first = (4 + scale_words) * parts
+    text, _ = load_assembly(2, 3, scale_words)
+    at = {f"${first}": code_at, f"${first + 1}": scale_at, f"${first + 2}": np.full(32, 3)}
+    step = words(run_warp(text, at, memory), range(first))
+    for tile in range(3):
+        count = (4 + scale_words) * 2
+        text, constraints = load_tile_assembly(tile, 2, scale_words)
+        at = {f"${count}": code_at, f"${count + 1}": scale_at, "%nctaid.y": np.ones(32)}
+        got = words(run_warp(text, at, memory), range(count))
+        own = [*range(8 * tile, 8 * tile + 8)]
+        own += [4 * parts + scale_words * 2 * tile + i for i in range(2 * scale_words)]
+        assert constraints.count("=&r") == count
+        assert all(np.array_equal(word, step[i]) for word, i in zip(got, own, strict=True))
 
 
 def test_refusals_name_the_reason():

@@ -175,6 +175,8 @@ def test_hopper_kernel_runs_asynchronously_without_spills(block_m, tiles, splits
     products = [i for i in loop if re.match("[HQ]GMMA", i)]
     assert len(products) == (4 if kind == FP8 else 8)
     assert all(re.search(r"GMMA\S* R\d+, R\d+, gdesc", i) for i in products)
+    # the compiler's own are of 128 threads: at most one for each full buffer
+    assert sum(bool(re.match(r"BAR\.SYNC\S* 0x\d, 0x80", i)) for i in loop) <= 3 - config.steps
     # serialised products carry one of these before and after each
     assert sum(i.startswith("WARPGROUP") for i in loop) == 4
     last_wait = max(at for at, i in enumerate(loop) if i.startswith("WARPGROUP.DEPBAR"))
@@ -211,10 +213,24 @@ def test_three_warpgroups_and_128_rows_of_x_keep_two_words_outside_of_the_loop()
 
 def test_no_other_block_fits_beside_one_of_hoppers_kernel():
     """Two of different launches on one multiprocessor did not always end: the register file has no room for more."""
+    from vbcompile.kernels.fp4_linear_wide import PRODUCER_REGISTERS
+
     for warpgroups, (own, at_first) in fp4_linear_hopper._REGISTERS.items():
         threads = 32 * (4 * warpgroups + 4)  # one of the last four warps is the producer
         assert threads * at_first <= 65536 < threads * at_first + 32 * 4 * 16
-        assert 128 * warpgroups * own + 128 * 24 <= 65536
+        assert 128 * (warpgroups * own + PRODUCER_REGISTERS.value) <= 65536
+
+
+def test_named_barriers_of_the_kernel_for_many_rows_are_none_of_the_compilers():
+    from vbcompile.kernels.fp4_linear_wide import FIRST_BARRIER
+
+    for m, fp8 in itertools.product((32, 256), (False, True)):
+        for config in fp4_linear_hopper.wide_candidates(m, fp8):
+            assert FIRST_BARRIER.value + config.stages // config.steps <= 16
+    ptx = compile_launch(wide_launch(fp4_linear_hopper.wide_shape(64, 1, 0, False, 3), BF16), "sm_90").assembly["ptx"]
+    own = [int(number) for number in re.findall(r"\bbar(?:rier)?\.sync\s+(\d+)", ptx)]
+    assert own and max(own) < FIRST_BARRIER.value
+    assert re.search(r"bar\.arrive\s+%r\d+, 416;", ptx) and re.search(r"bar\.sync\s+%r\d+, 416;", ptx)
 
 
 def test_the_last_share_of_a_tile_is_the_longer_one():

@@ -214,6 +214,20 @@ def test_a_checkpoint_is_read_once_or_streamed(tmp_path):
         on_disk.add_(1)
 
 
+def test_only_what_is_written_needs_room_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, other, x, file = make(), make(), torch.randn(2, 32), tmp_path / "model.safetensors"
+    expected = model(x), other(x)
+    save_file(model.state_dict(), file)
+    with torch.device("meta"):
+        empty = make()
+    assert torch.equal(offloaded(empty, checkpoint=file, places={"cpu": "20KiB", "disk": "4KiB"})(x), expected[0])
+    with pytest.raises(ConfigError, match="has room for 4096"):
+        offloaded(model, places={"cpu": "20KiB", "disk": "4KiB"})
+    # weights that a model has are its own, whatever the checkpoint says
+    assert torch.equal(offloaded(other, checkpoint=file, places={"cpu": "20KiB", "disk": "64MiB"})(x), expected[1])
+
+
 def test_checkpoint_errors(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"0.weight": torch.zeros(64, 32)}, file)

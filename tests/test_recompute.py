@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vbcompile import compat
 from vbcompile.config import ConfigError, resolve_config
 from vbcompile.passes import activation_partition, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
@@ -136,6 +137,16 @@ def test_operations_are_counted():
 # ------------------------------------------------------------------------------------------- plans
 def planner(limits, width=64, blocks=4, rows=512, rates=RATES):
     return StepPlanner(joint_graph(Gated(width, blocks), torch.randn(rows, width)), rates, limits)
+
+
+def test_gradients_of_results_are_counted_as_long_as_pytorch_holds_them(monkeypatch):
+    ends = []
+    for frees in (True, False):
+        monkeypatch.setattr(compat, "frees_result_gradients", lambda frees=frees: frees)
+        found = planner(Limits(2**40))
+        ends.append(found._reserved[-1])
+    (tangent,) = (n for n in found.joint.backward if n.op == "placeholder")
+    assert ends[1] - ends[0] == node_bytes(tangent)
 
 
 def test_a_budget_is_kept_and_least_memory_costs_no_more_than_allowed():

@@ -117,6 +117,18 @@ def test_a_wait_twice_and_a_release_twice(device, unit):
         run_steps(streamer, data)
 
 
+def test_a_copy_into_one_place_is_no_write_to_another(device, unit):
+    """Autograd compares the version of what it was given, and copies arrive at any moment."""
+    plan = planned(sweep_of([unit] * 8, [(0, 1), (2, 3), (4, 5), (6, 7)]), 4 * unit)
+    with Streamer(plan, sources_of(plan, random_bytes([unit] * 8), device.device), device) as streamer:
+        held = streamer.wait(0)
+        version = held._version
+        for copy in range(1, len(plan.copies)):
+            streamer.wait(copy)
+            streamer.release(copy)
+        assert held._version == version and streamer.statistics()["evictions"]
+
+
 def test_two_copies_of_one_weight_in_use_at_once(device, unit):
     sweep = sweep_of([unit] * 8, [(index,) for index in (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)])
     plan = planned(sweep, 4 * unit)

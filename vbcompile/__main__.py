@@ -5,6 +5,7 @@ Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what of a model fits where, peak memory and step time, before a run")
     plan.add_argument("target", help="FILE.py:NAME or package.module:NAME, as for explain; built on the meta device")
     plan.add_argument("--budget", help="device memory, e.g. 20GiB (default: all of it, or VB_HBM_BUDGET)")
+    plan.add_argument("--measure", action="store_true", help="measure this machine's memory, links and products first")
     plan.add_argument("--training", action="store_true", help="plan forward, backward and optimizer state")
     plan.add_argument("--weight-bits", type=float, help="bits per element of stored matrices, e.g. 4.5")
     plan.add_argument("--html", metavar="FILE", help="write one self-contained page with the transfer timeline")
@@ -216,12 +219,25 @@ def _load(path: str, name: str) -> Callable[..., Any]:
     else:
         sys.path.insert(0, "")
     try:
-        namespace = runpy.run_path(path) if path.endswith(".py") else vars(importlib.import_module(path))
+        module = _import_file(path) if path.endswith(".py") else importlib.import_module(path)
     except (ImportError, SyntaxError, ValueError) as error:
         raise UsageError(f"cannot import {path or repr(path)}: {error}") from error
-    if not callable(namespace.get(name)):
+    found = getattr(module, name, None)
+    if not callable(found):
         raise UsageError(f"{path} has no function {name!r}")
-    return namespace[name]
+    return found
+
+
+def _import_file(path: str) -> ModuleType:
+    """A file as a module that stays importable: Dynamo imports the modules of functions that it follows."""
+    name = Path(path).stem
+    if name in sys.modules:
+        name = f"vbcompile_target_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _explain_script(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -252,6 +268,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from vbcompile.config import ConfigError
     from vbcompile.estimator import PlanError, estimate
+    from vbcompile.vgpu import create_vgpu_stack
 
     path, _, name = arguments.target.rpartition(":")
     if not path:
@@ -265,6 +282,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             model,
             inputs=keywords or inputs,
             budget=arguments.budget,
+            stack=create_vgpu_stack(measure=True) if arguments.measure else None,
             training=arguments.training,
             weight_bits=arguments.weight_bits,
         )
@@ -370,7 +388,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
     from vbcompile.device import DeviceError
     from vbcompile.doctor import list_kernels
-    from vbcompile.doctor_view import kernel_table
+    from vbcompile.doctor_view import kernel_tables
 
     try:
         rows = list_kernels(arguments.device)
@@ -379,7 +397,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        Console().print(kernel_table(rows))
+        Console().print(*kernel_tables(rows), sep="\n")
     return 0
 
 

@@ -17,6 +17,8 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.registry import MODULES, as_text, check_option, forced_implementation
 from vbcompile.passes import activation_partition, attention_inlined, pipeline
 from vbcompile.report import GraphReport
+from vbcompile.runtime_activation_budget import BudgetWatch
+from vbcompile.runtime_device import AcceleratorDevice
 from vbcompile.vendor_compilers import choose_compiler, compile_by_vendor, say_once
 from vbcompile.vendor_config import for_target
 from vbcompile.vgpu_plan import PlanError
@@ -132,8 +134,9 @@ def _downstream(
     if compiler.name not in DOWNSTREAM:
         return compile_by_vendor(compiler, gm, example_inputs, config.strict)
     partitioner = activation_partition.partitioner_for(context, report)
+    budget = None if partitioner is None else config.budget
     if compiler.name == "aot_eager":
-        return compat.compile_with_aot_eager(gm, example_inputs, partitioner)
+        return _watched(compat.compile_with_aot_eager(gm, example_inputs, partitioner), budget, report)
     key = _cache_key(config)
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
     if partitioner is not None:
@@ -143,7 +146,23 @@ def _downstream(
     if not cudagraphs:
         options["triton.cudagraphs"] = False
     rewrite = None if context.training else attention_inlined.inline_attention
-    return compat.compile_with_inductor(gm, example_inputs, options, key, rewrite)
+    return _watched(compat.compile_with_inductor(gm, example_inputs, options, key, rewrite), budget, report)
+
+
+def _watched(compiled: Callable[..., Any], budget: int | None, report: GraphReport) -> Callable[..., Any]:
+    """The same; that a training step takes more memory than its budget is said once."""
+    if budget is None:
+        return compiled
+
+    def tell(taken: int) -> None:
+        reason = (
+            f"a training step took {taken} bytes of device memory, {taken - budget} more than the budget of {budget}: "
+            f"name a budget of {max(2 * budget - taken, 0)} to stay within it"
+        )
+        report.failures.append(("budget", reason))
+        log.warning("graph %s: %s", report.graph, reason)
+
+    return BudgetWatch(budget, AcceleratorDevice, tell).wrap(compiled)
 
 
 @functools.cache

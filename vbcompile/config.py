@@ -95,8 +95,8 @@ class Config:
         """Whether the user named a mode, by argument or environment."""
         return self.sources.get("mode", "default") != "default"
 
-    def wants_mixed_precision(self, device_type: str) -> bool:
-        """Whether matrix products of float32 models run in bfloat16 on a kind of device."""
+    def wants_mixed_precision(self, device_type: str = "") -> bool:
+        """Whether matrix products of float32 models run in bfloat16 on a kind of device; without one: on any."""
         return self.mode_named and device_type != "cpu" if self.mixed_precision is None else self.mixed_precision
 
     def to_dict(self) -> dict[str, Any]:

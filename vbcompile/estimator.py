@@ -244,12 +244,15 @@ class _Rates:
         return max(-(-nbytes * 10**9 // self.memory), work) + launches * _LAUNCH_NS
 
 
+_HOW_TO_KNOW = "not measured (vbcompile plan --measure, create_vgpu_stack(measure=True))"
+
+
 def _rates(stack: VGPUStack, tflops: float | None, notes: list[str]) -> _Rates:
     level = stack.levels[0]
     if level.source == "default":
-        notes.append(f"{level.speed_gbps:g} GB/s for the memory of {level.device}: calibrate or give speed_gbps")
+        notes.append(f"{level.speed_gbps:g} GB/s for the memory of {level.device}: {_HOW_TO_KNOW}")
     notes += [
-        f"{lv.speed_gbps:g} GB/s for the link of {lv.device}: calibrate or give speed_gbps"
+        f"{lv.speed_gbps:g} GB/s for the link of {lv.device}: {_HOW_TO_KNOW}"
         for lv in stack.levels[1:]
         if lv.source == "default"
     ]
@@ -257,7 +260,7 @@ def _rates(stack: VGPUStack, tflops: float | None, notes: list[str]) -> _Rates:
         return _Rates(level.read_rate, int(tflops * 10**12))
     measured = stack.calibration.matmul if stack.calibration is not None else None
     if measured is None:
-        notes.append("matrix products take no longer than reading their operands: calibrate or give tflops")
+        notes.append(f"matrix products take no longer than reading their operands: {_HOW_TO_KNOW}")
     return _Rates(level.read_rate, measured)
 
 

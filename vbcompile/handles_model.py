@@ -68,7 +68,8 @@ def offload(
         max_memory: Accelerate's vocabulary: ``{0: "20GiB", "cpu": "96GiB", "disk": "/nvme/vb"}``. Bytes of the device
             include activations. None: ``VB_HBM_BUDGET``, or what is free.
         checkpoint: Safetensors file or folder with the weights of a model on the meta device. Weights that host memory
-            has no room for are read from there in every step.
+            has no room for are read from there in every step if ``max_memory`` names a ``disk``, where they then take
+            no room.
         stack: The tiers, instead of ``max_memory``.
         smallest: Tensors of fewer bytes stay ordinary ones on the device.
         progress: Show a bar; None: on a terminal.
@@ -92,7 +93,9 @@ def offload(
     small = [site for site in sites if id(site) not in chosen]
     beside = sum(site.nbytes for site in small)
     reason = _fits(model, sites, places)
-    on_disk = set() if reason else places.choose_disk([site.nbytes for site in large], beside)
+    origin = _Origin(found, places)
+    stored = [origin.on_disk(site) is not None for site in large]
+    on_disk = set() if reason else places.choose_disk([site.nbytes for site in large], beside, stored)
     if not (reason or large):
         reason = (
             f"declined, no tensor has {least} bytes or more: smallest= says from what size on one is kept elsewhere"
@@ -109,7 +112,7 @@ def offload(
     store = WeightStore(places.device, places.memory_device, places.budget, tiers, places.host, places.rates, beside)
     store.stack = places.stack
     with _bar(progress, sum(site.nbytes for site in large)) as advance:
-        _take_over(large, on_disk, _Origin(found, places), store, advance)
+        _take_over(large, on_disk, origin, store, advance)
     for module in {id(module): module for site in large for module, _ in site.owners}.values():
         _hooks[module] = module.register_state_dict_post_hook(_plain_state)
     log.info("offload: %d tensors, %s", len(large), store.masters())
@@ -159,6 +162,15 @@ def offloaded_tensors(model: nn.Module) -> dict[str, OffloadedTensor]:
     """The offloaded parameters and buffers of a model by name, each once."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: value for name, value in named.items() if isinstance(value, OffloadedTensor)}
+
+
+NOT_OFFLOADED = "nothing of this model is offloaded: call vbcompile.offload(model, ...) first"
+
+
+def stores_of(model: nn.Module) -> list[WeightStore]:
+    """The stores of a model's offloaded weights."""
+    stores = {id(h.payload.residence): h.payload.residence for h in offloaded_tensors(model).values()}
+    return [store for store in stores.values() if isinstance(store, WeightStore)]
 
 
 def _refuse(model: nn.Module, checkpoint: Any) -> None:
@@ -212,7 +224,7 @@ def _fits(model: nn.Module, sites: list[_Site], places: Places) -> str:
 
 def why_declined(model: nn.Module) -> str | None:
     """Why :func:`offload` left a model on the device; None where it did not."""
-    return _declined.get(model)
+    return _declined.get(getattr(model, "_orig_mod", model))
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -249,7 +261,9 @@ class _Origin:
 
     def on_disk(self, site: _Site) -> DiskBytes | None:
         """The checkpoint's own bytes, where they can be used as they are."""
-        return self.checkpoint.source(site.name, site.value) if self.checkpoint is not None else None
+        if self.checkpoint is None or not site.value.is_meta:
+            return None
+        return self.checkpoint.source(site.name, site.value)
 
 
 def _take_over(

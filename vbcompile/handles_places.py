@@ -63,18 +63,19 @@ class Places:
             self.stack.calibrate()
         return self.stack.tiers()
 
-    def choose_disk(self, sizes: Sequence[int], beside: int) -> set[int]:
+    def choose_disk(self, sizes: Sequence[int], beside: int, stored: Sequence[bool]) -> set[int]:
         """Indices of the tensors that host memory has no room for, spread evenly.
 
         Args:
             beside: Bytes of tensors that stay on the device in any case.
+            stored: Whether each tensor can be read from a file that is there already, and takes no room.
 
         Raises:
-            ConfigError: there is not enough room with the disk either.
+            ConfigError: there is not enough room with the disk either, or no disk level.
         """
         room = sum(level.capacity for level in self.stack.levels if level.kind == "host")
         beyond = sum(sizes) - room
-        disk = sum(level.capacity for level in self.stack.levels if level.kind == "disk")
+        disks = [level for level in self.stack.levels if level.kind == "disk"]
         if beside > self.budget:
             raise ConfigError(
                 f"{beside} bytes of small tensors stay on {self.device}, and its budget is {self.budget}: raise "
@@ -82,10 +83,10 @@ class Places:
             )
         if beyond <= 0:
             return set()
-        if beyond > disk:
+        if not disks:
             raise ConfigError(
-                f"the weights take {sum(sizes)} bytes, and the levels beyond {self.device} have room for "
-                f"{room + disk} (host {room}, disk {disk}): raise max_memory['cpu'] or give max_memory['disk'] a folder"
+                f"the weights take {sum(sizes)} bytes, and host memory has room for {room}: raise max_memory['cpu'] or "
+                "give max_memory['disk'] a folder with free space"
             )
         chosen, passed, given = set[int](), 0, 0
         for index, size in enumerate(sizes):
@@ -93,6 +94,12 @@ class Places:
             if given * sum(sizes) < beyond * passed:
                 chosen.add(index)
                 given += size
+        written, disk = sum(sizes[index] for index in chosen if not stored[index]), disks[0]
+        if written > disk.capacity:
+            raise ConfigError(
+                f"the weights take {sum(sizes)} bytes, and host memory has room for {room}; {written} would go to "
+                f"{disk.path}, which has room for {disk.capacity}: raise max_memory['cpu'] or name another 'disk'"
+            )
         return chosen
 
     @property

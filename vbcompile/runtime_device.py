@@ -155,6 +155,10 @@ class AcceleratorDevice:
     def allocated_bytes(self) -> int:
         return self._backend.memory_allocated(self._index)
 
+    def reset_peak(self) -> None:
+        """Count :meth:`peak_bytes` from now on."""
+        torch.accelerator.reset_peak_memory_stats(self.device)
+
     def begin_use(self, memory: Tensor) -> None:
         """Nothing: cards do not tell who reads their memory."""
 

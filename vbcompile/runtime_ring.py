@@ -67,7 +67,9 @@ class Ring:
         memory = device.allocate(plan.ring_bytes)
         for index, copy in enumerate(plan.copies):
             queue = links.towards(sources[copy.weight])
-            self._slots.append(_Slot(memory[copy.offset : copy.offset + copy.nbytes], queue))
+            # .data: a version counter for each place, since autograd would take a copy into one, which other threads
+            # make at any moment, for a write to another that it has been given
+            self._slots.append(_Slot(memory[copy.offset : copy.offset + copy.nbytes].data, queue))
             self._copies_of.setdefault(copy.weight, []).append(index)
         self._feed = self._make_feed() if plan.reads else None
 

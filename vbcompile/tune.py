@@ -4,6 +4,7 @@ Times are medians of CUDA-graph replays that go round copies of the weight, so t
 """
 
 import functools
+import itertools
 import logging
 import math
 import statistics
@@ -108,13 +109,13 @@ def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Ca
             yield "triton_stream", fp4_linear_few.product_stream, fp4_linear_few.StreamConfig(*stream)
     for few in _few_candidates(m):
         yield "triton_few", fp4_linear_few.product_few, few
-    if m > 16:
+    if m >= 16:
         for wide in fp4_linear_hopper.wide_candidates(m, False):
             yield "hopper", fp4_linear_hopper.product_wide, wide
         for wide in fp4_linear_hopper.wide_candidates(m, True):
             yield "hopper_fp8", fp4_linear_hopper.product_wide_fp8, wide
-    shape = fp4_linear_triton.tile_config(target, m, n, k)
-    yield "triton", fp4_linear_triton.product, shape
+    for shape in _tile_candidates(target, m, n, k):
+        yield "triton", fp4_linear_triton.product, shape
     yield "triton_dequantize", fp4_linear_gpu.dequantize_product, None
     yield "triton_fp8", fp4_linear_fp8.product_fp8, None
 
@@ -135,9 +136,19 @@ def _diagonal_candidates(m: int, n: int, k: int, multiprocessors: int) -> Iterat
             yield fp4_linear_few.FewConfig(strips, warps, unroll, registers if m == 1 else 128)
 
 
-_STREAM = (  # strips, warps, blocks, registers
-    (2, 8, 2, 128), (1, 4, 4, 96), (1, 8, 2, 80), (2, 4, 2, 128), (1, 4, 2, 128), (1, 8, 2, 128),
+_STREAM = (  # strips, warps, blocks, registers, tiles
+    (2, 4, 4, 128), (2, 8, 2, 128), (1, 4, 4, 96), (1, 8, 2, 80), (1, 4, 4, 128, 4), (1, 8, 2, 128),
 )  # fmt: skip
+_TILES = ((16, 2), (16, 4), (32, 4))  # block_m, columns
+
+
+def _tile_candidates(target: Target, m: int, n: int, k: int) -> Iterator[fp4_linear_triton.TileConfig]:
+    yield fp4_linear_triton.tile_config(target, m, n, k)
+    for (block_m, columns), splits in itertools.product(_TILES, (1, 4, 8)):
+        if block_m <= max(16, m) <= 64 and k % (64 * columns) == 0:
+            yield fp4_linear_triton.TileConfig(block_m, 1, columns, splits, 4, 4)
+
+
 _FEW = (  # strips, warps, unroll, registers
     (1, 4, 4, 128), (1, 8, 4, 128), (1, 8, 2, 128), (2, 4, 2, 128), (2, 8, 2, 128), (2, 4, 4, 128), (4, 4, 1, 128),
     (4, 4, 2, 168), (1, 8, 4, 80), (1, 16, 4, 80), (1, 16, 2, 128), (1, 4, 2, None), (1, 8, 4, None), (2, 4, 2, None),

@@ -118,6 +118,20 @@ def empty_rows_multiplied_stay_nan(q, k, v, keep):
     return (p * keep) @ v
 
 
+@fuses("mask", plus(qkv, _some_rows_empty))
+def empty_rows_of_a_moderate_fill_cleared(q, k, v, keep):
+    """No score is as low as the fill, so that the weights it gives are zero before they are cleared."""
+    p = _scores(q, k).masked_fill(~keep, -1e9 if q.dtype != torch.float16 else -65504.0).softmax(-1)
+    return p.masked_fill(~keep, 0.0) @ v
+
+
+@fuses("mask", plus(qkv, _some_rows_empty))
+def shifted_before_a_moderate_fill(q, k, v, keep):
+    scores = _scores(q, k)
+    scores = scores - scores.amax(-1, keepdim=True)
+    return scores.masked_fill(~keep, -1e9 if q.dtype != torch.float16 else -65504.0).softmax(-1) @ v
+
+
 @fuses("mask")
 def causal_bool_filled_with_inf_and_added(q, k, v):
     """The fill makes every element of a boolean tensor True: all scores move by one."""
