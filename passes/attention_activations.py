@@ -6,18 +6,23 @@ function has a kink, the choice between its pieces is the one whose gradient PyT
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vbcompile.passes.attention_expression import Algebra, Expression
-from vbcompile.passes.graph_ops import ACTIVATIONS
+from vbcompile.passes.graph_ops import ACTIVATIONS, value_of
 
+if TYPE_CHECKING:
+    from vbcompile.passes.attention_lift import Lifter
+
+Number = Expression | float
 _SELU = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717  # scale, alpha
 
 
 class Activations:
-    """A method per operator, named as the operator; each takes the element and the operator's other numbers.
+    """A method per operator, named as the operator; each takes the element and the operator's other numbers, which are
+    expressions where they are known only at run time.
 
     Args:
         algebra: makes the expressions.
@@ -29,19 +34,19 @@ class Activations:
         self._const = algebra.const
         self._limits = torch.finfo(dtype) if dtype.is_floating_point else None
 
-    def _join(self, name: str, *arguments: Expression | float) -> Expression:
+    def _join(self, name: str, *arguments: Number) -> Expression:
         return self._make(name, *(self._const(float(a)) if isinstance(a, (int, float)) else a for a in arguments))
 
-    def _where(self, x: Expression, comparison: str, limit: float, a: Expression | float, b: Expression) -> Expression:
+    def _where(self, x: Expression, comparison: str, limit: Number, a: Number, b: Expression) -> Expression:
         return self._join("where", self._join(comparison, x, limit), a, b)
 
-    def _grow(self, x: Expression, alpha: float, rate: float) -> Expression:
+    def _grow(self, x: Expression, alpha: Number, rate: Number) -> Expression:
         """``x`` above zero, and ``alpha * (exp(rate * x) - 1)`` below."""
         low = self._where(x, "gt", 0.0, 0.0, x)  # nothing overflows where it is not wanted
         power = self._join("exp", self._join("mul", low, rate))
         return self._where(x, "gt", 0.0, x, self._join("mul", self._join("sub", power, 1.0), alpha))
 
-    def _between(self, x: Expression, low: float, high: float) -> Expression:
+    def _between(self, x: Expression, low: Number, high: Number) -> Expression:
         """``x`` within limits, at which the gradient ends."""
         return self._where(x, "le", low, low, self._where(x, "ge", high, high, x))
 
@@ -53,19 +58,19 @@ class Activations:
     def silu(self, x: Expression) -> Expression:
         return self._join("mul", x, self._join("sigmoid", x))
 
-    def leaky_relu(self, x: Expression, negative_slope: float = 0.01) -> Expression:
+    def leaky_relu(self, x: Expression, negative_slope: Number = 0.01) -> Expression:
         return self._where(x, "gt", 0.0, x, self._join("mul", x, negative_slope))
 
-    def elu(self, x: Expression, alpha: float = 1.0) -> Expression:
+    def elu(self, x: Expression, alpha: Number = 1.0) -> Expression:
         return self._grow(x, alpha, 1.0)
 
-    def celu(self, x: Expression, alpha: float = 1.0) -> Expression:
-        return self._grow(x, alpha, 1.0 / alpha)
+    def celu(self, x: Expression, alpha: Number = 1.0) -> Expression:
+        return self._grow(x, alpha, self._join("div", 1.0, alpha))
 
     def selu(self, x: Expression) -> Expression:
         return self._join("mul", self.elu(x, _SELU[1]), _SELU[0])
 
-    def softplus(self, x: Expression, beta: float = 1.0, threshold: float = 20.0) -> Expression:
+    def softplus(self, x: Expression, beta: Number = 1.0, threshold: Number = 20.0) -> Expression:
         inner = self._join("mul", x, beta)
         return self._where(inner, "gt", threshold, x, self._join("div", self._soften(inner), beta))
 
@@ -81,7 +86,7 @@ class Activations:
     def hardswish(self, x: Expression) -> Expression:
         return self._join("mul", x, self.hardsigmoid(x))
 
-    def hardtanh(self, x: Expression, min_val: float = -1.0, max_val: float = 1.0) -> Expression:
+    def hardtanh(self, x: Expression, min_val: Number = -1.0, max_val: Number = 1.0) -> Expression:
         return self._between(x, min_val, max_val)
 
     def relu6(self, x: Expression) -> Expression:
@@ -93,14 +98,14 @@ class Activations:
     def tanhshrink(self, x: Expression) -> Expression:
         return self._join("sub", x, self._join("tanh", x))
 
-    def softshrink(self, x: Expression, lambd: float = 0.5) -> Expression:
-        low = self._where(x, "lt", -lambd, self._join("add", x, lambd), self._const(0.0))
+    def softshrink(self, x: Expression, lambd: Number = 0.5) -> Expression:
+        low = self._where(x, "lt", self._join("neg", lambd), self._join("add", x, lambd), self._const(0.0))
         return self._where(x, "gt", lambd, self._join("sub", x, lambd), low)
 
-    def hardshrink(self, x: Expression, lambd: float = 0.5) -> Expression:
+    def hardshrink(self, x: Expression, lambd: Number = 0.5) -> Expression:
         return self._where(self._join("abs", x), "le", lambd, 0.0, x)
 
-    def threshold(self, x: Expression, threshold: float, value: float) -> Expression:
+    def threshold(self, x: Expression, threshold: Number, value: Number) -> Expression:
         return self._where(x, "le", threshold, value, x)
 
     def gelu(self, x: Expression, approximate: str = "none") -> Expression | None:
@@ -141,7 +146,7 @@ class Activations:
     def nan_to_num(
         self, x: Expression, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
     ) -> Expression | None:
-        if self._limits is None:
+        if self._limits is None or any(isinstance(number, Expression) for number in (nan, posinf, neginf)):
             return None
         high = self._limits.max if posinf is None else posinf
         low = self._limits.min if neginf is None else neginf
@@ -149,10 +154,15 @@ class Activations:
         return self._join("where", self.isnan(x), nan or 0.0, result)
 
 
-def activation(algebra: Algebra, name: str, x: Expression, dtype: torch.dtype, given: dict[str, Any]) -> Any:
+def activation(
+    lifter: "Lifter", name: str, x: Expression, dtype: torch.dtype, given: dict[str, Any]
+) -> Expression | None:
     """The expression of ``name(x)`` with other arguments ``given``; None where it is not known or not of numbers."""
     options = {k: v for k, v in given.items() if k in ACTIVATIONS[name] and k != "inplace"}
-    if any(isinstance(v, bool) or not isinstance(v, (int, float, str, type(None))) for v in options.values()):
-        return None
-    method: Callable[..., Expression | None] = getattr(Activations(algebra, dtype), name)
+    for option, value in options.items():
+        if isinstance(value_of(value), torch.SymFloat):
+            options[option] = lifter.number(value)
+        elif isinstance(value, bool) or not isinstance(value, (int, float, str, type(None))):
+            return None
+    method: Callable[..., Expression | None] = getattr(Activations(lifter.algebra, dtype), name)
     return method(x, **options)

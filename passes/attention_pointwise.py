@@ -214,7 +214,7 @@ class _Rules:
             raise self.opaque()
         x = self.read_as(FLOAT, "input")
         dtype = tensor_of(self.call.input).dtype
-        made = activation(self._lifter.algebra, self.call.name, x, dtype, self.call.arguments)
+        made = activation(self._lifter, self.call.name, x, dtype, self.call.arguments)
         if made is None or not dtype.is_floating_point:
             raise self.opaque()
         return made

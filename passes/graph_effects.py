@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, reads_metadata_only, tensor_of, value_of
+from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, reads_metadata_only, tensor_of, value_of
 
 
 class Effects:
@@ -85,13 +85,7 @@ def _any_between(places: list[int], after: int, before: int) -> bool:
 
 def storage_of(node: Any) -> Any:
     """Identity of the storage behind a node's fake tensor; None where it is unknown."""
-    value = value_of(node)
-    if not isinstance(value, Tensor):
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
+    return storage_of_value(value_of(node))
 
 
 def _nesting_change(node: fx.Node) -> int:
@@ -185,6 +179,7 @@ _METHODS = {
     "masked_fill", "clamp", "clamp_min", "clamp_max", "tanh", "exp", "sigmoid", "relu", "neg", "abs", "tril", "triu",
     "log", "sqrt", "rsqrt", "square", "pow", "nan_to_num", "maximum", "minimum",
 }  # fmt: skip
+_ACTIVATIONS = {name for name, options in ACTIVATIONS.items() if "inplace" in options}
 
 
 def make_functional(graph: fx.Graph) -> bool:
@@ -214,7 +209,7 @@ def _can_be_functional(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is operator.setitem:
         return _mask_of_setitem(node) is not None
     call = call_of(node)
-    return call is not None and call.in_place and (call.name in _FUNCTIONAL or call.name in {*_METHODS, "dropout"})
+    return call is not None and call.in_place and call.name in {*_FUNCTIONAL, *_METHODS, *_ACTIVATIONS, "dropout"}
 
 
 def _mask_of_setitem(node: fx.Node) -> fx.Node | None:
@@ -300,6 +295,9 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     assert isinstance(call, Call)
     if call.name == "dropout":
         return graph.call_function(F.dropout, (call.input, call.get("p", 0.5), call.get("training", True)))
+    if call.name in _ACTIVATIONS:
+        options = {k: v for k, v in call.arguments.items() if k not in ("input", "inplace")}
+        return graph.call_function(getattr(F, call.name), (call.input,), options)
     extra = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     if node.op == "call_method":
         return graph.call_method(str(node.target)[:-1], node.args, extra)

@@ -236,6 +236,7 @@ def _functions() -> dict[Any, str]:
 _IN_PLACE_OPERATORS = {
     operator.iadd: "add", operator.isub: "sub", operator.imul: "mul", operator.itruediv: "div", operator.iand: "and",
     operator.ior: "or", operator.ixor: "xor", operator.ipow: "pow",
+    **{getattr(F, f"{name}_"): name for name in (*ACTIVATIONS, "relu") if hasattr(F, f"{name}_")},
 }  # fmt: skip
 _METHODS = {
     "view": "reshape", "swapaxes": "transpose", "swapdims": "transpose", "multiply": "mul", "divide": "div",

@@ -23,10 +23,11 @@ def use_mixed_precision(gm: fx.GraphModule, context: Any) -> list[Decision]:
     config, device_type = context.config, context.target.device_type
     if not config.wants_mixed_precision(device_type):
         return []
-    reason = _reason_to_leave(gm, device_type)
+    runs_on = _device_of_inputs(gm, device_type) if context.elsewhere else device_type
+    reason = _reason_to_leave(gm, runs_on)
     if reason:
         return [Decision("mixed_precision", "graph", "left", reason)]
-    _wrap(gm, device_type)
+    _wrap(gm, runs_on)
     if device_type not in _announced:
         _announced.add(device_type)
         log.warning(
@@ -54,6 +55,12 @@ def _reason_to_leave(gm: fx.GraphModule, device_type: str) -> str:
     if not any(_is_float(node) for node in gm.graph.nodes if node.op == "placeholder"):
         return "no float32 input"
     return ""
+
+
+def _device_of_inputs(gm: fx.GraphModule, otherwise: str) -> str:
+    """Where a graph runs that is compiled for another device: autocast of that one would do nothing."""
+    floats = (node for node in gm.graph.nodes if node.op == "placeholder" and _is_float(node))
+    return next((node.meta["example_value"].device.type for node in floats), otherwise)
 
 
 def _is_float(node: fx.Node) -> bool:

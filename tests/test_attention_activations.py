@@ -30,3 +30,18 @@ def test_activations_of_scores():
         return torch.stack([(n + 1) * result for n, result in enumerate(results)])
 
     check(function, q, k, v, sites=len(ACTIVATIONS))
+
+
+def test_numbers_of_modules_that_are_symbolic():
+    """With dynamic shapes Dynamo makes a module's floats inputs of the graph."""
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ELU(0.7), nn.LeakyReLU(0.3), nn.Hardtanh(-2.0, 2.5), nn.Softshrink(0.3)])
+
+        def forward(self, q, k, v):
+            return torch.stack([F.softmax(f(q @ k.mT), -1) @ v for f in self.layers])
+
+    inputs = [torch.randn(2, 3, n, 4).requires_grad_() for n in (6, 7, 7)]
+    check(Layers(), *inputs, sites=4, dynamic=True)

@@ -21,7 +21,7 @@ class Layer(torch.nn.Module):
     def forward(self, x):
         return attention(x, x, x)
 def make_module():
-    return torch.nn.Sequential(Layer()), (torch.randn(2, 4, 16, 64),)
+    return torch.nn.Sequential(Layer(), torch.nn.Linear(64, 64)), (torch.randn(2, 4, 16, 64),)
 def make():
     return attention, [torch.randn(2, 4, 16, 64) for _ in range(3)]
 def wrong():
