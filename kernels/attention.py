@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vbcompile.compat import is_fake
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
@@ -30,6 +31,8 @@ from vbcompile.kernels.score_function import (
     evaluate,
 )
 from vbcompile.kernels.score_gradient import differentiate
+
+_SUMMED = 5 * 10**6  # multiplications
 
 
 # ------------------------------------------------------------------------------------------- reference
@@ -49,8 +52,16 @@ def attention_reference(
     p, lse = _probabilities(q, k, captured, scale, function)
     if dropout_p > 0:
         p = p * _keep(p, dropout_p, seed)
-    out = (p @ v.to(p.dtype)).to(q.dtype)
+    out = _product(p, v.to(p.dtype)).to(q.dtype)
     return arrange(out, function.rows_first), lse
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; the smallest as sums where a graph is made: a compiler puts them together with what is around."""
+    sizes = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), *a.shape[-2:], b.shape[-1])
+    if is_fake(a) and all(type(n) is int for n in sizes) and math.prod(sizes) <= _SUMMED:
+        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+    return a @ b
 
 
 def _keep(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -82,7 +93,7 @@ def _logits(
     q: Tensor, k: Tensor, captured: Sequence[Tensor], scale: float, function: ScoreFunction
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = accumulation_dtype(q.dtype)
-    score = (q.to(dtype) @ k.to(dtype).mT) * scale
+    score = _product(q.to(dtype), k.to(dtype).mT) * scale
     logits, keep, sink = _evaluate(function, (function.score, function.mask, function.sink), score, captured)
     assert logits is not None
     return logits.to(dtype).expand(score.shape), keep, None if sink is None else sink.to(dtype)

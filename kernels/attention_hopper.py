@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels.attention_hopper_call import ScoreCall, tile_operand
+from vbcompile.kernels.attention_hopper_program import HopperProgram
+from vbcompile.kernels.attention_hopper_tanh import capped_numbers
 from vbcompile.kernels.attention_layout import pad_lead
 from vbcompile.kernels.launches import launch
 
@@ -61,10 +63,10 @@ class ForwardConfig:
 
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
-    (64, False): ForwardConfig(consumers=3, q_stages=2, ping_pong=0, rounding="halfway", group=1),
+    (64, False): ForwardConfig(consumers=3, stages=3, q_stages=2, ping_pong=2, rounding="halfway", group=1),
     (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
     (128, False): ForwardConfig(q_stages=2, ping_pong=0, rounding="early", group=8, dynamic=True),
-    (128, True): ForwardConfig(q_stages=2, ping_pong=0, rounding="early", group=8, dynamic=True),
+    (128, True): ForwardConfig(q_stages=2, ping_pong=0, rounding="halfway", group=8, dynamic=True),
 }
 
 
@@ -72,10 +74,11 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     """The configuration for a score function."""
     config = SCORED_CONFIGS[dim, call.tile is not None]
     masked = causal or call.planned
-    if dim == 128:  # weights are rounded early where anything else takes registers
+    if call.program.cap is not None:
+        config = replace(config, rounding="halfway" if dim == 128 else "next", ping_pong=0)
+    elif dim == 128:  # where anything else takes registers weights are rounded before all exponentials are there
         others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
-        config = replace(config, rounding="early" if masked or others else config.rounding)
-        config = config if call.program.cap is None else replace(config, rounding="halfway")
+        config = replace(config, rounding="halfway" if masked else "early" if others else config.rounding)
     if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
     return replace(config, block_k=64)  # what a block can hold
@@ -290,11 +293,23 @@ def work_counter(q: Tensor, config: ForwardConfig, plan: Tensor | None) -> Tenso
 _FUNCTIONS = ("LOGITS", "MASK", "ROWS", "OFFSET", "SLOPE", "BOUNDS", "SINK")
 
 
+def _capped_numbers(scale: float, program: HopperProgram) -> tuple[float, ...]:
+    if program.cap is None:
+        return ()
+    return capped_numbers(float(scale) * program.inner, program.outer * math.log2(math.e), program.cap)
+
+
 def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, call: ScoreCall | None) -> dict[str, Any]:
     """The kernel's arguments that a score function decides; ``call`` None for scaled products alone."""
     if call is None:
         nothing: dict[str, Any] = dict.fromkeys(("t_desc", "plan", *_FUNCTIONS))
-        tuples = {"captured": (), "captured_strides": (), "lead_sizes": (1, 1, 1, 1), "plan_strides": (0,) * 4}
+        tuples = {
+            "captured": (),
+            "captured_strides": (),
+            "lead_sizes": (1, 1, 1, 1),
+            "plan_strides": (0,) * 4,
+            "capped": (),
+        }
         flags = {"SHARED": False, "TILED": 0, "CAP": None, "UNBOUNDED": False, "EMPTY_IS_ZERO": False}
         values = {"inner": 1.0, "outer": float(scale), "tile_steps": (0,) * 8, "counter": work_counter(q, config, None)}
         return {**nothing, **tuples, **flags, **values}
@@ -317,7 +332,8 @@ def score_operands(q: Tensor, k: Tensor, scale: float, config: ForwardConfig, ca
         **{name: getattr(program, name.lower()) for name in _FUNCTIONS},
         # Counted from a tile's first column positions are the same for all tiles: there must be registers for them.
         "SLOPE": program.slope if q.shape[-1] == 64 else None,
-        "CAP": program.cap,
+        "CAP": None if program.cap is None else 2,
+        "capped": _capped_numbers(scale, program),
         "UNBOUNDED": program.unbounded,
         "EMPTY_IS_ZERO": call.empty_is_zero,
     }

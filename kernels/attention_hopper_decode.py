@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vbcompile.kernels.attention_hopper_scores import split_lead
 from vbcompile.kernels.attention_hopper_tiles import larger
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -30,20 +31,10 @@ def _let_next_start():
 
 
 @gluon.jit
-def _split_index(linear, sizes):
-    """As in :mod:`vbcompile.kernels.attention_blocks`."""
-    d = linear % sizes[3]
-    linear = linear // sizes[3]
-    c = linear % sizes[2]
-    linear = linear // sizes[2]
-    return (linear // sizes[1], linear % sizes[1], c, d)
-
-
-@gluon.jit
 def _row_offset(row, outer, group_sizes, sizes, strides):
     """Elements from the start of a tensor to rows of a head of k and v; (offset, number of the row among all)."""
     q_length, lead_sizes = sizes
-    member = _split_index(row // q_length, group_sizes)
+    member = split_lead(row // q_length, group_sizes)
     i = row % q_length
     offset = i.to(gl.int64) * strides[4]
     number = gl.zeros_like(row)
@@ -123,7 +114,7 @@ def attention_hopper_decode_kernel(
     gl.thread_barrier()
     split = gl.program_id(0)
     place = (gl.program_id(2), gl.program_id(1))
-    outer = _split_index(gl.program_id(2) * gl.num_programs(1) + gl.program_id(1), outer_sizes)
+    outer = split_lead(gl.program_id(2) * gl.num_programs(1) + gl.program_id(1), outer_sizes)
     descriptors = (k_desc, v_desc)
     buffers = (k_smem, v_smem)
     context = (outer, q_length, k_length, captured, captured_strides)

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vbcompile.kernels.attention_hopper_producer import produce, produce_tiles, take_over
 from vbcompile.kernels.attention_hopper_scores import at_tile, describe_rows, per_row, place_tile, take_tile
-from vbcompile.kernels.attention_hopper_step import advance, refer, weigh
+from vbcompile.kernels.attention_hopper_step import refer, walk, walk_clear, weigh
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
     carry_weights,
@@ -61,6 +61,15 @@ def finish_row(m, total, sink, outer, SINK: gl.constexpr, UNBOUNDED: gl.constexp
     if EMPTY_IS_ZERO:
         share = gl.where(total == 0.0, 0.0, share)
     return share, top + gl.log(total)
+
+
+@gluon.jit
+def split_walk(begin, stop, end, clear):
+    """Of the ``begin``-th .. ``stop - 1``-th tile in the order of the walk: (end of those ahead that need a mask, end
+    of those after them that need none)."""
+    masked_end = gl.minimum(gl.maximum(end - clear[1], begin), stop)
+    masked_end = gl.where(begin >= end - clear[0], stop, masked_end)
+    return masked_end, gl.minimum(gl.maximum(end - clear[0], masked_end), stop)
 
 
 @gluon.jit
@@ -106,14 +115,12 @@ def consume(
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
+    careful = gl.to_tensor(0) > 0
     if PING_PONG > 0 and w == CONSUMERS - 1:
         pass_turn(TURN)
     query_tile, batch, head, first, end, clear, sure = take_over(work, done, 4)
     while head < heads:
         first_row = query_tile * BLOCK_Q + w * 64
-        context = describe_rows(s_layout, BLOCK_K, first_row, head, queries, keys, program, ROWS, OFFSET)
-        slope = per_row(SLOPE, s_layout, BLOCK_K, first_row, context[0], context[1], queries, keys, program)
-
         q_slot = w + done % Q_STAGES * CONSUMERS
         q_tile = q_smem.index(q_slot).reshape([64, D])
         mbarrier.wait(q_full.index(q_slot), done // Q_STAGES & 1)
@@ -126,6 +133,9 @@ def consume(
         s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
         if PING_PONG == 1:
             pass_turn(TURN + (w + 1) % CONSUMERS)
+        # Under the first product: divisions and loads of what belongs to rows.
+        context = describe_rows(s_layout, BLOCK_K, first_row, head, queries, keys, program, ROWS, OFFSET)
+        slope = per_row(SLOPE, s_layout, BLOCK_K, first_row, context[0], context[1], queries, keys, program)
         tile = 0
         if TILED == 1:
             tile = take_tile(tiles, taken, w, CONSUMERS, s_layout)
@@ -146,15 +156,33 @@ def consume(
             gl.full([64, D], 0.0, gl.float32, o_layout),
             carry_weights(p, q_tile.dtype, ROUNDING),
         )
-        for j in range(1, end - first):
-            place = place_tile(first_row, end - 1 - j, clear, sure, BLOCK_K, PLANNED)
-            state = advance(
-                state, taken, q_tile, k_smem, v_smem, barriers, tiles, place, at_tile(context, slope, place, SLOPE),
-                program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK,
-                CAP, UNBOUNDED,
+        item = (first_row, end, clear, sure)
+        begin = 1
+        stop = end - first
+        if PLANNED or CAUSAL:
+            # Tiles that need a mask, then those that need none, then, by a plan, masked ones again: loops of their own
+            # for both keep the longer code of masks out of the way.
+            for _part in range(2 if PLANNED else 1):
+                masked_end, clear_end = split_walk(begin, stop, end, clear)
+                state, taken = walk(
+                    state, taken, begin, masked_end, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
+                    program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS,
+                    LOGITS, MASK, CAP, UNBOUNDED,
+                )  # fmt: skip
+                state, taken = walk_clear(
+                    state, taken, masked_end, clear_end, careful, item, (context, slope), q_tile, k_smem, v_smem,
+                    barriers, tiles, program, sizes, w, CONSUMERS, PING_PONG, ROUNDING, POLY, TILED, SLOPE, LOGITS, CAP,
+                    UNBOUNDED,
+                )  # fmt: skip
+                begin = clear_end
+        else:
+            state, taken = walk_clear(
+                state, taken, begin, stop, careful, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
+                program, sizes, w, CONSUMERS, PING_PONG, ROUNDING, POLY, TILED, SLOPE, LOGITS, CAP, UNBOUNDED,
             )  # fmt: skip
-            taken += 1
         m, total, o, p = state
+        if CAP is not None:  # neighbours in the order of work are alike
+            careful = gl.max(gl.max(total, 1), 0) > program[8][3]
         mbarrier.arrive(q_empty.index(q_slot))
         slot = taken % STAGES
         mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
@@ -196,6 +224,7 @@ def attention_forward(
     plan,
     inner,
     outer,
+    capped,
     queries,
     keys,
     q_heads,
@@ -238,8 +267,8 @@ def attention_forward(
     Weights are ``exp(outer * (logits - largest))``, logits ``LOGITS(inner * q k, ...)`` or ``q k`` where that is None.
     ``t_desc``: captured tensor with rows and columns as a matrix, in blocks ``[64, BLOCK_K]``, and ``tile_steps`` the
     rows and columns by which leading indices move in it; ``captured``: pointers, six strides each; ``lead_sizes``: four
-    leading sizes, B * H together; ``plan``: see ``key_tiles``, None without MASK; functions: see
-    ``attention_hopper_program``.
+    leading sizes, B * H together; ``capped``: see ``attention_hopper_tanh``; ``plan``: see ``key_tiles``, None without
+    MASK; functions: see ``attention_hopper_program``.
     """
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 1, 1, 64, D], q_desc.layout)
@@ -280,7 +309,7 @@ def attention_forward(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     results = (o_desc, lse_pointer)
     sizes = (keys, q_heads, heads_per_key_head, offset, gl.cdiv(queries, 64 * CONSUMERS), heads, counter)
-    program = (inner, outer * LOG2E, captured, captured_strides, lead_sizes, plan, plan_strides, outer)
+    program = (inner, outer * LOG2E, captured, captured_strides, lead_sizes, plan, plan_strides, outer, capped)
     work = (item, item_full, item_empty)
     descriptors = (q_desc, k_desc, v_desc)
     shared = (buffers, barriers, tiles, work, results, sizes, program, queries)

@@ -39,7 +39,7 @@ def key_tiles(query_tile, head, sizes, program, BLOCK_Q: gl.constexpr, BLOCK_K: 
     From the plan, int32 ``[*lead, query tiles, 8]``, or from the causal offset and the number of keys.
     """
     if PLANNED:
-        _, _, _, _, lead_sizes, plan, plan_strides, _ = program
+        _, _, _, _, lead_sizes, plan, plan_strides, _, _ = program
         entry = plan + offset_of(split_lead(head, lead_sizes), plan_strides) + query_tile * 8
         clear = (gl.load(entry + 1), gl.load(entry + 2))
         return gl.load(entry), gl.load(entry + 3), clear, (gl.load(entry + 4), gl.load(entry + 5))
@@ -276,7 +276,7 @@ def score_tile(
     if BOUNDS is None:  # then MASK checks the end of the keys, too
         unsure = masked
     rows, lead, queries, _, away = context
-    inner, _, captured, strides, _, _, _, _ = program
+    inner, _, captured, strides, _, _, _, _, _ = program
     keys = sizes[0]
     parts = s.reshape(64, N // 8, 4, 2)
     split: gl.constexpr = parts.type.layout

@@ -7,11 +7,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from vbcompile.kernels.attention_hopper_scores import mask_scores, score_tile, take_tile, zero_masked
+from vbcompile.kernels.attention_hopper_capped import capped_exponentials
+from vbcompile.kernels.attention_hopper_scores import (
+    at_tile,
+    mask_scores,
+    place_tile,
+    score_tile,
+    take_tile,
+    zero_masked,
+)
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
-    capped_exponentials,
-    capped_reference,
     carry_weights,
     exponentials,
     finish_first,
@@ -82,8 +88,7 @@ def refer(
     so far; what ``exponentials`` takes). Nothing of that changes where logits are capped."""
     factor = program[1]
     if CAP is not None:
-        nothing = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s.type.layout))
-        reference = nothing + capped_reference(factor, CAP)
+        reference = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s.type.layout)) + program[8][0]
         return s, reference, 1.0, factor, reference
     else:
         s = to_logits(
@@ -109,9 +114,10 @@ def weigh(
     BOUNDS: gl.constexpr,
     CAP: gl.constexpr,
 ):
-    """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``."""
+    """Weights of part of a tile, from its ``step``-th key on; other arguments from ``refer``. CAP: None, or how many
+    terms the polynomial has that capped weights are computed by."""
     if CAP is not None:
-        p = capped_exponentials(s, program[0], program[1], CAP)
+        p = capped_exponentials(s, program[8], CAP)
         return zero_masked(p, step, place, context, program, sizes, BOUNDED, BOUNDS)
     else:
         return exponentials(s, own, base, POLY)
@@ -210,3 +216,97 @@ def advance(
         o = o * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
         total = total * gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout))[:, None] + part
         return new_m, total, o, carried
+
+
+@gluon.jit
+def walk(
+    state,
+    taken,
+    begin,
+    stop,
+    item,
+    rows,
+    q_tile,
+    k_smem,
+    v_smem,
+    barriers,
+    tiles,
+    program,
+    sizes,
+    w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    ROUNDING: gl.constexpr,
+    POLY: gl.constexpr,
+    TILED: gl.constexpr,
+    PLANNED: gl.constexpr,
+    SLOPE: gl.constexpr,
+    BOUNDS: gl.constexpr,
+    LOGITS: gl.constexpr,
+    MASK: gl.constexpr,
+    CAP: gl.constexpr,
+    UNBOUNDED: gl.constexpr,
+):
+    """``advance`` to the ``begin``-th .. ``stop - 1``-th key tile of a work item in the order of the walk. ``item``:
+    first row, end of its key tiles, ranges of ``place_tile``; ``rows``: see ``at_tile``."""
+    first_row, end, clear, sure = item
+    context, slope = rows
+    BLOCK_K: gl.constexpr = k_smem.shape[3]
+    for j in range(begin, stop):
+        place = place_tile(first_row, end - 1 - j, clear, sure, BLOCK_K, PLANNED)
+        state = advance(
+            state, taken, q_tile, k_smem, v_smem, barriers, tiles, place, at_tile(context, slope, place, SLOPE),
+            program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP,
+            UNBOUNDED,
+        )  # fmt: skip
+        taken += 1
+    return state, taken
+
+
+@gluon.jit
+def walk_clear(
+    state,
+    taken,
+    begin,
+    stop,
+    careful,
+    item,
+    rows,
+    q_tile,
+    k_smem,
+    v_smem,
+    barriers,
+    tiles,
+    program,
+    sizes,
+    w: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    PING_PONG: gl.constexpr,
+    ROUNDING: gl.constexpr,
+    POLY: gl.constexpr,
+    TILED: gl.constexpr,
+    SLOPE: gl.constexpr,
+    LOGITS: gl.constexpr,
+    CAP: gl.constexpr,
+    UNBOUNDED: gl.constexpr,
+):
+    """``walk`` along key tiles that need no mask. ``careful``: capped scores are expected beyond the limit of the
+    shorter polynomial."""
+    PLANNED: gl.constexpr = TILED == 2  # then the mask's tile must be taken all the same
+    if CAP is None:
+        state, taken = walk(
+            state, taken, begin, stop, item, rows, q_tile, k_smem, v_smem, barriers, tiles, program, sizes, w,
+            CONSUMERS, False, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, None, LOGITS, None, None, UNBOUNDED,
+        )  # fmt: skip
+    elif careful:
+        state, taken = walk(
+            state, taken, begin, stop, item, rows, q_tile, k_smem, v_smem, barriers, tiles, program, sizes, w,
+            CONSUMERS, False, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, None, LOGITS, None, 3, UNBOUNDED,
+        )  # fmt: skip
+    else:
+        state, taken = walk(
+            state, taken, begin, stop, item, rows, q_tile, k_smem, v_smem, barriers, tiles, program, sizes, w,
+            CONSUMERS, False, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, None, LOGITS, None, 2, UNBOUNDED,
+        )  # fmt: skip
+    return state, taken

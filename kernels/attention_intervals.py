@@ -14,9 +14,10 @@ Pair = tuple[str, str]  # names of least and greatest value, or of ``some`` and 
 class IntervalEmitter:
     """Writes bounds of instructions as Triton source.
 
-    The code runs on ``i`` (row numbers of one tile, all existing), ``j`` (``[tiles, columns of each]``, all existing),
-    ``first``, ``last`` (first and last row), ``column_first``, ``column_last`` (of each tile), and the context of
-    :mod:`vbcompile.kernels.score_triton`. ``by_keys``: on the columns of one tile and ``[tiles, rows of each]``.
+    The code runs on ``i`` (row numbers of one tile, all existing), ``j`` (all existing, ``[32, tiles, n]``: n times 32
+    neighbours out of each tile), ``first``, ``last`` (first and last row), ``column_first``, ``column_last`` (of each
+    tile), and the context of
+    :mod:`vbcompile.kernels.score_triton`. ``by_keys``: on the columns of one tile and the rows of many.
     """
 
     def __init__(self, function: ScoreFunction, patterns: tuple[CapturedPattern, ...], by_keys: bool = False) -> None:
@@ -76,11 +77,14 @@ class IntervalEmitter:
         value = self._emitter.value(position)
         if not pattern.row and not pattern.column:
             return value, value
-        axis = int(pattern.column != self._by_keys)
+        of_tiles = pattern.column != self._by_keys  # else of the one tile that is looked at
+        least, greatest = (
+            f"tl.{name}(tl.{name}({{0}}, 2), 0)" if of_tiles else f"tl.{name}({{0}}, 0)" for name in ("min", "max")
+        )
         if pattern.kind == "bool":
             whole = f"tl.cast({value}, tl.int32)"
-            return f"tl.max({whole}, {axis}) != 0", f"tl.min({whole}, {axis}) != 0"
-        return f"tl.min({value}, {axis})", f"tl.max({value}, {axis})"
+            return f"{greatest.format(whole)} != 0", f"{least.format(whole)} != 0"
+        return least.format(value), greatest.format(value)
 
     def _scaled(self, name: str, arguments: list[int], pair: Pair) -> Pair | None:
         """By a positive constant on the right, which keeps the order of integers."""

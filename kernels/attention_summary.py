@@ -46,6 +46,7 @@ def _within_bounds(
     anywhere."""
     OWN: tl.constexpr = BLOCK_K if BY_KEYS else BLOCK_Q
     OTHER: tl.constexpr = BLOCK_Q if BY_KEYS else BLOCK_K
+    LANES: tl.constexpr = min(OTHER, 32)
     limit = q_length if BY_KEYS else k_length
     last_row = tl.minimum(first_row + OWN, k_length if BY_KEYS else q_length) - 1
     i = tl.minimum(first_row + tl.arange(0, OWN), last_row)
@@ -59,7 +60,10 @@ def _within_bounds(
         tiles = start + tl.arange(0, TILES)
         column_first = tl.minimum(tiles * OTHER, limit - 1)
         column_last = tl.minimum(tiles * OTHER + OTHER, limit) - 1
-        j = tl.minimum(tiles[:, None] * OTHER + tl.arange(0, OTHER)[None, :], limit - 1)
+        # Triton deals the first axis to neighbouring threads and the second to warps: a warp reads neighbours, and most
+        # of a tile's minimum is taken by single threads.
+        inside = tl.arange(0, LANES)[:, None, None] + LANES * tl.arange(0, OTHER // LANES)[None, None, :]
+        j = tl.minimum(tiles[None, :, None] * OTHER + inside, limit - 1)
         if BY_KEYS:
             some, every = BOUNDS(
                 column_first, column_last, first_row, last_row, j, i, None, None,

@@ -13,9 +13,9 @@ import triton.language as tl
 UNPACK = """
 { .reg .b32 t, u, s, p0, p1, p2, p3;
 shl.b32 t, $8, 6; and.b32 p0, t, 0x81C081C0;
-shf.l.wrap.b32 t, $8, $8, 26; shl.b32 u, $8, 2; and.b32 t, t, 0x81808180; lop3.b32 p1, u, 0x00400040, t, 0xEA;
 and.b32 p2, $8, 0x81C081C0;
 shf.l.wrap.b32 t, $8, $8, 28; and.b32 p3, t, 0x81C081C0;
+shf.l.wrap.b32 t, $8, $8, 26; shl.b32 u, $8, 2; and.b32 t, t, 0x81808180; lop3.b32 p1, u, 0x00400040, t, 0xEA;
 """
 TO_HALF = "".join(
     f"shl.b32 t, p{i}, 3; and.b32 t, t, 0x0E000E00; lop3.b32 p{i}, p{i}, 0x80008000, t, 0xEA;\n" for i in range(4)

@@ -207,9 +207,10 @@ class StepPlanner:
             readers = self._all_readers(node)
             again = [u for u in readers if inside and u not in self.joint.forward and not self._is_light(u)]
             uses = [kernels.end(u) for u in readers if (u in self.joint.forward) == inside or node in saved]
-            if again and node not in saved:  # made again there
-                begin = kernels.begin(node, min(index[u] for u in again))
-                yield begin, max(kernels.end(u) for u in again), held_bytes(node)
+            times = [(index[u], kernels.end(u)) for u in again] + self._made_for(readers)
+            if times and node not in saved:  # made again there
+                begin = kernels.begin(node, min(t[0] for t in times))
+                yield begin, max(t[1] for t in times), held_bytes(node)
             if not self._is_fused(node, readers):
                 end = last if node in self.joint.results else max(uses, default=index[node])
                 begin = index[node] if inside else kernels.begin(node, index[node])
@@ -221,6 +222,11 @@ class StepPlanner:
             if node.op == "placeholder" and leaders:  # gradients of the results
                 ends = [kernels.end(u) for u in self._all_readers(node)] if compat.frees_result_gradients() else []
                 yield min(self.first_backward, last), max(ends, default=last), held_bytes(node)
+
+    def _made_for(self, readers: list[fx.Node]) -> list[tuple[int, int]]:
+        """When costly operators among these would run again, at the soonest."""
+        again = self.recomputable if self.limits.recompute else {}
+        return [(self._needs[u][0], self._needs[u][0]) for u in readers if u in again and u in self._needs]
 
     def _is_fused(self, node: fx.Node, readers: list[fx.Node]) -> bool:
         """Whether a pointwise operator's result goes straight into those that read it."""

@@ -188,6 +188,7 @@ def expand_multi_head(matcher: Matcher, call: MultiHead) -> Expanded:
     result = next(u for u in call.node.users if u.args[1] == 0)
     emitter = Emitter(call.node, matcher.effects.position)
     q, k, v = _project(emitter, call)
+    call = _with_longer_masks(emitter, call)
     attention = emitter.function(F.scaled_dot_product_attention, q, k, v)
     output = emitter.with_strides(_project_out(emitter, call, attention), tensor_of(result))
     output.meta["example_value"] = tensor_of(result)
@@ -195,9 +196,8 @@ def expand_multi_head(matcher: Matcher, call: MultiHead) -> Expanded:
 
 
 def _check_multi_head(call: MultiHead) -> None:
-    special = ("bias_k", "bias_v", "static_k", "static_v")
-    if any(call.arguments[name] is not None for name in special) or call.add_zero_attn:
-        raise Refusal("extra keys (bias_k, add_zero_attn or static_k)")
+    if call.static_k is not None or call.static_v is not None:
+        raise Refusal("keys or values that are given already projected (static_k, static_v)")
     if len(shape_of(call.query)) not in (2, 3):
         raise Refusal("queries of an unknown layout")
     if not isinstance(call.num_heads, int) or not isinstance(call.training, bool):
@@ -221,12 +221,41 @@ def _project(emitter: Emitter, call: MultiHead) -> list[fx.Node]:
     if len(shape_of(call.query)) == 2:
         unbatched = {x: emitter.method("unsqueeze", x, 1) for x in dict.fromkeys(inputs)}
         inputs = [unbatched[x] for x in inputs]
-    projected = _linear_inputs(emitter, call, inputs)
     heads = []
-    for x in projected:
+    for x, one_more in zip(_linear_inputs(emitter, call, inputs), (None, call.bias_k, call.bias_v), strict=True):
+        if one_more is not None:
+            x = emitter.function(torch.cat, [x, emitter.method("expand", one_more, (-1, *_sizes(emitter, x)[1:]))])
         split = emitter.method("unflatten", x, -1, (call.num_heads, shape_of(x)[-1] // call.num_heads))
         heads.append(emitter.method("permute", split, (1, 2, 0, 3)))
+    if call.add_zero_attn:
+        heads[1:] = [_with_a_zero(emitter, x) for x in heads[1:]]
     return heads
+
+
+def _sizes(emitter: Emitter, node: fx.Node) -> list[Any]:
+    return [emitter.method("size", node, d) if isinstance(n, torch.SymInt) else n for d, n in enumerate(shape_of(node))]
+
+
+def _with_a_zero(emitter: Emitter, heads: fx.Node) -> fx.Node:
+    n, count, _, features = _sizes(emitter, heads)
+    return emitter.function(torch.cat, [heads, emitter.method("new_zeros", heads, (n, count, 1, features))], 2)
+
+
+def _with_longer_masks(emitter: Emitter, call: MultiHead) -> MultiHead:
+    """The call with masks that show the keys which it adds itself."""
+    added = (call.bias_k is not None) + bool(call.add_zero_attn)
+    masks = {
+        name: call.arguments[name] for name in ("attn_mask", "key_padding_mask") if call.arguments[name] is not None
+    }
+    if added == 0 or _trusts_is_causal(call):
+        return call
+    longer = {name: emitter.function(F.pad, mask, (0, added)) for name, mask in masks.items()}
+    return MultiHead(call.node, {**call.arguments, **longer})
+
+
+def _trusts_is_causal(call: MultiHead) -> bool:
+    """Whether PyTorch takes ``is_causal`` in place of the mask."""
+    return bool(call.is_causal and call.key_padding_mask is None and not call.need_weights)
 
 
 def _linear_inputs(emitter: Emitter, call: MultiHead, inputs: list[fx.Node]) -> list[fx.Node]:
@@ -266,8 +295,7 @@ def match_inner(matcher: Matcher, expanded: Expanded, detail: Detail) -> Site:
     scale, features_of = site.logits.scale, site.logits.features_of
     n, heads = site.out_dims[:2]
     logits = site.algebra.score
-    trusted = call.is_causal and call.key_padding_mask is None and not call.need_weights
-    if trusted:
+    if _trusts_is_causal(call):
         logits = _causal(lifter, logits, True, site.rows, site.keys)
     elif call.attn_mask is not None:
         logits = add_mask(lifter, logits, call.attn_mask, _mask_dims(site, call.attn_mask, n, heads), False)

@@ -88,13 +88,7 @@ def _any_between(places: list[int], after: int, before: int) -> bool:
 
 def storage_of(node: Any) -> Any:
     """Identity of the storage behind a node's fake tensor; None where it is unknown."""
-    value = value_of(node)
-    if not isinstance(value, Tensor):
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
+    return storage_of_value(value_of(node))
 
 
 def _nesting_change(node: fx.Node) -> int:

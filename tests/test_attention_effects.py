@@ -220,9 +220,19 @@ def test_weights_of_multihead_attention_that_are_read():
 
 
 @pytest.mark.parametrize("extra", [{"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_multihead_attention_with_extra_keys_is_left(extra):
+def test_multihead_attention_with_extra_keys(extra):
     module = nn.MultiheadAttention(16, 2, batch_first=True, **extra)
-    check(lambda x: module(x, x, x)[0], torch.randn(2, 6, 16), sites=0)
+    check(lambda x: module(x, x, x)[0], torch.randn(2, 6, 16, requires_grad=True))
+
+
+def test_multihead_attention_with_keys_projected_elsewhere_is_left():
+    def function(x, k, w, out):
+        return F.multi_head_attention_forward(
+            x, x, x, 16, 2, w, None, None, None, False, 0.0, out, None, need_weights=False, static_k=k, static_v=k
+        )[0]
+
+    tensors = [torch.randn(*shape) for shape in ((6, 2, 16), (4, 5, 8), (48, 16), (16, 16))]
+    assert "static_k" in check(function, *tensors, sites=0).reasons[0]
 
 
 @pytest.mark.parametrize("batched", [True, False])

@@ -14,6 +14,7 @@ from vbcompile.kernels import attention_hopper as hopper
 from vbcompile.kernels.attention_case import make_case
 from vbcompile.kernels.attention_hopper_call import describe_call, refuses_call
 from vbcompile.kernels.attention_hopper_program import compile_hopper, peel
+from vbcompile.kernels.attention_hopper_tanh import TANH, capped_numbers
 from vbcompile.kernels.attention_problem import with_padded_lead
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.score_triton import CapturedPattern
@@ -100,13 +101,28 @@ def test_cubic_of_exp2_is_close():
         assert f"0f{np.float32(constant).view(np.uint32):08X}" in source
 
 
-def test_polynomial_of_tanh_is_close():
-    from vbcompile.kernels import attention_hopper_tiles as tiles
+@pytest.mark.parametrize("inner", [0.125 / 30, -0.125 / 30, 0.3, 7e-4, 2.0**-8])
+@pytest.mark.parametrize(("terms", "error"), [(2, 1e-3), (3, 2.4e-4)])
+def test_polynomials_of_capped_scores(inner, terms, error):
+    """In float32, as the kernel does it: close within the limit, and scores beyond it are told by their bits."""
+    single, factor, limit = np.float32, 30 * math.log2(math.e), TANH[terms][0]
+    _, _, _, _, *numbers = map(single, capped_numbers(inner, factor, 0.0))
+    shift, end, *coefficients = numbers[:4] if terms == 2 else numbers[4:]
+    u = np.linspace(-1, 1, 20_001)[:10_000] * limit
+    score = (u / inner).astype(single)
+    t = score * score + shift
+    value = np.polynomial.polynomial.polyval(t, coefficients, tensor=False).astype(single) * score
+    assert np.max(np.abs(value[1:] / (factor * np.tanh(inner * score[1:].astype(np.float64))) - 1)) < error
+    assert np.bitwise_or.reduce(t[1:].view(np.uint32)) < end.view(np.uint32)
+    beyond = (np.float64([-1.001, 1.001, 2, -50, np.inf, np.nan]) * limit / inner).astype(single)
+    for x in beyond:
+        assert np.bitwise_or.reduce((np.append(score[1:9], x) ** 2 + shift).view(np.uint32)) >= end.view(np.uint32)
 
-    limit, a, b, c = (x.value for x in (tiles.TANH_LIMIT, tiles.TANH_A, tiles.TANH_B, tiles.TANH_C))
-    u = np.linspace(-limit, limit, 10_001)[:5000]
-    square = u * u
-    assert np.max(np.abs(u * (a + square * (b + square * c)) / np.tanh(u) - 1)) < 2.3e-4  # half of the instruction's
+
+@pytest.mark.parametrize("inner", [0.0, 1e-30, 1e30])
+def test_scores_of_unusual_size_are_all_beyond_the_limit(inner):
+    numbers = capped_numbers(inner, 43.0, 0.0)
+    assert np.isfinite(np.float32(numbers)).all() and numbers[5] == numbers[9] == 0.0
 
 
 @pytest.mark.parametrize(

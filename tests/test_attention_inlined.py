@@ -101,13 +101,16 @@ def test_a_forced_implementation_is_followed():
     with force(attention="reference"):
         _, source = code(plain, *heads())
     assert OURS in source
-    _, source = code(plain, *heads(), implementations={"attention": "reference"})
-    assert OURS not in source and THEIRS not in source
+    inputs = heads(torch.bfloat16)
+    got, source = code(padded, *inputs, implementations={"attention": "reference"})
+    assert OURS not in source and THEIRS not in source and "extern_kernels.bmm(" not in source  # sums
+    want = padded(*(t.double() for t in inputs))
+    assert (got - want).abs().max() <= 2 * (padded(*inputs) - want).abs().max()
     _, source = code(plain, *heads(), implementations={"attention": "cpu_flash"})
     assert THEIRS in source
 
 
-def implementations(rows, **options):
+def implementations(rows, function=plain, **options):
     """As the report of a Hopper card names them."""
     target = Target("nvidia", "cuda", "sm_90", multiprocessors=132, features=frozenset({"triton", "bf16", "tma"}))
     found = []
@@ -119,7 +122,7 @@ def implementations(rows, **options):
         return gm.forward
 
     with torch.no_grad():
-        torch.compile(plain, backend=backend, dynamic=False)(*heads(torch.bfloat16, rows=rows, width=128))
+        torch.compile(function, backend=backend, dynamic=False)(*heads(torch.bfloat16, rows=rows, width=128))
     torch._dynamo.reset()
     return [decision.implementation for decision in found]
 
@@ -132,6 +135,12 @@ def test_small_calls_run_by_the_operator_that_costs_the_host_least():
     (named,) = implementations(256, implementations={"attention": "triton"})
     (eager,) = implementations(256, downstream="aot_eager")
     assert all(how.startswith("hopper (not") for how in (large, graphs, named, eager))
+
+
+def test_the_smallest_calls_that_no_fused_operator_computes_are_compiled_from_their_meaning():
+    (small,) = implementations(12, capped)
+    (larger,) = implementations(256, capped)
+    assert small.startswith("reference, since") and not larger.startswith("reference")
 
 
 @pytest.mark.gpu

@@ -144,7 +144,9 @@ def check_bounds(trial: Trial, by_keys: bool) -> None:
     )
     starts = np.arange(0, limit, other, dtype=np.int32)
     ends = np.minimum(starts + other, limit) - 1
-    inside = np.minimum(starts[:, None] + np.arange(other, dtype=np.int32), limit - 1)
+    lanes = other // 2  # the kernel takes 32
+    inside = np.arange(other, dtype=np.int32).reshape(-1, lanes).T[:, None, :]
+    inside = np.minimum(starts[None, :, None] + inside, limit - 1)
     for head, first, last in trial.tiles(by_keys):
         rows = np.minimum(first + np.arange(own, dtype=np.int32), last)
         names = dict(zip(("i", "j"), (inside, rows) if by_keys else (rows, inside), strict=True))

@@ -8,7 +8,8 @@ from test_offload_pass import blocks, compiled, offload
 from test_report_page import parse
 
 import vbcompile
-from vbcompile.handles_timeline import movement_of, recorded, stores_of
+from vbcompile.handles_model import stores_of
+from vbcompile.handles_timeline import movement_of, recorded
 
 
 def test_page_of_a_measured_step(tmp_path):
@@ -40,6 +41,8 @@ def test_both_halves_of_a_training_step_are_recorded():
 
 
 def test_without_offload_there_is_nothing_to_draw(tmp_path):
-    with pytest.raises(ValueError, match="this one has 0"):
+    with pytest.raises(ValueError, match=r"call vbcompile\.offload"):
         vbcompile.write_timeline(blocks(), tmp_path / "step.html", torch.randn(3, 32))
+    with pytest.raises(ValueError, match="declined, the model fits"):
+        vbcompile.write_timeline(offload(blocks(), "64MiB"), tmp_path / "step.html", torch.randn(3, 32))
     assert not (tmp_path / "step.html").exists()

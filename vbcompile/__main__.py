@@ -388,7 +388,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
     from vbcompile.device import DeviceError
     from vbcompile.doctor import list_kernels
-    from vbcompile.doctor_view import kernel_table
+    from vbcompile.doctor_view import kernel_tables
 
     try:
         rows = list_kernels(arguments.device)
@@ -397,7 +397,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        Console().print(kernel_table(rows))
+        Console().print(*kernel_tables(rows), sep="\n")
     return 0
 
 

@@ -16,7 +16,8 @@ import vbcompile
 from vbcompile import bench_peers
 from vbcompile.bench_cases import Case, compiled, error_of
 from vbcompile.bench_cases import makers as operator_makers
-from vbcompile.handles_timeline import movement_of, recorded, stores_of
+from vbcompile.handles_model import stores_of
+from vbcompile.handles_timeline import movement_of, recorded
 from vbcompile.vgpu_size import parse_size
 
 Tensor = torch.Tensor

@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 _FUSE_ATTENTION = "torch._inductor.fx_passes.fuse_attention"
+_FEW_BYTES = 4 * 2**20  # a card reads them in about a microsecond
 
 
 def compile_with_inductor(
@@ -137,12 +138,14 @@ def partitioner_options(partitioner: Callable[..., Any], key: str) -> dict[str, 
 
     Inductor then keeps the order of the graph that it gets: its search for less memory knows nothing of memory that
     leaves the device, and would move the waits. It gives memory back at once: kept for a later tensor of the same size,
-    it would be missing to what returns meanwhile.
+    it would be missing to what returns meanwhile. It puts kernels together for the sake of a few common reads no more:
+    what one of them makes for a later layer would live too long.
     """
     return {
         "custom_partitioner_fn": _Partitioner(partitioner, key),
         "reorder_for_peak_memory": False,
         "allow_buffer_reuse": False,
+        "score_fusion_memory_threshold": _FEW_BYTES,
     }
 
 

@@ -32,7 +32,7 @@ def view(found: Diagnosis) -> Group:
             ("tool", "for", "works", ""),
             [(tool.tool, tool.purpose, _yes(tool.ok), tool.detail) for tool in found.tools],
         ),
-        kernel_table(found.kernels),
+        *kernel_tables(found.kernels),
         _table(
             "Environment",
             ("variable", "value", "problem"),
@@ -42,16 +42,20 @@ def view(found: Diagnosis) -> Group:
     return Group(*(table for table in tables if table.row_count), *map(_problem, found.problems), _verdict(found))
 
 
-def kernel_table(kernels: Sequence[KernelReport]) -> Table:
-    """Which implementation of each operator runs on which architecture."""
-    rows = [(k.arch, k.operator, k.implementation, _yes(not k.reason), k.reason) for k in kernels]
-    return _table("Kernels", ("architecture", "operator", "implementation", "runs", "why not"), rows)
+def kernel_tables(kernels: Sequence[KernelReport]) -> list[Table]:
+    """For each architecture and operator, which implementation runs there; names are never broken."""
+    groups: dict[str, list[tuple]] = {}
+    for k in kernels:
+        row = k.implementation, _yes(not k.reason), k.reason
+        groups.setdefault(f"Kernels for {k.operator} on {k.arch}", []).append(row)
+    return [_table(title, ("implementation", "runs", "why not"), rows, whole=1) for title, rows in groups.items()]
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Table:
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple], whole: int = 0) -> Table:
+    """A table whose first ``whole`` columns are as wide as their longest cell."""
     table = Table(title=title, title_justify="left", show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number < whole)
     for row in rows:
         table.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
     return table

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from vbcompile.backend import collected_reports, vblackwell
 from vbcompile.device_catalog import catalog_target
+from vbcompile.handles_model import stores_of
 from vbcompile.handles_store import all_stores
-from vbcompile.handles_timeline import movement_of, recorded, stores_of
+from vbcompile.handles_timeline import movement_of, recorded
 from vbcompile.report import GraphReport, merge_counts
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Explanation:
 def _table(report: GraphReport) -> Table:
     table = Table(show_lines=False, expand=True)
     for column in ("pass", "site", "what", "why, or what it became", "runs as"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("pass", "what"))
     for decision in report.decisions:
         action = Text(decision.action, style=_STYLE.get(decision.action, ""))
         row = (decision.pass_name, decision.site, action, decision.reason, decision.implementation)

@@ -164,6 +164,15 @@ def offloaded_tensors(model: nn.Module) -> dict[str, OffloadedTensor]:
     return {name: value for name, value in named.items() if isinstance(value, OffloadedTensor)}
 
 
+NOT_OFFLOADED = "nothing of this model is offloaded: call vbcompile.offload(model, ...) first"
+
+
+def stores_of(model: nn.Module) -> list[WeightStore]:
+    """The stores of a model's offloaded weights."""
+    stores = {id(h.payload.residence): h.payload.residence for h in offloaded_tensors(model).values()}
+    return [store for store in stores.values() if isinstance(store, WeightStore)]
+
+
 def _refuse(model: nn.Module, checkpoint: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"offload takes a torch.nn.Module, not {type(model).__name__}")
@@ -215,7 +224,7 @@ def _fits(model: nn.Module, sites: list[_Site], places: Places) -> str:
 
 def why_declined(model: nn.Module) -> str | None:
     """Why :func:`offload` left a model on the device; None where it did not."""
-    return _declined.get(model)
+    return _declined.get(getattr(model, "_orig_mod", model))
 
 
 def _is_plain(value: Tensor) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vbcompile.handles_model import offloaded_tensors, why_declined
+from vbcompile.handles_model import NOT_OFFLOADED, stores_of, why_declined
 from vbcompile.handles_store import WeightStore, all_stores
 from vbcompile.runtime_statistics import table
 from vbcompile.vgpu_plan import DEVICE
@@ -94,14 +94,13 @@ def stats(model: nn.Module | None = None) -> list[OffloadStatistics]:
     """
     if model is None:
         return [_of(store) for store in all_stores() if store.payloads]
-    stores = {id(h.payload.residence): h.payload.residence for h in offloaded_tensors(model).values()}
-    reason = why_declined(getattr(model, "_orig_mod", model))
+    stores, reason = stores_of(model), why_declined(model)
     if not stores and reason is not None:
         device = next((str(tensor.device) for tensor in model.parameters()), "")
         return [OffloadStatistics(device, 0, {}, declined=reason)]
     if not stores:
-        raise ValueError("nothing of this model is offloaded: call vbcompile.offload(model, ...) first")
-    return [_of(store) for store in stores.values() if isinstance(store, WeightStore)]
+        raise ValueError(NOT_OFFLOADED)
+    return [_of(store) for store in stores]
 
 
 def _of(store: WeightStore) -> OffloadStatistics:

@@ -1,22 +1,24 @@
 """``vbcompile.write_timeline``: one step of an offloaded model as a page, by plan and as measured."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vbcompile.handles_model import offloaded_tensors
+from torch import nn
+
+from vbcompile.handles_model import NOT_OFFLOADED, stores_of, why_declined
 from vbcompile.handles_store import WeightStore
 from vbcompile.report_page import Movement, html_page
 from vbcompile.vgpu_simulator import Event
 
-__all__ = ["movement_of", "recorded", "stores_of", "write_timeline"]
+__all__ = ["movement_of", "recorded", "write_timeline"]
 
 _STEPS = 3  # the first one starts the stream; the last one is what is drawn
 _SHOWN = ("steps", "streamed_bytes", "hits", "misses", "evictions", "wasted_bytes", "stall_ns", "gbps")
 
 
-def write_timeline(model: Callable[..., Any], path: str | Path, *inputs: Any, **keyword_inputs: Any) -> Path:
+def write_timeline(model: nn.Module, path: str | Path, *inputs: Any, **keyword_inputs: Any) -> Path:
     """Run a compiled model whose weights are offloaded a few times, and draw its last step.
 
     The page is self-contained: budget, ring and placement, the plan's transfer timeline beside the measured one, and
@@ -32,7 +34,9 @@ def write_timeline(model: Callable[..., Any], path: str | Path, *inputs: Any, **
         OSError: the file cannot be written.
     """
     stores = stores_of(model)
-    if len(stores) != 1:
+    if not stores:
+        raise ValueError(why_declined(model) or NOT_OFFLOADED)
+    if len(stores) > 1:
         raise ValueError(f"a timeline is drawn for a model with one offload; this one has {len(stores)}")
     with recorded(stores):
         for _ in range(_STEPS):
@@ -43,12 +47,6 @@ def write_timeline(model: Callable[..., Any], path: str | Path, *inputs: Any, **
     target = Path(path)
     target.write_text(html_page([], f"one step on {stores[0].device}", [movement]), encoding="utf-8")
     return target
-
-
-def stores_of(model: Any) -> list[WeightStore]:
-    """The stores of a model's offloaded weights."""
-    stores = {id(h.payload.residence): h.payload.residence for h in offloaded_tensors(model).values()}
-    return [store for store in stores.values() if isinstance(store, WeightStore)]
 
 
 @contextmanager

@@ -320,9 +320,7 @@ class Streamer:
             ValueError: the streamer was made without ``record``, or no step is complete.
         """
         with self._lock:
-            if self._recorder is None:
-                raise ValueError("nothing was recorded: make the streamer with record=True")
-            return self._recorder.timeline()
+            return self._recorded().timeline()
 
     def memory_timeline(self) -> list[MemorySample]:
         """Device memory over the last recorded step, as :class:`vbcompile.runtime_statistics.MemorySample`.
@@ -331,11 +329,14 @@ class Streamer:
             ValueError: the streamer was made without ``record``, or no step is complete.
         """
         with self._lock:
-            if self._recorder is None:
-                raise ValueError("nothing was recorded: make the streamer with record=True")
-            return self._recorder.memory()
+            return self._recorded().memory()
 
     # within
+
+    def _recorded(self) -> Recorder:
+        if self._recorder is None:
+            raise ValueError("nothing was recorded: make the streamer with record=True")
+        return self._recorder
 
     def _require_running(self) -> None:
         if not self._started or self._closed:

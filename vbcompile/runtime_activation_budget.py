@@ -1,8 +1,7 @@
 """Whether a training step really keeps to its budget: what the allocator held at most, against what was allowed.
 
 A plan is made from the graph; what compilers and libraries allocate beside it shows on the device alone. The
-allocator's peak belongs to whoever reads it, so it is set back only if it leaves open whether the budget was kept, and
-only once.
+allocator's peak belongs to whoever reads it, so it is set back only where it leaves open whether the budget was kept.
 """
 
 from collections.abc import Callable

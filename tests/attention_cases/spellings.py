@@ -443,6 +443,13 @@ class MultiheadPaddingAndMask(_Multihead):
         return self.attention(x, x, x, key_padding_mask=padding, attn_mask=mask)[0]
 
 
+@fuses("multihead", plus(tokens, lambda d: ~d.padding(d.B, d.S)))
+class MultiheadWithExtraKeys(MultiheadPaddingAndMask):
+    """A learned key and one of zeros, which no mask hides."""
+
+    options = {"batch_first": True, "add_bias_kv": True, "add_zero_attn": True}
+
+
 @fuses("multihead", plus(tokens, lambda d: ~d.padding(d.B, d.S)), modes=(INFERENCE,))
 class MultiheadInEvaluation(_Multihead):
     options = {"batch_first": True, "dropout": 0.1}
