@@ -5,6 +5,7 @@ says; results leave the graph in the dtype that they had. A graph that already m
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ def use_mixed_precision(gm: fx.GraphModule, context: Any) -> list[Decision]:
     config, device_type = context.config, context.target.device_type
     if not config.wants_mixed_precision(device_type):
         return []
-    reason = _reason_to_leave(gm, device_type)
+    runs_on = _device_of_inputs(gm, device_type) if context.elsewhere else device_type
+    reason = _reason_to_leave(gm, runs_on)
     if reason:
         return [Decision("mixed_precision", "graph", "left", reason)]
-    _wrap(gm, device_type)
+    _wrap(gm, dict.fromkeys((device_type, runs_on)))
     if device_type not in _announced:
         _announced.add(device_type)
         log.warning(
@@ -56,23 +58,33 @@ def _reason_to_leave(gm: fx.GraphModule, device_type: str) -> str:
     return ""
 
 
+def _device_of_inputs(gm: fx.GraphModule, otherwise: str) -> str:
+    """Where a graph runs that is compiled for another device, whose autocast does nothing there."""
+    floats = (node for node in gm.graph.nodes if node.op == "placeholder" and _is_float(node))
+    return next((node.meta["example_value"].device.type for node in floats), otherwise)
+
+
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
 
 
-def _wrap(gm: fx.GraphModule, device_type: str) -> None:
+def _wrap(gm: fx.GraphModule, device_types: Iterable[str]) -> None:
     graph = gm.graph
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        entered = graph.call_function(
-            torch.amp.autocast_mode._enter_autocast,
-            (device_type, torch.bfloat16, True, torch.is_autocast_cache_enabled()),
-        )
+        entered = [
+            graph.call_function(
+                torch.amp.autocast_mode._enter_autocast,
+                (device_type, torch.bfloat16, True, torch.is_autocast_cache_enabled()),
+            )
+            for device_type in device_types
+        ]
     _cast_attention(gm)
     output = graph.output_node()
     with graph.inserting_before(output):
-        graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+        for mode in reversed(entered):
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
         output.args = fx.map_arg(output.args, lambda node: _in_own_dtype(graph, node))
     gm.recompile()
 
