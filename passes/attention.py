@@ -23,7 +23,7 @@ from vbcompile.passes.attention_fused_calls import (
 )
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_matcher import Matcher
-from vbcompile.passes.attention_plan import Plan, plan
+from vbcompile.passes.attention_plan import Plan, check_gradients, plan
 from vbcompile.passes.attention_report import describe, details
 from vbcompile.passes.attention_rewrite import rewrite
 from vbcompile.passes.attention_rows import EmptyRowsOfGraph
@@ -192,6 +192,7 @@ def _plan_all(matcher: Matcher, contraction: Contraction) -> list[Plan]:
     if len(sites) > 1 and any(site.log_sums for site in sites):
         raise Refusal("the scores of a sum of attentions are used elsewhere")
     check_region(sites, sites[0].out)
+    check_gradients(plans)
     return plans
 
 

@@ -3,6 +3,7 @@
 Nothing in the graph changes here; a site that cannot be planned is refused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,18 +76,22 @@ def plan(site: Site, effects: Effects) -> Plan:
     made.function = builder.build()
     made.captured = builder.captured
     _check_arrangement(made)
-    _check_gradients(made)
     return made
 
 
-def _check_gradients(made: Plan) -> None:
+def check_gradients(plans: Sequence[Plan]) -> None:
     """Raise Refusal where an input that wants a gradient takes part in the source (maybe to get zero) but not here."""
-    site = made.site
-    operands = [made.q, made.k, made.v, *(x for q, k, _ in made.terms for x in (q, k))]
-    kept = {x.node for x in operands} | {n for n, _ in made.captured} | {n for _, n, _ in site.factors}
-    kept |= set() if site.residual is None else {site.residual[0]}
-    kept = {n for n in kept if isinstance(n, fx.Node)}
-    read = {i for node in site.region for i in node.all_input_nodes} - site.region - kept
+    kept: set[fx.Node] = set()
+    for made in plans:
+        operands = [made.q, made.k, made.v, *(x for q, k, _ in made.terms for x in (q, k))]
+        others = [
+            *(n for n, _ in made.captured),
+            *(n for _, n, _ in made.site.factors),
+            *(made.site.residual or ())[:1],
+        ]
+        kept |= {x.node for x in operands} | {n for n in others if isinstance(n, fx.Node)}
+    region = set().union(*(made.site.region for made in plans))
+    read = {i for node in region for i in node.all_input_nodes} - region - kept
     lost = learned_leaves([n for n in read if is_tensor(n) and tensor_of(n).requires_grad], kept)
     if lost and not lost <= ancestors(kept):
         raise Refusal(f"{min(n.name for n in lost)} would get no gradient")
