@@ -65,7 +65,7 @@ class ForwardConfig:
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(consumers=3, stages=3, q_stages=2, ping_pong=2, rounding="halfway", group=1),
     (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
-    (128, False): ForwardConfig(q_stages=2, ping_pong=0, rounding="early", group=8, dynamic=True),
+    (128, False): ForwardConfig(q_stages=2, ping_pong=0, rounding="halfway", group=8, dynamic=True),
     (128, True): ForwardConfig(q_stages=2, ping_pong=0, rounding="halfway", group=8, dynamic=True),
 }
 
@@ -76,9 +76,12 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     masked = causal or call.planned
     if call.program.cap is not None:
         config = replace(config, rounding="halfway" if dim == 128 else "next", ping_pong=0)
-    elif dim == 128:  # where anything else takes registers weights are rounded before all exponentials are there
+    elif dim == 128:  # weights are rounded early where anything else takes registers
         others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
-        config = replace(config, rounding="halfway" if masked else "early" if others else config.rounding)
+        tile_masked = masked and call.tile is not None
+        config = replace(
+            config, rounding="early" if others or tile_masked else "halfway" if masked else config.rounding
+        )
     if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
     return replace(config, block_k=64)  # what a block can hold

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vbcompile.kernels.attention_hopper_producer import produce, produce_tiles, take_over
 from vbcompile.kernels.attention_hopper_scores import at_tile, describe_rows, per_row, place_tile, take_tile
-from vbcompile.kernels.attention_hopper_step import refer, walk, walk_clear, weigh
+from vbcompile.kernels.attention_hopper_step import refer, walk, weigh
 from vbcompile.kernels.attention_hopper_tiles import (
     TURN,
     carry_weights,
@@ -61,15 +61,6 @@ def finish_row(m, total, sink, outer, SINK: gl.constexpr, UNBOUNDED: gl.constexp
     if EMPTY_IS_ZERO:
         share = gl.where(total == 0.0, 0.0, share)
     return share, top + gl.log(total)
-
-
-@gluon.jit
-def split_walk(begin, stop, end, clear):
-    """Of the ``begin``-th .. ``stop - 1``-th tile in the order of the walk: (end of those ahead that need a mask, end
-    of those after them that need none)."""
-    masked_end = gl.minimum(gl.maximum(end - clear[1], begin), stop)
-    masked_end = gl.where(begin >= end - clear[0], stop, masked_end)
-    return masked_end, gl.minimum(gl.maximum(end - clear[0], masked_end), stop)
 
 
 @gluon.jit
@@ -157,31 +148,26 @@ def consume(
             carry_weights(p, q_tile.dtype, ROUNDING),
         )
         item = (first_row, end, clear, sure)
-        begin = 1
-        stop = end - first
-        if PLANNED or CAUSAL:
-            # Tiles that need a mask, then those that need none, then, by a plan, masked ones again: loops of their own
-            # for both keep the longer code of masks out of the way.
-            for _part in range(2 if PLANNED else 1):
-                masked_end, clear_end = split_walk(begin, stop, end, clear)
-                state, taken = walk(
-                    state, taken, begin, masked_end, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
-                    program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS,
-                    LOGITS, MASK, CAP, UNBOUNDED,
-                )  # fmt: skip
-                state, taken = walk_clear(
-                    state, taken, masked_end, clear_end, careful, item, (context, slope), q_tile, k_smem, v_smem,
-                    barriers, tiles, program, sizes, w, CONSUMERS, PING_PONG, ROUNDING, POLY, TILED, SLOPE, LOGITS, CAP,
-                    UNBOUNDED,
-                )  # fmt: skip
-                begin = clear_end
+        if CAP is None:
+            state, taken = walk(
+                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
+                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
+                None, UNBOUNDED,
+            )  # fmt: skip
+        elif careful:
+            state, taken = walk(
+                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
+                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
+                3, UNBOUNDED,
+            )  # fmt: skip
         else:
-            state, taken = walk_clear(
-                state, taken, begin, stop, careful, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
-                program, sizes, w, CONSUMERS, PING_PONG, ROUNDING, POLY, TILED, SLOPE, LOGITS, CAP, UNBOUNDED,
+            state, taken = walk(
+                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
+                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
+                CAP, UNBOUNDED,
             )  # fmt: skip
         m, total, o, p = state
-        if CAP is not None:  # neighbours in the order of work are alike
+        if CAP is not None:  # work items that follow each other are alike
             careful = gl.max(gl.max(total, 1), 0) > program[8][3]
         mbarrier.arrive(q_empty.index(q_slot))
         slot = taken % STAGES

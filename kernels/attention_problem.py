@@ -198,7 +198,7 @@ class Problem:
             EXACT=exact,
             BY_KEYS=by_keys,
             TILES=min(_PLAN_ELEMENTS // (tiles.block_q if by_keys else tiles.block_k), power_of_two(other)),
-            BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, EARLY=like.is_cuda, num_warps=16 if bounds else 1,
+            BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, EARLY=like.is_cuda, num_warps=8 if bounds else 1,
         )  # fmt: skip
         return plan, broadcast_strides(plan)[:LEAD_AXES]
 

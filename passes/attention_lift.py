@@ -145,7 +145,9 @@ class Lifter:
             return None
         atoms = list(dict.fromkeys(atom for c in self.space.resolve_all(coordinates) for atom in c))  # type: ignore
         pattern = tuple(tuple((atoms.index(a), str(a.size)) for a in c) for c in self.space.resolve_all(coordinates))  # type: ignore
-        return (argument, pattern, self._may_cut, self._symbolic_sizes), atoms
+        score = None if self.score is None else tensor_of(self.score)
+        kind = None if score is None else (score.dtype, score.requires_grad)  # decides what is looked into
+        return (argument, pattern, kind, self._may_cut, self._symbolic_sizes), atoms
 
     def _remember(self, argument: fx.Node, coordinates: Coordinates, found: Expression) -> None:
         key = self._key(argument, coordinates)

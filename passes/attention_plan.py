@@ -17,7 +17,7 @@ from vbcompile.passes.attention_order import reads_rows_first
 from vbcompile.passes.attention_rows import EmptyRows
 from vbcompile.passes.attention_site import Operand, Retry, Site
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_input
-from vbcompile.passes.graph_effects import Effects, storage_of
+from vbcompile.passes.graph_effects import Effects, ancestors, learned_leaves, storage_of
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, tensor_of, value_of
 
 MAX_LEADING = 4
@@ -75,7 +75,21 @@ def plan(site: Site, effects: Effects) -> Plan:
     made.function = builder.build()
     made.captured = builder.captured
     _check_arrangement(made)
+    _check_gradients(made)
     return made
+
+
+def _check_gradients(made: Plan) -> None:
+    """Raise Refusal where an input that wants a gradient takes part in the source (maybe to get zero) but not here."""
+    site = made.site
+    operands = [made.q, made.k, made.v, *(x for q, k, _ in made.terms for x in (q, k))]
+    kept = {x.node for x in operands} | {n for n, _ in made.captured} | {n for _, n, _ in site.factors}
+    kept |= set() if site.residual is None else {site.residual[0]}
+    kept = {n for n in kept if isinstance(n, fx.Node)}
+    read = {i for node in site.region for i in node.all_input_nodes} - site.region - kept
+    lost = learned_leaves([n for n in read if is_tensor(n) and tensor_of(n).requires_grad], kept)
+    if lost and not lost <= ancestors(kept):
+        raise Refusal(f"{min(n.name for n in lost)} would get no gradient")
 
 
 def _check_arrangement(made: Plan) -> None:

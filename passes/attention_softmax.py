@@ -9,7 +9,7 @@ from torch import fx
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Kept, Weights
 from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
-from vbcompile.passes.graph_effects import cuts_gradient
+from vbcompile.passes.graph_effects import ancestors, cuts_gradient, learned_leaves
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
@@ -292,20 +292,8 @@ def _wants_gradient_besides(shift: fx.Node, logits: fx.Node) -> bool:
     """Whether a number per row needs tensors in its gradient that the logits do not: it is zero there, not absent."""
     if not tensor_of(shift).requires_grad:
         return False
-    wants = lambda n: n.op in ("placeholder", "get_attr") and is_tensor(n) and tensor_of(n).requires_grad
-    own = {n for n in _ancestors([shift], {logits}) if wants(n)}
-    return bool(own) and not own <= _ancestors([logits], set())
-
-
-def _ancestors(nodes: list[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that they are computed from, no further than ``ends``."""
-    found, todo = set(ends), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
+    own = learned_leaves([shift], {logits})
+    return bool(own) and not own <= ancestors([logits])
 
 
 # --------------------------------------------------------------------------------------- what softmax does not see

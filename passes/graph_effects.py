@@ -6,6 +6,7 @@ to ask here first. :func:`make_functional` turns in-place operators on fresh ten
 
 import operator
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ class Effects:
         if any(self.is_written_at_all(i) for i in (node, *inputs)):
             return node
         alike = {i: self.representative(i, depth - 1).name for i in inputs}
-        key = str((node.op, node.target, fx.map_arg((node.args, node.kwargs), lambda n: alike[n])))
+        is_differentiated = is_tensor(node) and tensor_of(node).requires_grad
+        arguments = fx.map_arg((node.args, node.kwargs), lambda n: alike[n])
+        key = str((node.op, node.target, arguments, is_differentiated))
         first = self._first_of.get(key)
         if first is None or first._erased or self.position.get(first, 0) > self.position.get(node, 0):
             first = self._first_of[key] = node
@@ -106,6 +109,24 @@ def cuts_gradient(node: fx.Node) -> bool:
     """Whether no gradient goes from the node's tensor to an input that wants one: ``detach``, ``torch.no_grad``."""
     wants = lambda n: is_tensor(n) and tensor_of(n).is_floating_point() and tensor_of(n).requires_grad
     return not wants(node) and any(map(wants, node.all_input_nodes))
+
+
+def ancestors(nodes: Iterable[fx.Node], ends: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes and all that they are computed from, no further than ``ends``."""
+    found, todo = set(ends), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def learned_leaves(nodes: Iterable[fx.Node], ends: Iterable[fx.Node]) -> set[fx.Node]:
+    """Inputs of the graph that want a gradient and that nodes are computed from other than by way of ``ends``."""
+    stops = set(ends)
+    leaves = {n for n in ancestors(nodes, stops) - stops if n.op in ("placeholder", "get_attr")}
+    return {n for n in leaves if is_tensor(n) and tensor_of(n).requires_grad}
 
 
 _IN_PLACE_METHODS = {"__setitem__"} | {

@@ -155,6 +155,18 @@ def test_small_calls_on_a_gpu():
 
 
 @pytest.mark.gpu
+def test_the_smallest_masked_calls_on_a_gpu():
+    inputs = [torch.randn(2, 4, n, 128, dtype=torch.bfloat16, device="cuda") for n in (1, 40, 40)]
+    keep = torch.rand(2, 1, 1, 40, device="cuda") > 0.4
+    keep[..., 0] = True
+    masked = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, keep)
+    got, source = code(masked, *inputs)
+    assert OURS not in source and "bmm(" not in source
+    want = masked(*(t.double() for t in inputs))
+    assert (got - want).abs().max() <= 2 * (masked(*inputs) - want).abs().max()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("function", [plain, grouped])
 def test_on_a_gpu(function):
     """Head size 96 is cuDNN's on Hopper, FlashAttention-2's elsewhere on NVIDIA."""

@@ -164,7 +164,7 @@ def wide_launch(config, kind, format_name="nvfp4", epilogue="none"):
     [
         (32, 1, 1, BF16, 2), (64, 1, 1, BF16, 2), (64, 1, 4, FP16, 3), (64, 2, 2, BF16, 2), (128, 1, 0, BF16, 2),
         (128, 2, 1, BF16, 2), (256, 1, 1, BF16, 2), (256, 1, 0, FP16, 2), (256, 1, 0, FP8, 2), (128, 2, 1, FP8, 2),
-        (64, 1, 4, FP8, 2),
+        (64, 1, 4, FP8, 2), (16, 1, 4, BF16, 2),
     ],
 )  # fmt: skip
 def test_hopper_kernel_runs_asynchronously_without_spills(block_m, tiles, splits, kind, warpgroups):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 CONFIGS = [
     replace(fp4_linear_hopper.wide_shape(*shape, splits, False, lag=lag), in_turns=in_turns)
     for shape, splits, (lag, in_turns) in itertools.product(
-        ((32, 1), (64, 1), (128, 1), (256, 1), (64, 2)), (0, 1, 3), ((0, True), (2, False))
+        ((16, 1), (32, 1), (64, 1), (128, 1), (256, 1), (64, 2)), (0, 1, 3), ((0, True), (2, False))
     )
 ]
 CONFIGS += [

@@ -130,6 +130,40 @@ def sink_of_zeros_like_the_scores(q, k, v, keep):
     return torch.cat([torch.zeros_like(s[..., :1]), s], -1).softmax(-1)[..., 1:] @ v
 
 
+# -------------------------------------------------------------------------------------- equal values, other gradients
+class _Slopes(nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.randn(sizes.heads))
+
+    def attend(self, q, k, v):
+        place = torch.arange(q.shape[-2], device=q.device)
+        return (_scores(q, k) - self.slopes.exp()[:, None, None] * (place[:, None] - place).abs()).softmax(-1) @ v
+
+
+@fuses("gradient", sites=2, modes=ONLY)
+class TeacherAheadOfItsStudent(_Slopes):
+    """The same bias is computed twice, at first without gradient."""
+
+    def forward(self, q, k, v):
+        with torch.no_grad():
+            teacher = self.attend(q, k, v)
+        return teacher + self.attend(q, k, v)
+
+
+@refuses(modes=ONLY)
+class BiasThatIsNeverChosen(nn.Module):
+    """Its gradient is zero, not absent."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(sizes.heads, 1, 1))
+
+    def forward(self, q, k, v):
+        beyond = torch.arange(k.shape[-2], device=q.device) >= k.shape[-2]
+        return torch.where(beyond, self.bias, _scores(q, k)).softmax(-1) @ v
+
+
 # ------------------------------------------------------------------------------------- the logarithm of the row's sum
 @fuses("gradient")
 def logsumexp_after_the_result(q, k, v):
