@@ -145,8 +145,11 @@ def quantize(
         ValueError: unknown format, method or block size; a weight that is not of these shapes and dtypes, has a row
             shorter than a block, holds NaN or infinity, or has no data (``meta``).
     """
-    fmt = fp4_format(format_name, block_size)
-    scale_rule(fmt, method)
+    try:
+        fmt = fp4_format(format_name, block_size)
+        scale_rule(fmt, method)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if refusal := refuse_weight(weight, fmt):
         raise ValueError(f"{name}: {refusal}")
     with torch.no_grad():

@@ -50,8 +50,8 @@ def test_one_bad_element_is_found(value, format_name, dtype):
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown FP4 format 'fp4'; valid formats: nvfp4, mxfp4"):
-        quantize(torch.ones(4, 32), "fp4")
+    with pytest.raises(ValueError, match="up: unknown FP4 format 'fp4'; valid formats: nvfp4, mxfp4"):
+        quantize(torch.ones(4, 32), "fp4", name="up")
     with pytest.raises(ValueError, match="unknown method 'four_over_six' for mxfp4; valid methods: mse, nearest, fp8"):
         quantize(torch.ones(4, 32), "mxfp4", method="four_over_six")
     with pytest.raises(ValueError, match="nvfp4 has blocks of 16 elements, not 32"):

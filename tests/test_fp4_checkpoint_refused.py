@@ -32,6 +32,10 @@ from vbcompile.kernels.fp4 import PackedWeight
         ),
         (compressed_config("nvfp4-pack-quantized", 32), "group_size 32 of nvfp4-pack-quantized; valid: \\[16\\]"),
         (compressed_config("mixed-precision", 64), "group_size 64"),
+        (
+            compressed_config("nvfp4-packed", 16),
+            "format 'nvfp4-packed' of 4-bit float weights is not read",
+        ),
         (compressed_config("nvfp4-pack-quantized", 16, transform_config={"config_groups": {"R1": {}}}), "rotates"),
         (compressed_config("nvfp4-pack-quantized", 16, sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24"),
     ],

@@ -61,9 +61,12 @@ def _check_compressed_tensors(declared: dict[str, Any], file: Path) -> None:
 
 def _check_group(group: dict[str, Any], format_name: Any, file: Path) -> None:
     """One group of layers; those of another format than FP4 are judged by their tensors."""
-    if format_name not in _COMPRESSED_FORMATS:
-        return
     weights = _section(group, "weights")
+    if format_name not in _COMPRESSED_FORMATS:
+        if format_name and (weights.get("num_bits"), weights.get("type")) == (4, "float"):
+            known = ", ".join(_COMPRESSED_FORMATS)
+            raise CheckpointError(f"{file}: format {format_name!r} of 4-bit float weights is not read; valid: {known}")
+        return
     if weights.get("num_bits", 4) != 4 or weights.get("type", "float") != "float":
         return
     fp4 = _COMPRESSED_FORMATS[format_name]
