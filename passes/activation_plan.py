@@ -170,7 +170,7 @@ class StepPlanner:
         total = sum(map(node_bytes, self.saved))
         return [n for n in self.saved if n in self._needs and node_bytes(n) * _SMALLEST_SHARE >= total]
 
-    def _activation(self, node: fx.Node, late: set[fx.Node]) -> Activation:
+    def _activation(self, node: fx.Node, late: set[fx.Node], gone_by: int | None) -> Activation:
         index, limits = self._timeline[0], self.limits
         first, last = self._needs[node]
         reads = [index[u] for u in self._all_readers(node) if u in self.joint.forward]
@@ -185,6 +185,7 @@ class StepPlanner:
             last,
             recompute_ns=again,
             can_offload=moved and node_bytes(node) >= _SMALLEST_MOVED,
+            gone_by=gone_by,
         )
 
     @cached_property
@@ -258,12 +259,17 @@ class StepPlanner:
         """
         late: set[fx.Node] = set()
         while True:
-            found = self._search([self._activation(n, late) for n in self.planned])
-            end = self.first_backward
+            try:
+                found = self._search([self._activation(n, late, None) for n in self.planned])
+            except PlanError:
+                if not late:
+                    raise
+                # a slow link: the end of the forward waits for what is on its way
+                return self._search([self._activation(n, set(), self.first_backward) for n in self.planned])
             overdue = {
                 n
                 for n, fate in zip(self.planned, found.fates, strict=True)
-                if fate.choice == "offload" and fate.free_before > end
+                if fate.choice == "offload" and fate.free_before > self.first_backward
             }
             if not overdue:
                 return found

@@ -182,6 +182,20 @@ def test_a_slow_link_is_left_alone_and_a_fast_one_used():
     assert fast.chosen("offload") and not fast.chosen("recompute")
 
 
+def test_over_a_slow_link_the_end_of_the_forward_waits_rather_than_the_budget_is_missed():
+    sizes = {"width": 128, "rows": 4096}
+    with pytest.raises(PlanError) as caught:
+        planner(Limits(1), **sizes).plan()
+    budget = int(1.02 * caught.value.minimum_budget)
+    with pytest.raises(PlanError):
+        planner(Limits(budget, offload=False), **sizes).plan()
+    step = planner(Limits(budget), rates=Rates(10**12, 10**11, 10**6, 10**6, 2**40), **sizes)
+    plan = step.plan()
+    gone = [f.free_before for f in plan.fates if f.choice == "offload"]
+    assert plan.peak_bytes <= budget and step.first_backward in gone and max(gone) <= step.first_backward
+    assert plan.step_ns > 2 * plan.kept_step_ns
+
+
 def test_residuals_stay_so_that_no_chain_grows_long():
     found = planner(Limits())
     residual = [n for n in found.saved if node_bytes(n) == 512 * 64 * 4]

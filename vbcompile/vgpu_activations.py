@@ -35,6 +35,7 @@ class Activation:
         last_backward: Last operator that reads it.
         recompute_ns: Time to make it again from what is there in any case; None: it cannot be.
         can_offload: Whether it may leave the device (views of other tensors may not).
+        gone_by: Operator before which it has left if it is offloaded, even if that is waited for; None: its next use.
 
     Raises:
         ValueError: positions out of order, or a negative size or time.
@@ -48,12 +49,17 @@ class Activation:
     last_backward: int
     recompute_ns: int | None = None
     can_offload: bool = True
+    gone_by: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.produced <= self.last_forward < self.first_backward <= self.last_backward:
             raise ValueError(
                 f"activation {self.name!r}: positions must satisfy 0 <= produced <= last_forward < first_backward <= "
                 f"last_backward, not {self.produced}, {self.last_forward}, {self.first_backward}, {self.last_backward}"
+            )
+        if self.gone_by is not None and self.gone_by <= self.last_forward:
+            raise ValueError(
+                f"activation {self.name!r}: it is read by {self.last_forward}, and to be gone by {self.gone_by}"
             )
         if self.nbytes < 0 or (self.recompute_ns or 0) < 0:
             raise ValueError(f"activation {self.name!r}: its size and time to recompute must not be negative")
@@ -236,7 +242,7 @@ class _Problem:
             activation = self.activations[index]
             link = max(link, starts[activation.produced + 1]) + self.write_ns[index]
             free = max(bisect_left(starts, link), activation.last_forward + 1)
-            gone[index] = min(free, activation.first_backward)
+            gone[index] = min(free, activation.first_backward, activation.gone_by or free)
         fates, link = {}, starts[-1]
         for index in sorted(moved, key=lambda i: (self.activations[i].first_backward, i), reverse=True):
             activation = self.activations[index]
