@@ -58,5 +58,6 @@ def _quick(target: Any, case: AttentionCase) -> Implementation | None:
     able = [i for i in attention.implementations if i.inlines and not refuses(i)]
     costs = [(i.cost(target, case), n) for n, i in enumerate(able)]
     cost, number = min(costs, default=(math.inf, 0))
-    is_plain = math.isinf(cost)  # the reference
-    return None if not able or (is_plain and _operations(case) > _PLAIN_OPERATIONS) else able[number]
+    is_plain = math.isinf(cost)  # the reference; other vendors' operators are called by their compilers
+    is_worth = target.device_type == "cuda" and _operations(case) <= _PLAIN_OPERATIONS
+    return able[number] if able and (is_worth or not is_plain) else None
