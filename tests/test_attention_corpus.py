@@ -37,7 +37,7 @@ def test_inference(case, backend):
     _check(attempt(case, backend, mode=INFERENCE))
 
 
-@pytest.mark.parametrize("case", _trials(TRAINING, always=4))
+@pytest.mark.parametrize("case", _trials(TRAINING, always=8))
 def test_training(case, backend):
     _check(attempt(case, backend, mode=TRAINING))
 
