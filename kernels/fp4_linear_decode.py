@@ -10,6 +10,7 @@ in a fixed order.
 """
 
 import re
+from collections.abc import Iterator
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,18 +40,24 @@ def load_assembly(strips: int, unroll: int, scale_words: int) -> tuple[str, str]
     codes, scales = 0, 4 * parts
     inputs = scales + scale_words * parts
     text = ["{ .reg .pred p;"] + [f"mov.b32 ${i}, 0;" for i in range(inputs)]
-    kind = ".v2" if scale_words == 2 else ""
     for tile in range(unroll):
         text.append(f"setp.gt.s32 p, ${inputs + 2}, {tile};")
         for strip in range(strips):
             part = tile * strips + strip
-            words = ", ".join(f"${codes + 4 * part + i}" for i in range(4))
-            at = 2048 * tile + 512 * strip
-            text.append(f"@p ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {at}];")
-            words = ", ".join(f"${scales + scale_words * part + i}" for i in range(scale_words))
-            at = scale_words * (128 * tile + 32 * strip)
-            text.append(f"@p ld.global.nc{kind}.b32 {{{words}}}, [${inputs + 1} + {at}];")
+            operands = codes + 4 * part, scales + scale_words * part, inputs
+            text += _loads("@p ld.global.nc", tile, strip, operands, scale_words)
     return "\n".join(text) + "\n}", ",".join(["=&r"] * inputs + ["l", "l", "r"])
+
+
+def _loads(load: str, tile: int, strip: int, operands: tuple[int, int, int], scale_words: int) -> Iterator[str]:
+    """PTX that loads a thread's codes and scales of one strip in one tile; ``operands``: the first word of codes, the
+    first of scales, the address of codes, which that of scales follows."""
+    codes, scales, address = operands
+    kind = ".v2" if scale_words == 2 else ""
+    words = ", ".join(f"${codes + i}" for i in range(4))
+    yield f"{load}.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${address} + {2048 * tile + 512 * strip}];"
+    words = ", ".join(f"${scales + i}" for i in range(scale_words))
+    yield f"{load}{kind}.b32 {{{words}}}, [${address + 1} + {scale_words * (128 * tile + 32 * strip)}];"
 
 
 def load_tile_assembly(tile: int, strips: int, scale_words: int) -> tuple[str, str]:
@@ -61,14 +68,10 @@ def load_tile_assembly(tile: int, strips: int, scale_words: int) -> tuple[str, s
     where the products soon wait for them.
     """
     inputs = (4 + scale_words) * strips
-    kind, text = ".v2" if scale_words == 2 else "", [STAY_SCOPE]
+    text = [STAY_SCOPE]
     for strip in range(strips):
-        words = ", ".join(f"${4 * strip + i}" for i in range(4))
-        at = 2048 * tile + 512 * strip
-        text.append(f"ld.relaxed.gpu.global.L1::no_allocate.L2::256B.v4.b32 {{{words}}}, [${inputs} + {at}];")
-        words = ", ".join(f"${4 * strips + scale_words * strip + i}" for i in range(scale_words))
-        at = scale_words * (128 * tile + 32 * strip)
-        text.append(f"ld.relaxed.gpu.global{kind}.b32 {{{words}}}, [${inputs + 1} + {at}];")
+        operands = 4 * strip, 4 * strips + scale_words * strip, inputs
+        text += _loads("ld.relaxed.gpu.global", tile, strip, operands, scale_words)
     return "\n".join(text) + f"\n{STAY}}}", ",".join(["=&r"] * inputs + ["l", "l"])
 
 

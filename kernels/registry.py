@@ -127,12 +127,11 @@ class Operator:
         with following(asked):
             return _choose(self.name, target, case, forced_implementation(self.name))
 
-    def cheapest_inlined(self, target: Target, case: Any) -> Implementation | None:
-        """The cheapest of those that graphs may hold themselves; None where each refuses or is a last resort."""
+    def cheapest_inlined(self, target: Target, case: Any) -> tuple[float, Implementation] | None:
+        """The cheapest of those that graphs may hold themselves, behind its cost; None where each refuses."""
         self.load()
         costs, _, _ = _sort_out([i for i in self.implementations if i.inlines], target, case)
-        cost, chosen = min(costs, key=_by_cost, default=(math.inf, None))
-        return None if math.isinf(cost) else chosen
+        return min(costs, key=_by_cost, default=None)
 
 
 def to_be_run(choice: Choice) -> Implementation:

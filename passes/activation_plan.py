@@ -310,10 +310,8 @@ def held_bytes(node: fx.Node) -> int:
 
 
 def _block_bytes(size: int) -> int:
-    if 2 * size <= _SEGMENT:
-        return padded(size, _GRAIN)
-    rest = -size % _SEGMENT
-    return padded(size, _GRAIN) if 2 * rest > _SEGMENT else size + rest
+    is_whole = 2 * size > _SEGMENT and 2 * (-size % _SEGMENT) <= _SEGMENT
+    return padded(size, _SEGMENT if is_whole else _GRAIN)
 
 
 def scratch_bytes(node: fx.Node) -> int:

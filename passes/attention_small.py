@@ -54,10 +54,9 @@ def _quick(target: Any, case: AttentionCase) -> Implementation | None:
     choice = attention.choose(target, case)
     if choice.asked or choice.implementation.inlines:
         return None
-    refuses = lambda i: i.refuses(target, None) or i.refuses(target, case)
-    able = [i for i in attention.implementations if i.inlines and not refuses(i)]
-    costs = [(i.cost(target, case), n) for n, i in enumerate(able)]
-    cost, number = min(costs, default=(math.inf, 0))
-    is_plain = math.isinf(cost)  # the reference; other vendors' operators are called by their compilers
-    is_worth = target.device_type == "cuda" and _operations(case) <= _PLAIN_OPERATIONS
-    return able[number] if able and (is_worth or not is_plain) else None
+    found = attention.cheapest_inlined(target, case)
+    if found is None:
+        return None
+    cost, quick = found  # infinite: the reference; other vendors' operators are called by their compilers
+    is_worth = math.isfinite(cost) or (target.device_type == "cuda" and _operations(case) <= _PLAIN_OPERATIONS)
+    return quick if is_worth else None
