@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import types
 
 import torch
@@ -20,6 +21,10 @@ def leave_out(cpp_kernels: bool) -> None:
     logging.getLogger("torch.__trace").propagate = True
     # Dynamo times the guards of every graph, and flushes the processor's caches to do so.
     torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from interpreter_patches import quicken
+
+        quicken()
     if torch.cuda.is_available() or torch.xpu.is_available():
         # On a card several test processes share few cores, and each would start compiler processes and threads.
         torch._inductor.config.compile_threads = 1

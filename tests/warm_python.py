@@ -92,7 +92,7 @@ class WarmPython:
 
 def _become(words: list[str], folder: str, environment: dict[str, str], files: list[str], cpp_kernels: bool) -> None:
     """Run the program in this process."""
-    leave_out(cpp_kernels)
+    torch._inductor.config.fallback_by_default = not cpp_kernels
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -117,6 +117,7 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
 
 def main() -> None:
     importlib.import_module("torch._inductor.compile_fx")  # what every compilation imports
+    leave_out(cpp_kernels=False)
     forget_imports()
     for line in sys.stdin:
         pid = os.fork()
