@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from quick_pytorch import forget_imports, leave_out
 from torch._dynamo.utils import counters
@@ -69,6 +70,13 @@ def one_thread():
 def cpp_kernels():
     """Inductor compiles C++ kernels in this test, as it does for users; otherwise only ``--matrix`` lets it."""
     with torch._inductor.config.patch(fallback_by_default=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_fake_tensor_cache():
+    """Little is met again in graphs of a few nodes: a tenth of the time, a third with symbolic sizes."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield
 
 
