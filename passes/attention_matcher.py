@@ -19,6 +19,7 @@ from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
 from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
+from vbcompile.passes.graph_autocast import autocast_dtypes
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
 from vbcompile.passes.graph_effects import Effects, cuts_gradient
 from vbcompile.passes.graph_ops import (
@@ -44,6 +45,7 @@ class Matcher:
         outer: for the placeholders of an inner graph, the nodes outside that they stand for.
         outer_effects: side effects of the graph around an inner one.
         skips_tiles: whether a mask saves work, so that low finite fills are worth being made one.
+        callers: the nodes that run an inner graph; None where they are not known.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Matcher:
         outer: Mapping[fx.Node, fx.Node],
         outer_effects: Effects | None,
         skips_tiles: bool,
+        callers: Sequence[fx.Node] | None,
     ) -> None:
         self.effects = effects
         self.skips_tiles = skips_tiles
+        self._callers = callers
         self.outer_effects = outer_effects
         self.carriers = carriers
         self.outer = outer
@@ -198,6 +202,15 @@ class Matcher:
         """Raise Refusal for nodes under a function transform, for which the operator has no rule."""
         if any(self.effects.is_transformed(node) for node in nodes):
             raise Refusal("a function transform (vmap, grad) around the attention")
+
+    def autocast_at(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype that autocast gives products at the node, None where it is off; raises Refusal if it is unknown."""
+        if self._callers is None:
+            raise Refusal("it is not known whether autocast is on")
+        try:
+            return autocast_dtypes(node.graph, tensor_of(node.all_input_nodes[0]).device.type, self._callers).get(node)
+        except LookupError as error:
+            raise Refusal(str(error)) from None
 
     def lifter(
         self,

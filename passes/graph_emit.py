@@ -1,5 +1,7 @@
 """New nodes in a torch-level graph, with the metadata that Dynamo's own nodes have."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,12 +18,19 @@ class Emitter:
     Args:
         before: new nodes go right before this one.
         position: place of every node; new nodes get the place of ``before``.
+        within: the mode that new nodes run under, such as autocast.
     """
 
-    def __init__(self, before: fx.Node, position: dict[fx.Node, int]) -> None:
+    def __init__(
+        self,
+        before: fx.Node,
+        position: dict[fx.Node, int],
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.graph = before.graph
         self.before = before
         self.position = position
+        self._within = within
         self._made: list[fx.Node] = []
         self._meta = {
             k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -51,7 +60,7 @@ class Emitter:
         node.meta = dict(self._meta)
         if self._mode is None:
             raise RuntimeError("the graph holds no fake tensors")
-        with self._mode, torch.no_grad():
+        with self._mode, torch.no_grad(), self._within():
             node.meta["example_value"] = run(args, kwargs)
         self.position[node] = self.position[self.before]
         self._made.append(node)

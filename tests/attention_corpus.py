@@ -2,6 +2,7 @@
 
 from attention_cases import (
     circumstances,
+    composites,
     eras,
     gradients,
     hazards,
@@ -30,6 +31,7 @@ __all__ = [
     "CASES",
     "FAMILIES",
     "circumstances",
+    "composites",
     "eras",
     "gradients",
     "hazards",
