@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from vbcompile.passes.attention_checks import check_region
+from vbcompile.passes.attention_composites import write_out
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_encoder_layer import expand_encoder_layer, is_encoder_layer
 from vbcompile.passes.attention_fused_calls import (
@@ -52,7 +53,9 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
     """
     decisions: list[Decision] = []
     for module in list(module_graphs(gm)):
-        found = _GraphPass(module, _callers(gm, module), _skips_tiles(context)).run()
+        run = partial(_run, callers=_callers(gm, module), skips_tiles=_skips_tiles(context))
+        write_out(module, _callers(gm, module), run)
+        found = run(module)
         decisions += found
         if any(d.action == "rewritten" for d in found):
             if context is not None:
@@ -60,6 +63,10 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
             module.graph.lint()
             module.recompile()
     return decisions
+
+
+def _run(module: fx.GraphModule, callers: Sequence[fx.Node] | None, skips_tiles: bool) -> list[Decision]:
+    return _GraphPass(module, callers, skips_tiles).run()
 
 
 class _GraphPass:

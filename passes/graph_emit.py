@@ -19,6 +19,9 @@ class Emitter:
         before: new nodes go right before this one.
         position: place of every node; new nodes get the place of ``before``.
         within: the mode that new nodes run under, such as autocast.
+
+    Attributes:
+        made: the new nodes.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class Emitter:
         self.before = before
         self.position = position
         self._within = within
-        self._made: list[fx.Node] = []
+        self.made: list[fx.Node] = []
         self._meta = {
             k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
         }
@@ -63,14 +66,14 @@ class Emitter:
         with self._mode, torch.no_grad(), self._within():
             node.meta["example_value"] = run(args, kwargs)
         self.position[node] = self.position[self.before]
-        self._made.append(node)
+        self.made.append(node)
         return node
 
     def undo(self) -> None:
         """Erase every node made so far (nothing else may read them yet)."""
-        for node in reversed(self._made):
+        for node in reversed(self.made):
             self.graph.erase_node(node)
-        self._made.clear()
+        self.made.clear()
 
     # ------------------------------------------------------------------------------------------------------- views
     def arrange(self, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:
