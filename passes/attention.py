@@ -78,7 +78,7 @@ class _GraphPass:
         self.callers = callers
         self.outer = _outer_nodes(module, callers or ())
         self.skips_tiles = skips_tiles
-        self.decisions: list[tuple[int, Decision]] = []
+        self.decisions: list[tuple[int, fx.Node | None, Decision]] = []
         self.settled: set[fx.Node] = set()
 
     def run(self) -> list[Decision]:
@@ -102,7 +102,8 @@ class _GraphPass:
             if contraction is not None:
                 self._try(matcher, contraction)
         self._report_rest(matcher)
-        return [decision for _, decision in sorted(self.decisions, key=lambda entry: entry[0])]
+        kept = [(place, decision) for place, left, decision in self.decisions if left is None or not left._erased]
+        return [decision for _, decision in sorted(kept, key=lambda entry: entry[0])]
 
     def _calls(self) -> dict[fx.Node, Call]:
         return {node: call for node in self.graph.nodes if (call := call_of(node)) is not None}
@@ -176,11 +177,11 @@ class _GraphPass:
         rewrite(plans, matcher.effects, self.empty_rows)
         for made in plans:
             decision = Decision(PASS_NAME, site, "rewritten", describe(made), details=details(made))
-            self.decisions.append((place, decision))
+            self.decisions.append((place, None, decision))
 
     def _leave(self, matcher: Matcher, node: fx.Node, reason: str) -> None:
         decision = Decision(PASS_NAME, describe_site(node), "left", reason)
-        self.decisions.append((matcher.effects.position[node], decision))
+        self.decisions.append((matcher.effects.position[node], node, decision))
 
     def _report_rest(self, matcher: Matcher) -> None:
         for node in self.graph.nodes:
