@@ -49,7 +49,7 @@ def test_a_meta_model_is_streamed_through_a_small_budget():
     assert found.step_ns == pytest.approx(host.streamed / 5, rel=0.05)
     assert found.smallest_budget == 1024 * 1024 * 4 + 1024 * 4 + found.reserve_bytes
     text = str(found)
-    for fact in ("streamed", "bottleneck: cpu", "smallest budget", "0 cuda:0", "2 ssd", "33.0 MiB", "assumed:"):
+    for fact in ("streamed", "bottleneck: cpu", "smallest budget", "0 cuda:0", "2 ssd", "33.00 MiB", "assumed:"):
         assert fact in text
     assert len(text.splitlines()) <= 25
     assert json.loads(found.to_json())["placements"][1]["streamed"] == host.streamed
