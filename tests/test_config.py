@@ -47,6 +47,7 @@ def test_options_of_inductor_pass_through():
         ({"mode": "sped"}, r"valid: balanced, memory, speed, full.*did you mean 'speed'"),
         ({"options": {"strct": True}}, r"unknown option 'strct'.*did you mean 'strict'"),
         ({"options": {"max_autotun": True}}, r"did you mean 'max_autotune'"),
+        ({"options": {"max-autotune": "maybe"}}, r"option 'max_autotune' of Inductor must be bool, not 'maybe'"),
         ({"options": {"strict": 1}}, r"'strict' must be True or False"),
         ({"options": {"downstream": "tvm"}}, r"valid: inductor, aot_eager, eager"),
         ({"environ": {"VB_MODE": "turbo"}}, r"unknown mode 'turbo'"),

@@ -246,6 +246,11 @@ def test_options_that_make_no_sense_are_refused(options, error, says):
         estimate({"w": (4, 4)}, stack=stack(), **options)
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module or shapes by name, not function"):
+        estimate(lambda x: x, stack=stack())
+
+
 @pytest.mark.parametrize("shape", [7, (3, -1), (2.5,), "ab", ((2, 2), "float32")])
 def test_shapes_that_are_none_are_refused(shape):
     with pytest.raises(ValueError, match="'w'"):

@@ -125,8 +125,11 @@ def estimate(
     Raises:
         PlanError: nothing works within the budget and the tiers; it names the smallest budget that does.
         ConfigError: a size or tier that makes no sense.
+        TypeError: neither a module nor shapes.
         ValueError: ``tokens`` or ``weight_bits`` not positive, a shape that is none, or a model that cannot be traced.
     """
+    if not (isinstance(model, Mapping) or hasattr(model, "named_modules")):
+        raise TypeError(f"estimate takes a torch.nn.Module or shapes by name, not {type(model).__name__}")
     _require_positive(tokens=tokens, weight_bits=weight_bits, tflops=tflops)
     if stack is None:
         stack = create_vgpu_stack(max_memory=max_memory, budget=budget)
