@@ -1,6 +1,7 @@
 """Configuration: precedence, the four modes, and errors that list what is valid."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,5 @@ def test_every_option_is_a_documented_field():
     names = {f.name for f in dataclasses.fields(Config)}
     assert set(OPTIONS) <= names
     assert all(f"{name}:" in (Config.__doc__ or "") for name in names)
+    page = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
+    assert all(f"`{name}`" in page for name in OPTIONS)
