@@ -19,6 +19,7 @@ from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, k
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
+_VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
 
 
@@ -74,6 +75,13 @@ def split_logits(
     if any("score" in condition.leaves for condition in mask):  # such a mask stays a part of the logits
         value, mask, every_row = logits, [], False
     return _extract_scale(algebra, Logits(value, _unique(algebra, mask), every_row=every_row))
+
+
+def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) -> bool:
+    """Whether all weights where ``shown`` holds may be rounded to zero by fills elsewhere in the row: 0 / 0 is NaN then."""
+    value, _ = _split(algebra, logits, float("-inf"))
+    value, low = _split(algebra, value, _VANISHES)
+    return not (set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value))
 
 
 def _guarded(

@@ -162,7 +162,7 @@ def written_tensors(node: fx.Node) -> list[fx.Node] | None:
 
 def _changed_besides(name: str, node: fx.Node) -> list[Any]:
     """What functions of ``torch.nn.functional`` change that are not in place by name."""
-    given: dict[int | str, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    given: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
     if name in ("batch_norm", "instance_norm"):
         return [given.get(key) for key in (1, 2, "running_mean", "running_var")]
     if name in ("embedding", "embedding_bag") and given.get(3, given.get("max_norm")) is not None:
