@@ -78,7 +78,7 @@ def split_logits(
 
 
 def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) -> bool:
-    """Whether all weights where ``shown`` holds may be zero already, by fills elsewhere in the row: 0 / 0 is NaN then."""
+    """Whether all weights where ``shown`` holds may be zero by fills elsewhere in the row, which divided gives NaN."""
     value, _ = _split(algebra, logits, float("-inf"))
     value, low = _split(algebra, value, _VANISHES)
     return not (set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value))
