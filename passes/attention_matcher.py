@@ -14,7 +14,7 @@ from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_gates import gated
 from vbcompile.passes.attention_lift import Lifter, Refusal
-from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, split_logits
+from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, may_vanish, split_logits
 from vbcompile.passes.attention_shifts import without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
@@ -247,9 +247,15 @@ class Matcher:
         make, const = lifter.algebra.make, lifter.algebra.const
         logits = make("to_float", lifter.lift(softmax.logits, softmax.dims))
         logits = logits if softmax.factor == 1.0 else make("mul", logits, const(softmax.factor))
+        conditions = []
         for kept in softmax.masks:
             condition = make("to_bool", lifter.lift(kept.condition, kept.dims))
-            logits = make("where", condition if kept.keep else make("not", condition), logits, const(-math.inf))
+            conditions.append(condition if kept.keep else make("not", condition))
+        is_divided_again = bool(conditions) or any(not gate.guard for gate in softmax.gates)
+        if is_divided_again and may_vanish(lifter.algebra, logits, conditions):
+            raise Refusal("weights that are left may all be zero already where they are divided by their sum")
+        for condition in conditions:
+            logits = make("where", condition, logits, const(-math.inf))
         for gate in softmax.gates:
             factor = make("to_float", lifter.lift(gate.factor, gate.dims))
             logits = gated(lifter.algebra, logits, factor, gate.guard)

@@ -113,12 +113,12 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
     own = _find_own_sum(space, weights, keys)
     if own is not None:
         shifted = own.sink is not None and _shift(space, weights, keys) is not None
-        logits = call_of(logits).input if shifted else logits  # type: ignore[union-attr]
-        exact = not (shifted or own.masks or own.gates)
-        return Softmax(
+        exact = not (own.masks or own.gates)
+        found = Softmax(
             logits, weights.dims, own.rest, own.sink, exact_logits=exact, factor=factor, masks=own.masks,
             gates=own.gates,
         )  # fmt: skip
+        return _without_shift(found, call_of(logits).input) if shifted else found  # type: ignore[union-attr]
     if weights.kept or weights.zero_empty:
         raise Refusal("an exponential that is not divided by its own sum")
     _check_gates(weights.gates)
@@ -344,13 +344,18 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
         if is_float_cast(call, found.logits):
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
-            found = replace(found, logits=call.input, exact_logits=False)
+            found = _without_shift(found, call.input)
         elif call.name == "pad" and found.weights.sink_column and found.sink is None:
             found = _split_padding(call, found)
         elif call.name == "cat" and found.weights.sink_column and found.sink is None:
             found = _split_sink(space, call, found, keys)
         else:
             return _finish(found)
+
+
+def _without_shift(found: Softmax, logits: fx.Node) -> Softmax:
+    """The softmax of ``logits``, from which a number per row is subtracted that may have more axes."""
+    return replace(found, logits=logits, dims=broadcast_input(found.dims, shape_of(logits)), exact_logits=False)
 
 
 def is_float_cast(call: Call | None, node: fx.Node) -> bool:

@@ -147,13 +147,42 @@ def written_tensors(node: fx.Node) -> list[fx.Node] | None:
     call = call_of(node)
     if in_place or (call is not None and call.in_place):
         written += [a for a in _flat(node.args[:1]) if isinstance(a, fx.Node)]
-    if name == "batch_norm":
-        written += [a for a in node.args[1:3] if isinstance(a, fx.Node)]
+    written += [a for a in _changed_besides(name, node) if isinstance(a, fx.Node)]
     if _has_mutable_schema(node.target):
         written += [n for n in node.all_input_nodes if is_tensor(n)]
     if "mutation" in name:
         written += [n for n in node.all_input_nodes if is_tensor(n)]
+    return written + _written_in_bodies(node)
+
+
+def _changed_besides(name: str, node: fx.Node) -> list[Any]:
+    """What functions of ``torch.nn.functional`` change that are not in place by name."""
+    given: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    if name in ("batch_norm", "instance_norm"):
+        return [given.get(key) for key in (1, 2, "running_mean", "running_var")]
+    if name in ("embedding", "embedding_bag") and given.get(3, given.get("max_norm")) is not None:
+        return [given.get(1, given.get("weight"))]  # long rows are cut
+    return []
+
+
+def _written_in_bodies(node: fx.Node) -> list[fx.Node]:
+    """The operands of a higher-order operator that one of its inner graphs changes; operands are its last arguments."""
+    written = []
+    for body in node.all_input_nodes:
+        inner = _attribute(node.graph.owning_module, body.target) if body.op == "get_attr" else None
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        effects, inside = Effects(inner.graph), inner.graph.find_nodes(op="placeholder")
+        passed = _flat(node.args)[-len(inside) :] if inside else []
+        pairs = zip(inside, passed, strict=len(passed) == len(inside))
+        written += [a for p, a in pairs if isinstance(a, fx.Node) and is_tensor(a) and effects.is_written_at_all(p)]
     return written
+
+
+def _attribute(module: Any, path: Any) -> Any:
+    for name in str(path).split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def _has_mutable_schema(target: Any) -> bool:

@@ -46,6 +46,33 @@ def test_keys_overwritten_between_the_products():
     check(function, *qkv(q=7, grad=False), sites=0)
 
 
+@torch.compiler.nested_compile_region
+def _store(cache, new):
+    cache.copy_(new)
+    return new + 1
+
+
+CHANGES = {
+    "inner graph": lambda k, new: _store(k, new).sum() + _store(k, new + 1).sum(),
+    "embedding with a largest norm": lambda k, new: F.embedding(torch.tensor([1, 2]), k[0, 0], max_norm=0.1).sum(),
+    "statistics": lambda k, new: F.instance_norm(new, k[0, :, 0, 0], new[0, :, 0, 0].abs()).sum(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_keys_changed_by_operators_that_are_not_in_place_by_name(change):
+    def function(q, k, v, new):
+        scores = q @ k.mT
+        other = CHANGES[change](k, new)
+        return F.softmax(scores, -1) @ v + other
+
+    try:
+        with torch.no_grad():
+            check(function, *qkv(q=7, grad=False), torch.randn(2, 4, 7, 8), sites=0, fullgraph=True)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"this release of PyTorch captures no such graph: {type(error).__name__}")
+
+
 def test_cache_written_after_keys_were_repeated():
     def function(q, cache, new, v):
         k = cache.repeat_interleave(2, dim=1)
