@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx
 
 from vbcompile.passes.attention_checks import check_region
@@ -32,6 +33,7 @@ from vbcompile.passes.attention_small import ask_for_quick_calls
 from vbcompile.passes.attention_weights import Carriers
 from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
+from vbcompile.passes.graph_gradients import correct_gradients
 from vbcompile.passes.graph_ops import Call, call_of, describe_site, module_graphs
 from vbcompile.report import Decision
 
@@ -51,7 +53,8 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
     """
     decisions: list[Decision] = []
     for module in list(module_graphs(gm)):
-        found = _GraphPass(module, _outer_nodes(gm, module), _skips_tiles(context)).run()
+        recording = module is not gm or torch.is_grad_enabled()
+        found = _GraphPass(module, _outer_nodes(gm, module), _skips_tiles(context), recording).run()
         decisions += found
         if any(d.action == "rewritten" for d in found):
             if context is not None:
@@ -64,11 +67,14 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
 class _GraphPass:
     """The pass over one graph."""
 
-    def __init__(self, module: fx.GraphModule, outer: Mapping[fx.Node, fx.Node], skips_tiles: bool) -> None:
+    def __init__(
+        self, module: fx.GraphModule, outer: Mapping[fx.Node, fx.Node], skips_tiles: bool, recording: bool
+    ) -> None:
         self.module = module
         self.graph = module.graph
         self.outer = outer
         self.skips_tiles = skips_tiles
+        self.recording = recording
         self.decisions: list[tuple[int, Decision]] = []
         self.settled: set[fx.Node] = set()
 
@@ -76,6 +82,7 @@ class _GraphPass:
         calls = self._calls()
         if not any(_may_begin(call) for call in calls.values()) and not any(map(is_multi_head, self.graph.nodes)):
             return []
+        correct_gradients(self.graph, self.recording)
         if make_functional(self.graph):
             self.module.recompile()
             calls = self._calls()

@@ -23,6 +23,8 @@ class Softmax:
         logits: the node that holds the logits, and its dimensions.
         factor: 1, or what another base of the powers stands for.
         masks: keys that take no part, beside what the logits say.
+        shifts: numbers of a row that are subtracted, which the softmax does not see.
+        others: the nodes between a sink and the sum that it is a part of.
         sink: one more logit per row: a node or number and its dimensions, None where there is none.
         weights: the walk to the second product, without what belonged to the softmax.
         exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
@@ -37,6 +39,8 @@ class Softmax:
     late_sum: "Denominator | None" = None
     factor: float = 1.0
     masks: tuple[Kept, ...] = ()
+    shifts: tuple[fx.Node, ...] = ()
+    others: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,11 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
         return Softmax(normalised, weights.dims, weights)
     own = _find_own_sum(space, weights, keys)
     if own is not None:
-        shifted = own.sink is not None and _shift(space, weights, keys) is not None
-        logits = call_of(logits).input if shifted else logits  # type: ignore[union-attr]
+        shift = None if own.sink is None else _shift(space, weights, keys)
+        logits = logits if shift is None else call_of(logits).input  # type: ignore[union-attr]
         return Softmax(
-            logits, weights.dims, own.rest, own.sink, exact_logits=not shifted and not own.masks, factor=factor,
-            masks=own.masks,
+            logits, weights.dims, own.rest, own.sink, exact_logits=shift is None and not own.masks, factor=factor,
+            masks=own.masks, shifts=() if shift is None else (shift,), others=own.others,
         )  # fmt: skip
     if weights.kept or weights.zero_empty:
         raise Refusal("an exponential that is not divided by its own sum")
@@ -180,11 +184,13 @@ class _OwnSum:
     Attributes:
         rest: the walk without that division and what it makes a part of the softmax.
         sink: what the sum has beside the weights.
+        others: the nodes between the sink and the sum.
         masks: conditions that set weights to zero before they were summed.
     """
 
     rest: Weights
     sink: tuple[Any, Dims] | None
+    others: tuple[fx.Node, ...]
     masks: tuple[Kept, ...]
 
 
@@ -196,35 +202,44 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         found = _denominator(space, divisor, dims, weights, keys)
         if found is None:
             continue
-        sink, masks = found
+        sink, others, masks = found
         factors = weights.factors[:place] + weights.factors[place + 1 :]
         late = min(weights.late_factors, len(factors)) if place >= weights.late_factors else weights.late_factors - 1
         if weights.zero_empty and tensor_of(weights.node).requires_grad and any(k.multiplies for k in masks):
             raise Refusal("rows without a key that get no gradient but NaN from their division")
         kept = tuple(k for k in weights.kept if k not in masks)
-        return _OwnSum(replace(weights, factors=factors, late_factors=late, kept=kept), sink, masks)
+        return _OwnSum(replace(weights, factors=factors, late_factors=late, kept=kept), sink, others, masks)
     return None
 
 
 def _denominator(
     space: Space, node: fx.Node, dims: Dims, weights: Weights, keys: Dim
-) -> tuple[tuple[Any, Dims] | None, tuple[Kept, ...]] | None:
-    """The sink and the masks where ``node`` is the sum of the weights (plus the exponential of a sink)."""
+) -> tuple[tuple[Any, Dims] | None, tuple[fx.Node, ...], tuple[Kept, ...]] | None:
+    """The sink, the nodes from there to the sum, and the masks where ``node`` is the sum of the weights (plus the
+    exponential of a sink)."""
     call = call_of(node)
     sink: tuple[Any, Dims] | None = None
+    others: tuple[fx.Node, ...] = ()
     if call is not None and call.name == "add" and call.get("alpha", 1) == 1:
         for total, extra in ((call.input, call.get("other")), (call.get("other"), call.input)):
             if is_tensor(total) and _reduction(space, total, broadcast_input(dims, shape_of(total)), keys, {"sum"}):
                 sink = _sink_of(space, extra, dims, weights, keys)
                 if sink is None:
                     return None
+                others = _up_to(extra, sink[0])
                 node, dims = total, broadcast_input(dims, shape_of(total))
                 break
     reduced = _reduction(space, node, dims, keys, {"sum"})
     if reduced is None or space.resolve_all(reduced[1]) != space.resolve_all(weights.dims):
         return None
     masks = _masks_before(reduced[0], weights)
-    return None if masks is None else (sink, masks)
+    return None if masks is None else (sink, others, masks)
+
+
+def _up_to(node: Any, sink: Any) -> tuple[fx.Node, ...]:
+    """The exponential of a sink, and what it is taken of where that is not the sink itself."""
+    power = exponential(call_of(node))
+    return tuple(n for n in (node, power and power[0]) if isinstance(n, fx.Node) and n is not sink)
 
 
 def _masks_before(node: fx.Node, weights: Weights) -> tuple[Kept, ...] | None:
@@ -306,7 +321,8 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
         if is_float_cast(call, found.logits):
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
-            found = replace(found, logits=call.input, exact_logits=False)
+            shifts = (*found.shifts, call.get("other"))
+            found = replace(found, logits=call.input, exact_logits=False, shifts=shifts)
         elif call.name == "pad" and found.weights.sink_column and found.sink is None:
             found = _split_padding(call, found)
         elif call.name == "cat" and found.weights.sink_column and found.sink is None:
