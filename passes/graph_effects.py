@@ -37,7 +37,7 @@ class Effects:
             depth += nesting_change(node)
             if depth > 0:
                 self._transformed.add(node)
-            if _switches_grad_mode(node):
+            if switches_grad_mode(node):
                 self._switches.append(place)
             written = written_tensors(node)
             if written is None:
@@ -92,7 +92,8 @@ def storage_of(node: Any) -> Any:
     return storage_of_value(value_of(node))
 
 
-def _switches_grad_mode(node: fx.Node) -> bool:
+def switches_grad_mode(node: fx.Node) -> bool:
+    """Whether the gradient mode changes here."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in (
         "_set_grad_enabled",
         "_enter_inference_mode",
@@ -101,9 +102,16 @@ def _switches_grad_mode(node: fx.Node) -> bool:
 
 
 def cuts_gradient(node: fx.Node) -> bool:
-    """Whether no gradient goes from the node's tensor to an input that wants one: ``detach``, ``torch.no_grad``."""
+    """Whether no gradient goes from the node's numbers to an input that wants one: ``detach``, ``torch.no_grad``."""
+    call = call_of(node)
+    if call is not None and call.name in _READS_NO_NUMBERS:
+        return False
+    numbers = [v for v in _flat(value_of(node)) if isinstance(v, Tensor) and v.is_floating_point()]
     wants = lambda n: is_tensor(n) and tensor_of(n).is_floating_point() and tensor_of(n).requires_grad
-    return not wants(node) and any(map(wants, node.all_input_nodes))
+    return any(not v.requires_grad for v in numbers) and any(map(wants, node.all_input_nodes))
+
+
+_READS_NO_NUMBERS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
 
 
 def ancestors(nodes: Iterable[fx.Node], ends: Iterable[fx.Node] = ()) -> set[fx.Node]:
@@ -236,7 +244,7 @@ def make_functional(graph: fx.Graph) -> bool:
     if not candidates:
         return False
     aliases = _Aliases(graph)
-    switches = [place for node, place in aliases.position.items() if _switches_grad_mode(node)]
+    switches = [place for node, place in aliases.position.items() if switches_grad_mode(node)]
     changed = False
     for node in candidates:
         base = node.args[0]

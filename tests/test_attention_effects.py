@@ -10,6 +10,8 @@ from attention_pass_run import CAUSAL, attend, check, compiled, qkv
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vbcompile.backend import vblackwell
+
 INF = float("inf")
 
 
@@ -100,6 +102,53 @@ def test_result_modified_in_place():
 
     check(function, *qkv(), capture_autograd=True)
     check(function, *qkv())
+
+
+@pytest.mark.parametrize(("folded", "downstream"), [(False, "aot_eager"), (True, "inductor")])
+def test_result_modified_by_the_caller(folded, downstream):
+    """The operator saves its result, the model's own operators do not: a residual may be added in place."""
+
+    def function(q, k, v):
+        out = attend(q, k, v)
+        return out.transpose(1, 2).reshape(2, 6, -1) if folded else out
+
+    def gradients(run, inputs):
+        out = run(*inputs)
+        out += 1.0
+        return torch.autograd.grad(out.square().sum(), inputs)
+
+    torch._dynamo.reset()
+    options = {"downstream": downstream, "strict": True}
+    inputs = qkv(q=6, k=6)
+    ours = gradients(torch.compile(function, backend=vblackwell, options=options), inputs)
+    for found, wanted in zip(ours, gradients(function, inputs), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_log_sum_of_frozen_scores_modified_by_the_caller():
+    def function(q, k, v):
+        scores = q @ k.mT
+        return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
+
+    def gradient(run, q, k, v):
+        out, log_sum = run(q.detach(), k.detach(), v)
+        log_sum += 3.0
+        return torch.autograd.grad(out.square().sum(), v)[0]
+
+    inputs = qkv()
+    torch.testing.assert_close(
+        gradient(compiled(function, capture_autograd=True)[0], *inputs), gradient(function, *inputs)
+    )
+
+
+def test_two_copies_of_the_result_stay_apart():
+    def function(q, k, v):
+        out = attend(q, k, v).transpose(1, 2)
+        flat, other = out.flatten(2), out.contiguous()
+        flat += 1.0
+        return flat, other
+
+    check(function, *qkv(grad=False))
 
 
 def test_gradient_mode_changes_inside():

@@ -168,10 +168,10 @@ def _watched(compiled: Callable[..., Any], budget: int | None, report: GraphRepo
 
 @functools.cache
 def _sources_hash() -> str:
-    from vbcompile.kernels import attention, attention_sdpa, fp4_linear, fp4_straight_through
+    from vbcompile.kernels import attention, attention_results, attention_sdpa, fp4_linear, fp4_straight_through
 
     inlined = attention_inlined, attention_sdpa
-    operators = attention, fp4_linear, fp4_straight_through
+    operators = attention, attention_results, fp4_linear, fp4_straight_through
     return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES)
 
 
