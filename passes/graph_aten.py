@@ -16,8 +16,8 @@ _NAMES = {
 # results that are views, contractions or pointwise, with parameters that mean what ours of that name mean
 _KNOWN = {
     "abs", "add", "addmm", "amax", "atan", "baddbmm", "bmm", "cat", "clamp", "clone", "contiguous", "cos", "detach",
-    "div", "dropout", "eq", "erf", "exp", "expand", "flatten", "ge", "gt", "le", "linear", "log", "logsumexp", "lt", "masked_fill",
-    "matmul", "maximum", "minimum", "mm", "mul", "ne", "neg", "permute", "pow", "relu", "repeat", "rsqrt", "sigmoid",
+    "div", "dropout", "eq", "erf", "exp", "expand", "flatten", "ge", "gt", "le", "linear", "log", "logsumexp", "lt",
+    "masked_fill", "matmul", "maximum", "minimum", "mm", "mul", "ne", "neg", "permute", "pow", "relu", "repeat", "rsqrt", "sigmoid",
     "sin", "softmax", "log_softmax", "sqrt", "squeeze", "sub", "sum", "t", "tanh", "transpose", "tril", "triu",
     "unsqueeze", "where", *_NAMES.values(),
 }  # fmt: skip
