@@ -17,9 +17,9 @@ _NAMES = {
 _KNOWN = {
     "abs", "add", "addmm", "amax", "atan", "baddbmm", "bmm", "cat", "clamp", "clone", "contiguous", "cos", "detach",
     "div", "dropout", "eq", "erf", "exp", "expand", "flatten", "ge", "gt", "le", "linear", "log", "logsumexp", "lt",
-    "masked_fill", "matmul", "maximum", "minimum", "mm", "mul", "ne", "neg", "permute", "pow", "relu", "repeat", "rsqrt", "sigmoid",
-    "sin", "softmax", "log_softmax", "sqrt", "squeeze", "sub", "sum", "t", "tanh", "transpose", "tril", "triu",
-    "unsqueeze", "where", *_NAMES.values(),
+    "masked_fill", "matmul", "maximum", "minimum", "mm", "mul", "ne", "neg", "permute", "pow", "relu", "repeat",
+    "rsqrt", "sigmoid", "sin", "softmax", "log_softmax", "sqrt", "squeeze", "sub", "sum", "t", "tanh", "transpose",
+    "tril", "triu", "unsqueeze", "where", *_NAMES.values(),
 }  # fmt: skip
 _PARAMETERS = {"self": "input", "mat2": "other", "train": "training", "exponent": "other"}
 _WITHOUT_MEANING = {"half_to_float", "implicit", "memory_format"}  # beside the dtypes and strides of the result
