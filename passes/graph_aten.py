@@ -19,7 +19,8 @@ _KNOWN = {
     "div", "dropout", "eq", "erf", "exp", "expand", "flatten", "ge", "gt", "le", "linear", "log", "logsumexp", "lt",
     "masked_fill", "matmul", "maximum", "minimum", "mm", "mul", "ne", "neg", "permute", "pow", "relu", "repeat",
     "rsqrt", "sigmoid", "sin", "softmax", "log_softmax", "sqrt", "squeeze", "sub", "sum", "t", "tanh", "transpose",
-    "tril", "triu", "unsqueeze", "where", *_NAMES.values(),
+    "tril", "triu", "unsqueeze", "where", "arange", "full", "full_like", "ones", "ones_like", "zeros", "zeros_like",
+    *_NAMES.values(),
 }  # fmt: skip
 _PARAMETERS = {"self": "input", "mat2": "other", "train": "training", "exponent": "other"}
 _WITHOUT_MEANING = {"half_to_float", "implicit", "memory_format"}  # beside the dtypes and strides of the result
