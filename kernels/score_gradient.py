@@ -1,5 +1,6 @@
 """Derivatives of score functions, as programs of the same kind: reverse-mode differentiation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -120,6 +121,8 @@ def _contributions(
         "cos": lambda: emit("neg", mul(upstream, emit("sin", x))),
         "tanh": lambda: mul(upstream, sub(const(1.0), mul(value, value))),
         "sigmoid": lambda: mul(upstream, mul(value, sub(const(1.0), value))),
+        "atan": lambda: emit("div", upstream, emit("add", mul(x, x), const(1.0))),
+        "erf": lambda: mul(upstream, mul(emit("exp", emit("neg", mul(x, x))), const(2.0 / math.sqrt(math.pi)))),
         "relu": lambda: emit("where", emit("gt", x, const(0.0)), upstream, const(0.0)),  # zero beside infinity, too
     }
     return [(x, unary[name]())] if name in unary else []

@@ -52,6 +52,7 @@ Coordinates = tuple[Coordinate, ...]
 
 _PROGRAM_LIMIT = 48  # instructions; a longer expression of indices is cheaper to load than to compute
 _EXPENSIVE = {"exp", "log", "log1p", "pow", "sin", "cos", "sqrt", "rsqrt", "tanh", "sigmoid", "div", "mod", "floordiv"}
+_EXPENSIVE |= {"atan", "erf"}
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

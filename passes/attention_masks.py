@@ -232,7 +232,7 @@ def _is_finite(value: Expression) -> bool:
     return True
 
 
-_BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax"}
+_BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax", "atan", "erf"}
 _MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "reciprocal", "rsqrt", "logsumexp"}
 
 
