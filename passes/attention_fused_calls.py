@@ -305,6 +305,7 @@ def match_inner(matcher: Matcher, expanded: Expanded, detail: Detail) -> Site:
         logits = add_mask(lifter, logits, padding, broadcast_input(dims, shape_of(padding)), False)
     site.logits = split_logits(site.algebra, logits, site.keys)
     site.logits.scale, site.logits.features_of = scale, features_of
+    site.empty_rows = "nan" if call.need_weights else "zero"  # with weights, PyTorch calls its plain softmax
     site.dropout = check_dropout(call.dropout_p if call.training else 0.0)
     return site
 

@@ -168,12 +168,14 @@ class Matcher:
         readable = partial(self._readable, begin=begin, end=end)
         logits, term = split_term(space, algebra, logits, query, key, features, (rows, keys), readable)
         split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
-        split, empty = self._keep(lifter, split, logits, weights, keys)
+        kept, empty = self._keep(lifter, split, logits, weights, keys)
+        if kept is not split and not kept.every_row:  # the logarithm of the sum still has the fills of such rows
+            softmax = replace(softmax, exact_logits=False)
         site = Site(
             space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
             features=features, terms=[] if term is None else [term],
             values=tuple(a for x in second.out_labels if x not in second.lhs_labels for a in labels[x]),
-            logits=split, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
+            logits=kept, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
             empty_rows=empty, factors=list(reversed(weights.factors)), score_dtype=tensor_of(first.node).dtype,
             residual=_residual(second, out_dims), alpha=second.alpha, first=begin, spread=detail is Detail.SPREAD,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from vbcompile.passes.attention_rows import EmptyRows
 from vbcompile.passes.attention_site import Operand, Retry, Site
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_input
 from vbcompile.passes.graph_effects import Effects, ancestors, learned_leaves, storage_of
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, tensor_of, value_of
+from vbcompile.passes.graph_ops import FLOATS, Call, call_of, is_tensor, known_equal, tensor_of, value_of
 
 MAX_LEADING = 4
 
@@ -262,7 +262,7 @@ class _Peeler:
             is_copy = call is not None and not call.in_place and is_tensor(call.input)
             if call is not None and is_copy and self._readable(call.input) and not self._is_written_since(here.node):
                 if call.name in ("to", "float", "type", "type_as", "double"):
-                    step = Operand(call.input, here.dims)
+                    step = Operand(call.input, here.dims) if _widens(call.input, here.node) else None
                 else:
                     back = self._step(here, may_scale=False)
                     step = None if back is None else back[0]
@@ -271,6 +271,12 @@ class _Peeler:
                 return None
             here = step
         return here
+
+
+def _widens(source: fx.Node, cast: fx.Node) -> bool:
+    """Whether a conversion gives a floating type that holds all numbers of the type before."""
+    before, after = tensor_of(source).dtype, tensor_of(cast).dtype
+    return before in FLOATS and after in FLOATS and torch.promote_types(before, after) == after
 
 
 # ------------------------------------------------------------------------------------------------------ leading axes

@@ -10,7 +10,7 @@ from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Kept, Weights
 from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
 from vbcompile.passes.graph_effects import ancestors, cuts_gradient, learned_leaves
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
+from vbcompile.passes.graph_ops import FLOATS, Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
 
@@ -153,7 +153,7 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
             return None  # the sum's part of the gradient is left out
         if call.name in names:
             break
-        if call.name in _CASTS:
+        if call.name in _CASTS and tensor_of(node).dtype in FLOATS:
             node = call.input
             continue
         moved = view_input(space, call, node, dims)
@@ -236,7 +236,9 @@ def _masks_before(node: fx.Node, weights: Weights) -> tuple[Kept, ...] | None:
         if node in kept:
             found.append(kept[node])
             node = kept[node].weights
-        elif call is not None and call.name in _CASTS - {"detach"} and isinstance(call.input, fx.Node):
+        elif call is None or tensor_of(node).dtype not in FLOATS:
+            return None
+        elif call.name in _CASTS - {"detach"} and isinstance(call.input, fx.Node):
             node = call.input
         else:
             return None
@@ -319,7 +321,7 @@ def is_float_cast(call: Call | None, node: fx.Node) -> bool:
     """Whether the node is a conversion from one floating type to another that is no narrower by name."""
     if call is None or call.in_place or call.name not in ("to", "float", "double", "type", "type_as"):
         return False
-    return is_tensor(call.input) and tensor_of(call.input).is_floating_point() and tensor_of(node).is_floating_point()
+    return is_tensor(call.input) and tensor_of(call.input).dtype in FLOATS and tensor_of(node).dtype in FLOATS
 
 
 def _finish(found: Softmax) -> Softmax:

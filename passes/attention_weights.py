@@ -10,6 +10,7 @@ from torch import fx
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, index_items, view_input
 from vbcompile.passes.graph_ops import (
+    FLOATS,
     Call,
     call_of,
     is_tensor,
@@ -154,8 +155,8 @@ class _Walk:
         return self.terms(*moved, here)
 
     def _cast(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
-        if not tensor_of(node).is_floating_point():
-            raise Refusal("the attention weights are converted to integers")
+        if tensor_of(node).dtype not in FLOATS:
+            raise Refusal(f"the attention weights are converted to {tensor_of(node).dtype}")
         return self.terms(call.input, dims, here)
 
     def _dropout(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:

@@ -194,11 +194,11 @@ def _flat(value: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------ functionalisation
 _FUNCTIONAL = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "and": operator.and_,
-    "or": operator.or_, "xor": operator.xor,
+    "or": operator.or_, "xor": operator.xor, "pow": operator.pow,
 }  # fmt: skip
 _METHODS = {
     "masked_fill", "clamp", "clamp_min", "clamp_max", "tanh", "exp", "sigmoid", "relu", "neg", "abs", "tril", "triu",
-    "log", "sqrt", "rsqrt", "square", "pow", "nan_to_num", "maximum", "minimum",
+    "log", "sqrt", "rsqrt", "square", "nan_to_num", "maximum", "minimum",
 }  # fmt: skip
 _ACTIVATIONS = {name for name, options in ACTIVATIONS.items() if "inplace" in options}
 

@@ -1,4 +1,7 @@
-"""Every program and every command in README.md and docs/ runs as it stands."""
+"""Every program and every command in README.md and docs/ runs as it stands.
+
+Programs that are forked run Inductor's graphs without C++ kernels, as most tests do (``quick_pytorch.py``).
+"""
 
 import os
 import re
