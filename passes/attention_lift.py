@@ -329,7 +329,7 @@ class Lifter:
         score = None if self.score is None else tensor_of(self.score).dtype
         if cancels(found, tensor_of(node).dtype, score):
             raise Opaque
-        if plain and self._better_loaded(node, coordinates, found):
+        if plain and self._better_loaded(node, found):
             return self.capture(node, coordinates)
         return found
 
@@ -345,7 +345,7 @@ class Lifter:
             raise Refusal("a complex operand")
         return self.algebra.tensor(self._representative(node), coordinates, kind_of(dtype))  # type: ignore[arg-type]
 
-    def _better_loaded(self, node: fx.Node, coordinates: Coordinates, found: Expression) -> bool:
+    def _better_loaded(self, node: fx.Node, found: Expression) -> bool:
         """Whether to load the node's own elements instead of computing them from what it was computed from."""
         if found.name in ("const", "tensor") or node not in self._position:
             return False
@@ -445,9 +445,9 @@ class Lifter:
     def _view(self, call: Call, node: fx.Node, coordinates: Coordinates) -> tuple[fx.Node, Coordinates] | None:
         if self._plain(coordinates) or call.name not in RESHAPES | REPEATS:
             if self._may_cut or self.score is None or self.depends(node):
-                return view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+                return view_input(self.space, call, coordinates)  # type: ignore[arg-type]
             cuts = self.space.snapshot()
-            moved = view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+            moved = view_input(self.space, call, coordinates)  # type: ignore[arg-type]
             if self.space.count_cuts() != len(cuts):
                 self.space.restore(cuts)
                 raise Opaque
