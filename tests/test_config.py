@@ -45,7 +45,7 @@ def test_options_of_inductor_pass_through():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "sped"}, r"valid: balanced, memory, speed, full.*did you mean 'speed'"),
+        ({"mode": "Sped"}, r"valid: balanced, memory, speed, full.*did you mean 'speed'"),
         ({"options": {"strct": True}}, r"unknown option 'strct'.*did you mean 'strict'"),
         ({"options": {"max_autotun": True}}, r"did you mean 'max_autotune'"),
         ({"options": {"max-autotune": "maybe"}}, r"option 'max_autotune' of Inductor must be bool, not 'maybe'"),

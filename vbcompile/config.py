@@ -218,6 +218,6 @@ def parse_flag(name: str, text: str) -> bool:
 
 
 def _unknown(kind: str, value: Any, valid: tuple[str, ...], also: str = "", near: list[str] | None = None) -> str:
-    close = difflib.get_close_matches(str(value), [*valid, *(near or [])], n=1)
+    close = difflib.get_close_matches(str(value).lower(), [*valid, *(near or [])], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {value!r}; valid: {', '.join(valid)}{', ' + also if also else ''}{hint}"
