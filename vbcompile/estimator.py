@@ -112,8 +112,8 @@ def estimate(
             ``{"layer.weight": (4096, 4096)}``, with ``((4096, 4096), torch.bfloat16)`` or a tensor for another type
             than float32.
         inputs: Inputs of the module (by position, by name, or the one tensor); only shapes and dtypes count. With them
-            the step is traced: order, work and live memory are those of the model. Without them each module's own weights are
-            taken in order of definition, used once for ``tokens`` rows.
+            the step is traced: order, work and live memory are those of the model. Without them each module's own
+            weights are taken in order of definition, used once for ``tokens`` rows.
         budget: Device memory, e.g. ``"20GiB"``; None: level 0 of the stack.
         stack: The tiers; None: those of this machine within ``VB_HBM_BUDGET``, or of ``max_memory``.
         tokens: Rows of each matrix product (batch times sequence length) where ``inputs`` are not given.
