@@ -166,7 +166,11 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("predicted", _optional("predicted_ms", "{:.1f} ms")),
             ("streamed", _gigabytes("streamed_bytes")),
             ("peak memory", _gigabytes("peak_allocated_bytes")),
-            ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
+            # where nothing is streamed, what is planned is no bound
+            (
+                "share of the roofline",
+                lambda row: f"{row['roofline_share']:.3f}" if row["streamed_bytes"] else "",
+            ),
         ],
     ),
     "offload_model_70b": (

@@ -72,7 +72,8 @@ def plan(site: Site, effects: Effects) -> Plan:
     if made.dtype != tensor_of(site.out).dtype or made.dtype != site.score_dtype:
         _use_low_precision(made, peeler)
     builder = _ProgramBuilder(made)
-    made.lead = _with_batch_of_one(made, _leading(site, builder.tensors()), builder.tensors())
+    held = [*builder.tensors(), *(gate.dims for gate in site.gates)]
+    made.lead = _with_batch_of_one(made, _leading(site, held), builder.tensors())
     made.function = builder.build()
     made.captured = builder.captured
     _check_arrangement(made)
@@ -87,6 +88,7 @@ def check_gradients(plans: Sequence[Plan]) -> None:
         others = [
             *(n for n, _ in made.captured),
             *(n for _, n, _ in made.site.factors),
+            *(gate.factor for gate in made.site.gates),
             *(made.site.residual or ())[:1],
         ]
         kept |= {x.node for x in operands} | {n for n in others if isinstance(n, fx.Node)}
@@ -117,9 +119,13 @@ def _check_arrangement(made: Plan) -> None:
         _check_dims(space.resolve_all(dims), outer, spread=site.spread)
     if site.residual is not None:
         _check_dims(space.resolve_all(site.residual[1]), list(space.resolve_all(site.out_dims)))
+    for gate in site.gates:
+        if _set(space.resolve_all(gate.dims)) & set(made.rows):
+            raise Refusal("the weights are multiplied with something that differs from key to key and from row to row")
+        if made.dtype == torch.float16 and not gate.guard:
+            raise Refusal("a gate of the values may be too large for float16")
+        _check_dims(space.resolve_all(gate.dims), [*made.lead, made.keys])
     for _, _, dims in site.factors:
-        if _set(space.resolve_all(dims)) & set(made.keys):
-            raise Refusal("the weights are multiplied with something that differs from key to key")
         _check_dims(space.resolve_all(dims), list(space.resolve_all(site.out_dims)))
 
 
