@@ -51,7 +51,7 @@ def test_options_of_inductor_pass_through():
         ({"options": {"max-autotune": "maybe"}}, r"option 'max_autotune' of Inductor must be bool, not 'maybe'"),
         ({"options": {"strict": 1}}, r"'strict' must be True or False"),
         ({"options": {"downstream": "tvm"}}, r"valid: inductor, aot_eager, eager"),
-        ({"environ": {"VB_MODE": "turbo"}}, r"unknown mode 'turbo'"),
+        ({"environ": {"VB_MODE": "turbo"}}, r"environment variable VB_MODE: unknown mode 'turbo'"),
         ({"environ": {"VB_STRICT": "perhaps"}}, r"VB_STRICT='perhaps': valid values are 1, true"),
     ],
 )
