@@ -92,7 +92,7 @@ class _GraphPass:
             self.module.recompile()
             calls = self._calls()
         carriers = Carriers()
-        carriers.sweep(self.graph, calls)
+        carriers.sweep(calls)
         around = next((Effects(node.graph) for node in self.outer.values()), None)
         effects = Effects(self.graph)
         self.empty_rows = EmptyRowsOfGraph(effects)

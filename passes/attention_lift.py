@@ -331,7 +331,7 @@ class Lifter:
         if cancels(found, tensor_of(node).dtype, score):
             raise Opaque
         leaks = _leaks_gradient(node, found)
-        if plain and (leaks or self._better_loaded(node, coordinates, found)):
+        if plain and (leaks or self._better_loaded(node, found)):
             return self.capture(node, coordinates)
         if leaks:
             raise Opaque
@@ -349,7 +349,7 @@ class Lifter:
             raise Refusal("a complex operand")
         return self.algebra.tensor(self._representative(node), coordinates, kind_of(dtype))  # type: ignore[arg-type]
 
-    def _better_loaded(self, node: fx.Node, coordinates: Coordinates, found: Expression) -> bool:
+    def _better_loaded(self, node: fx.Node, found: Expression) -> bool:
         """Whether to load the node's own elements instead of computing them from what it was computed from."""
         if found.name in ("const", "tensor") or node not in self._position:
             return False
@@ -446,9 +446,9 @@ class Lifter:
     def _view(self, call: Call, node: fx.Node, coordinates: Coordinates) -> tuple[fx.Node, Coordinates] | None:
         if self._plain(coordinates) or call.name not in RESHAPES | REPEATS:
             if self._may_cut or self.score is None or self.depends(node):
-                return view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+                return view_input(self.space, call, coordinates)  # type: ignore[arg-type]
             cuts = self.space.snapshot()
-            moved = view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+            moved = view_input(self.space, call, coordinates)  # type: ignore[arg-type]
             if self.space.count_cuts() != len(cuts):
                 self.space.restore(cuts)
                 raise Opaque

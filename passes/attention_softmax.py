@@ -173,7 +173,7 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
         if call.name in _CASTS and tensor_of(node).dtype in FLOATS:
             node = call.input
             continue
-        moved = view_input(space, call, node, dims)
+        moved = view_input(space, call, dims)
         if moved is None:
             return None
         node, dims = moved
