@@ -28,6 +28,8 @@ from vbcompile.kernels.launches import launch
 VERIFIED_TRITON = ("3.6",)
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
+VARIANT = int(__import__('os').environ.get('VB_HOPPER_VARIANT', '0'))  # development only
+PROFILE: Any = None
 NO_CAUSAL_BOUND = 1 << 30  # an offset beyond all keys
 MAX_ROWS = 1 << 29  # row numbers plus offsets stay inside 32 bits
 
@@ -278,6 +280,8 @@ def forward(
             ROUNDING=config.rounding,
             POLY=config.poly,
             DYNAMIC=config.dynamic,
+            VARIANT=VARIANT,
+            profile=PROFILE,
             **score_operands(q, k, scale, config, call),
             num_warps=4,
             maxnreg=config.registers,

@@ -77,6 +77,37 @@ def describe_item(
 
 
 @gluon.jit
+def note(shared, w: gl.constexpr, done, n: gl.constexpr, VARIANT: gl.constexpr):
+    """Development only: see ``attention_hopper_forward.note``."""
+    if VARIANT & 8 != 0:
+        t = gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
+        if done < 64:
+            gl.store(shared[8] + ((gl.program_id(0) * 4 + w) * 64 + done) * 16 + n, t)
+
+
+@gluon.jit
+def load_keys(shared, descriptors, loaded, begin, stop, end, batch, k_head, BLOCK_K: gl.constexpr):
+    """Copies the ``begin``-th .. ``stop - 1``-th tile of keys and of values in the order of the walk; ``loaded`` tiles
+    came before. Returns how many have come then."""
+    _, k_desc, v_desc = descriptors
+    _, _, k_smem, v_smem = shared[0]
+    _, _, k_full, k_empty, v_full, v_empty = shared[1]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    for j in range(begin, stop):
+        slot = loaded % STAGES
+        phase = (loaded // STAGES & 1) ^ 1
+        row = (end - 1 - j) * BLOCK_K
+        mbarrier.wait(k_empty.index(slot), phase)
+        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [batch, k_head, row, 0], k_full.index(slot), k_smem.index(slot))
+        mbarrier.wait(v_empty.index(slot), phase)
+        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [batch, k_head, row, 0], v_full.index(slot), v_smem.index(slot))
+        loaded += 1
+    return loaded
+
+
+@gluon.jit
 def produce(
     shared,
     descriptors,
@@ -86,17 +117,18 @@ def produce(
     DYNAMIC: gl.constexpr,
     PLANNED: gl.constexpr,
     SHARED: gl.constexpr,
+    VARIANT: gl.constexpr,
 ):
     """The producer warp. ``sizes`` = (keys, query heads, query heads per key head, causal offset, query tiles,
     batch * query heads, counter of work items)."""
-    buffers, barriers, _, work, _, sizes, program, _ = shared
-    q_desc, k_desc, v_desc = descriptors
-    q_smem, _, k_smem, v_smem = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    buffers, barriers, _, work, _, sizes, program, _, _ = shared
+    q_desc, _, _ = descriptors
+    q_smem, _, _, _ = buffers
+    q_full, q_empty, _, _, _, _ = barriers
     _, q_heads, heads_per_key_head, _, query_tiles, heads, counter = sizes
-    STAGES: gl.constexpr = k_smem.shape[0]
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
+    PROMPT: gl.constexpr = VARIANT & 1 != 0
     loaded = gl.to_tensor(0)
     done = gl.to_tensor(0)
     if PLANNED:  # this kernel may have started before the one that makes the plan has ended
@@ -108,9 +140,12 @@ def produce(
     hand_out(work, done, entry)
     while item < query_tiles * heads:
         query_tile, batch, head, first, end, _clear_first, _clear_end, _sure_first, _sure_end = entry
-        item += gl.num_programs(0)
-        if DYNAMIC:  # asked for early: the answer takes about a microsecond
-            item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        note(shared, 3, done, 0, VARIANT)
+        if not PROMPT:
+            item += gl.num_programs(0)
+            if DYNAMIC:  # asked for early: the answer takes about a microsecond
+                item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        note(shared, 3, done, 1, VARIANT)
         q_head = head - batch * q_heads
         k_head = q_head // heads_per_key_head
         for w in gl.static_range(CONSUMERS):
@@ -119,20 +154,23 @@ def produce(
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             row = query_tile * BLOCK_Q + w * 64
             tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        for j in range(end - first):
-            slot = loaded % STAGES
-            phase = (loaded // STAGES & 1) ^ 1
-            row = (end - 1 - j) * BLOCK_K
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [batch, k_head, row, 0], k_full.index(slot), k_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [batch, k_head, row, 0], v_full.index(slot), v_smem.index(slot))
-            loaded += 1
-        done += 1
+        note(shared, 3, done, 2, VARIANT)
+        tiles = end - first
+        ahead = gl.minimum(tiles, 2) if PROMPT else tiles
+        loaded = load_keys(shared, descriptors, loaded, 0, ahead, end, batch, k_head, BLOCK_K)
+        note(shared, 3, done, 3, VARIANT)
+        if PROMPT:
+            # The answer takes about a microsecond, and so does what is made of it: under work that has been issued.
+            item += gl.num_programs(0)
+            if DYNAMIC:
+                item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         entry = describe_item(item, sizes, program, BLOCK_Q, BLOCK_K, GROUP, PLANNED, SHARED)
-        hand_out(work, done, entry)
+        note(shared, 3, done, 4, VARIANT)
+        hand_out(work, done + 1, entry)
+        note(shared, 3, done, 5, VARIANT)
+        if PROMPT:
+            loaded = load_keys(shared, descriptors, loaded, ahead, tiles, end, batch, k_head, BLOCK_K)
+        done += 1
 
 
 @gluon.jit
@@ -142,7 +180,7 @@ def produce_tiles(shared, t_desc, tile_steps, CONSUMERS: gl.constexpr, BLOCK_K: 
     ``tile_steps``: rows, then columns, by which leading indices move in that tensor. Nothing to do without it.
     """
     if t_desc is not None:
-        _, _, tiles, work, _, sizes, program, _ = shared
+        _, _, tiles, work, _, sizes, program, _, _ = shared
         t_smem, t_full, t_empty = tiles
         heads = sizes[5]
         STAGES: gl.constexpr = t_smem.shape[0] // CONSUMERS
