@@ -28,8 +28,7 @@ from vbcompile.kernels.launches import launch
 VERIFIED_TRITON = ("3.6",)
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
-VARIANT = int(__import__('os').environ.get('VB_HOPPER_VARIANT', '0'))  # development only
-PROFILE: Any = None
+VARIANT = int(__import__('os').environ.get('VB_HOPPER_VARIANT', '3'))  # development only
 NO_CAUSAL_BOUND = 1 << 30  # an offset beyond all keys
 MAX_ROWS = 1 << 29  # row numbers plus offsets stay inside 32 bits
 
@@ -66,7 +65,7 @@ class ForwardConfig:
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(consumers=3, stages=3, q_stages=2, ping_pong=2, rounding="halfway", group=1),
-    (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, ping_pong=2, group=64, dynamic=True),
     (128, False): ForwardConfig(q_stages=2, ping_pong=0, rounding="halfway", group=8, dynamic=True),
     (128, True): ForwardConfig(q_stages=2, ping_pong=0, rounding="halfway", group=8, dynamic=True),
 }
@@ -79,11 +78,10 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     if call.program.cap is not None:
         config = replace(config, rounding="halfway" if dim == 128 else "next", ping_pong=0)
     elif dim == 128:  # weights are rounded early where anything else takes registers
-        others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
+        others = call.reads_rows or call.program.sink is not None or call.program.offset is not None
         tile_masked = masked and call.tile is not None
-        config = replace(
-            config, rounding="early" if others or tile_masked else "halfway" if masked else config.rounding
-        )
+        rounding = "early" if others or tile_masked else "halfway" if masked else config.rounding
+        config = replace(config, rounding=rounding, ping_pong=0 if masked and rounding == "halfway" else 1)
     if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
     return replace(config, block_k=64)  # what a block can hold
@@ -281,7 +279,6 @@ def forward(
             POLY=config.poly,
             DYNAMIC=config.dynamic,
             VARIANT=VARIANT,
-            profile=PROFILE,
             **score_operands(q, k, scale, config, call),
             num_warps=4,
             maxnreg=config.registers,

@@ -64,46 +64,11 @@ def finish_row(m, total, sink, outer, SINK: gl.constexpr, UNBOUNDED: gl.constexp
 
 
 @gluon.jit
-def note(shared, w: gl.constexpr, done, n: gl.constexpr, VARIANT: gl.constexpr):
-    """Development only: the clock at point ``n`` of a work item, int32 ``[programs, 4, 64, 16]``."""
-    if VARIANT & 8 != 0:
-        t = gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
-        if done < 64:
-            gl.store(shared[8] + ((gl.program_id(0) * 4 + w) * 64 + done) * 16 + n, t)
-
-
-@gluon.jit
-def split_walk(begin, stop, end, clear):
-    """Of the ``begin``-th .. ``stop - 1``-th tile in the order of the walk: (end of those ahead that need a mask, end
-    of those after them that need none)."""
-    masked_end = gl.minimum(gl.maximum(end - clear[1], begin), stop)
-    masked_end = gl.where(begin >= end - clear[0], stop, masked_end)
+def split_walk(stop, end, clear):
+    """Key tiles after the first one in the order of the walk: (end of those ahead that need a mask, end of those after
+    them that need none)."""
+    masked_end = gl.minimum(gl.maximum(end - clear[1], 1), stop)
     return masked_end, gl.minimum(gl.maximum(end - clear[0], masked_end), stop)
-
-
-@gluon.jit
-def first_product(shared, done, taken, real, w: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr,
-                  D: gl.constexpr, PING_PONG: gl.constexpr):
-    """Issues the first product of the ``done``-th work item; ``real``: there is one."""
-    q_smem, _, k_smem, _ = shared[0]
-    q_full, _, k_full, _, _, _ = shared[1]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
-    q_slot = w + done % Q_STAGES * CONSUMERS
-    slot = taken % STAGES
-    if real:
-        mbarrier.wait(q_full.index(q_slot), done // Q_STAGES & 1)
-        mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
-    if PING_PONG > 0:
-        wait_turn(TURN + w)
-    q_tile = q_smem.index(q_slot).reshape([64, D])
-    k_tile = k_smem.index(slot).reshape([BLOCK_K, D]).permute((1, 0))
-    zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
-    s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
-    if PING_PONG == 1:
-        pass_turn(TURN + (w + 1) % CONSUMERS)
-    return s
 
 
 @gluon.jit
@@ -135,7 +100,7 @@ def consume(
     VARIANT: gl.constexpr,
 ):
     """Consumer warpgroup ``w``: rows ``64 w .. 64 w + 63`` of every query tile of this block."""
-    buffers, barriers, tiles, work, results, sizes, program, queries, _ = shared
+    buffers, barriers, tiles, work, results, sizes, program, queries = shared
     q_smem, o_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     o_desc, lse_pointer = results
@@ -147,6 +112,10 @@ def consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    # With weights rounded early the assembler would serialise the products of a second loop.
+    SPLIT: gl.constexpr = (
+        (VARIANT & 2 != 0) and (CAUSAL or PLANNED) and CAP is None and TILED != 2 and ROUNDING != "early"
+    )
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -154,78 +123,63 @@ def consume(
     if PING_PONG > 0 and w == CONSUMERS - 1:
         pass_turn(TURN)
     query_tile, batch, head, first, end, clear, sure = take_over(work, done, 4)
-    NEXT: gl.constexpr = (VARIANT & 4 != 0) and TILED == 0
-    SPLIT: gl.constexpr = (VARIANT & 2 != 0) and (CAUSAL or PLANNED) and CAP is None and TILED != 2
-    if NEXT:
-        s = first_product(shared, done, taken, head < heads, w, CONSUMERS, BLOCK_K, D, PING_PONG)
-        s = warpgroup_mma_wait(0, [s])
-        if PING_PONG == 2:
-            pass_turn(TURN + (w + 1) % CONSUMERS)
     while head < heads:
         first_row = query_tile * BLOCK_Q + w * 64
         q_slot = w + done % Q_STAGES * CONSUMERS
         q_tile = q_smem.index(q_slot).reshape([64, D])
+        mbarrier.wait(q_full.index(q_slot), done // Q_STAGES & 1)
         slot = taken % STAGES
-        note(shared, w, done, 0, VARIANT)
-        if not NEXT:
-            mbarrier.wait(q_full.index(q_slot), done // Q_STAGES & 1)
-            note(shared, w, done, 1, VARIANT)
-            mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
-            note(shared, w, done, 2, VARIANT)
-            if PING_PONG > 0:
-                wait_turn(TURN + w)
-            k_tile = k_smem.index(slot).reshape([BLOCK_K, D]).permute((1, 0))
-            zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
-            s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
-            if PING_PONG == 1:
-                pass_turn(TURN + (w + 1) % CONSUMERS)
+        mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
+        if PING_PONG > 0:
+            wait_turn(TURN + w)
+        k_tile = k_smem.index(slot).reshape([BLOCK_K, D]).permute((1, 0))
+        zero = gl.full([64, BLOCK_K], 0.0, gl.float32, s_layout)
+        s = warpgroup_mma(q_tile, k_tile, zero, use_acc=False, is_async=True)
+        if PING_PONG == 1:
+            pass_turn(TURN + (w + 1) % CONSUMERS)
         # Under the first product: divisions and loads of what belongs to rows.
         context = describe_rows(s_layout, BLOCK_K, first_row, head, queries, keys, program, ROWS, OFFSET)
         slope = per_row(SLOPE, s_layout, BLOCK_K, first_row, context[0], context[1], queries, keys, program)
         tile = 0
         if TILED == 1:
             tile = take_tile(tiles, taken, w, CONSUMERS, s_layout)
-        if not NEXT:
-            s = warpgroup_mma_wait(0, [s])
-            if PING_PONG == 2:
-                pass_turn(TURN + (w + 1) % CONSUMERS)
+        s = warpgroup_mma_wait(0, [s])
+        if PING_PONG == 2:
+            pass_turn(TURN + (w + 1) % CONSUMERS)
         mbarrier.arrive(k_empty.index(slot))
-        note(shared, w, done, 3, VARIANT)
         place = place_tile(first_row, end - 1, clear, sure, BLOCK_K, PLANNED)
         nothing = gl.full([64], float("-inf"), gl.float32, s_rows)
-        s0, m, _decay, own, base = refer(
+        s, m, _decay, own, base = refer(
             s, tile, nothing, taken, tiles, place, at_tile(context, slope, place, SLOPE), program, sizes, w, CONSUMERS,
             True, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP, UNBOUNDED,
         )  # fmt: skip
-        p = weigh(s0, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
+        p = weigh(s, own, base, 0, place, context, program, sizes, True, POLY, BOUNDS, CAP)
         state = (
             m,
             sum_within_lane(p),
             gl.full([64, D], 0.0, gl.float32, o_layout),
             carry_weights(p, q_tile.dtype, ROUNDING),
         )
-        note(shared, w, done, 4, VARIANT)
         item = (first_row, end, clear, sure)
         if SPLIT:
-            # Tiles that need a mask, then those that need none, then, by a plan, masked ones again: loops of their own
-            # for both keep the longer code of masks out of the way.
-            stop = end - first
-            masked_end, clear_end = split_walk(1, stop, end, clear)
+            # Tiles that need a mask, those that need none and, by a plan, masked ones again: a loop of its own keeps
+            # masks out of the way of the tiles that need none.
+            masked_end, clear_end = split_walk(end - first, end, clear)
             state, taken = walk(
-                state, taken, 1, masked_end, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
-                program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS,
-                LOGITS, MASK, None, UNBOUNDED,
+                state, taken, 1, masked_end, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
+                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
+                None, UNBOUNDED,
             )  # fmt: skip
             state, taken = walk(
-                state, taken, masked_end, clear_end, item, (context, slope), q_tile, k_smem, v_smem, barriers,
-                tiles, program, sizes, w, CONSUMERS, False, PING_PONG, ROUNDING, POLY, TILED, False, SLOPE, None,
-                LOGITS, None, None, UNBOUNDED,
+                state, taken, masked_end, clear_end, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
+                program, sizes, w, CONSUMERS, False, PING_PONG, ROUNDING, POLY, TILED, False, SLOPE, None, LOGITS, None,
+                None, UNBOUNDED,
             )  # fmt: skip
             if PLANNED:
                 state, taken = walk(
-                    state, taken, clear_end, stop, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
-                    program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS,
-                    LOGITS, MASK, None, UNBOUNDED,
+                    state, taken, clear_end, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers,
+                    tiles, program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE,
+                    BOUNDS, LOGITS, MASK, None, UNBOUNDED,
                 )  # fmt: skip
         elif CAP is None:
             state, taken = walk(
@@ -246,7 +200,6 @@ def consume(
                 CAP, UNBOUNDED,
             )  # fmt: skip
         m, total, o, p = state
-        note(shared, w, done, 5, VARIANT)
         if CAP is not None:  # work items that follow each other are alike
             careful = gl.max(gl.max(total, 1), 0) > program[8][3]
         mbarrier.arrive(q_empty.index(q_slot))
@@ -254,22 +207,14 @@ def consume(
         mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
         weights = use_weights(p, q_tile.dtype, o_layout, ROUNDING)
         o = warpgroup_mma(weights, v_smem.index(slot).reshape([BLOCK_K, D]), o, is_async=True)
-        note(shared, w, done, 6, VARIANT)
         upcoming = take_over(work, done + 1, 4)
-        note(shared, w, done, 7, VARIANT)
-        if NEXT:
-            s = first_product(
-                shared, done + 1, taken + 1, upcoming[2] < heads, w, CONSUMERS, BLOCK_K, D, PING_PONG
-            )
-        note(shared, w, done, 8, VARIANT)
         row_total = gl.convert_layout(gl.sum(total, 1), s_rows)
         rows = first_row + gl.arange(0, 64, s_rows)
         sink = per_row(SINK, s_layout, BLOCK_K, first_row, context[0], context[1], queries, keys, program)
         share, lse = finish_row(m, row_total, sink, program[7], SINK, UNBOUNDED, EMPTY_IS_ZERO)
         share = gl.convert_layout(share, o_rows)
-        o = warpgroup_mma_wait(1 if NEXT else 0, [o])
+        o = warpgroup_mma_wait(0, [o])
         mbarrier.arrive(v_empty.index(slot))
-        note(shared, w, done, 9, VARIANT)
         taken += 1
         tma.store_wait(0)
         gl.thread_barrier()  # only the thread that issued the last store waited for it
@@ -278,11 +223,6 @@ def consume(
         gl.thread_barrier()
         tma.async_copy_shared_to_global(o_desc, [batch, head - batch * q_heads, first_row, 0], o_tile)
         gl.store(lse_pointer + head.to(gl.int64) * queries + rows, lse, mask=rows < queries)
-        note(shared, w, done, 10, VARIANT)
-        if NEXT:
-            s = warpgroup_mma_wait(0, [s])
-            if PING_PONG == 2:
-                pass_turn(TURN + (w + 1) % CONSUMERS)
         query_tile, batch, head, first, end, clear, sure = upcoming
         done += 1
     if PING_PONG > 0 and w == 0:
@@ -314,7 +254,6 @@ def attention_forward(
     captured_strides,
     plan_strides,
     tile_steps,
-    profile,
     CONSUMERS: gl.constexpr,
     BLOCK_K: gl.constexpr,
     D: gl.constexpr,
@@ -393,7 +332,7 @@ def attention_forward(
     program = (inner, outer * LOG2E, captured, captured_strides, lead_sizes, plan, plan_strides, outer, capped)
     work = (item, item_full, item_empty)
     descriptors = (q_desc, k_desc, v_desc)
-    shared = (buffers, barriers, tiles, work, results, sizes, program, queries, profile)
+    shared = (buffers, barriers, tiles, work, results, sizes, program, queries)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

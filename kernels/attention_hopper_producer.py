@@ -77,21 +77,42 @@ def describe_item(
 
 
 @gluon.jit
-def note(shared, w: gl.constexpr, done, n: gl.constexpr, VARIANT: gl.constexpr):
-    """Development only: see ``attention_hopper_forward.note``."""
-    if VARIANT & 8 != 0:
-        t = gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
-        if done < 64:
-            gl.store(shared[8] + ((gl.program_id(0) * 4 + w) * 64 + done) * 16 + n, t)
+def ask_for_item(counter):
+    """Asks for the next work item; nothing waits for the answer before ``answered_item``. (An atomic operation of
+    Triton's hands its result to all threads, and so waits for it at once.)"""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred q;
+            .reg .b32 lane;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 q, lane, 0;
+            mov.b32 $0, 0;
+            @q atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
+        }""",
+        "=&r,l",
+        [counter.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
-def load_keys(shared, descriptors, loaded, begin, stop, end, batch, k_head, BLOCK_K: gl.constexpr):
-    """Copies the ``begin``-th .. ``stop - 1``-th tile of keys and of values in the order of the walk; ``loaded`` tiles
-    came before. Returns how many have come then."""
+def answered_item(answer):
+    """What ``ask_for_item`` asked for, in all threads of the warp."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xFFFFFFFF;", "=r,r", [answer], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def load_tiles(shared, descriptors, loaded, begin, stop, end, batch, k_head, BLOCK_K: gl.constexpr):
+    """Copies the ``begin``-th .. ``stop - 1``-th tile of keys and of values in the order of the walk to the buffers;
+    ``loaded`` tiles came before. Returns how many have come then."""
+    buffers, barriers, _, _, _, _, _, _ = shared
     _, k_desc, v_desc = descriptors
-    _, _, k_smem, v_smem = shared[0]
-    _, _, k_full, k_empty, v_full, v_empty = shared[1]
+    _, _, k_smem, v_smem = buffers
+    _, _, k_full, k_empty, v_full, v_empty = barriers
     STAGES: gl.constexpr = k_smem.shape[0]
     for j in range(begin, stop):
         slot = loaded % STAGES
@@ -121,14 +142,14 @@ def produce(
 ):
     """The producer warp. ``sizes`` = (keys, query heads, query heads per key head, causal offset, query tiles,
     batch * query heads, counter of work items)."""
-    buffers, barriers, _, work, _, sizes, program, _, _ = shared
+    buffers, barriers, _, work, _, sizes, program, _ = shared
     q_desc, _, _ = descriptors
     q_smem, _, _, _ = buffers
     q_full, q_empty, _, _, _, _ = barriers
     _, q_heads, heads_per_key_head, _, query_tiles, heads, counter = sizes
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
-    PROMPT: gl.constexpr = VARIANT & 1 != 0
+    ASK: gl.constexpr = DYNAMIC and VARIANT & 1 != 0
     loaded = gl.to_tensor(0)
     done = gl.to_tensor(0)
     if PLANNED:  # this kernel may have started before the one that makes the plan has ended
@@ -140,12 +161,11 @@ def produce(
     hand_out(work, done, entry)
     while item < query_tiles * heads:
         query_tile, batch, head, first, end, _clear_first, _clear_end, _sure_first, _sure_end = entry
-        note(shared, 3, done, 0, VARIANT)
-        if not PROMPT:
-            item += gl.num_programs(0)
-            if DYNAMIC:  # asked for early: the answer takes about a microsecond
-                item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-        note(shared, 3, done, 1, VARIANT)
+        item += gl.num_programs(0)
+        if ASK:
+            answer = ask_for_item(counter)
+        elif DYNAMIC:  # asked for early: the answer takes about a microsecond
+            item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         q_head = head - batch * q_heads
         k_head = q_head // heads_per_key_head
         for w in gl.static_range(CONSUMERS):
@@ -154,22 +174,16 @@ def produce(
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             row = query_tile * BLOCK_Q + w * 64
             tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        note(shared, 3, done, 2, VARIANT)
         tiles = end - first
-        ahead = gl.minimum(tiles, 2) if PROMPT else tiles
-        loaded = load_keys(shared, descriptors, loaded, 0, ahead, end, batch, k_head, BLOCK_K)
-        note(shared, 3, done, 3, VARIANT)
-        if PROMPT:
-            # The answer takes about a microsecond, and so does what is made of it: under work that has been issued.
-            item += gl.num_programs(0)
-            if DYNAMIC:
-                item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        # A plan's entry takes long to come: under tiles that are on their way.
+        ahead = gl.minimum(tiles, 2) if PLANNED and VARIANT & 1 != 0 else tiles
+        loaded = load_tiles(shared, descriptors, loaded, 0, ahead, end, batch, k_head, BLOCK_K)
+        if ASK:
+            item = gl.num_programs(0) + answered_item(answer)
         entry = describe_item(item, sizes, program, BLOCK_Q, BLOCK_K, GROUP, PLANNED, SHARED)
-        note(shared, 3, done, 4, VARIANT)
         hand_out(work, done + 1, entry)
-        note(shared, 3, done, 5, VARIANT)
-        if PROMPT:
-            loaded = load_keys(shared, descriptors, loaded, ahead, tiles, end, batch, k_head, BLOCK_K)
+        if PLANNED:
+            loaded = load_tiles(shared, descriptors, loaded, ahead, tiles, end, batch, k_head, BLOCK_K)
         done += 1
 
 
@@ -180,7 +194,7 @@ def produce_tiles(shared, t_desc, tile_steps, CONSUMERS: gl.constexpr, BLOCK_K: 
     ``tile_steps``: rows, then columns, by which leading indices move in that tensor. Nothing to do without it.
     """
     if t_desc is not None:
-        _, _, tiles, work, _, sizes, program, _, _ = shared
+        _, _, tiles, work, _, sizes, program, _ = shared
         t_smem, t_full, t_empty = tiles
         heads = sizes[5]
         STAGES: gl.constexpr = t_smem.shape[0] // CONSUMERS
