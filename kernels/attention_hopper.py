@@ -28,7 +28,6 @@ from vbcompile.kernels.launches import launch
 VERIFIED_TRITON = ("3.6",)
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
-VARIANT = int(__import__('os').environ.get('VB_HOPPER_VARIANT', '3'))  # development only
 NO_CAUSAL_BOUND = 1 << 30  # an offset beyond all keys
 MAX_ROWS = 1 << 29  # row numbers plus offsets stay inside 32 bits
 
@@ -77,11 +76,12 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     masked = causal or call.planned
     if call.program.cap is not None:
         config = replace(config, rounding="halfway" if dim == 128 else "next", ping_pong=0)
-    elif dim == 128:  # weights are rounded early where anything else takes registers
-        others = call.reads_rows or call.program.sink is not None or call.program.offset is not None
-        tile_masked = masked and call.tile is not None
-        rounding = "early" if others or tile_masked else "halfway" if masked else config.rounding
-        config = replace(config, rounding=rounding, ping_pong=0 if masked and rounding == "halfway" else 1)
+    elif dim == 128:
+        takes_registers = call.reads_rows or call.program.sink is not None or call.program.offset is not None
+        if takes_registers or call.program.tiled == 2:
+            config = replace(config, rounding="early", ping_pong=1)
+        elif masked and call.tile is None:
+            config = replace(config, rounding="halfway", ping_pong=0)
     if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
     return replace(config, block_k=64)  # what a block can hold
@@ -92,7 +92,7 @@ SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(stages=3, q_stages=2, rounding="halfway", group=32, dynamic=True),
     (64, True): ForwardConfig(stages=3, q_stages=2, ping_pong=2, rounding="halfway", dynamic=True),
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
-    (128, True): ForwardConfig(rounding="early", dynamic=True),
+    (128, True): ForwardConfig(ping_pong=2, rounding="halfway", dynamic=True),
 }
 
 
@@ -278,7 +278,6 @@ def forward(
             ROUNDING=config.rounding,
             POLY=config.poly,
             DYNAMIC=config.dynamic,
-            VARIANT=VARIANT,
             **score_operands(q, k, scale, config, call),
             num_warps=4,
             maxnreg=config.registers,

@@ -97,7 +97,6 @@ def consume(
     SINK: gl.constexpr,
     UNBOUNDED: gl.constexpr,
     EMPTY_IS_ZERO: gl.constexpr,
-    VARIANT: gl.constexpr,
 ):
     """Consumer warpgroup ``w``: rows ``64 w .. 64 w + 63`` of every query tile of this block."""
     buffers, barriers, tiles, work, results, sizes, program, queries = shared
@@ -112,10 +111,10 @@ def consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    # With weights rounded early the assembler would serialise the products of a second loop.
-    SPLIT: gl.constexpr = (
-        (VARIANT & 2 != 0) and (CAUSAL or PLANNED) and CAP is None and TILED != 2 and ROUNDING != "early"
-    )
+    # Loops of their own for tiles that need a mask, tiles that need none and, by a plan, masked ones again. With weights
+    # rounded early the assembler would serialise all products then.
+    SPLIT: gl.constexpr = (CAUSAL or PLANNED) and TILED != 2 and ROUNDING != "early"
+    PARTS: gl.constexpr = 1 if not SPLIT else 3 if PLANNED else 2
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -160,44 +159,29 @@ def consume(
             gl.full([64, D], 0.0, gl.float32, o_layout),
             carry_weights(p, q_tile.dtype, ROUNDING),
         )
-        item = (first_row, end, clear, sure)
-        if SPLIT:
-            # Tiles that need a mask, those that need none and, by a plan, masked ones again: a loop of its own keeps
-            # masks out of the way of the tiles that need none.
-            masked_end, clear_end = split_walk(end - first, end, clear)
-            state, taken = walk(
-                state, taken, 1, masked_end, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
-                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
-                None, UNBOUNDED,
-            )  # fmt: skip
-            state, taken = walk(
-                state, taken, masked_end, clear_end, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles,
-                program, sizes, w, CONSUMERS, False, PING_PONG, ROUNDING, POLY, TILED, False, SLOPE, None, LOGITS, None,
-                None, UNBOUNDED,
-            )  # fmt: skip
-            if PLANNED:
+        stop = end - first
+        rest = ((first_row, end, clear, sure), (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program, sizes)
+        if CAP is None:
+            begin = 1
+            ends = (stop,)
+            if SPLIT:
+                masked_end, clear_end = split_walk(stop, end, clear)
+                ends = (masked_end, clear_end, stop)
+            for part in gl.static_range(PARTS):
                 state, taken = walk(
-                    state, taken, clear_end, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers,
-                    tiles, program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE,
-                    BOUNDS, LOGITS, MASK, None, UNBOUNDED,
+                    state, taken, begin, ends[part], *rest, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED,
+                    PLANNED, SLOPE, BOUNDS, LOGITS, MASK, None, UNBOUNDED, part != 1,
                 )  # fmt: skip
-        elif CAP is None:
-            state, taken = walk(
-                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
-                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
-                None, UNBOUNDED,
-            )  # fmt: skip
+                begin = ends[part]
         elif careful:
             state, taken = walk(
-                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
-                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
-                3, UNBOUNDED,
+                state, taken, 1, stop, *rest, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE,
+                BOUNDS, LOGITS, MASK, 3, UNBOUNDED, True,
             )  # fmt: skip
         else:
             state, taken = walk(
-                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
-                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
-                CAP, UNBOUNDED,
+                state, taken, 1, stop, *rest, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE,
+                BOUNDS, LOGITS, MASK, CAP, UNBOUNDED, True,
             )  # fmt: skip
         m, total, o, p = state
         if CAP is not None:  # work items that follow each other are alike
@@ -278,7 +262,6 @@ def attention_forward(
     SINK: gl.constexpr,
     UNBOUNDED: gl.constexpr,
     EMPTY_IS_ZERO: gl.constexpr,
-    VARIANT: gl.constexpr,
 ):
     """q, o ``[B, H, Q, D]`` in blocks ``[1, 1, 64, D]``; k, v ``[B, Hk, K, D]`` in blocks ``[1, 1, BLOCK_K, D]``;
     lse ``[B, H, Q]`` float32, contiguous. ``counter`` int32, zero at launch (DYNAMIC only); ``heads`` is B * H; not
@@ -338,11 +321,11 @@ def attention_forward(
             [
                 (consume, (shared, 0, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
-                           EMPTY_IS_ZERO, VARIANT)),
+                           EMPTY_IS_ZERO)),
                 (consume, (shared, 1, 2, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
-                           EMPTY_IS_ZERO, VARIANT)),
-                (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED, VARIANT)),
+                           EMPTY_IS_ZERO)),
+                (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
                 (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K)),
             ],
             [4, 1, 1],
@@ -353,14 +336,14 @@ def attention_forward(
             [
                 (consume, (shared, 0, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
-                           EMPTY_IS_ZERO, VARIANT)),
+                           EMPTY_IS_ZERO)),
                 (consume, (shared, 1, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
-                           EMPTY_IS_ZERO, VARIANT)),
+                           EMPTY_IS_ZERO)),
                 (consume, (shared, 2, 3, BLOCK_K, D, GROUP, CAUSAL, PING_PONG, ROUNDING, POLY, DYNAMIC, PLANNED,
                            SHARED, TILED, LOGITS, MASK, ROWS, OFFSET, SLOPE, BOUNDS, CAP, SINK, UNBOUNDED,
-                           EMPTY_IS_ZERO, VARIANT)),
-                (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED, VARIANT)),
+                           EMPTY_IS_ZERO)),
+                (produce, (shared, descriptors, CONSUMERS, BLOCK_K, GROUP, DYNAMIC, PLANNED, SHARED)),
                 (produce_tiles, (shared, t_desc, tile_steps, CONSUMERS, BLOCK_K)),
             ],
             [4, 4, 1, 1],

@@ -77,38 +77,18 @@ def describe_item(
 
 
 @gluon.jit
-def ask_for_item(counter):
-    """Asks for the next work item; nothing waits for the answer before ``answered_item``. (An atomic operation of
-    Triton's hands its result to all threads, and so waits for it at once.)"""
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .pred q;
-            .reg .b32 lane;
-            mov.u32 lane, %laneid;
-            setp.eq.u32 q, lane, 0;
-            mov.b32 $0, 0;
-            @q atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
-        }""",
-        "=&r,l",
-        [counter.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def answered_item(answer):
-    """What ``ask_for_item`` asked for, in all threads of the warp."""
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xFFFFFFFF;", "=r,r", [answer], dtype=gl.int32, is_pure=False, pack=1
-    )
+def next_item(item, counter, DYNAMIC: gl.constexpr):
+    """The work item after ``item``. The counter's answer takes about a microsecond and is waited for here."""
+    if DYNAMIC:
+        return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+    else:
+        return item + gl.num_programs(0)
 
 
 @gluon.jit
 def load_tiles(shared, descriptors, loaded, begin, stop, end, batch, k_head, BLOCK_K: gl.constexpr):
-    """Copies the ``begin``-th .. ``stop - 1``-th tile of keys and of values in the order of the walk to the buffers;
-    ``loaded`` tiles came before. Returns how many have come then."""
+    """Copies the ``begin``-th .. ``stop - 1``-th tile of keys and of values in the order of the walk; ``loaded`` came
+    before. Returns how many have come then."""
     buffers, barriers, _, _, _, _, _, _ = shared
     _, k_desc, v_desc = descriptors
     _, _, k_smem, v_smem = buffers
@@ -138,7 +118,6 @@ def produce(
     DYNAMIC: gl.constexpr,
     PLANNED: gl.constexpr,
     SHARED: gl.constexpr,
-    VARIANT: gl.constexpr,
 ):
     """The producer warp. ``sizes`` = (keys, query heads, query heads per key head, causal offset, query tiles,
     batch * query heads, counter of work items)."""
@@ -149,7 +128,6 @@ def produce(
     _, q_heads, heads_per_key_head, _, query_tiles, heads, counter = sizes
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
-    ASK: gl.constexpr = DYNAMIC and VARIANT & 1 != 0
     loaded = gl.to_tensor(0)
     done = gl.to_tensor(0)
     if PLANNED:  # this kernel may have started before the one that makes the plan has ended
@@ -161,11 +139,10 @@ def produce(
     hand_out(work, done, entry)
     while item < query_tiles * heads:
         query_tile, batch, head, first, end, _clear_first, _clear_end, _sure_first, _sure_end = entry
-        item += gl.num_programs(0)
-        if ASK:
-            answer = ask_for_item(counter)
-        elif DYNAMIC:  # asked for early: the answer takes about a microsecond
-            item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        tiles = end - first
+        ahead = tiles
+        if not PLANNED:
+            item = next_item(item, counter, DYNAMIC)
         q_head = head - batch * q_heads
         k_head = q_head // heads_per_key_head
         for w in gl.static_range(CONSUMERS):
@@ -174,12 +151,11 @@ def produce(
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             row = query_tile * BLOCK_Q + w * 64
             tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        tiles = end - first
-        # A plan's entry takes long to come: under tiles that are on their way.
-        ahead = gl.minimum(tiles, 2) if PLANNED and VARIANT & 1 != 0 else tiles
+        if PLANNED:  # items may be short, and a plan's entry takes long to come: while tiles are on their way
+            ahead = gl.minimum(tiles, 2)
         loaded = load_tiles(shared, descriptors, loaded, 0, ahead, end, batch, k_head, BLOCK_K)
-        if ASK:
-            item = gl.num_programs(0) + answered_item(answer)
+        if PLANNED:
+            item = next_item(item, counter, DYNAMIC)
         entry = describe_item(item, sizes, program, BLOCK_Q, BLOCK_K, GROUP, PLANNED, SHARED)
         hand_out(work, done + 1, entry)
         if PLANNED:
