@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Where this is set, every process compiles PyTorch's sources again: twice the time of its import.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-all tests test-vendors lint setup clean
 .DEFAULT_GOAL := demo

@@ -1,4 +1,4 @@
-"""The tables of figures in README.md and docs/, made from the JSON files in ``bench/results``.
+"""The tables of figures in README.md and docs/, made from the JSON files in ``bench/results`` and the tuned table.
 
 python bench/readme_tables.py            rewrites the pages between their markers
 python bench/readme_tables.py --check    exit status 1 if a page is not what the results say
@@ -14,17 +14,20 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 RESULTS = ROOT / "bench" / "results"
+TUNED = ROOT / "kernels" / "tuned" / "fp4_linear.json"
 
 
 def table(name: str) -> str:
     """The Markdown table of one results file, with a line that says where it was measured."""
-    file = f"{FILES.get(name, name)}.json"
-    data = json.loads((RESULTS / file).read_text())
+    path = FILES.get(name, RESULTS / f"{name}.json")
+    data = json.loads(path.read_text())
+    if path == TUNED:
+        data = {"environment": data["sm_90"], "rows": data["sm_90"]["rows"]}
     title, columns = TABLES[name]
     shown = SUMMARIES.get(name, list)(data["rows"])
     rows = [[str(cell(row)) for _, cell in columns] for row in shown if row.get("readme", True)]
     lines = [
-        f"**{title}** ({_where(data['environment'])}; `bench/results/{file}`)",
+        f"**{title}** ({_where(data['environment'])}; `{path.relative_to(ROOT)}`)",
         "",
         "| " + " | ".join(head for head, _ in columns) + " |",
         "|" + " --- |" * len(columns),
@@ -70,7 +73,10 @@ def _fp4_columns(bits: float) -> Columns:
     ]
 
 
-FILES = {"fp4_linear_mxfp4": "fp4_linear"}  # where it is not the table's name
+FILES = dict.fromkeys(("fp4_linear_mxfp4", "fp4_linear_widest"), RESULTS / "fp4_linear.json") | {
+    "fp4_linear_narrow": TUNED
+}
+_NARROW = (64, 128, 256, 512, 1024)  # rows of x
 TABLES: dict[str, tuple[str, Columns]] = {
     "fp4_models": (
         "What FP4 weights cost real models in quality, on English text; SmolLM2's weights were 4-bit before",
@@ -109,9 +115,17 @@ TABLES: dict[str, tuple[str, Columns]] = {
         "Linear layer with NVFP4 weights, microseconds; TB/s: packed bytes over time, one large copy reaches 4.2",
         _fp4_columns(4.5),
     ),
+    "fp4_linear_widest": (
+        "Linear layer of 28672 x 4096 with NVFP4 weights, microseconds; TB/s: packed bytes over time",
+        _fp4_columns(4.5)[1:],
+    ),
     "fp4_linear_mxfp4": (
         "Linear layer with MXFP4 weights, microseconds, in the run of the NVFP4 table",
         _fp4_columns(4.25),
+    ),
+    "fp4_linear_narrow": (
+        "NVFP4 weights of few rows by rows of x, microseconds (in brackets cuBLAS in bfloat16)",
+        [("weight", _column("weight")), *((str(m), _column(str(m))) for m in _NARROW)],
     ),
     "fp4_model": (
         "Llama-3-8B shape, batch 1, random weights: a decode step, and a prompt of 2048 tokens",
@@ -120,7 +134,6 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("backend and weights", _column("name")),
             ("time", lambda row: f"{row['ms']:.2f} ms"),
             ("without CUDA graphs", _optional("ms_without_graph", "{:.2f} ms")),
-            ("date", _optional("date")),
         ],
     ),
     "fp4_peers": (
@@ -153,7 +166,11 @@ TABLES: dict[str, tuple[str, Columns]] = {
             ("predicted", _optional("predicted_ms", "{:.1f} ms")),
             ("streamed", _gigabytes("streamed_bytes")),
             ("peak memory", _gigabytes("peak_allocated_bytes")),
-            ("share of the roofline", lambda row: f"{row['roofline_share']:.3f}"),
+            # where nothing is streamed, what is planned is no bound
+            (
+                "share of the roofline",
+                lambda row: f"{row['roofline_share']:.3f}" if row["streamed_bytes"] else "",
+            ),
         ],
     ),
     "offload_model_70b": (
@@ -375,11 +392,24 @@ def _by_case_backward(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return cases
 
 
+def _narrow(rows: list[list[Any]]) -> list[dict[str, Any]]:
+    """One row per narrow weight: the fastest way in 16 bits for each number of rows of x, and the unpacked product."""
+    found: dict[str, dict[str, Any]] = {}
+    for format_name, n, k, m, dense, times in rows:
+        if format_name == "nvfp4" and n <= 6144 and k == 4096 and m in _NARROW:
+            ours = min(time for name, (time, _) in times.items() if not name.endswith("fp8"))
+            weight = f"{n} x {k}"
+            found.setdefault(weight, {"weight": weight})[str(m)] = f"{ours:.1f} ({dense:.1f})"
+    return list(found.values())
+
+
 SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
     "aot_matrix": _by_target,
     "attention_scores": _by_case,
     "attention_scores_backward": _by_case_backward,
+    "fp4_linear_widest": lambda rows: [row for row in rows if row["format"] == "nvfp4" and row["n"] == 28672],
     "fp4_linear": lambda rows: [row for row in rows if row["format"] == "nvfp4"],
+    "fp4_linear_narrow": _narrow,
     "fp4_linear_mxfp4": lambda rows: [row for row in rows if row["format"] == "mxfp4"],
 }
 

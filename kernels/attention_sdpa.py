@@ -213,8 +213,26 @@ def _odd_rows(out: Tensor, lse: Tensor, call: _CpuCall) -> Tensor:
     Its largest score of a row ignores NaN, and a row without one counts as a row without keys: zeros in place of NaN.
     Under a mask, which it adds, NaN of hidden keys spreads to rows that do not see them.
     """
-    odd = ~lse.isfinite() | ((lse == 0.0) & (out == 0.0).all(-1))
+    odd, zero = ~lse.isfinite(), (lse == 0.0) & (out == 0.0).all(-1)
+    if is_fake(out) or bool(zero.any()):  # a graph cannot choose by values
+        odd = odd | (zero & ~_sees_a_number(call))
     return odd if call.empty is None else odd & ~call.empty.reshape(lse.shape)
+
+
+def _sees_a_number(call: _CpuCall) -> Tensor:
+    """Whether a key that the row sees has a finite score, so that zeros are a sum of values that are zero."""
+    q, k, _ = (t.to(accumulation_dtype(t.dtype)) for t in call.tensors)
+    if call.bias is None:  # every row sees the first key
+        return ((q * k[..., :1, :]).sum(-1) * call.scale).isfinite()
+    if q.shape[-2] > _FEW_ROWS:  # reading the keys once more is little beside them
+        largest = q.abs().amax(-1) * k.abs().amax((-2, -1)).unsqueeze(-1) * (q.shape[-1] * abs(call.scale))
+        return largest.isfinite()
+    highest, place = call.bias.max(-1)
+    seen = k.gather(-2, place.expand(q.shape[:-1]).unsqueeze(-1).expand(q.shape))
+    return ((q * seen).sum(-1) * call.scale + highest).isfinite()
+
+
+_FEW_ROWS = 16
 
 
 def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):

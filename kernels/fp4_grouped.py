@@ -20,7 +20,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels import fp4_linear_triton
 from vbcompile.kernels.fp4 import PackedWeight, row_scales
 from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_layout import TILE, LinearWeight, check_operands, dequantize_weight, to_layout
+from vbcompile.kernels.fp4_layout import TILE, LinearWeight, check_operands, dequantize_weight, rows_of, to_layout
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.triton_target import on_device, refuses_triton
 
@@ -195,7 +195,7 @@ def grouped_product(
     if x.shape[0] == 0:
         return x.new_empty(0, row_scale.shape[1])
     target = get_target(x.device)
-    rows = x if x.stride(1) == 1 else x.contiguous()
+    rows = rows_of(x, k)
     (t, _), (experts, n) = rows.shape, row_scale.shape
     config = fp4_linear_triton.tile_config(target, min(128, 1 << (max(1, t // experts) - 1).bit_length()), n, k)
     out = torch.zeros(t, n, dtype=x.dtype, device=x.device)

@@ -254,6 +254,13 @@ def check_operands(
         raise ValueError(f"fp4_linear: operands on several devices: {sorted(map(str, devices))}")
 
 
+def rows_of(x: Tensor, k: int, together: int = 1) -> Tensor:
+    """``x [..., k]`` as ``[rows, k]``, copied where so many elements of 16 bits cannot be loaded at once."""
+    rows = x.reshape(-1, k)
+    is_loadable = rows.stride(1) == 1 and rows.stride(0) % together == 0 and rows.data_ptr() % (2 * together) == 0
+    return rows if is_loadable else rows.contiguous()
+
+
 def _operand_shapes(n: int, k: int, layout: str, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if layout == "plain":
         blocks = -(-k // block)

@@ -12,7 +12,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.early_launch import kernel_in_between
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_layout import TILE, rows_of
 from vbcompile.kernels.fp4_linear_triton import counters
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
@@ -171,9 +171,7 @@ def product_few(
     """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x; weight in a fragment layout of NVIDIA's."""
     from vbcompile.kernels.fp4_linear_decode import fp4_decode_kernel
 
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
-        rows = rows.contiguous()
+    rows = rows_of(x, k, 8)
     m, n = rows.shape[0], row_scale.shape[0]
     target = get_target(x.device)
     config = config or few_config(target, 1 << (m - 1).bit_length(), n, k)
@@ -221,9 +219,7 @@ def product_diagonal(
     """``epilogue(x [..., k] @ weight.T + bias)`` of up to four rows in the dtype of x; layout ``fragments2t``."""
     from vbcompile.kernels.fp4_linear_diagonal import fp4_diagonal_kernel
 
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1 or rows.stride(0) % 2 or rows.data_ptr() % 4:
-        rows = rows.contiguous()
+    rows = rows_of(x, k, 2)
     m, n = rows.shape[0], row_scale.shape[0]
     config = config or diagonal_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
@@ -267,9 +263,7 @@ def product_stream(
     """``epilogue(x [..., k] @ weight.T + bias)`` of 5 to 32 rows in the dtype of x; layout ``fragments2t``."""
     from vbcompile.kernels.fp4_linear_stream import fp4_stream_kernel
 
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
-        rows = rows.contiguous()
+    rows = rows_of(x, k, 8)
     m, n = rows.shape[0], row_scale.shape[0]
     target = get_target(x.device)
     config = config or stream_config(target, 1 << (m - 1).bit_length(), n, k)

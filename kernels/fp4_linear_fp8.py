@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import fp4_linear_triton
+from vbcompile.kernels.fp4_layout import rows_of
 from vbcompile.kernels.launches import launch
 
 NEEDS = "needs NVIDIA's FP8 tensor cores (sm_89 or later)"
@@ -76,10 +77,7 @@ def product_fp8(
     layout: str,
 ) -> Tensor:  # fmt: skip
     """``x [..., k] @ weight.T + bias`` in the dtype of x: weight decoded to FP8, then the vendor's product."""
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    left, left_scale = quantize_rows(rows, factor=_WEIGHT_FACTOR)
+    left, left_scale = quantize_rows(rows_of(x, k), factor=_WEIGHT_FACTOR)
     weight = fp4_linear_triton.dequantize(codes, block_scales, row_scale, k, format_name, layout, torch.float8_e4m3fn)
     recipe = F.ScalingType.RowWise
     out = F.scaled_mm(

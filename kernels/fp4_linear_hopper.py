@@ -11,7 +11,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.early_launch import kernel_in_between
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_layout import TILE, rows_of
 from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
@@ -206,9 +206,7 @@ def product_wide(
     layout: str, config: WideConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
     """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x; weight ``[n, k]`` in the layout ``fragments2t``."""
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1 or rows.stride(0) % _ALIGNMENT or rows.data_ptr() % 16:
-        rows = rows.contiguous()
+    rows = rows_of(x, k, _ALIGNMENT)
     n = row_scale.shape[0]
     out = torch.empty(rows.shape[0], out_features(n, epilogue), dtype=x.dtype, device=x.device)
     config = config or wide_config(get_target(x.device), 1 << (rows.shape[0] - 1).bit_length(), n, k)
@@ -221,9 +219,7 @@ def product_wide_fp8(
     layout: str, config: WideConfig | None = None, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
     """The same with x and the decoded weight rounded to E4M3."""
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = rows_of(x, k)
     rounded, scale = quantize_rows(rows, paired=True)
     n = row_scale.shape[0]
     out = torch.empty(rows.shape[0], out_features(n, epilogue), dtype=x.dtype, device=x.device)

@@ -18,7 +18,7 @@ from vbcompile.compat_calls import current_stream
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_layout import TILE
+from vbcompile.kernels.fp4_layout import TILE, rows_of
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
 from vbcompile.kernels.replay import each_time
@@ -142,9 +142,7 @@ def product(
     from vbcompile.kernels.fp4_linear_kernels import fp4_product_kernel
 
     target = get_target(x.device)
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
-        rows = rows.contiguous()
+    rows = rows_of(x, k, 8)
     m, n = rows.shape[0], row_scale.shape[0]
     config = config or tile_config(target, min(1 << (m - 1).bit_length(), 2 * MOST_ROWS), n, k)
     config = room_for(config, epilogue)

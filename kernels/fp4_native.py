@@ -22,7 +22,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
-from vbcompile.kernels.fp4_layout import TILE, dequantize_weight
+from vbcompile.kernels.fp4_layout import TILE, dequantize_weight, rows_of
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.fp4_linear_triton import TileConfig, counters, with_splits
 from vbcompile.kernels.fp4_quantize import rounded
@@ -154,8 +154,7 @@ def product(
     """``epilogue(x [..., k] @ weight.T + bias)`` in the dtype of x, plain layout; ``four_bits``: x in FP4 too."""
     from vbcompile.kernels.fp4_native_kernels import fp4_native_kernel
 
-    rows = x.reshape(-1, k)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = rows_of(x, k)
     left = (rows, codes, row_scale)
     if four_bits:
         packed = round_rows(rows, format_name)

@@ -15,6 +15,7 @@ from vbcompile.passes.graph_ops import describe_site
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_activations import ActivationPlan
 from vbcompile.vgpu_plan import PlanError
+from vbcompile.vgpu_size import size_text
 
 if TYPE_CHECKING:
     from vbcompile.passes.pipeline import PassContext
@@ -112,9 +113,9 @@ class ActivationPartitioner:
             "step_ns_if_kept": plan.kept_step_ns,
         }
         reason = (
-            f"estimated peak {plan.peak_bytes / 1e9:.2f} GB in {plan.step_ns / 1e6:.1f} ms, instead of "
-            f"{plan.kept_peak_bytes / 1e9:.2f} GB in {plan.kept_step_ns / 1e6:.1f} ms if all "
-            f"{sum(sizes.values()) / 1e9:.2f} GB that the backward needs were kept"
+            f"estimated peak {size_text(plan.peak_bytes)} in {plan.step_ns / 1e6:.1f} ms, instead of "
+            f"{size_text(plan.kept_peak_bytes)} in {plan.kept_step_ns / 1e6:.1f} ms if all "
+            f"{size_text(sum(sizes.values()))} that the backward needs were kept"
         )
         action = "left" if plan.declined else "rewritten"
         self._report.decisions.append(Decision("activations", "the step", action, reason, details=facts))

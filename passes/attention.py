@@ -6,14 +6,16 @@ pointwise part becomes a score function (``attention_lift``, ``attention_masks``
 (``attention_plan``) and only then put into the graph (``attention_rewrite``). What cannot be proved is left alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import fx
 
 from vbcompile.passes.attention_checks import check_region
+from vbcompile.passes.attention_composites import write_out
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
+from vbcompile.passes.attention_encoder_layer import expand_encoder_layer, is_encoder_layer
 from vbcompile.passes.attention_fused_calls import (
     expand_multi_head,
     is_multi_head,
@@ -51,7 +53,9 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
     """
     decisions: list[Decision] = []
     for module in list(module_graphs(gm)):
-        found = _GraphPass(module, _outer_nodes(gm, module), _skips_tiles(context)).run()
+        run = partial(_run, callers=_callers(gm, module), skips_tiles=_skips_tiles(context))
+        write_out(module, _callers(gm, module), run)
+        found = run(module)
         decisions += found
         if any(d.action == "rewritten" for d in found):
             if context is not None:
@@ -61,20 +65,25 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
     return decisions
 
 
+def _run(module: fx.GraphModule, callers: Sequence[fx.Node] | None, skips_tiles: bool) -> list[Decision]:
+    return _GraphPass(module, callers, skips_tiles).run()
+
+
 class _GraphPass:
     """The pass over one graph."""
 
-    def __init__(self, module: fx.GraphModule, outer: Mapping[fx.Node, fx.Node], skips_tiles: bool) -> None:
+    def __init__(self, module: fx.GraphModule, callers: Sequence[fx.Node] | None, skips_tiles: bool) -> None:
         self.module = module
         self.graph = module.graph
-        self.outer = outer
+        self.callers = callers
+        self.outer = _outer_nodes(module, callers or ())
         self.skips_tiles = skips_tiles
-        self.decisions: list[tuple[int, Decision]] = []
+        self.decisions: list[tuple[int, fx.Node | None, Decision]] = []
         self.settled: set[fx.Node] = set()
 
     def run(self) -> list[Decision]:
         calls = self._calls()
-        if not any(_may_begin(call) for call in calls.values()) and not any(map(is_multi_head, self.graph.nodes)):
+        if not any(_may_begin(call) for call in calls.values()) and not any(map(_is_composite, self.graph.nodes)):
             return []
         if make_functional(self.graph):
             self.module.recompile()
@@ -84,7 +93,7 @@ class _GraphPass:
         around = next((Effects(node.graph) for node in self.outer.values()), None)
         effects = Effects(self.graph)
         self.empty_rows = EmptyRowsOfGraph(effects)
-        matcher = Matcher(effects, carriers, self.outer, around, self.skips_tiles)
+        matcher = Matcher(effects, carriers, self.outer, around, self.skips_tiles, self.callers)
         self._fused_calls(matcher, calls)
         for node in calls:
             if not any(i in carriers.carrying for i in node.all_input_nodes) or node._erased:
@@ -93,7 +102,8 @@ class _GraphPass:
             if contraction is not None:
                 self._try(matcher, contraction)
         self._report_rest(matcher)
-        return [decision for _, decision in sorted(self.decisions, key=lambda entry: entry[0])]
+        kept = [(place, decision) for place, left, decision in self.decisions if left is None or not left._erased]
+        return [decision for _, decision in sorted(kept, key=lambda entry: entry[0])]
 
     def _calls(self) -> dict[fx.Node, Call]:
         return {node: call for node in self.graph.nodes if (call := call_of(node)) is not None}
@@ -118,27 +128,35 @@ class _GraphPass:
             self._leave(matcher, contraction.node, reason)
 
     def _fused_calls(self, matcher: Matcher, calls: Mapping[fx.Node, Call]) -> None:
-        for node in [n for n in self.graph.nodes if is_multi_head(n)]:
-            self._multi_head(matcher, node)
+        for node in filter(_is_composite, list(self.graph.nodes)):
+            reason = (self._encoder_layer if is_encoder_layer(node) else self._multi_head)(matcher, node)
+            if reason:
+                self._leave(matcher, node, reason)
         for node, call in calls.items():
             if call.name == "sdpa":
                 reason = self._fused(matcher, partial(match_sdpa, matcher, node))
                 if reason:
                     self._leave(matcher, node, reason)
 
-    def _multi_head(self, matcher: Matcher, node: fx.Node) -> None:
-        """Replace a multi-head call by its projections around a fused call; undone if the inside is refused."""
+    def _encoder_layer(self, matcher: Matcher, node: fx.Node) -> str:
+        """Replace a layer by its parts around a fused call; returns why not, or nothing."""
+        try:
+            expanded = expand_encoder_layer(matcher, node)
+        except Refusal as error:
+            return str(error)
+        reason = self._multi_head(matcher, expanded.multi_head)
+        (expanded.undo if reason else expanded.finish)()
+        return reason
+
+    def _multi_head(self, matcher: Matcher, node: fx.Node) -> str:
+        """Replace a multi-head call by its projections around a fused call; returns why not, or nothing."""
         try:
             expanded = expand_multi_head(matcher, without_weights(node))
         except Refusal as error:
-            self._leave(matcher, node, str(error))
-            return
+            return str(error)
         reason = self._fused(matcher, partial(match_inner, matcher, expanded))
-        if reason:
-            expanded.undo()
-            self._leave(matcher, node, reason)
-        else:
-            expanded.finish()
+        (expanded.undo if reason else expanded.finish)()
+        return reason
 
     def _fused(self, matcher: Matcher, match: Callable[[Detail], Site]) -> str:
         """Rewrite the site that ``match`` finds; returns why not, or nothing."""
@@ -159,11 +177,11 @@ class _GraphPass:
         rewrite(plans, matcher.effects, self.empty_rows)
         for made in plans:
             decision = Decision(PASS_NAME, site, "rewritten", describe(made), details=details(made))
-            self.decisions.append((place, decision))
+            self.decisions.append((place, None, decision))
 
     def _leave(self, matcher: Matcher, node: fx.Node, reason: str) -> None:
         decision = Decision(PASS_NAME, describe_site(node), "left", reason)
-        self.decisions.append((matcher.effects.position[node], decision))
+        self.decisions.append((matcher.effects.position[node], node, decision))
 
     def _report_rest(self, matcher: Matcher) -> None:
         for node in self.graph.nodes:
@@ -180,6 +198,10 @@ def is_named_softmax(node: fx.Node) -> bool:
     """Whether the node is a softmax call; an exponential is one only together with its sum."""
     call = call_of(node)
     return call is not None and call.name in ("softmax", "safe_softmax", "softmin")
+
+
+def _is_composite(node: fx.Node) -> bool:
+    return is_multi_head(node) or is_encoder_layer(node)
 
 
 def _may_begin(call: Call) -> bool:
@@ -212,20 +234,22 @@ def _softmaxes_behind(contraction: Contraction, carriers: Carriers) -> set[fx.No
     return found
 
 
-def _outer_nodes(gm: fx.GraphModule, inner: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """For each placeholder of a checkpointed body that is called once, the node around it that is passed."""
+def _callers(gm: fx.GraphModule, inner: fx.GraphModule) -> list[fx.Node] | None:
+    """The nodes of ``gm`` that run an inner graph; none for ``gm`` itself, None where they are not known."""
     if inner is gm:
-        return {}
+        return []
     names = [name for name, module in gm.named_modules() if module is inner]
-    callers = [
-        node
-        for node in gm.graph.nodes
-        if node.op == "call_function"
-        and getattr(node.target, "__name__", "") in ("tag_activation_checkpoint", "wrap", "invoke_subgraph")
-        and any(isinstance(a, fx.Node) and a.op == "get_attr" and a.target in names for a in node.args)
-    ]
-    if len(callers) != 1:
+    reads = lambda n: any(isinstance(a, fx.Node) and a.op == "get_attr" and a.target in names for a in n.args)
+    return [node for node in gm.graph.nodes if node.op == "call_function" and reads(node)] or None
+
+
+def _outer_nodes(inner: fx.GraphModule, callers: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """For each placeholder of a checkpointed body that is called once, the node around it that is passed."""
+    if len(callers) != 1 or getattr(callers[0].target, "__name__", "") not in _RUNS_AS_IT_IS:
         return {}
     inside = [n for n in inner.graph.nodes if n.op == "placeholder"]
     passed = callers[0].args[len(callers[0].args) - len(inside) :]
     return {p: a for p, a in zip(inside, passed, strict=True) if isinstance(a, fx.Node)}
+
+
+_RUNS_AS_IT_IS = ("tag_activation_checkpoint", "wrap", "invoke_subgraph")

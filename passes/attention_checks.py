@@ -13,6 +13,7 @@ from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_site import Operand, Site
 from vbcompile.passes.graph_axes import Dim, Dims, Space
 from vbcompile.passes.graph_ops import (
+    FLOATS,
     call_of,
     is_parameter,
     is_tensor,
@@ -21,8 +22,6 @@ from vbcompile.passes.graph_ops import (
     tensor_of,
     value_of,
 )
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_axes(site: Site) -> None:

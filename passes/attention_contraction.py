@@ -178,20 +178,22 @@ def _added(first: str, second: str, batch: Labels) -> Callable[[Call, fx.Node], 
 
 def _einsum(call: Call, node: fx.Node) -> Contraction | None:
     operands = call.get("operands")
-    if len(operands) != 2 or not all(is_tensor(x) for x in operands):
-        return None
-    lhs, rhs = operands
+    labels = einsum_labels(call, node) if len(operands) == 2 else None
+    return None if labels is None else Contraction(node, *operands, *labels)
+
+
+def einsum_labels(call: Call, node: fx.Node) -> list[Labels] | None:
+    """Labels of each operand, then of the result; None where an operand has one of them twice."""
+    operands = call.get("operands")
     inputs, arrow, output = call.get("equation").replace(" ", "").partition("->")
     parts = inputs.split(",")
-    if len(parts) != 2:
+    if len(parts) != len(operands) or not all(is_tensor(x) for x in operands):
         return None
     labels = [_spell_out(part, len(shape_of(x))) for part, x in zip(parts, operands, strict=True)]
-    if not arrow:
-        output = _implicit_output(parts)
-    out = _spell_out(output, len(shape_of(node)))
-    if any(len(set(x)) != len(x) for x in (*labels, out)) or not set(out) <= {*labels[0], *labels[1]}:
+    labels.append(_spell_out(output if arrow else _implicit_output(parts), len(shape_of(node))))
+    if any(len(set(x)) != len(x) for x in labels) or not set(labels[-1]) <= {x for part in labels[:-1] for x in part}:
         return None
-    return Contraction(node, lhs, rhs, labels[0], labels[1], out)
+    return labels
 
 
 def _spell_out(part: str, rank: int) -> Labels:

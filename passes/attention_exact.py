@@ -26,13 +26,28 @@ def is_exact(e: Expression, computed_in: torch.dtype, scores: torch.dtype | None
     Args:
         scores: their dtype, in whose accumulation type expressions are evaluated; None where it is not known.
     """
-    if _is_integral(e, _LARGEST_EXACT.get(computed_in)):
-        return True
     both_double = scores == computed_in == torch.float64
-    if computed_in == torch.float64 and not both_double:
+    narrowed = computed_in == torch.float64 and not both_double
+    if _is_integral(e, _LARGEST_EXACT.get(computed_in)) and not (narrowed and _reads_wide_integers(e)):
+        return True
+    if narrowed:
         return False
     alike = both_double or (computed_in == torch.float32 and scores not in (None, torch.float64))
     return _is_read(e, both_double) or (alike and _is_same(e, both_double))
+
+
+def cancels(e: Expression, computed_in: torch.dtype, scores: torch.dtype | None) -> bool:
+    """Whether float64 arithmetic would be done in a narrower type, in which differences lose what they are made of."""
+    if computed_in != torch.float64 or scores == torch.float64:
+        return False
+    return not (_is_read(e, True) or is_exact(e, computed_in, scores))
+
+
+def _reads_wide_integers(e: Expression) -> bool:
+    """Whether an element of a tensor takes part that float32 may not hold."""
+    if e.name == "tensor":
+        return e.kind == INT and tensor_of(e.arguments[0]).dtype not in _NARROW
+    return not e.is_leaf and any(map(_reads_wide_integers, e.arguments))
 
 
 def _is_read(e: Expression, doubles: bool) -> bool:

@@ -4,6 +4,7 @@ import inspect
 import math
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import split_logits
 from vbcompile.passes.attention_matcher import Matcher
 from vbcompile.passes.attention_site import Detail, Operand, Site
+from vbcompile.passes.graph_autocast import under_autocast
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, shape_of, tensor_of, value_of
@@ -186,11 +188,15 @@ def expand_multi_head(matcher: Matcher, call: MultiHead) -> Expanded:
     matcher.check_place(call.node)
     _check_multi_head(call)
     result = next(u for u in call.node.users if u.args[1] == 0)
-    emitter = Emitter(call.node, matcher.effects.position)
+    within = partial(under_autocast, tensor_of(call.query).device.type, matcher.autocast_at(call.node))
+    emitter = Emitter(call.node, matcher.effects.position, within)
     q, k, v = _project(emitter, call)
     call = _with_longer_masks(emitter, call)
     attention = emitter.function(F.scaled_dot_product_attention, q, k, v)
     output = emitter.with_strides(_project_out(emitter, call, attention), tensor_of(result))
+    if tensor_of(output).dtype != tensor_of(result).dtype:
+        emitter.undo()
+        raise Refusal("a multi-head call of mixed precision")
     output.meta["example_value"] = tensor_of(result)
     return Expanded(call, attention, output, emitter)
 
@@ -202,17 +208,9 @@ def _check_multi_head(call: MultiHead) -> None:
         raise Refusal("queries of an unknown layout")
     if not isinstance(call.num_heads, int) or not isinstance(call.training, bool):
         raise Refusal("settings that are known only at run time")
-    if _autocast_is_on(call.node):
-        raise Refusal("autocast around a multi-head call")
     if call.is_causal and call.attn_mask is None:
         raise Refusal("is_causal without a mask")
     check_dropout(call.dropout_p if call.training else 0.0)
-
-
-def _autocast_is_on(node: fx.Node) -> bool:
-    if torch.is_autocast_enabled(tensor_of(node.args[0]).device.type):  # type: ignore[arg-type]
-        return True
-    return any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in node.graph.nodes)
 
 
 def _project(emitter: Emitter, call: MultiHead) -> list[fx.Node]:
@@ -305,7 +303,9 @@ def match_inner(matcher: Matcher, expanded: Expanded, detail: Detail) -> Site:
         logits = add_mask(lifter, logits, padding, broadcast_input(dims, shape_of(padding)), False)
     site.logits = split_logits(site.algebra, logits, site.keys)
     site.logits.scale, site.logits.features_of = scale, features_of
+    site.empty_rows = "nan" if call.need_weights else "zero"  # with weights, PyTorch calls its plain softmax
     site.dropout = check_dropout(call.dropout_p if call.training else 0.0)
+    site.empty_rows = "nan" if call.need_weights else "zero"  # a softmax of its own, or SDPA's
     return site
 
 

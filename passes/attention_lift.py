@@ -12,6 +12,7 @@ import torch
 from torch import SymFloat, SymInt, fx
 
 from vbcompile.passes.attention_contraction import Contraction
+from vbcompile.passes.attention_exact import cancels
 from vbcompile.passes.attention_expression import (
     BOOL,
     FLOAT,
@@ -34,7 +35,17 @@ from vbcompile.passes.graph_axes import (
     product,
     view_input,
 )
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known, known_equal, shape_of, tensor_of, value_of
+from vbcompile.passes.graph_ops import (
+    FLOATS,
+    Call,
+    call_of,
+    is_tensor,
+    known,
+    known_equal,
+    shape_of,
+    tensor_of,
+    value_of,
+)
 
 Coordinate = Dim | Expression
 Coordinates = tuple[Coordinate, ...]
@@ -43,6 +54,7 @@ _PROGRAM_LIMIT = 48  # instructions; a longer expression of indices is cheaper t
 _EXPENSIVE = {"exp", "log", "log1p", "pow", "sin", "cos", "sqrt", "rsqrt", "tanh", "sigmoid", "div", "mod", "floordiv"}
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _SHIFTS = {
     "amax", "max", "mean", "getitem", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "type", "reshape",
     "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
@@ -58,14 +70,14 @@ class Opaque(Exception):
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """Kind of number of a dtype; raises Opaque for complex and quantised ones."""
+    """Kind of number of a dtype; raises Opaque for complex and quantised ones and floats of 8 bits."""
     if dtype == torch.bool:
         return BOOL
-    if dtype.is_floating_point:
+    if dtype in FLOATS:
         return FLOAT
-    if dtype.is_complex or dtype.is_quantized if hasattr(dtype, "is_quantized") else dtype.is_complex:
-        raise Opaque
-    return INT
+    if dtype in _INTEGERS:
+        return INT
+    raise Opaque
 
 
 class Lifter:
@@ -314,6 +326,9 @@ class Lifter:
             if not plain:
                 raise
             return self.capture(node, coordinates)
+        score = None if self.score is None else tensor_of(self.score).dtype
+        if cancels(found, tensor_of(node).dtype, score):
+            raise Opaque
         if plain and self._better_loaded(node, coordinates, found):
             return self.capture(node, coordinates)
         return found

@@ -12,6 +12,7 @@ from torch import fx
 from vbcompile.passes.attention_checks import bind_roles, check_axes, check_dropout, check_operands
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
+from vbcompile.passes.attention_gates import gated
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, split_logits
 from vbcompile.passes.attention_shifts import without_shifts
@@ -19,6 +20,7 @@ from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
 from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
+from vbcompile.passes.graph_autocast import autocast_dtypes
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
 from vbcompile.passes.graph_effects import Effects, cuts_gradient
 from vbcompile.passes.graph_ops import (
@@ -44,6 +46,7 @@ class Matcher:
         outer: for the placeholders of an inner graph, the nodes outside that they stand for.
         outer_effects: side effects of the graph around an inner one.
         skips_tiles: whether a mask saves work, so that low finite fills are worth being made one.
+        callers: the nodes that run an inner graph; None where they are not known.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class Matcher:
         outer: Mapping[fx.Node, fx.Node],
         outer_effects: Effects | None,
         skips_tiles: bool,
+        callers: Sequence[fx.Node] | None,
     ) -> None:
         self.effects = effects
         self.skips_tiles = skips_tiles
+        self._callers = callers
         self.outer_effects = outer_effects
         self.carriers = carriers
         self.outer = outer
@@ -160,7 +165,8 @@ class Matcher:
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
-        if any(is_tensor(factor) and lifter.depends(factor) for _, factor, _ in weights.factors):
+        factors = [*(factor for _, factor, _ in weights.factors), *(gate.factor for gate in weights.gates)]
+        if any(is_tensor(factor) and lifter.depends(factor) for factor in factors):
             raise Refusal("the weights are multiplied with something that depends on the scores")
         dims = first.label_dims(space, lifter.score_dims)
         query, key, rows = bind_roles(space, first, dims, keys)
@@ -168,13 +174,16 @@ class Matcher:
         readable = partial(self._readable, begin=begin, end=end)
         logits, term = split_term(space, algebra, logits, query, key, features, (rows, keys), readable)
         split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
-        split, empty = self._keep(lifter, split, logits, weights, keys)
+        kept, empty = self._keep(lifter, split, logits, weights, keys)
+        if kept is not split and not kept.every_row:  # the logarithm of the sum still has the fills of such rows
+            softmax = replace(softmax, exact_logits=False)
         site = Site(
             space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
             features=features, terms=[] if term is None else [term],
             values=tuple(a for x in second.out_labels if x not in second.lhs_labels for a in labels[x]),
-            logits=split, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
-            empty_rows=empty, factors=list(reversed(weights.factors)), score_dtype=tensor_of(first.node).dtype,
+            logits=kept, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
+            empty_rows=empty, factors=list(reversed(weights.factors)), gates=list(weights.gates),
+            score_dtype=tensor_of(first.node).dtype,
             residual=_residual(second, out_dims), alpha=second.alpha, first=begin, spread=detail is Detail.SPREAD,
         )  # fmt: skip
         site.region = {first.node, *way, *weights.region, *lifter.region}
@@ -198,6 +207,15 @@ class Matcher:
         """Raise Refusal for nodes under a function transform, for which the operator has no rule."""
         if any(self.effects.is_transformed(node) for node in nodes):
             raise Refusal("a function transform (vmap, grad) around the attention")
+
+    def autocast_at(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype that autocast gives products at the node, None where it is off; raises Refusal if it is unknown."""
+        if self._callers is None:
+            raise Refusal("it is not known whether autocast is on")
+        try:
+            return autocast_dtypes(node.graph, tensor_of(node.all_input_nodes[0]).device.type, self._callers).get(node)
+        except LookupError as error:
+            raise Refusal(str(error)) from None
 
     def lifter(
         self,
@@ -232,6 +250,9 @@ class Matcher:
         for kept in softmax.masks:
             condition = make("to_bool", lifter.lift(kept.condition, kept.dims))
             logits = make("where", condition if kept.keep else make("not", condition), logits, const(-math.inf))
+        for gate in softmax.gates:
+            factor = make("to_float", lifter.lift(gate.factor, gate.dims))
+            logits = gated(lifter.algebra, logits, factor, gate.guard)
         return logits
 
     def _keep(
@@ -305,7 +326,8 @@ class Matcher:
                 raise Refusal("queries or keys are modified in place before the values are weighted")
         if self.effects.switches_grad_mode(begin, end) and (any(map(cuts_gradient, essential))):
             raise Refusal("the gradient mode changes inside the attention")
-        read_late = [site.v.node, *(factor for _, factor, _ in site.factors), *(site.residual or ())[:1]]
+        read_late = [site.v.node, *(factor for _, factor, _ in site.factors), *(gate.factor for gate in site.gates)]
+        read_late += (site.residual or ())[:1]
         if any(is_tensor(node) and self.effects.is_written(node, begin, end) for node in read_late):
             raise Refusal("a tensor that the result depends on is modified in place inside the attention")
         self._find_log_sums(site, softmax, keys)

@@ -19,7 +19,7 @@ from vbcompile.passes.attention_rows import EmptyRows
 from vbcompile.passes.attention_site import Operand, Retry, Site
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_input
 from vbcompile.passes.graph_effects import Effects, ancestors, learned_leaves, storage_of
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, tensor_of, value_of
+from vbcompile.passes.graph_ops import FLOATS, Call, call_of, is_tensor, known_equal, tensor_of, value_of
 
 MAX_LEADING = 4
 
@@ -72,7 +72,8 @@ def plan(site: Site, effects: Effects) -> Plan:
     if made.dtype != tensor_of(site.out).dtype or made.dtype != site.score_dtype:
         _use_low_precision(made, peeler)
     builder = _ProgramBuilder(made)
-    made.lead = _with_batch_of_one(made, _leading(site, builder.tensors()), builder.tensors())
+    held = [*builder.tensors(), *(gate.dims for gate in site.gates)]
+    made.lead = _with_batch_of_one(made, _leading(site, held), builder.tensors())
     made.function = builder.build()
     made.captured = builder.captured
     _check_arrangement(made)
@@ -87,6 +88,7 @@ def check_gradients(plans: Sequence[Plan]) -> None:
         others = [
             *(n for n, _ in made.captured),
             *(n for _, n, _ in made.site.factors),
+            *(gate.factor for gate in made.site.gates),
             *(made.site.residual or ())[:1],
         ]
         kept |= {x.node for x in operands} | {n for n in others if isinstance(n, fx.Node)}
@@ -117,9 +119,13 @@ def _check_arrangement(made: Plan) -> None:
         _check_dims(space.resolve_all(dims), outer, spread=site.spread)
     if site.residual is not None:
         _check_dims(space.resolve_all(site.residual[1]), list(space.resolve_all(site.out_dims)))
+    for gate in site.gates:
+        if _set(space.resolve_all(gate.dims)) & set(made.rows):
+            raise Refusal("the weights are multiplied with something that differs from key to key and from row to row")
+        if made.dtype == torch.float16 and not gate.guard:
+            raise Refusal("a gate of the values may be too large for float16")
+        _check_dims(space.resolve_all(gate.dims), [*made.lead, made.keys])
     for _, _, dims in site.factors:
-        if _set(space.resolve_all(dims)) & set(made.keys):
-            raise Refusal("the weights are multiplied with something that differs from key to key")
         _check_dims(space.resolve_all(dims), list(space.resolve_all(site.out_dims)))
 
 
@@ -262,7 +268,7 @@ class _Peeler:
             is_copy = call is not None and not call.in_place and is_tensor(call.input)
             if call is not None and is_copy and self._readable(call.input) and not self._is_written_since(here.node):
                 if call.name in ("to", "float", "type", "type_as", "double"):
-                    step = Operand(call.input, here.dims)
+                    step = Operand(call.input, here.dims) if _widens(call.input, here.node) else None
                 else:
                     back = self._step(here, may_scale=False)
                     step = None if back is None else back[0]
@@ -271,6 +277,12 @@ class _Peeler:
                 return None
             here = step
         return here
+
+
+def _widens(source: fx.Node, cast: fx.Node) -> bool:
+    """Whether a conversion gives a floating type that holds all numbers of the type before."""
+    before, after = tensor_of(source).dtype, tensor_of(cast).dtype
+    return before in FLOATS and after in FLOATS and torch.promote_types(before, after) == after
 
 
 # ------------------------------------------------------------------------------------------------------ leading axes

@@ -78,7 +78,7 @@ def _emit_call(
     plan.function = replace(plan.function, rows_first=rows_first)
     q = _operand(emitter, plan, plan.q, [*lead, plan.rows, features])
     k = _operand(emitter, plan, plan.k, [*lead, plan.keys, features])
-    v = _operand(emitter, plan, plan.v, [*lead, plan.keys, values])
+    v = _gated_values(emitter, plan, [*lead, plan.keys, values])
     for more_q, more_k, axis in plan.terms:
         q = _joined(emitter, q, _operand(emitter, plan, more_q, [*lead, plan.rows, space.resolve(axis)]))
         k = _joined(emitter, k, _operand(emitter, plan, more_k, [*lead, plan.keys, space.resolve(axis)]))
@@ -140,6 +140,20 @@ def _operand(emitter: Emitter, plan: Plan, operand: Operand, target: list[Dim]) 
     return emitter.arrange(node, plan.site.space.resolve_all(dims), target)
 
 
+def _gated_values(emitter: Emitter, plan: Plan, target: list[Dim]) -> fx.Node:
+    """The values, times the factors of the weights that differ from key to key."""
+    v = _operand(emitter, plan, plan.v, target)
+    for gate in plan.site.gates:
+        factor = emitter.arrange(gate.factor, plan.site.space.resolve_all(gate.dims), [*target[:-1], ()])
+        if gate.guard:
+            factor = emitter.function(operator.truediv, factor, emitter.function(operator.add, factor, gate.guard))
+        v = emitter.function(_OPERATORS[gate.operator], v, factor)
+    return v if tensor_of(v).dtype == plan.dtype else emitter.method("to", v, plan.dtype)
+
+
+_OPERATORS = {"mul": operator.mul, "div": operator.truediv}
+
+
 def _over_every_lead(emitter: Emitter, plan: Plan, q: fx.Node) -> fx.Node:
     """The queries, repeated along leading axes that no operand has: of repeated scores, weights or operands."""
     operands = [plan.q, plan.k, plan.v, *(x for pair in plan.terms for x in pair[:2])]
@@ -198,7 +212,7 @@ def _apply_factor(emitter: Emitter, result: fx.Node, name: str, factor: Any, dim
         return emitter.function(operator.neg, result)
     if is_tensor(factor) and dims:
         factor = emitter.arrange(factor, dims, target)
-    return emitter.function({"mul": operator.mul, "div": operator.truediv}[name], result, factor)
+    return emitter.function(_OPERATORS[name], result, factor)
 
 
 def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> list[tuple[fx.Node, fx.Node]]:

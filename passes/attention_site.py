@@ -9,6 +9,7 @@ from torch import fx
 
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_masks import Logits
+from vbcompile.passes.attention_weights import Gate
 from vbcompile.passes.graph_axes import Dim, Dims, Space
 
 
@@ -47,6 +48,7 @@ class Site:
         logits: scale, logits and mask as expressions.
         sink: one more logit per row.
         factors: ``(operator, operand, dims)`` applied to whole rows of the result, first applied first.
+        gates: factors of the weights that differ from key to key, for the values.
         region: nodes that the fused call makes superfluous.
         log_sums: ``logsumexp`` nodes over the same logits, with their dimensions, in order.
         insert_before: where the fused call goes: at the result, or at a ``logsumexp`` of the same logits before it.
@@ -71,6 +73,7 @@ class Site:
     dropout: Any = 0.0
     empty_rows: str = "nan"
     factors: list[tuple[str, Any, Dims]] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
     region: set[fx.Node] = field(default_factory=set)
     log_sums: list[tuple[fx.Node, Dims]] = field(default_factory=list)
     score_dtype: torch.dtype = torch.float32

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import fx
 
+from vbcompile.passes.attention_gates import is_gate
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.attention_weights import Kept, Weights
+from vbcompile.passes.attention_weights import Gate, Kept, Weights
 from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
 from vbcompile.passes.graph_effects import ancestors, cuts_gradient, learned_leaves
-from vbcompile.passes.graph_ops import Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
+from vbcompile.passes.graph_ops import FLOATS, Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "contiguous"}
 
@@ -23,6 +24,7 @@ class Softmax:
         logits: the node that holds the logits, and its dimensions.
         factor: 1, or what another base of the powers stands for.
         masks: keys that take no part, beside what the logits say.
+        gates: factors of the exponentials, not negative, that are summed with them.
         sink: one more logit per row: a node or number and its dimensions, None where there is none.
         weights: the walk to the second product, without what belonged to the softmax.
         exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
@@ -37,14 +39,18 @@ class Softmax:
     late_sum: "Denominator | None" = None
     factor: float = 1.0
     masks: tuple[Kept, ...] = ()
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True)
 class Denominator:
-    """What a handwritten softmax is divided by: the sum over keys of ``numerator``, which has ``dims``."""
+    """What a handwritten softmax is divided by: the sum over keys of the exponentials, after all of their gates."""
 
-    numerator: fx.Node
-    dims: Dims
+    weights: Weights
+
+    @property
+    def dims(self) -> Dims:
+        return self.weights.dims
 
 
 def read_softmax(space: Space, weights: Weights, keys: Dim) -> Softmax:
@@ -58,13 +64,15 @@ def read_softmax(space: Space, weights: Weights, keys: Dim) -> Softmax:
         if not isinstance(dim, int):
             raise Refusal("the softmax names no axis")
         _check_axis(space, weights.dims[positive_dim(dim, len(weights.dims))], keys)
-        zero = weights.zero_empty or call.name == "safe_softmax"
         factor = -1.0 if call.name == "softmin" else 1.0
         own = _find_own_sum(space, weights, keys)  # masked afterwards, and divided by what was left
-        rest, masks = (weights, ()) if own is None else (own.rest, own.masks)
+        rest, masks, gates = (weights, (), ()) if own is None else (own.rest, own.masks, own.gates)
+        divides_zero = own is not None and not any(gate.guard for gate in gates)
+        zero = weights.zero_empty or (call.name == "safe_softmax" and not divides_zero)
         found = Softmax(
-            call.input, weights.dims, replace(rest, zero_empty=zero), exact_logits=not masks, factor=factor, masks=masks
-        )
+            call.input, weights.dims, replace(rest, zero_empty=zero), exact_logits=not (masks or gates), factor=factor,
+            masks=masks, gates=gates,
+        )  # fmt: skip
     _check_factors(found.weights)
     return _strip(space, found, keys)
 
@@ -106,13 +114,18 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
     if own is not None:
         shifted = own.sink is not None and _shift(space, weights, keys) is not None
         logits = call_of(logits).input if shifted else logits  # type: ignore[union-attr]
+        exact = not (shifted or own.masks or own.gates)
         return Softmax(
-            logits, weights.dims, own.rest, own.sink, exact_logits=not shifted and not own.masks, factor=factor,
-            masks=own.masks,
+            logits, weights.dims, own.rest, own.sink, exact_logits=exact, factor=factor, masks=own.masks,
+            gates=own.gates,
         )  # fmt: skip
     if weights.kept or weights.zero_empty:
         raise Refusal("an exponential that is not divided by its own sum")
-    return Softmax(logits, weights.dims, weights, late_sum=Denominator(numerator, weights.dims), factor=factor)
+    _check_gates(weights.gates)
+    return Softmax(
+        logits, weights.dims, replace(weights, gates=()), late_sum=Denominator(weights), factor=factor,
+        exact_logits=not weights.gates, gates=weights.gates,
+    )  # fmt: skip
 
 
 def _inverted(node: Any) -> Any:
@@ -153,7 +166,7 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
             return None  # the sum's part of the gradient is left out
         if call.name in names:
             break
-        if call.name in _CASTS:
+        if call.name in _CASTS and tensor_of(node).dtype in FLOATS:
             node = call.input
             continue
         moved = view_input(space, call, node, dims)
@@ -181,11 +194,13 @@ class _OwnSum:
         rest: the walk without that division and what it makes a part of the softmax.
         sink: what the sum has beside the weights.
         masks: conditions that set weights to zero before they were summed.
+        gates: what weights were multiplied with before they were summed.
     """
 
     rest: Weights
     sink: tuple[Any, Dims] | None
     masks: tuple[Kept, ...]
+    gates: tuple[Gate, ...]
 
 
 def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
@@ -196,47 +211,70 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         found = _denominator(space, divisor, dims, weights, keys)
         if found is None:
             continue
-        sink, masks = found
+        sink, steps, guard = found
+        masks = tuple(step for step in steps if isinstance(step, Kept))
+        gates = tuple(replace(step, guard=guard) for step in steps if isinstance(step, Gate))
+        _check_gates(gates)
+        if guard and (masks or len(gates) != 1):
+            raise Refusal("a number beside the sum of masked weights")
         factors = weights.factors[:place] + weights.factors[place + 1 :]
         late = min(weights.late_factors, len(factors)) if place >= weights.late_factors else weights.late_factors - 1
         if weights.zero_empty and tensor_of(weights.node).requires_grad and any(k.multiplies for k in masks):
             raise Refusal("rows without a key that get no gradient but NaN from their division")
         kept = tuple(k for k in weights.kept if k not in masks)
-        return _OwnSum(replace(weights, factors=factors, late_factors=late, kept=kept), sink, masks)
+        later = tuple(gate for gate in weights.gates if gate not in steps)
+        rest = replace(
+            weights, factors=factors, late_factors=late, kept=kept, gates=(*later, *(gates if guard else ()))
+        )
+        return _OwnSum(rest, sink, masks, gates)
     return None
+
+
+def _check_gates(gates: tuple[Gate, ...]) -> None:
+    """Raise Refusal unless the gates' logarithms may be added to the logits."""
+    for gate in gates:
+        if gate.operator != "mul" or not is_gate(gate.factor):
+            raise Refusal("exponentials that are multiplied with what may be negative")
 
 
 def _denominator(
     space: Space, node: fx.Node, dims: Dims, weights: Weights, keys: Dim
-) -> tuple[tuple[Any, Dims] | None, tuple[Kept, ...]] | None:
-    """The sink and the masks where ``node`` is the sum of the weights (plus the exponential of a sink)."""
+) -> tuple[tuple[Any, Dims] | None, tuple[Kept | Gate, ...], float] | None:
+    """The sink, the masks and gates, and a guard where ``node`` is the sum of the weights and one of these."""
     call = call_of(node)
     sink: tuple[Any, Dims] | None = None
+    guard = 0.0
     if call is not None and call.name == "add" and call.get("alpha", 1) == 1:
         for total, extra in ((call.input, call.get("other")), (call.get("other"), call.input)):
             if is_tensor(total) and _reduction(space, total, broadcast_input(dims, shape_of(total)), keys, {"sum"}):
-                sink = _sink_of(space, extra, dims, weights, keys)
-                if sink is None:
+                if exponential(call_of(weights.node)) is None and type(extra) in (int, float) and 0 < extra < math.inf:
+                    guard = float(extra)
+                else:
+                    sink = _sink_of(space, extra, dims, weights, keys)
+                if sink is None and not guard:
                     return None
                 node, dims = total, broadcast_input(dims, shape_of(total))
                 break
     reduced = _reduction(space, node, dims, keys, {"sum"})
     if reduced is None or space.resolve_all(reduced[1]) != space.resolve_all(weights.dims):
         return None
-    masks = _masks_before(reduced[0], weights)
-    return None if masks is None else (sink, masks)
+    steps = _steps_before(reduced[0], weights)
+    return None if steps is None else (sink, steps, guard)
 
 
-def _masks_before(node: fx.Node, weights: Weights) -> tuple[Kept, ...] | None:
-    """The masks between the softmax and ``node``, one of the weights; None where anything else lies between."""
-    kept = {k.node: k for k in weights.kept}
-    found = []
+def _steps_before(node: fx.Node, weights: Weights) -> tuple[Kept | Gate, ...] | None:
+    """The masks and gates between the softmax and ``node``, one of the weights; None where anything else lies there."""
+    steps: dict[fx.Node, Kept | Gate] = {kept.node: kept for kept in weights.kept}
+    steps |= {gate.node: gate for gate in weights.gates}
+    found: list[Kept | Gate] = []
     while node is not weights.node:
         call = call_of(node)
-        if node in kept:
-            found.append(kept[node])
-            node = kept[node].weights
-        elif call is not None and call.name in _CASTS - {"detach"} and isinstance(call.input, fx.Node):
+        if node in steps:
+            found.append(steps[node])
+            node = steps[node].weights
+        elif call is None or tensor_of(node).dtype not in FLOATS:
+            return None
+        elif call.name in _CASTS - {"detach"} and isinstance(call.input, fx.Node):
             node = call.input
         else:
             return None
@@ -319,7 +357,7 @@ def is_float_cast(call: Call | None, node: fx.Node) -> bool:
     """Whether the node is a conversion from one floating type to another that is no narrower by name."""
     if call is None or call.in_place or call.name not in ("to", "float", "double", "type", "type_as"):
         return False
-    return is_tensor(call.input) and tensor_of(call.input).is_floating_point() and tensor_of(node).is_floating_point()
+    return is_tensor(call.input) and tensor_of(call.input).dtype in FLOATS and tensor_of(node).dtype in FLOATS
 
 
 def _finish(found: Softmax) -> Softmax:
@@ -381,6 +419,7 @@ def _divides_by_sum(space: Space, call: Any, late: Denominator, dims: Dims, keys
     if not is_tensor(divisor) or call.get("rounding_mode") is not None or len(shape_of(divisor)) > len(dims):
         return False
     reduced = _reduction(space, divisor, broadcast_input(dims, shape_of(divisor)), keys, {"sum"})
-    if reduced is None or _masks_before(reduced[0], Weights(late.numerator, late.dims)) is None:
+    steps = None if reduced is None else _steps_before(reduced[0], late.weights)
+    if reduced is None or steps is None or set(steps) != set(late.weights.gates):
         return False
     return space.resolve_all(reduced[1]) == space.resolve_all(late.dims)

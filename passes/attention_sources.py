@@ -126,6 +126,8 @@ class _Source:
         start, step = self.lifter.number(call.get("start", 0)), self.lifter.number(call.get("step", 1))
         if dtype not in (torch.int64, torch.int32, torch.float32, torch.float64):
             raise Opaque  # would round the positions, or wrap
+        if not dtype.is_floating_point and FLOAT in (start.kind, step.kind):
+            raise Opaque  # would cut them
         index = self.lifter.index(coordinates[0])
         if dtype.is_floating_point:
             start, step, index = (make("to_float", e) for e in (start, step, index))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, index_items, view_input
 from vbcompile.passes.graph_ops import (
+    FLOATS,
     Call,
     call_of,
     is_tensor,
@@ -61,6 +63,25 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Weights that are multiplied with (``operator`` ``mul``) or divided by a tensor that differs from key to key.
+
+    Attributes:
+        factor: that tensor, and its dimensions.
+        node: the operator that applies it, and the weights that it is applied to.
+        guard: ``e`` of ``p * g / (sum(p * g) + e)``, which is ``p' * g / (g + e)`` with the weights ``p'`` of logits
+            plus ``log(g + e)``.
+    """
+
+    operator: str
+    factor: fx.Node
+    dims: Dims
+    node: fx.Node
+    weights: fx.Node
+    guard: float = 0.0
+
+
+@dataclass(frozen=True)
 class Weights:
     """One softmax and the operators between it and the second matrix product.
 
@@ -70,6 +91,7 @@ class Weights:
         dropout: probabilities of the dropouts on the way (numbers or nodes with a symbolic float).
         zero_empty: whether rows without a key become zero (``nan_to_num``).
         kept: masks of the weights, last applied first.
+        gates: factors that differ from key to key, last applied first.
         factors: ``(operator, operand, dims)`` applied to whole rows: ``mul``, ``div``, ``neg``; last applied first.
         late_factors: with ``zero_empty``, how many of the factors were applied after ``nan_to_num``.
         sink_column: ``"last"`` or ``"first"`` where one column of the softmax is cut off.
@@ -81,6 +103,7 @@ class Weights:
     dropout: tuple[Any, ...] = ()
     zero_empty: bool = False
     kept: tuple[Kept, ...] = ()
+    gates: tuple[Gate, ...] = ()
     factors: tuple[tuple[str, Any, Dims], ...] = ()
     late_factors: int = 0
     sink_column: str = ""
@@ -154,8 +177,8 @@ class _Walk:
         return self.terms(*moved, here)
 
     def _cast(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
-        if not tensor_of(node).is_floating_point():
-            raise Refusal("the attention weights are converted to integers")
+        if tensor_of(node).dtype not in FLOATS:
+            raise Refusal(f"the attention weights are converted to {tensor_of(node).dtype}")
         return self.terms(call.input, dims, here)
 
     def _dropout(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
@@ -200,7 +223,10 @@ class _Walk:
         if a not in self.carriers.carrying:
             a, b = b, a
         if is_tensor(b) and b in self.carriers.carrying:
-            raise Refusal("attention weights are multiplied with each other")
+            whole = [self._along_rows_and_keys(x, dims) for x in (a, b)]
+            if whole[0] == whole[1]:
+                raise Refusal("attention weights are multiplied with each other")
+            a, b = (a, b) if whole[0] else (b, a)  # the other one is an exponential, too, but a factor
         return self._scaled("mul", a, b, dims, here)
 
     def _div(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
@@ -216,8 +242,20 @@ class _Walk:
         if mask is not None and self._along_keys(factor_dims):
             broadcast = broadcast_input(dims, shape_of(weights))
             return self.terms(weights, broadcast, self._keep(here, mask, dims, True, weights))
-        here = replace(here, factors=(*here.factors, (operator, factor, factor_dims)))
+        if is_tensor(factor) and self._along_keys(factor_dims):
+            if here.zero_empty:
+                raise Refusal("nan_to_num after a factor of the weights")
+            here = replace(here, gates=(*here.gates, Gate(operator, factor, factor_dims, here.node, weights)))
+        else:
+            here = replace(here, factors=(*here.factors, (operator, factor, factor_dims)))
         return self.terms(weights, broadcast_input(dims, shape_of(weights)), here)
+
+    def _along_rows_and_keys(self, node: fx.Node, dims: Dims) -> bool:
+        """Whether a tensor of that shape has all axes of the weights."""
+        return all(
+            bool(own) or not whole
+            for own, whole in zip_longest(reversed(broadcast_input(dims, shape_of(node))), reversed(dims), fillvalue=())
+        )
 
     def _along_keys(self, dims: Dims) -> bool:
         return not {a for dim in self.space.resolve_all(dims) for a in dim}.isdisjoint(self.space.resolve(self.keys))

@@ -39,7 +39,6 @@ from vbcompile.passes.fp4_progress import progress
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     add_placeholder,
-    autocast_dtypes,
     erase_if_unread,
     is_vocabulary_projection,
     linear_sites,
@@ -57,6 +56,7 @@ from vbcompile.passes.fp4_weights import (
     pack_key,
     state_of,
 )
+from vbcompile.passes.graph_autocast import autocast_dtypes
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import describe_site, module_graphs, value_of
 from vbcompile.report import Decision

@@ -162,23 +162,3 @@ def is_vocabulary_projection(site: LinearSite) -> bool:
         return True
     path = site.name.split(" ")[0]
     return any(name in path.replace("'", ".").split(".") for name in HEAD_NAMES)
-
-
-def autocast_dtypes(graph: fx.Graph, device_type: str) -> dict[fx.Node, torch.dtype]:
-    """The dtype that autocast gives the products, for nodes where it is on."""
-    enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
-    ambient = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    stack: list[tuple[Any, torch.dtype | None]] = [(None, ambient)]
-    found = {}
-    for node in graph.nodes:
-        if node.target is enter:
-            kind, dtype, enabled, *_ = (*node.args, None, True)[:3] if len(node.args) < 3 else node.args
-            state = stack[-1][1]
-            if kind == device_type:
-                state = (dtype or torch.get_autocast_dtype(device_type)) if enabled else None
-            stack.append((node, state))
-        elif node.target is leave:
-            stack = [entry for entry in stack if entry[0] is not node.args[0]]
-        elif stack[-1][1] is not None:
-            found[node] = stack[-1][1]
-    return found

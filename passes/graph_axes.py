@@ -167,8 +167,6 @@ def view_input(space: Space, call: Call, node: fx.Node, dims: Dims) -> tuple[fx.
     if call.name in _SAME:
         return source, dims
     if call.name in RESHAPES:
-        if call.name == "reshape" and not isinstance(call.get("size"), (tuple, list)):
-            return None  # view(dtype)
         return source, space.regroup(dims, shape_of(source))
     order = permutation(call, len(dims))
     if order is not None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, reads_metadata_only, tensor_of, value_of
+from vbcompile.passes.graph_vmap import nesting_change
 
 
 class Effects:
@@ -33,7 +34,7 @@ class Effects:
         depth = 0
         for place, node in enumerate(graph.nodes):
             self.position[node] = place
-            depth += _nesting_change(node)
+            depth += nesting_change(node)
             if depth > 0:
                 self._transformed.add(node)
             if _switches_grad_mode(node):
@@ -89,12 +90,6 @@ def _any_between(places: list[int], after: int, before: int) -> bool:
 def storage_of(node: Any) -> Any:
     """Identity of the storage behind a node's fake tensor; None where it is unknown."""
     return storage_of_value(value_of(node))
-
-
-def _nesting_change(node: fx.Node) -> int:
-    """+1 where a function transform begins, -1 where it ends."""
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
 
 
 def _switches_grad_mode(node: fx.Node) -> bool:
@@ -194,11 +189,11 @@ def _flat(value: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------ functionalisation
 _FUNCTIONAL = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "and": operator.and_,
-    "or": operator.or_, "xor": operator.xor,
+    "or": operator.or_, "xor": operator.xor, "pow": operator.pow,
 }  # fmt: skip
 _METHODS = {
     "masked_fill", "clamp", "clamp_min", "clamp_max", "tanh", "exp", "sigmoid", "relu", "neg", "abs", "tril", "triu",
-    "log", "sqrt", "rsqrt", "square", "pow", "nan_to_num", "maximum", "minimum",
+    "log", "sqrt", "rsqrt", "square", "nan_to_num", "maximum", "minimum",
 }  # fmt: skip
 _ACTIVATIONS = {name for name, options in ACTIVATIONS.items() if "inplace" in options}
 

@@ -1,5 +1,7 @@
 """New nodes in a torch-level graph, with the metadata that Dynamo's own nodes have."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,13 +18,23 @@ class Emitter:
     Args:
         before: new nodes go right before this one.
         position: place of every node; new nodes get the place of ``before``.
+        within: the mode that new nodes run under, such as autocast.
+
+    Attributes:
+        made: the new nodes.
     """
 
-    def __init__(self, before: fx.Node, position: dict[fx.Node, int]) -> None:
+    def __init__(
+        self,
+        before: fx.Node,
+        position: dict[fx.Node, int],
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.graph = before.graph
         self.before = before
         self.position = position
-        self._made: list[fx.Node] = []
+        self._within = within
+        self.made: list[fx.Node] = []
         self._meta = {
             k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
         }
@@ -51,17 +63,17 @@ class Emitter:
         node.meta = dict(self._meta)
         if self._mode is None:
             raise RuntimeError("the graph holds no fake tensors")
-        with self._mode, torch.no_grad():
+        with self._mode, torch.no_grad(), self._within():
             node.meta["example_value"] = run(args, kwargs)
         self.position[node] = self.position[self.before]
-        self._made.append(node)
+        self.made.append(node)
         return node
 
     def undo(self) -> None:
         """Erase every node made so far (nothing else may read them yet)."""
-        for node in reversed(self._made):
+        for node in reversed(self.made):
             self.graph.erase_node(node)
-        self._made.clear()
+        self.made.clear()
 
     # ------------------------------------------------------------------------------------------------------- views
     def arrange(self, node: fx.Node, dims: Dims, target: list[Dim]) -> fx.Node:

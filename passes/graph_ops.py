@@ -289,7 +289,7 @@ def _function_call(node: fx.Node) -> Call | None:
     known = _FUNCTIONS.get(target) if _is_hashable(target) else None
     if known is None:
         found = aten_call(target, node.args, node.kwargs)
-        return None if found is None else Call(*found)
+        return None if found is None or _is_bitcast(found[0], node) else Call(*found)
     call = _bind(known, _SPECIAL_PARAMETERS.get(target, _PARAMETERS.get(known)), node, in_place=False)
     return call if call is None or call.get("inplace") is not True else Call(call.name, call.arguments, True)
 
@@ -299,7 +299,7 @@ def _is_hashable(target: Any) -> bool:
 
 
 def _bind(name: str, parameters: tuple[str, ...] | None, node: fx.Node, in_place: bool) -> Call | None:
-    if parameters is None or "out" in node.kwargs:
+    if parameters is None or "out" in node.kwargs or _is_bitcast(name, node):
         return None
     if name == "einsum":
         return _bind_einsum(node)
@@ -318,6 +318,11 @@ def _bind(name: str, parameters: tuple[str, ...] | None, node: fx.Node, in_place
     for parameter, value in zip(parameters, positional, strict=False):
         arguments[parameter] = value
     return Call(name, arguments, in_place)
+
+
+def _is_bitcast(name: str, node: fx.Node) -> bool:
+    """Whether the node is ``view(dtype)``, which reads the bits as other numbers."""
+    return name == "reshape" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
 
 
 def _bind_einops_einsum(node: fx.Node) -> Call | None:
@@ -367,6 +372,9 @@ def _bind_arange(node: fx.Node) -> Call | None:
 
 
 # ------------------------------------------------------------------------------------------------- facts about nodes
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floating types that models compute in
+
+
 def value_of(node: Any) -> Any:
     """The node's fake value as Dynamo recorded it; the argument itself where it is no node; None where unknown."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node

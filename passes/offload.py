@@ -27,6 +27,7 @@ from vbcompile.passes.offload_outer import Layout, Piece, emit
 from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, joined, shape_of_graph, whole
 from vbcompile.report import Decision
 from vbcompile.vgpu_plan import DEVICE, Plan
+from vbcompile.vgpu_size import size_text
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,11 @@ def _ordinary(graph: fx.Graph, context: Any) -> list[Decision]:
         return []
     held = sum(value.nbytes for _, value in weight_inputs(graph, context.example_inputs).values())
     if held <= budget:
-        return [Decision(PASS_NAME, "graph", "left", f"fits: {held} bytes of weights, {budget} of the device allowed")]
+        fits = f"fits: {size_text(held)} of weights, {size_text(budget)} of the device allowed"
+        return [Decision(PASS_NAME, "graph", "left", fits)]
     reason = (
-        f"{held} bytes of weights are on the device already, and {budget} are allowed: call vbcompile.offload(model, "
-        f"max_memory={{0: {budget}}}) before torch.compile, so that they leave it"
+        f"{size_text(held)} of weights are on the device already, and {size_text(budget)} are allowed: call "
+        f"vbcompile.offload(model, max_memory={{0: {budget}}}) before torch.compile, so that they leave it"
     )
     log.warning("%s", reason)
     return [Decision(PASS_NAME, "graph", "left", reason)]
@@ -383,7 +385,7 @@ def _tiers_text(tiers: Mapping[str, Any]) -> str:
     parts = []
     for place, held in tiers.items():
         named = ", ".join(held["weights"][:_NAMED]) + (", ..." if len(held["weights"]) > _NAMED else "")
-        parts.append(f"{place}: {len(held['weights'])} weights, {held['bytes']} bytes ({named})")
+        parts.append(f"{place}: {len(held['weights'])} weights, {size_text(held['bytes'])} ({named})")
     return "; ".join(parts)
 
 

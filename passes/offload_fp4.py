@@ -28,12 +28,12 @@ from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, wi
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     add_placeholder,
-    autocast_dtypes,
     is_vocabulary_projection,
     linear_sites,
     rematch,
 )
 from vbcompile.passes.fp4_weights import PackKey, pack_key
+from vbcompile.passes.graph_autocast import autocast_dtypes
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import value_of
 from vbcompile.report import Decision

@@ -2,7 +2,9 @@
 
 from attention_cases import (
     circumstances,
+    composites,
     eras,
+    gates,
     gradients,
     hazards,
     language,
@@ -30,7 +32,9 @@ __all__ = [
     "CASES",
     "FAMILIES",
     "circumstances",
+    "composites",
     "eras",
+    "gates",
     "gradients",
     "hazards",
     "language",

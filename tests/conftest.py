@@ -1,11 +1,9 @@
 """Tests marked ``gpu`` need an accelerator that runs Triton, elsewhere they are skipped; fixtures of several files."""
 
-import logging
-
 import pytest
 import torch
-import torch._dynamo.guards
 import torch._inductor.config
+from quick_pytorch import forget_imports, leave_out
 from torch._dynamo.utils import counters
 from warm_python import WarmPython
 
@@ -33,15 +31,11 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leaves out what PyTorch does beside compiling; half of the time of a small graph."""
-    # pytest gives its handlers to loggers that do not propagate, and this one formats every graph for whoever listens.
-    logging.getLogger("torch.__trace").propagate = True
-    # Dynamo times the guards of every graph, and flushes the processor's caches to do so.
-    torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
-    # On a card several test processes share few cores, and each would start compiler processes and threads of its own.
-    if torch.cuda.is_available() or torch.xpu.is_available():
-        torch._inductor.config.compile_threads = 1
-        torch.set_num_threads(2)
+    leave_out(cpp_kernels=config.getoption("--matrix"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    forget_imports()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,17 +65,24 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def cpp_kernels():
+    """Inductor compiles C++ kernels in this test, as it does for users; otherwise only ``--matrix`` lets it."""
+    with torch._inductor.config.patch(fallback_by_default=False):
+        yield
+
+
 @pytest.fixture(scope="session")
-def warm_python():
+def warm_python(pytestconfig):
     """Runs programs in processes of their own without the time of importing PyTorch."""
-    with WarmPython() as python:
+    with WarmPython(pytestconfig.getoption("--matrix")) as python:
         yield python
 
 
 @pytest.fixture(scope="session")
-def interpreting_python():
+def interpreting_python(pytestconfig):
     """As ``warm_python``, with Triton's interpreter on: Triton decides at import whether it interprets."""
-    with WarmPython(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") as python:
+    with WarmPython(pytestconfig.getoption("--matrix"), TRITON_INTERPRET="1", OMP_NUM_THREADS="1") as python:
         yield python
 
 

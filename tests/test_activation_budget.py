@@ -118,7 +118,7 @@ def test_the_message_names_a_budget_that_works_and_enters_the_report(caplog, mon
     backend._watched(len, 1000, report)
     with caplog.at_level(logging.WARNING):
         made[0](1100)
-    assert "graph 3: a training step took 1100 bytes" in caplog.text and "a budget of 900" in caplog.text
+    assert "graph 3: a training step took 1.07 KiB" in caplog.text and "one of 900 bytes" in caplog.text
     assert report.failures == [("budget", caplog.records[0].message.partition(": ")[2])]
 
 

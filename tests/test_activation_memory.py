@@ -36,7 +36,7 @@ class Allocations:
 
 
 @pytest.fixture
-def allocations(monkeypatch):
+def allocations(monkeypatch, cpp_kernels):
     from torch._C._dynamo import guards
     from torch._inductor.async_compile import AsyncCompile
 

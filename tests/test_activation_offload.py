@@ -257,7 +257,7 @@ def test_dynamic_rows():
     assert runtime_activations.statistics("cpu").offloads > 0
 
 
-def test_inductor_keeps_the_order():
+def test_inductor_keeps_the_order(cpp_kernels):
     """Each copy is queued right behind its tensor, waited for further on, and fetched before it is read."""
     from torch._inductor.utils import run_and_get_code
 

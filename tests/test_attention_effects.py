@@ -86,7 +86,7 @@ def test_gradient_mode_changes_inside():
 
 def test_function_transforms_around_attention():
     def function(q, k, v):
-        return torch.func.vmap(attend)(q, k, v)
+        return torch.func.vmap(torch.func.grad(lambda q, k, v: attend(q, k, v).sum()))(q, k, v)
 
     run = check(function, *qkv(grad=False), sites=0)
     assert "function transform" in run.reasons[0]

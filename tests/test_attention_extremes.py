@@ -85,6 +85,31 @@ def test_nan_stays_nan_in_the_graph_itself(place):
     torch.testing.assert_close(compiled(q, k, v), _plain(q, k, v), equal_nan=True)
 
 
+def _behind_a_zero_token(q, k, v):
+    """Rows that see one key, whose score and values are zero: causal, under a mask of many rows and of few."""
+    keep = torch.arange(20) >= 19 - torch.arange(20).reshape(20, 1)
+    few = [x[..., :2, :] for x in (q, k, v)]
+    return (
+        _plain(q, k, v, torch.ones(20, 20, dtype=torch.bool).tril()),
+        _plain(q, k, v, keep),
+        _plain(*few, few[1][:, :1, :, 0].unsqueeze(-2) <= 0),
+    )
+
+
+@pytest.mark.parametrize("downstream", ["eager", "inductor"])
+def test_zero_tokens_are_no_nan(downstream):
+    """PyTorch's operator on CPUs gives the same numbers for them as for rows of NaN."""
+    clear()
+    q, k, v = _inputs(20, torch.float32)
+    k[..., 1, 0] = 1.0
+    for x in (q, k, v):
+        x[..., 0, :] = x[..., 19, :] = 0.0
+    compiled = torch.compile(_behind_a_zero_token, backend="vblackwell", options={"downstream": downstream})
+    want = _behind_a_zero_token(q, k, v)
+    assert all(bool((x == 0).all(-1).any()) for x in want)
+    torch.testing.assert_close(compiled(q, k, v), want)
+
+
 @pytest.mark.parametrize("name", ["plain", "causal", "rows of -10000"])
 @pytest.mark.parametrize("factor", [1.0, 5.0, 12.0])
 def test_gradients_of_large_scores(name, factor):

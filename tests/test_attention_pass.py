@@ -239,6 +239,30 @@ def test_second_product_of_overwritten_queries_stays_a_bias():
     assert run.captured() == [[2, 4, 6, 7]]
 
 
+@pytest.mark.parametrize("narrow", [torch.int8, torch.float8_e4m3fn, torch.float16])
+def test_operands_are_not_read_above_a_cast_that_rounds(narrow):
+    def attend_rounded(q, k, v):
+        return torch.softmax(q.to(narrow).float() @ k.to(narrow).float().mT, -1).to(v.dtype) @ v
+
+    ours, run = compiled(attend_rounded)
+    ours(*(x.bfloat16() for x in qkv(grad=False)))
+    (call,) = run.calls()
+    assert [n.meta["example_value"].dtype for n in call.args[:3]] == [torch.float32] * 3
+
+
+def test_bits_read_as_other_numbers_are_no_view():
+    q, k, v = qkv(k=6, grad=False)
+
+    def packed(q, k, v):
+        return attend(q, k.expand(-1, 4, -1, -1).view(torch.float32), v)
+
+    def compared(q, bits, v):
+        return attend(q, v, v, lambda s: s.masked_fill(bits.view(torch.int32)[:, :, :, :6] > 2**29, -3.0))
+
+    check(packed, q, k[:, :1].contiguous().view(torch.int32), v)
+    check(compared, q, torch.randn(2, 1, 6, 8), v)
+
+
 def test_two_float16_masks_are_infinite_together():
     """Each alone leaves a row without a key the mean of all values; their sum is beyond float16."""
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from attention_compare import DEVICE, compare
 from attention_forms import Form, captured_mask, make_forms, make_function
-from interpreter_patches import replace_once_a_launch
 
 from vbcompile.kernels import attention_problem, attention_triton
 from vbcompile.kernels.attention_tiles import analyse_mask
@@ -22,8 +21,6 @@ from vbcompile.kernels.triton_target import interpreted
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not interpreted(), reason="needs an accelerator or TRITON_INTERPRET=1"
 )
-if interpreted():
-    replace_once_a_launch()
 FORMS = make_forms(21, 39, 16, 16)
 FEW_QUERIES = make_forms(6, 71, 16, 24)
 ODD_SIZES = make_forms(19, 23, 20, 33)

@@ -20,7 +20,7 @@ from vbcompile.backend import vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "cpp_kernels")
 
 
 def compiled(model, **options):

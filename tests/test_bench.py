@@ -117,6 +117,9 @@ def test_usage_errors(tmp_path, capsys):
     assert main(["bench", "report", str(tmp_path / "none.json")]) == 2
     (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
     assert main(["bench", "report", str(tmp_path / "other.json")]) == 2
+    (tmp_path / "none.txt").write_text("none")
+    assert main(["bench", "report", str(tmp_path / "none.txt")]) == 2
+    assert "none.txt is no result of `vbcompile bench --out`: Expecting value" in capsys.readouterr().err
     assert main(["bench", "--device", "cuda:99"]) == 2
     assert "vbcompile:" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """Configuration: precedence, the four modes, and errors that list what is valid."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,7 @@ def test_options_of_inductor_pass_through():
         ({"mode": "sped"}, r"valid: balanced, memory, speed, full.*did you mean 'speed'"),
         ({"options": {"strct": True}}, r"unknown option 'strct'.*did you mean 'strict'"),
         ({"options": {"max_autotun": True}}, r"did you mean 'max_autotune'"),
+        ({"options": {"max-autotune": "maybe"}}, r"option 'max_autotune' of Inductor must be bool, not 'maybe'"),
         ({"options": {"strict": 1}}, r"'strict' must be True or False"),
         ({"options": {"downstream": "tvm"}}, r"valid: inductor, aot_eager, eager"),
         ({"environ": {"VB_MODE": "turbo"}}, r"unknown mode 'turbo'"),
@@ -62,3 +64,5 @@ def test_every_option_is_a_documented_field():
     names = {f.name for f in dataclasses.fields(Config)}
     assert set(OPTIONS) <= names
     assert all(f"{name}:" in (Config.__doc__ or "") for name in names)
+    page = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
+    assert all(f"`{name}`" in page for name in OPTIONS)

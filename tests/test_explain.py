@@ -8,6 +8,7 @@ import torch
 
 import vbcompile
 from vbcompile.__main__ import main
+from vbcompile.config import ConfigError
 from vbcompile.vgpu import VGPUStack
 
 _MODEL = """
@@ -71,6 +72,13 @@ def test_explaining_twice_and_while_compiled(functions):
     for _ in range(12):
         assert vbcompile.explain(functions["attention"], q, k, v).counts()["attention"]["rewritten"] == 1
     torch.testing.assert_close(run(q, k, v), want)
+
+
+def test_wrong_arguments_are_named_without_a_compiler_around_them():
+    with pytest.raises(ConfigError, match="did you mean 'speed'"):
+        vbcompile.explain(torch.sin, torch.ones(2), mode="sped")
+    with pytest.raises(TypeError, match=r"explain takes a torch\.nn\.Module or a function and its inputs, not int"):
+        vbcompile.explain(3)
 
 
 def test_explain_a_function_from_a_file(model_file, capsys):

@@ -205,4 +205,5 @@ def test_unchanged_script(tmp_path, warm_python, command, variables, expected):
 def test_a_wrong_variable_is_an_error_that_names_it(tmp_path):
     environment = {**os.environ, "ENABLE_VIRTUAL_BLACKWELL": "maybe"}
     done = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
-    assert done.returncode != 0 and "ENABLE_VIRTUAL_BLACKWELL='maybe'" in done.stderr
+    assert done.returncode != 0 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("vbcompile: environment variable ENABLE_VIRTUAL_BLACKWELL='maybe'")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from attention_compare import DEVICE, compare
 from attention_forms import make_forms
-from interpreter_patches import replace_once_a_launch
 
 from vbcompile.kernels import replay
 from vbcompile.kernels.attention import attention, attention_backward, attention_reference
@@ -21,8 +20,6 @@ from vbcompile.kernels.triton_target import interpreted
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not interpreted(), reason="needs an accelerator or TRITON_INTERPRET=1"
 )
-if interpreted():
-    replace_once_a_launch()
 FORMS = make_forms(21, 39, 16, 16)
 FEW_QUERIES = make_forms(6, 71, 16, 24)
 PLAIN = ScoreFunction().dumps()

@@ -11,11 +11,12 @@ import torch
 import vbcompile
 from vbcompile.__main__ import main
 from vbcompile.report import Decision, GraphReport
-from vbcompile.report_charts import memory_chart, size_text, timeline_chart
+from vbcompile.report_charts import memory_chart, timeline_chart
 from vbcompile.report_page import Movement, html_page
 from vbcompile.vgpu_plan import Operator, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights
 from vbcompile.vgpu_simulator import Event, timeline
+from vbcompile.vgpu_size import size_text
 
 _VOID = {"meta", "br", "img", "link"}
 
@@ -133,13 +134,13 @@ def test_pages_of_an_offloaded_model_show_its_plan_and_the_call(tmp_path):
     found = parse(page.read_text())
     text = " ".join(found.text)
     assert found.tags.count("svg") == 3 and "Measured: device memory" in text and "ran uncompiled" in text
-    assert "6291456 bytes per step" in text and "measured step" in text
+    assert "6.00 MiB per step" in text and "measured step" in text
     try:
         assert main(["explain", str(path), "--mode", "memory", "--html", str(page)]) == 0
     finally:
         vbcompile.disable()
     text = " ".join(parse(page.read_text()).text)
-    assert "6291456 bytes per step" in text and "measured step" in text and "Measured: one step" not in text
+    assert "6.00 MiB per step" in text and "measured step" in text and "Measured: one step" not in text
 
 
 def test_a_step_that_cannot_be_planned_says_why():

@@ -38,8 +38,8 @@ def test_advice_for_a_full_card_has_its_figures(monkeypatch):
     cards = plug_in(monkeypatch, "nvidia")
     cards.allocated = {1: 30 * GIB}
     advice = out_of_memory_advice("cuda:1")
-    assert advice[0] == "cuda:1: 30.0 GiB in tensors, 50.0 of 80.0 GiB free"
-    assert advice[1].startswith("30.0 GiB are reserved and not in use") and "expandable_segments" in advice[2]
+    assert advice[0] == "cuda:1: 30.00 GiB in tensors, 50.00 GiB of 80.00 GiB free"
+    assert advice[1].startswith("30.00 GiB are reserved and not in use") and "expandable_segments" in advice[2]
     assert any("VB_MODE=memory" in sentence for sentence in advice)
 
 

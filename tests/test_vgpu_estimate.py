@@ -49,7 +49,7 @@ def test_a_meta_model_is_streamed_through_a_small_budget():
     assert found.step_ns == pytest.approx(host.streamed / 5, rel=0.05)
     assert found.smallest_budget == 1024 * 1024 * 4 + 1024 * 4 + found.reserve_bytes
     text = str(found)
-    for fact in ("streamed", "bottleneck: cpu", "smallest budget", "0 cuda:0", "2 ssd", "33.0 MiB", "assumed:"):
+    for fact in ("streamed", "bottleneck: cpu", "smallest budget", "0 cuda:0", "2 ssd", "33.00 MiB", "assumed:"):
         assert fact in text
     assert len(text.splitlines()) <= 25
     assert json.loads(found.to_json())["placements"][1]["streamed"] == host.streamed
@@ -244,6 +244,11 @@ def test_a_budget_that_is_too_small_names_the_one_that_works(monkeypatch):
 def test_options_that_make_no_sense_are_refused(options, error, says):
     with pytest.raises(error, match=says):
         estimate({"w": (4, 4)}, stack=stack(), **options)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module or shapes by name, not function"):
+        estimate(lambda x: x, stack=stack())
 
 
 @pytest.mark.parametrize("shape", [7, (3, -1), (2.5,), "ab", ((2, 2), "float32")])

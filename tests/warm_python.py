@@ -17,21 +17,28 @@ import types
 from pathlib import Path
 
 import torch
+from quick_pytorch import forget_imports, leave_out
 
 
 class WarmPython:
     """Runs programs as ``python`` does.
 
     Args:
+        cpp_kernels: let Inductor write C++ kernels (see ``quick_pytorch.leave_out``).
         variables: of the environment, for every program.
     """
 
-    def __init__(self, **variables: str) -> None:
+    def __init__(self, cpp_kernels: bool = True, **variables: str) -> None:
+        self._cpp_kernels = cpp_kernels
         self._variables = variables
         self._parent: subprocess.Popen[str] | None = None
 
     def run(
-        self, words: list[str], folder: Path | None = None, variables: dict[str, str] | None = None
+        self,
+        words: list[str],
+        folder: Path | None = None,
+        variables: dict[str, str] | None = None,
+        cpp_kernels: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``python *words`` and wait for its end.
 
@@ -39,13 +46,17 @@ class WarmPython:
             words: ``[file, ...]``, ``["-c", program, ...]`` or ``["-m", module, ...]``.
             folder: where it runs; None: where this process does.
             variables: more of the environment, none that PyTorch or Python reads when it begins.
+            cpp_kernels: let Inductor write C++ kernels for this program.
         """
         known = os.environ | self._variables | (variables or {})
         if torch.accelerator.is_available():  # cannot be used on both sides of a fork
             return subprocess.run([sys.executable, *words], cwd=folder, env=known, capture_output=True, text=True)
         with tempfile.TemporaryDirectory() as outputs:
             files = [os.path.join(outputs, name) for name in ("stdout", "stderr")]
-            request = {"words": words, "folder": str(folder or os.getcwd()), "environment": known, "files": files}
+            request = {
+                "words": words, "folder": str(folder or os.getcwd()), "environment": known, "files": files,
+                "cpp_kernels": cpp_kernels or self._cpp_kernels,
+            }  # fmt: skip
             status = self._ask(json.dumps(request))
             stdout, stderr = (Path(file).read_text() for file in files)
         return subprocess.CompletedProcess(words, status, stdout, stderr)
@@ -79,8 +90,9 @@ class WarmPython:
             self._parent = None
 
 
-def _become(words: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
+def _become(words: list[str], folder: str, environment: dict[str, str], files: list[str], cpp_kernels: bool) -> None:
     """Run the program in this process."""
+    torch._inductor.config.fallback_by_default = not cpp_kernels
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -105,6 +117,8 @@ def _become(words: list[str], folder: str, environment: dict[str, str], files: l
 
 def main() -> None:
     importlib.import_module("torch._inductor.compile_fx")  # what every compilation imports
+    leave_out(cpp_kernels=False)
+    forget_imports()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

@@ -11,15 +11,21 @@ def autoload() -> None:
     itself, is still in the middle of that.
 
     Raises:
-        ConfigError: the variable, ``VB_MODE`` or ``VB_STRICT`` has a value that does not exist.
+        SystemExit: the variable, ``VB_MODE`` or another of ours has a value that does not exist. PyTorch would wrap an
+            error into one that blames the package.
     """
     text = os.environ.get("ENABLE_VIRTUAL_BLACKWELL", "")
     if text in ("", "0"):
         return
-    from vbcompile.config import parse_flag, resolve_config
+    from vbcompile.config import ConfigError, parse_flag, resolve_config
 
-    if parse_flag("ENABLE_VIRTUAL_BLACKWELL", text):
-        resolve_config()
+    try:
+        wanted = parse_flag("ENABLE_VIRTUAL_BLACKWELL", text)
+        if wanted:
+            resolve_config()
+    except ConfigError as error:
+        raise SystemExit(f"vbcompile: {error}") from error
+    if wanted:
         from torch.nn import Module
 
         Module._compiled_call_impl = EnableAtFirstCall()  # type: ignore[assignment]

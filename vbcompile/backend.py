@@ -22,6 +22,7 @@ from vbcompile.runtime_device import AcceleratorDevice
 from vbcompile.vendor_compilers import choose_compiler, compile_by_vendor, say_once
 from vbcompile.vendor_config import for_target
 from vbcompile.vgpu_plan import PlanError
+from vbcompile.vgpu_size import exact_size, size_text
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +157,8 @@ def _watched(compiled: Callable[..., Any], budget: int | None, report: GraphRepo
 
     def tell(taken: int) -> None:
         reason = (
-            f"a training step took {taken} bytes of device memory, {taken - budget} more than the budget of {budget}: "
-            f"name a budget of {max(2 * budget - taken, 0)} to stay within it"
+            f"a training step took {size_text(taken)} of device memory, {size_text(taken - budget)} more than the "
+            f"budget of {size_text(budget)}: name one of {exact_size(max(2 * budget - taken, 0))} to stay within it"
         )
         report.failures.append(("budget", reason))
         log.warning("graph %s: %s", report.graph, reason)

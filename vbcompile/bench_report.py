@@ -20,7 +20,7 @@ def report(path: Path, folder: Path) -> list[Path]:
     """
     try:
         result = load(path.read_text(encoding="utf-8"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no result of `vbcompile bench --out`: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "bench.md"

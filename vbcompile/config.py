@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any, Final, get_origin
 
 MODES: Final[dict[str, dict[str, bool]]] = {
     "balanced": {"fp4": False, "recompute": False, "offload": False},
@@ -166,16 +166,19 @@ def resolve_config(
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our options, and Inductor's. Raises ConfigError for a key that is neither's."""
+    """Our options, and Inductor's. Raises ConfigError for a key that is neither's, or a value of another type."""
     ours = {k: v for k, v in options.items() if k in OPTIONS}
     rest = {k.replace("-", "_"): v for k, v in options.items() if k not in OPTIONS}
     if rest:
         from torch._inductor import config as inductor_config
 
         known = inductor_config.get_config_copy()
-        for key in rest:
+        for key, value in rest.items():
             if key not in known:
                 raise ConfigError(_unknown("option", key, OPTIONS, also="any option of Inductor", near=[*known]))
+            kind = inductor_config.get_type(key)  # type: ignore[attr-defined]
+            if get_origin(kind) is None and not isinstance(value, kind):
+                raise ConfigError(f"option {key!r} of Inductor must be {kind.__name__}, not {value!r}")
     return ours, rest
 
 

@@ -10,7 +10,7 @@ _GIB = 2**30
 _ASSUMED_TRITON = {"nvidia", "amd", "intel"}  # vendors whose PyTorch comes with Triton
 
 # architecture: vendor, device type, a typical product, its processors, its memory in GiB (vendors' data sheets)
-_CATALOG = {
+ARCHITECTURES = {
     "sm_80": ("nvidia", "cuda", "NVIDIA A100", 108, 80),
     "sm_86": ("nvidia", "cuda", "NVIDIA GeForce RTX 3090", 82, 24),
     "sm_89": ("nvidia", "cuda", "NVIDIA GeForce RTX 4090", 128, 24),
@@ -32,11 +32,6 @@ _CATALOG = {
 }
 
 
-def known_architectures() -> tuple[str, ...]:
-    """Every name that :func:`catalog_target` knows."""
-    return tuple(_CATALOG)
-
-
 def catalog_target(arch: str) -> Target:
     """A typical device of an architecture, with the vendor's compiler assumed to be installed.
 
@@ -46,13 +41,13 @@ def catalog_target(arch: str) -> Target:
     Raises:
         DeviceError: unknown name; the message lists the known ones.
     """
-    names = {name.lower(): name for name in _CATALOG}
+    names = {name.lower(): name for name in ARCHITECTURES}
     name = names.get(arch.lower())
     if name is None:
         near = difflib.get_close_matches(arch.lower(), names, 1)
         hint = f"; did you mean {names[near[0]]}?" if near else ""
-        raise DeviceError(f"unknown architecture {arch!r}; known: {', '.join(_CATALOG)}{hint}")
-    vendor, device_type, product, processors, memory = _CATALOG[name]
+        raise DeviceError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}{hint}")
+    vendor, device_type, product, processors, memory = ARCHITECTURES[name]
     features = features_of(vendor, name, _properties(name, vendor))
     if vendor in _ASSUMED_TRITON:
         features |= {"triton"}

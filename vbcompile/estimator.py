@@ -9,7 +9,7 @@ from vbcompile.vgpu import VGPUStack, create_vgpu_stack
 from vbcompile.vgpu_plan import Operator, Plan, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import fits_on_device, plan_weights, smallest_budget
 from vbcompile.vgpu_simulator import timeline
-from vbcompile.vgpu_size import MIB, parse_size
+from vbcompile.vgpu_size import exact_size, parse_size, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -78,16 +78,17 @@ class Estimate:
 
     def __str__(self) -> str:
         lines = [
-            f"{'fits' if self.fits else 'streamed'}: weights {_mib(self.weight_bytes)}, device budget "
-            f"{_mib(self.budget)}, peak {_mib(self.peak_bytes)} ({_mib(self.reserve_bytes)} beside weights)",
+            f"{'fits' if self.fits else 'streamed'}: weights {size_text(self.weight_bytes)}, device budget "
+            f"{size_text(self.budget)}, peak {size_text(self.peak_bytes)} "
+            f"({size_text(self.reserve_bytes)} beside weights)",
             f"step {self.step_ns / 1e6:.2f} ms, {self.compute_ns / 1e6:.2f} ms of it computation; bottleneck: "
             f"{self.bottleneck}",
-            f"smallest budget that works: {_mib(self.smallest_budget)}",
+            f"smallest budget that works: {size_text(self.smallest_budget)}",
             f"{'level':<12}{'capacity':>16}{'weights':>16}{'other':>16}{'per step':>16}",
         ]
         for row in self.placements:
             figures = (row.capacity, row.weights, row.other, row.streamed)
-            lines.append(f"{row.level} {row.device:<10}" + "".join(f"{_mib(figure):>16}" for figure in figures))
+            lines.append(f"{row.level} {row.device:<10}" + "".join(f"{size_text(figure):>16}" for figure in figures))
         return "\n".join([*lines, *(f"assumed: {text}" for text in self.assumptions)])
 
 
@@ -124,8 +125,11 @@ def estimate(
     Raises:
         PlanError: nothing works within the budget and the tiers; it names the smallest budget that does.
         ConfigError: a size or tier that makes no sense.
+        TypeError: neither a module nor shapes.
         ValueError: ``tokens`` or ``weight_bits`` not positive, a shape that is none, or a model that cannot be traced.
     """
+    if not (isinstance(model, Mapping) or hasattr(model, "named_modules")):
+        raise TypeError(f"estimate takes a torch.nn.Module or shapes by name, not {type(model).__name__}")
     _require_positive(tokens=tokens, weight_bits=weight_bits, tflops=tflops)
     if stack is None:
         stack = create_vgpu_stack(max_memory=max_memory, budget=budget)
@@ -137,7 +141,7 @@ def estimate(
     if reserve is not None:
         sweep, live = Sweep(sweep.weights, sweep.operators, parse_size("reserve", reserve)), ()
     elif inputs is None:
-        notes.append(f"{_mib(sweep.reserve)} beside weights, from the widest matrix: give inputs or reserve")
+        notes.append(f"{size_text(sweep.reserve)} beside weights, from the widest matrix: give inputs or reserve")
     states = _state_bytes(sweep, model, training, notes)
     found = _evaluate(sweep, stack, states, notes)
     return replace(found, memory=_memory(found.plan, live))
@@ -150,8 +154,8 @@ def _evaluate(sweep: Sweep, stack: VGPUStack, states: int, notes: list[str]) -> 
     smallest = _smallest(sweep, stack.tiers(), states)
     if away and not _has_room(stack.tiers(), away):
         raise PlanError(
-            f"gradients and optimizer state need {states} bytes beyond the device, more than host memory has. The "
-            f"smallest budget that works is {smallest} bytes, with everything on the device",
+            f"gradients and optimizer state need {size_text(states)} beyond the device, more than host memory has. The "
+            f"smallest budget that works is {exact_size(smallest)}, with everything on the device",
             budget=stack.budget,
             minimum_budget=smallest,
         )
@@ -397,7 +401,3 @@ def _require_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not value > 0):
             raise ValueError(f"{name} must be positive, not {value!r}")
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:,.1f} MiB"

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vbcompile.backend import collected_reports, vblackwell
+from vbcompile.config import resolve_config
 from vbcompile.device_catalog import catalog_target
 from vbcompile.handles_model import stores_of
 from vbcompile.handles_store import all_stores
@@ -134,14 +135,17 @@ def explain(
     Raises:
         ConfigError: unknown mode, option or value.
         DeviceError: unknown architecture.
+        TypeError: the model cannot be called.
     """
+    if not callable(model):
+        raise TypeError(f"explain takes a torch.nn.Module or a function and its inputs, not {type(model).__name__}")
     target = None if as_device is None else catalog_target(as_device)
     arguments = {**(options or {}), "downstream": "eager", **({} if mode is None else {"mode": mode})}
+    resolve_config(options=arguments)  # an error here is not wrapped in Dynamo's
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return vblackwell(
-            gm, example_inputs, options=arguments, target=target
-        )  # a new object each time: no cached graph matches it
+        # a new object each time: no cached graph matches it
+        return vblackwell(gm, example_inputs, options=arguments, target=target)
 
     stores = stores_of(model) if isinstance(model, torch.nn.Module) else []
     with collected_reports() as reports, torch._dynamo.config.patch(recompile_limit=64), recorded(stores):

@@ -21,7 +21,7 @@ from vbcompile.handles_store import WeightStore
 from vbcompile.runtime_shards import Shard
 from vbcompile.runtime_sources import DiskBytes, HostBytes, Source
 from vbcompile.vgpu import VGPUStack
-from vbcompile.vgpu_size import parse_size
+from vbcompile.vgpu_size import parse_size, size_text
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ def offload(
     on_disk = set() if reason else places.choose_disk([site.nbytes for site in large], beside, stored)
     if not (reason or large):
         reason = (
-            f"declined, no tensor has {least} bytes or more: smallest= says from what size on one is kept elsewhere"
+            f"declined, no tensor has {size_text(least)} or more: smallest= says from what size on one is kept "
+            "elsewhere"
         )
     if reason:
         for site in sites:
@@ -217,8 +218,8 @@ def _fits(model: nn.Module, sites: list[_Site], places: Places) -> str:
     if needed * _COMFORTABLE[1] > places.budget * _COMFORTABLE[0]:
         return ""
     return (
-        f"declined, the model fits: {weights} bytes of weights ({needed} with what training adds), and {places.budget} "
-        f"of {places.device} are allowed"
+        f"declined, the model fits: {size_text(weights)} of weights ({size_text(needed)} with what training adds), and "
+        f"{size_text(places.budget)} of {places.device} are allowed"
     )
 
 

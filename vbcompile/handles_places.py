@@ -12,6 +12,7 @@ from vbcompile.runtime_host import HostMemory
 from vbcompile.vgpu import DEFAULT_GBPS, DEFAULT_LATENCY_NS, VGPULevel, VGPUStack, create_vgpu_stack
 from vbcompile.vgpu_config import read_max_memory
 from vbcompile.vgpu_plan import Tier
+from vbcompile.vgpu_size import size_text
 
 MaxMemory = Mapping[int | str, int | str]
 
@@ -78,15 +79,16 @@ class Places:
         disks = [level for level in self.stack.levels if level.kind == "disk"]
         if beside > self.budget:
             raise ConfigError(
-                f"{beside} bytes of small tensors stay on {self.device}, and its budget is {self.budget}: raise "
+                f"{size_text(beside)} of small tensors stay on {self.device}, and its budget is "
+                f"{size_text(self.budget)}: raise "
                 "max_memory[0], or make smallest= smaller"
             )
         if beyond <= 0:
             return set()
         if not disks:
             raise ConfigError(
-                f"the weights take {sum(sizes)} bytes, and host memory has room for {room}: raise max_memory['cpu'] or "
-                "give max_memory['disk'] a folder with free space"
+                f"the weights take {size_text(sum(sizes))}, and host memory has room for {size_text(room)}: raise "
+                "max_memory['cpu'] or give max_memory['disk'] a folder with free space"
             )
         chosen, passed, given = set[int](), 0, 0
         for index, size in enumerate(sizes):
@@ -97,8 +99,9 @@ class Places:
         written, disk = sum(sizes[index] for index in chosen if not stored[index]), disks[0]
         if written > disk.capacity:
             raise ConfigError(
-                f"the weights take {sum(sizes)} bytes, and host memory has room for {room}; {written} would go to "
-                f"{disk.path}, which has room for {disk.capacity}: raise max_memory['cpu'] or name another 'disk'"
+                f"the weights take {size_text(sum(sizes))}, and host memory has room for {size_text(room)}; "
+                f"{size_text(written)} would go to {disk.path}, which has room for {size_text(disk.capacity)}: raise "
+                "max_memory['cpu'] or name another 'disk'"
             )
         return chosen
 

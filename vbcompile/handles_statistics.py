@@ -10,7 +10,7 @@ from vbcompile.handles_model import NOT_OFFLOADED, stores_of, why_declined
 from vbcompile.handles_store import WeightStore, all_stores
 from vbcompile.runtime_statistics import table
 from vbcompile.vgpu_plan import DEVICE
-from vbcompile.vgpu_size import MIB
+from vbcompile.vgpu_size import size_text
 
 __all__ = ["OffloadStatistics", "stats"]
 
@@ -61,8 +61,8 @@ class OffloadStatistics:
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
-        places = ", ".join(f"{place} {_mib(nbytes)}" for place, nbytes in sorted(self.masters.items()))
-        lines = [f"{self.device}: budget {_mib(self.budget)}; masters: {places}"]
+        places = ", ".join(f"{place} {size_text(nbytes)}" for place, nbytes in sorted(self.masters.items()))
+        lines = [f"{self.device}: budget {size_text(self.budget)}; masters: {places}"]
         if not self.planned and self.declined:
             return self.declined
         if not self.planned:
@@ -73,11 +73,11 @@ class OffloadStatistics:
         return "\n".join(
             [
                 *lines,
-                f"{len(self.resident)} weights resident ({_mib(self.resident_bytes)}), ring {_mib(self.ring_bytes)}, "
-                f"{_mib(self.planned_bytes)} streamed per step",
+                f"{len(self.resident)} weights resident ({size_text(self.resident_bytes)}), ring "
+                f"{size_text(self.ring_bytes)}, {size_text(self.planned_bytes)} streamed per step",
                 f"step {self.predicted_ns / 1e6:.2f} ms predicted, {measured}; bottleneck {self.bottleneck}, "
                 f"{self.roofline_share:.1%} of the roofline",
-                f"{self.steps} steps, {_mib(self.streamed_bytes)} moved to the device",
+                f"{self.steps} steps, {size_text(self.streamed_bytes)} moved to the device",
                 *([table(self.runtime)] if self.runtime else []),
             ]
         )
@@ -129,7 +129,3 @@ def _of(store: WeightStore) -> OffloadStatistics:
         bottleneck=plan.prediction.bottleneck,
         roofline_share=plan.prediction.efficiency,
     )
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:,.1f} MiB"

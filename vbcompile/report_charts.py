@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from vbcompile.vgpu_simulator import Event
+from vbcompile.vgpu_size import size_text
 
 _WIDTH, _LEFT, _RIGHT, _LANE, _HEIGHT = 960, 96, 12, 30, 220
 _COLOURS = ("#3566c4", "#2f8f5b", "#b3541e", "#7d4fb3", "#98790a", "#4b7c8f")
@@ -58,15 +59,6 @@ def memory_chart(points: Sequence[tuple[int, int]], budget: int | None = None) -
             f'text-anchor="end">budget {size_text(budget)}</text>'
         )
     return _svg("device memory over one step", [*parts, *scale.axis(_HEIGHT - 30)], _HEIGHT)
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes in the largest fitting unit of 2**10 steps: ``4.20 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} TiB"
 
 
 class _Scale:

@@ -8,9 +8,10 @@ from typing import Any
 
 from vbcompile import __version__
 from vbcompile.report import Decision, GraphReport, merge_counts
-from vbcompile.report_charts import memory_chart, size_text, timeline_chart
+from vbcompile.report_charts import memory_chart, timeline_chart
 from vbcompile.vgpu_plan import Plan
 from vbcompile.vgpu_simulator import Event, timeline
+from vbcompile.vgpu_size import size_text
 
 _STYLE = """
 :root{color-scheme:light dark;--edge:#8884;--soft:#8881;--good:#2f8f5b;--left:#b07d10;--bad:#b3261e}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vbcompile import compat
 from vbcompile.vgpu_plan import padded
-from vbcompile.vgpu_size import MIB
+from vbcompile.vgpu_size import MIB, size_text
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class HostMemory:
                 limit = max(min(limit, total) // 4, _SMALLEST_SLAB)
                 continue
             if slab is None and total > _available():
-                raise MemoryError(f"{total} bytes of HOST memory are not to be had. Limits: {describe_limits()}")
+                raise MemoryError(f"{size_text(total)} of HOST memory are not to be had. Limits: {describe_limits()}")
             if slab is None:
                 self._warn(sum(padded(size, alignment) for size in sizes), sum(t.numel() for t in found), refused)
                 slab = _mapped(total)
@@ -131,7 +131,7 @@ def _mapping(nbytes: int) -> _Mapping:
     try:
         found = _Mapping(-1, nbytes, flags=private) if private else _Mapping(-1, nbytes)
     except OSError as error:
-        raise MemoryError(f"{nbytes} bytes of HOST memory are not to be had: {error.strerror or error}") from error
+        raise MemoryError(f"{size_text(nbytes)} of HOST memory are not to be had: {error.strerror or error}") from error
     if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # only a wish: fewer pages to pin
             found.madvise(mmap.MADV_HUGEPAGE)
@@ -195,7 +195,10 @@ def describe_limits() -> str:
     from vbcompile.device import DeviceBackend
 
     available, total = DeviceBackend("cpu").mem_get_info()
-    return f"{available} bytes available of {total} (container included), locked memory (RLIMIT_MEMLOCK) {_lockable()}"
+    return (
+        f"{size_text(available)} available of {size_text(total)} (container included), locked memory (RLIMIT_MEMLOCK) "
+        f"{_lockable()}"
+    )
 
 
 def _lockable() -> str:
@@ -204,7 +207,7 @@ def _lockable() -> str:
     except ImportError:
         return "not limited here"
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
+    return "unlimited" if soft == resource.RLIM_INFINITY else size_text(soft)
 
 
 __all__ = ["HostMemory", "HostUse", "describe_limits"]

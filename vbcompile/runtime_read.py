@@ -66,11 +66,6 @@ class ReadRequest:
         self._read_over, self._done = threading.Event(), threading.Event()
 
     @property
-    def attached(self) -> bool:
-        """Whether the bytes have somewhere to go."""
-        return self._destination is not None
-
-    @property
     def done(self) -> bool:
         """Whether all bytes have been read and handed on, or that has failed."""
         return self._done.is_set()

@@ -4,7 +4,8 @@ from collections import Counter
 
 import torch
 
-from vbcompile.device import GIB, DeviceBackend, DeviceError, get_unified_backend
+from vbcompile.device import DeviceBackend, DeviceError, get_unified_backend
+from vbcompile.vgpu_size import size_text
 
 _MANY = 0.25  # share of the reserved memory that must lie idle before fragmentation is worth a word
 
@@ -49,7 +50,7 @@ def out_of_memory_advice(device: str | torch.device | None = None) -> list[str]:
     advice = [_memory_sentence(backend)]
     idle = backend.memory_reserved() - backend.memory_allocated()
     if idle > _MANY * max(backend.memory_reserved(), 1):
-        advice.append(f"{idle / GIB:.1f} GiB are reserved and not in use: call vbcompile.memory_cleanup()")
+        advice.append(f"{size_text(idle)} are reserved and not in use: call vbcompile.memory_cleanup()")
         if backend.device_type == "cuda":
             advice.append("if it comes back, set PYTORCH_ALLOC_CONF=expandable_segments:True against fragmentation")
     advice.append("turn memory mode on: vbcompile.enable_memory_mode() or VB_MODE=memory")
@@ -58,12 +59,12 @@ def out_of_memory_advice(device: str | torch.device | None = None) -> list[str]:
 
 
 def _memory_sentence(backend: DeviceBackend) -> str:
-    used = f"{backend.memory_allocated() / GIB:.1f} GiB in tensors"
+    used = f"{size_text(backend.memory_allocated())} in tensors"
     try:
         free, total = backend.mem_get_info()
     except DeviceError:
         return f"{backend.device}: {used}; the driver does not tell what is free"
-    return f"{backend.device}: {used}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    return f"{backend.device}: {used}, {size_text(free)} of {size_text(total)} free"
 
 
 def _is_on(place: torch.device, wanted: torch.device) -> bool:

@@ -140,13 +140,6 @@ class VGPUStack:
         """Bytes of device memory that may be used."""
         return self.levels[0].capacity
 
-    def level_of(self, device: str) -> VGPULevel:
-        """The level of a device name. Raises KeyError listing the levels."""
-        for level in self.levels:
-            if level.device == device:
-                return level
-        raise KeyError(f"no level {device!r}; levels: {', '.join(level.device for level in self.levels)}")
-
     def tiers(self) -> tuple[Tier, ...]:
         """The levels beyond the device as the planner takes them. A disk's bytes pass through host memory."""
         host = next((level.number for level in self.levels[1:] if level.kind == "host"), None)

@@ -15,6 +15,7 @@ from itertools import accumulate, cycle, product
 from typing import Literal
 
 from vbcompile.vgpu_plan import Operator, Plan, PlanError, Tier
+from vbcompile.vgpu_size import exact_size, size_text
 
 Choice = Literal["keep", "recompute", "offload"]
 
@@ -459,14 +460,19 @@ def _too_small(problem: _Problem, least: _Outcome, kept: _Outcome) -> PlanError:
     crowded = least.peak <= problem.budget
     works = kept.peak if crowded else least.peak
     if crowded and problem.tier is not None:
-        reason = f"{least.host_bytes} bytes would have to leave, and {problem.tier.name} has {problem.tier.capacity}"
-        remedy = f"A budget of {works} bytes works, in which all are kept: raise it, or the capacity of that level"
+        reason = (
+            f"{size_text(least.host_bytes)} would have to leave, and {problem.tier.name} has "
+            f"{size_text(problem.tier.capacity)}"
+        )
+        remedy = (
+            f"A budget of {exact_size(works)} works, in which all are kept: raise it, or the capacity of that level"
+        )
     else:
-        reason = f"{least.peak} bytes are in use there even if everything else is moved away or recomputed"
-        remedy = f"The smallest budget that works is {works} bytes: raise it, or shorten the sequence or batch"
+        reason = f"{size_text(least.peak)} are in use there even if everything else is moved away or recomputed"
+        remedy = f"The smallest budget that works is {exact_size(works)}: raise it, or shorten the sequence or batch"
     return PlanError(
-        f"the activation budget of {problem.budget} bytes is too small for the largest operator, {name!r}: {reason}. "
-        f"{remedy}",
+        f"the activation budget of {size_text(problem.budget)} is too small for the largest operator, {name!r}: "
+        f"{reason}. {remedy}",
         budget=problem.budget,
         largest_operator=name,
         largest_operator_bytes=least.peak,

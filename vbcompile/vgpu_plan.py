@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from vbcompile.vgpu_size import size_text
+
 DEVICE = 0
 """Level number of the device's own memory."""
 
@@ -392,12 +394,12 @@ class Plan:
     def summary(self) -> str:
         """One line for the log."""
         if self.declined:
-            return f"fits: {self.peak_bytes} of {self.budget} bytes, nothing is streamed"
+            return f"fits: {size_text(self.peak_bytes)} of {size_text(self.budget)}, nothing is streamed"
         prediction = self.prediction
         return (
-            f"{self.resident_bytes} bytes resident, {self.streamed_bytes} bytes per step through a ring of "
-            f"{self.ring_bytes}; predicted step {prediction.step_ns / 1e6:.3f} ms, {prediction.efficiency:.1%} of the "
-            f"roofline, bottleneck {prediction.bottleneck}"
+            f"{size_text(self.resident_bytes)} resident, {size_text(self.streamed_bytes)} per step through a ring of "
+            f"{size_text(self.ring_bytes)}; predicted step {prediction.step_ns / 1e6:.3f} ms, "
+            f"{prediction.efficiency:.1%} of the roofline, bottleneck {prediction.bottleneck}"
         )
 
     def _by_operator(self, operator_of: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -12,6 +12,7 @@ from itertools import combinations
 
 from vbcompile.vgpu_plan import ALIGNMENT, Plan, PlanError, Sweep, Tier, padded
 from vbcompile.vgpu_problem import Candidate, Problem
+from vbcompile.vgpu_size import exact_size, size_text
 
 _EXHAUSTIVE = 8
 """Sweeps with at most this many weights are searched completely."""
@@ -278,17 +279,17 @@ def _validated(tiers: Sequence[Tier]) -> tuple[Tier, ...]:
 def _too_small(problem: Problem) -> PlanError:
     return _refusal(
         problem,
-        f"the device budget of {problem.budget} bytes is too small: {problem.sweep.reserve} bytes are needed beside "
-        f"the weights and {problem.pinned_bytes} for weights that cannot be moved",
+        f"the device budget of {size_text(problem.budget)} is too small: {size_text(problem.sweep.reserve)} are needed "
+        f"beside the weights and {size_text(problem.pinned_bytes)} for weights that cannot be moved",
         "raise the budget, or shorten the sequence or batch",
     )
 
 
 def _no_room(problem: Problem) -> PlanError:
-    places = ", ".join(f"{tier.name} {tier.capacity}" for tier in problem.tiers) or "none"
+    places = ", ".join(f"{tier.name} {size_text(tier.capacity)}" for tier in problem.tiers) or "none"
     return _refusal(
         problem,
-        f"with a device budget of {problem.budget} bytes the other weights do not fit beyond it (bytes: {places})",
+        f"with a device budget of {size_text(problem.budget)} the other weights do not fit beyond it ({places})",
         "raise the budget or the capacity of a level",
     )
 
@@ -299,8 +300,8 @@ def _refusal(problem: Problem, reason: str, remedy: str) -> PlanError:
     name = problem.sweep.operators[largest].name if largest is not None else ""
     least = smallest_budget(problem.sweep, problem.tiers, alignment=problem.alignment)
     return PlanError(
-        f"{reason}; the ring needs {problem.least_ring} bytes for the largest operator, {name!r}. The smallest budget "
-        f"that works is {least} bytes: {remedy}",
+        f"{reason}; the ring needs {size_text(problem.least_ring)} for the largest operator, {name!r}. The smallest "
+        f"budget that works is {exact_size(least)}: {remedy}",
         budget=problem.budget,
         ring=problem.least_ring,
         largest_operator=name,

@@ -40,3 +40,17 @@ def parse_size(what: str, value: int | str) -> int:
             f"{units}, for example '20GiB'"
         )
     return size
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in the largest fitting unit of 2**10 steps: ``4.20 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} TiB"
+
+
+def exact_size(nbytes: int) -> str:
+    """A number of bytes that is meant to be copied, and what it amounts to: ``17152 bytes (16.75 KiB)``."""
+    return f"{nbytes} bytes ({size_text(nbytes)})"

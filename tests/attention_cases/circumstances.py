@@ -166,7 +166,7 @@ def weights_passed_as_arguments(x, w):
     return _attend(q, k, v)
 
 
-@either("circumstances", cross)
+@fuses("circumstances", cross)
 def vmap_over_the_batch(q, k, v):
     return torch.vmap(torch.vmap(_attend))(q, k, v)
 

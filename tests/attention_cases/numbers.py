@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from attention_cases.case import Draw, cross, either, fuses, plus, qkv
+from attention_cases.case import INFERENCE, Draw, cross, either, fuses, plus, qkv
 
 INF = float("inf")
 
@@ -309,3 +309,70 @@ def temperature_of_either_sign(q, k, v, temperature):
     i = torch.arange(q.shape[-2], device=q.device)
     scores = (q @ k.mT) * -temperature
     return scores.masked_fill(i[None, :] > i[:, None], -INF).softmax(-1) @ v
+
+
+# ------------------------------------------------------------------------------ types wider and narrower than scores
+def _seconds(d: Draw):
+    """``[B, S]`` times of events, further from zero than float32 counts."""
+    return 1_700_000_000 + d.integers(1, 5, d.B, d.S).cumsum(-1)
+
+
+@fuses("numbers", plus(qkv, _seconds))
+def time_between_events_in_float64(q, k, v, time):
+    time = time.double() / 4
+    between = (time[:, None, :, None] - time[:, None, None, :]).abs()
+    return (_scores(q, k) - (between * 0.1).to(q.dtype)).softmax(-1) @ v
+
+
+@fuses("numbers", plus(qkv, _seconds))
+def events_near_in_float64(q, k, v, time):
+    between = time.double()[:, None, :, None] - time.double()[:, None, None, :]
+    return _scores(q, k).masked_fill(between.abs() > 4.5, -INF).softmax(-1) @ v
+
+
+@either("numbers", qkv)
+def operands_through_bytes(q, k, v):
+    q, k = ((x * 3).to(torch.int8).float() for x in (q, k))
+    return (q @ k.mT * 0.1).softmax(-1).to(v.dtype) @ v
+
+
+@either("numbers", qkv)
+def operands_through_eight_bit_floats(q, k, v):
+    q, k = (x.to(torch.float8_e4m3fn).float() for x in (q, k))
+    return (q @ k.mT * 0.1).softmax(-1).to(v.dtype) @ v
+
+
+@fuses("numbers", plus(qkv, lambda d: d.constant(d.S, d.S)))
+def bias_through_eight_bit_floats(q, k, v, bias):
+    return (_scores(q, k) + bias.to(torch.float8_e5m2).to(q.dtype)).softmax(-1) @ v
+
+
+@either("numbers", qkv)
+def scores_through_eight_bit_floats(q, k, v):
+    return _scores(q, k).to(torch.float8_e5m2).to(v.dtype).softmax(-1) @ v
+
+
+@either("numbers", qkv)
+def weights_through_eight_bit_floats(q, k, v):
+    return _scores(q, k).softmax(-1).to(torch.float8_e4m3fn).to(v.dtype) @ v
+
+
+@fuses("numbers", qkv)
+def positions_from_a_half(q, k, v):
+    """In integers, that is from zero."""
+    i, j = torch.arange(0.5, q.shape[-2], dtype=torch.int64, device=q.device), _positions(q, k)[1]
+    return _scores(q, k).masked_fill(2 * j >= 2 * i[:, None] + 1, -9.0).softmax(-1) @ v
+
+
+@either("numbers", qkv, modes=(INFERENCE,))
+def scores_squared_in_place(q, k, v):
+    s = _scores(q, k)
+    s **= 2
+    return s.softmax(-1) @ v
+
+
+@either("numbers", plus(qkv, lambda d: d.flags_with_an_empty_row(d.B, 1, d.S, d.S)))
+def logsumexp_of_low_fills(q, k, v, keep):
+    """Weights of rows without a key are zero, but the logarithm of their sum is what the fill says."""
+    s = _scores(q, k).masked_fill(~keep, -1e9)
+    return s.softmax(-1) * keep @ v, s.logsumexp(-1)

@@ -434,6 +434,16 @@ class MultiheadPadding(_Multihead):
         return self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
 
 
+@fuses("multihead", plus(tokens, lambda d: d.flags(d.S, d.B, share=0.0).mT))
+class MultiheadAllPadding(_Multihead):
+    """All of the first sequence; as PyTorch computes weights that nobody reads, rows are NaN there, not zero."""
+
+    options = {"batch_first": True}
+
+    def forward(self, x, padding):
+        return self.attention(x, x, x, key_padding_mask=padding)[0]
+
+
 @fuses("multihead", plus(tokens, lambda d: ~d.padding(d.B, d.S)))
 class MultiheadPaddingAndMask(_Multihead):
     options = {"batch_first": True}

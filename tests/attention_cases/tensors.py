@@ -309,7 +309,7 @@ def autocast_switched_off_for_scores(q, k, v):
         return (scores.softmax(-1) @ v).float()
 
 
-@either("tensors", cross)
+@fuses("tensors", cross)
 def vectorised_over_heads(q, k, v):
     return torch.func.vmap(_attend, in_dims=1, out_dims=1)(q, k, v)
 
