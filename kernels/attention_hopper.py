@@ -76,7 +76,7 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     masked = causal or call.planned
     if call.program.cap is not None:
         config = replace(config, rounding="halfway" if dim == 128 else "next", ping_pong=0)
-    elif dim == 128:
+    elif dim == 128:  # weights are rounded early where there would be no registers
         takes_registers = call.reads_rows or call.program.sink is not None or call.program.offset is not None
         if takes_registers or call.program.tiled == 2:
             config = replace(config, rounding="early", ping_pong=1)

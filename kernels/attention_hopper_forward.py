@@ -111,8 +111,8 @@ def consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    # Loops of their own for tiles that need a mask, tiles that need none and, by a plan, masked ones again. With weights
-    # rounded early the assembler would serialise all products then.
+    # Loops of their own for tiles with a mask, those without and, by a plan, masked ones again; with weights rounded
+    # early the assembler would serialise all products.
     SPLIT: gl.constexpr = (CAUSAL or PLANNED) and TILED != 2 and ROUNDING != "early"
     PARTS: gl.constexpr = 1 if not SPLIT else 3 if PLANNED else 2
     o_tile = o_smem.index(w)
@@ -160,7 +160,8 @@ def consume(
             carry_weights(p, q_tile.dtype, ROUNDING),
         )
         stop = end - first
-        rest = ((first_row, end, clear, sure), (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program, sizes)
+        item = (first_row, end, clear, sure)
+        rest = (item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program, sizes)
         if CAP is None:
             begin = 1
             ends = (stop,)

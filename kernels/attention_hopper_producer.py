@@ -151,7 +151,7 @@ def produce(
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             row = query_tile * BLOCK_Q + w * 64
             tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        if PLANNED:  # items may be short, and a plan's entry takes long to come: while tiles are on their way
+        if PLANNED:  # items may be short and a plan's entry takes long to come: it does under tiles on their way
             ahead = gl.minimum(tiles, 2)
         loaded = load_tiles(shared, descriptors, loaded, 0, ahead, end, batch, k_head, BLOCK_K)
         if PLANNED:

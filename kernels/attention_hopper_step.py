@@ -250,8 +250,8 @@ def walk(
     MASKED: gl.constexpr,
 ):
     """``advance`` to the ``begin``-th .. ``stop - 1``-th key tile of a work item in the order of the walk. ``item``:
-    first row, end of its key tiles, ranges of ``place_tile``; ``rows``: see ``at_tile``. Not MASKED: none of those tiles
-    needs a mask."""
+    first row, end of its key tiles, ranges of ``place_tile``; ``rows``: see ``at_tile``. Not MASKED: none of these
+    tiles needs a mask."""
     first_row, end, clear, sure = item
     context, slope = rows
     BLOCK_K: gl.constexpr = k_smem.shape[3]
