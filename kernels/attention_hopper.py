@@ -77,11 +77,12 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     if call.program.cap is not None:
         config = replace(config, rounding="halfway" if dim == 128 else "next", ping_pong=0)
     elif dim == 128:  # weights are rounded early where there would be no registers
-        takes_registers = call.reads_rows or call.program.sink is not None or call.program.offset is not None
-        if takes_registers or call.program.tiled == 2:
+        added = call.program.offset is not None
+        others = call.program.sink is not None or (call.reads_rows and not added)
+        if masked and call.tile is None and not others:
+            config = replace(config, rounding="halfway", ping_pong=1 if added else 0)
+        elif others or added or call.program.tiled == 2:
             config = replace(config, rounding="early", ping_pong=1)
-        elif masked and call.tile is None:
-            config = replace(config, rounding="halfway", ping_pong=0)
     if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
     return replace(config, block_k=64)  # what a block can hold

@@ -164,7 +164,7 @@ def consume(
         rest = (item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program, sizes)
         if CAP is None:
             begin = 1
-            ends = (stop,)
+            ends = (stop, stop, stop)
             if SPLIT:
                 masked_end, clear_end = split_walk(stop, end, clear)
                 ends = (masked_end, clear_end, stop)

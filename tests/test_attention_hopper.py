@@ -169,8 +169,9 @@ def test_masked_and_clear_tiles_are_walked_once():
         ("window", 128, "halfway", 0),
         ("bias", 128, "halfway", 2),
         ("bool_mask", 128, "early", 1),
-        ("bias_rows", 128, "early", 1),
-        ("alibi", 128, "early", 1),
+        ("alibi", 128, "halfway", 1),
+        ("alibi_by_head", 128, "early", 1),
+        ("sink", 128, "early", 1),
         ("document_causal", 64, "halfway", 1),
     ],
 )
