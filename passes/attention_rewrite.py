@@ -98,6 +98,9 @@ def _emit_call(
     q = _over_every_lead(emitter, plan, q)
     captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in plan.captured]
     captured = _without_flat(emitter, plan, captured)
+    if tensor_of(site.out).requires_grad:  # what is added to scores is saved here alone
+        pairs = zip(captured, plan.captured, strict=True)
+        captured = [_copy(emitter, x) if _is_shared(node) else x for x, (node, _) in pairs]
     seed = None
     if site.dropout:
         device = tensor_of(q).device
@@ -196,6 +199,11 @@ def _captured(
         node = emitter.method("to", node, device)
     node, dims = emitter.spread(node, plan.site.space.resolve_all(dims), target)
     return emitter.arrange(node, dims, target)
+
+
+def _is_shared(node: fx.Node | EmptyRows) -> bool:
+    """Whether a tensor made in the graph may be written to; PyTorch finds out about inputs."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and may_be_written(node)
 
 
 def _without_flat(emitter: Emitter, plan: Plan, captured: list[fx.Node]) -> list[fx.Node]:

@@ -125,6 +125,39 @@ def test_result_modified_by_the_caller(folded, downstream):
         torch.testing.assert_close(found, wanted)
 
 
+def test_bias_modified_by_the_caller():
+    def function(q, k, v, bias):
+        bias = bias * 2
+        return (q @ k.mT + bias).softmax(-1) @ v, bias.flatten()
+
+    def gradients(run, *inputs):
+        out, bias = run(*inputs)
+        with torch.no_grad():
+            bias.zero_()
+        return torch.autograd.grad(out.square().sum(), inputs)
+
+    inputs = [*qkv(), torch.randn(6, 7, requires_grad=True)]
+    run, _ = compiled(function, capture_autograd=True)
+    for found, wanted in zip(gradients(run, *inputs), gradients(function, *inputs), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
+def test_inputs_modified_ahead_of_the_backward_are_an_error(downstream):
+    """Compiled code may save a view of an input, of which PyTorch does not see that it was written to."""
+
+    def function(q, k, v, mask):
+        return attend(q, k.mT.mT, v, lambda s: s + mask[:6, :7])
+
+    torch._dynamo.reset()
+    options = {"downstream": downstream, "strict": True}
+    mask = torch.zeros(8, 8)
+    out = torch.compile(function, backend=vblackwell, options=options)(*qkv(), mask)
+    mask += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_log_sum_of_frozen_scores_modified_by_the_caller():
     def function(q, k, v):
         scores = q @ k.mT
