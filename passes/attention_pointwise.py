@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
 _SAME_NAME = {"mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
-_FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid"}
+_FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "atan", "erf"}
 _JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # rounding may decide what they give
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
@@ -52,8 +52,8 @@ class _Rules:
     def read(self, parameter: str, default: Any = None) -> Expression:
         return self._lifter.operand(self.call.get(parameter, default), self._coordinates, self._direct)
 
-    def read_as(self, kind: str, parameter: str, default: Any = None) -> Expression:
-        return self.convert(kind, self.read(parameter, default))
+    def read_as(self, kind: str, parameter: str) -> Expression:
+        return self.convert(kind, self.read(parameter))
 
     def convert(self, kind: str, e: Expression) -> Expression:
         return self.make({BOOL: "to_bool", INT: "to_int", FLOAT: "to_float"}[kind], e)
