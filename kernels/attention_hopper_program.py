@@ -20,6 +20,7 @@ _WEIGHTS: Final = {  # instructions of the machine, roughly
     **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "tanh", "to_int"), 2),
     **dict.fromkeys(("sigmoid", "div", "floordiv", "mod"), 4),
     **dict.fromkeys(("log1p", "sin", "cos", "pow"), 12),
+    **dict.fromkeys(("atan", "erf"), 25),
 }
 _PARTIAL: Final = ("div", "floordiv", "mod", "pow", "log", "log1p", "sqrt", "rsqrt")  # not defined everywhere
 _MOST_WEIGHT: Final = 24

@@ -55,6 +55,8 @@ POINTWISE: Final[dict[str, tuple[int, Callable[..., Tensor]]]] = {
     "sin": (1, torch.sin),
     "cos": (1, torch.cos),
     "tanh": (1, torch.tanh),
+    "atan": (1, torch.atan),
+    "erf": (1, torch.erf),
     "sigmoid": (1, torch.sigmoid),
     "relu": (1, torch.relu),
     "where": (3, torch.where),

@@ -81,6 +81,22 @@ def tanh_precise(x):
 
 
 @triton.jit
+def atan(x):
+    """Arc tangent to about 2 units in the last place: an odd polynomial up to tan(pi / 8), and two symmetries."""
+    size = tl.abs(x)
+    steep, high = size > 2.414213562, size > 0.4142135624
+    above = tl.where(steep, -1.0, size - 1.0)
+    below = tl.where(steep, size, size + 1.0)
+    z = tl.where(high, above / below, size)
+    y = z * z
+    series = tl.fma(y, 8.05374449538e-2, -1.38776856032e-1)
+    series = tl.fma(y, series, 1.99777106478e-1)
+    series = tl.fma(y, series, -3.33329491539e-1)
+    angle = tl.where(steep, 1.5707963268, tl.where(high, 0.7853981634, 0.0)) + tl.fma(z * y, series, z)
+    return tl.where(x < 0, -angle, angle)
+
+
+@triton.jit
 def maximum(a, b):
     """``torch.maximum``: NaN wins."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -30,6 +30,8 @@ _CALL: Final = {  # float functions of one argument
     "sin": "tl.sin",
     "cos": "tl.cos",
     "tanh": "math.tanh",
+    "atan": "math.atan",
+    "erf": "tl.erf",
     "sigmoid": "math.sigmoid",
 }
 _PRECISE: Final = {"sqrt": "tl.sqrt_rn", "tanh": "math.tanh_precise", "sigmoid": "math.sigmoid_precise"}

@@ -109,12 +109,18 @@ class Activations:
         return self._where(x, "le", threshold, value, x)
 
     def gelu(self, x: Expression, approximate: str = "none") -> Expression | None:
-        """Only the approximation by ``tanh``: kernels have no error function."""
+        half = self._join("mul", x, 0.5)
+        if approximate == "none":
+            inner = self._join("erf", self._join("mul", x, math.sqrt(0.5)))
+            return self._join("mul", half, self._join("add", inner, 1.0))
         if approximate != "tanh":
             return None
         cubed = self._join("mul", self._join("mul", self._join("mul", x, x), x), 0.044715)
         inner = self._join("mul", self._join("add", x, cubed), math.sqrt(2.0 / math.pi))
-        return self._join("mul", self._join("mul", x, 0.5), self._join("add", self._join("tanh", inner), 1.0))
+        return self._join("mul", half, self._join("add", self._join("tanh", inner), 1.0))
+
+    def erfc(self, x: Expression) -> Expression:
+        return self._join("sub", 1.0, self._join("erf", x))
 
     def expm1(self, x: Expression) -> Expression:
         return self._join("sub", self._join("exp", x), 1.0)

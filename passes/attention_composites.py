@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from vbcompile.compat import copy_graph
 from vbcompile.passes.attention_contraction import einsum_labels
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Carriers
@@ -46,11 +47,14 @@ class Composite:
             return batched(nodes, low)
         node = nodes[0]
         emitter = Emitter(node, {node: 0}, lambda: _as_at(node, low))
-        result = _writer(node)(emitter, node)  # type: ignore[misc]
-        result = emitter.with_strides(result, tensor_of(node))
-        if tensor_of(result).dtype != tensor_of(node).dtype:
+        try:
+            result = _writer(node)(emitter, node)  # type: ignore[misc]
+            result = emitter.with_strides(result, tensor_of(node))
+            if tensor_of(result).dtype != tensor_of(node).dtype:
+                raise Refusal("mixed precision")
+        except (Refusal, LookupError) as error:
             emitter.undo()
-            raise Refusal("mixed precision")
+            raise Refusal(str(error)) from error
         node.replace_all_uses_with(result)
         node.graph.erase_node(node)
         return emitter.made
@@ -63,9 +67,8 @@ def write_out(module: fx.GraphModule, callers: Callers, attempt: Callable[[fx.Gr
     """
     chosen = list(_composites(module.graph))
     while chosen:
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(module.graph, copies))
+        graph = copy_graph(module.graph)
+        copies = dict(zip(module.graph.nodes, graph.nodes, strict=True))
         made = {composite: _tried(composite, callers, copies) for composite in chosen}
         attempt(fx.GraphModule(module, graph))
         used = [composite for composite in chosen if any(node._erased for node in made[composite])]
@@ -123,17 +126,16 @@ def _writer(node: fx.Node) -> Writer | None:
         if found is not None:
             return found
     call = call_of(node)
-    if (
-        call is not None
-        and call.name == "mean"
-        and not call.in_place
-        and set(call.arguments) <= {"input", "dim", "keepdim"}
-    ):
-        product = call_of(call.input)
-        return _mean_of_product if product is not None and product.name == "mul" and not product.in_place else None
-    if call is not None and call.name == "einsum" and len(call.get("operands")) > 2:
-        return _einsum
-    return None
+    if call is None or call.in_place:
+        return None
+    if call.name == "einsum":
+        return _einsum if len(call.get("operands")) > 2 else None
+    product = (
+        call_of(call.input) if call.name == "mean" and set(call.arguments) <= {"input", "dim", "keepdim"} else None
+    )
+    if product is None or product.name != "mul" or product.in_place or product.input is product.get("other"):
+        return None
+    return _mean_of_product
 
 
 def _bound(node: fx.Node, *names: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
 _SAME_NAME = {"mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
-_FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid"}
+_FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "atan", "erf"}
 _JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # rounding may decide what they give
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 

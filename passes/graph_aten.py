@@ -15,11 +15,12 @@ _NAMES = {
 }  # fmt: skip
 # results that are views, contractions or pointwise, with parameters that mean what ours of that name mean
 _KNOWN = {
-    "abs", "add", "addmm", "amax", "baddbmm", "bmm", "cat", "clamp", "clone", "contiguous", "cos", "detach", "div",
-    "dropout", "eq", "exp", "expand", "flatten", "ge", "gt", "le", "linear", "log", "logsumexp", "lt", "masked_fill",
-    "matmul", "maximum", "minimum", "mm", "mul", "ne", "neg", "permute", "pow", "relu", "repeat", "rsqrt", "sigmoid",
-    "sin", "softmax", "log_softmax", "sqrt", "squeeze", "sub", "sum", "t", "tanh", "transpose", "tril", "triu",
-    "unsqueeze", "where", *_NAMES.values(),
+    "abs", "add", "addmm", "amax", "atan", "baddbmm", "bmm", "cat", "clamp", "clone", "contiguous", "cos", "detach",
+    "div", "dropout", "eq", "erf", "exp", "expand", "flatten", "ge", "gt", "le", "linear", "log", "logsumexp", "lt",
+    "masked_fill", "matmul", "maximum", "minimum", "mm", "mul", "ne", "neg", "permute", "pow", "relu", "repeat",
+    "rsqrt", "sigmoid", "sin", "softmax", "log_softmax", "sqrt", "squeeze", "sub", "sum", "t", "tanh", "transpose",
+    "tril", "triu", "unsqueeze", "where", "arange", "full", "full_like", "ones", "ones_like", "zeros", "zeros_like",
+    *_NAMES.values(),
 }  # fmt: skip
 _PARAMETERS = {"self": "input", "mat2": "other", "train": "training", "exponent": "other"}
 _WITHOUT_MEANING = {"half_to_float", "implicit", "memory_format"}  # beside the dtypes and strides of the result

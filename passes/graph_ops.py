@@ -53,6 +53,8 @@ _UNARY = [
     "sin",
     "cos",
     "tanh",
+    "atan",
+    "erf",
     "sigmoid",
     "square",
     "reciprocal",
@@ -95,7 +97,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("silu", "selu", "mish", "hardsigmoid", "hardswish", "relu6"), ("inplace",)),
     **dict.fromkeys(("elu", "celu"), ("alpha", "inplace")),
     **dict.fromkeys(("softshrink", "hardshrink"), ("lambd",)),
-    **dict.fromkeys(("logsigmoid", "softsign", "tanhshrink", "expm1", "sinh", "cosh", "tan", "log10"), ()),
+    **dict.fromkeys(("logsigmoid", "softsign", "tanhshrink", "expm1", "sinh", "cosh", "tan", "log10", "erfc"), ()),
     **dict.fromkeys(("sign", "isnan", "isinf"), ()),
     "leaky_relu": ("negative_slope", "inplace"), "hardtanh": ("min_val", "max_val", "inplace"),
     "softplus": ("beta", "threshold"), "threshold": ("threshold", "value", "inplace"), "gelu": ("approximate",),
@@ -205,7 +207,7 @@ def _functions() -> dict[Any, str]:
         "bfloat16": "", "double": "", "cpu": "", "cuda": "", "contiguous": "", "type": "", "to": "",
         "mT": "", "T": "", "linear": "", "sdpa": "", "view_as": "", "type_as": "", "expand_as": "", "new_zeros": "",
         "new_ones": "", "new_full": "", "repeat": "", "sign": "sign sgn", "expand": "broadcast_to",
-        "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum",
+        "flatten": "flatten ravel", "arange": "arange", "einsum": "einsum", "atan": "atan arctan",
     }  # fmt: skip
     for name in _PARAMETERS:
         for spelling in spellings.get(name, name).split():
@@ -228,7 +230,8 @@ def _functions() -> dict[Any, str]:
         torch.special.expit: "sigmoid", torch.special.softmax: "softmax", torch.special.log_softmax: "log_softmax",
         torch.special.expm1: "expm1", operator.pos: "positive", torch.float_power: "pow",
         torch.special.logsumexp: "logsumexp", torch.special.exp2: "exp2", torch.special.log1p: "log1p",
-        torch.linalg.matmul: "matmul", F.pad: "pad", torch._C._nn.pad: "pad",
+        torch.special.erf: "erf", torch.special.erfc: "erfc", torch.linalg.matmul: "matmul",
+        F.pad: "pad", torch._C._nn.pad: "pad",
     }  # fmt: skip
     return table
 
@@ -245,7 +248,7 @@ _METHODS = {
     "logical_xor": "xor", "logical_not": "not", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
     "bitwise_not": "not", "moveaxis": "movedim", "negative": "neg", "absolute": "abs", "concat": "cat",
     "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "adjoint": "mT",
-    "broadcast_to": "expand", "ravel": "flatten", "sgn": "sign", "float_power": "pow",
+    "broadcast_to": "expand", "ravel": "flatten", "sgn": "sign", "float_power": "pow", "arctan": "atan",
 }  # fmt: skip
 # Dynamo of some releases records `a == b` as a.__eq__(b); reflected ones only where the order does not matter
 _METHODS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "neg", "abs")}

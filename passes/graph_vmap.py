@@ -1,13 +1,16 @@
 """``torch.vmap`` in a torch-level graph: its regions, and the same computation with the mapped axes as dimensions."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import SymFloat, SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vbcompile.compat_transforms import no_transform_left
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.graph_autocast import under_autocast
 from vbcompile.passes.graph_ops import value_of
@@ -57,16 +60,29 @@ def batched(region: Sequence[fx.Node], low: torch.dtype | None) -> list[fx.Node]
     if any(getattr(n.target, "__name__", "") in _MODES for n in region):
         raise Refusal("a mode that changes inside a vmap")
     device_type = next(v.device.type for v in map(value_of, inputs) if isinstance(v, Tensor))
-    with mode, under_autocast(device_type, low), torch.no_grad():
-        traced = make_fx(_extracted(region, inputs, outputs))(*map(value_of, inputs)).graph
-    traced.eliminate_dead_code()
-    _check(traced)
-    with (
-        mode,
-        under_autocast(device_type, low),
-        torch.set_grad_enabled(any(value_of(n).requires_grad for n in outputs)),
-    ):
+    with ExitStack() as modes:
+        modes.enter_context(mode)
+        modes.enter_context(under_autocast(device_type, low))
+        modes.enter_context(torch.set_grad_enabled(any(value_of(n).requires_grad for n in outputs)))
+        modes.enter_context(sdpa_kernel(SDPBackend.MATH))  # an operator that the matcher reads
+        traced = _trace(_extracted(region, inputs, outputs), inputs)
         return _insert(traced, region, inputs, outputs)
+
+
+def _trace(function: fx.GraphModule, inputs: list[fx.Node]) -> fx.Graph:
+    """The ATen operators of a function; raises Refusal where one of them writes to a tensor."""
+    try:
+        with no_transform_left():
+            traced = make_fx(function)(*map(value_of, inputs)).graph
+    except Exception as error:  # whatever an operator's rule raises
+        raise Refusal(f"a vmap that cannot be traced: {error}") from error
+    traced.eliminate_dead_code()
+    for node in traced.nodes:
+        if node.op == "get_attr":
+            raise Refusal("a constant tensor inside a vmap")
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise Refusal("a write inside a vmap")
+    return traced
 
 
 def _reads_attributes(region: Sequence[fx.Node]) -> bool:
@@ -83,14 +99,6 @@ def _extracted(region: Sequence[fx.Node], inputs: list[fx.Node], outputs: list[f
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[n] for n in outputs])
     return fx.GraphModule(torch.nn.Module(), graph)
-
-
-def _check(traced: fx.Graph) -> None:
-    for node in traced.nodes:
-        if node.op == "get_attr":
-            raise Refusal("a constant tensor inside a vmap")
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise Refusal("a write inside a vmap")
 
 
 def _insert(

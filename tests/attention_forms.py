@@ -152,6 +152,11 @@ def alibi_by_head(b: Builder, s: int) -> int:
     return b.emit("add", s, b.emit("mul", distance, slope))
 
 
+def arcs(b: Builder, s: int) -> int:
+    """Functions that no Hopper kernel computes."""
+    return b.emit("add", b.emit("mul", s, b.emit("erf", s)), b.emit("atan", b.emit("mul", s, constant(b, 3.0))))
+
+
 def oddities(b: Builder, s: int) -> int:
     """Integer division, remainders, roots and comparisons in one function."""
     distance = b.emit("sub", b.emit("q_index"), b.emit("k_index"))
@@ -249,6 +254,7 @@ def make_forms(nq: int, nk: int, d: int, dv: int) -> dict[str, Form]:
         "alibi_by_head": form(make_function(alibi_by_head)),
         "temperature": form(make_function(times(0)), (floats(1, 1, 1, 1),)),
         "oddities": form(make_function(oddities), (floats(1, 2, 1, 1), floats(2, 1, nq, 1))),
+        "arcs": form(make_function(arcs)),
         "sink": form(make_function(mask=causal(-3), sink=first_sink), (floats(1, 2, 1, 1),)),
         "sink_per_row": form(make_function(softcap(3.0), sink=first_sink), (floats(1, 2, nq, 1),)),
         "softmax_plus_one": form(make_function(sink=lambda b: constant(b, 0.0))),

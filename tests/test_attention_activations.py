@@ -15,6 +15,7 @@ ACTIVATIONS = {
     "threshold": lambda s: F.threshold(s, 1.0, -5.0), "prelu": lambda s: F.prelu(s, SLOPES),
     "sign": lambda s: s.sign() * torch.log1p(s.abs()), "expm1": lambda s: torch.expm1(s * 0.2),
     "sinh": lambda s: torch.sinh(s * 0.2), "cosh": lambda s: (s * 0.2).cosh(), "clamp": lambda s: s.clamp(-2, 1),
+    "exact_gelu": F.gelu, "erf": torch.erf, "erfc": torch.special.erfc, "arctan": lambda s: s.arctan() * 2,
     "logaddexp": lambda s: torch.logaddexp(s, s.new_zeros(())),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 from vbcompile import compat
+from vbcompile.compat_transforms import no_transform_left
 from vbcompile.config import INDUCTOR_MODES
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -353,3 +354,12 @@ def test_is_module_state():
     assert {name.split("_")[-2] for name, state in found.items() if state} == {"weight", "bias", "state"}
     assert sum(found.values()) == 3 and len(found) == 5
     assert compat.is_module_state(torch.fx.Graph().placeholder("x"))  # nobody says otherwise
+
+
+def test_transforms_are_ended():
+    functorch = torch._C._functorch
+    with pytest.raises(ValueError, match="inside"), no_transform_left():
+        functorch._vmap_increment_nesting(2, "error")
+        raise ValueError("inside")
+    assert functorch.get_dynamic_layer_stack_depth() == 0
+    assert torch.vmap(torch.sin)(torch.ones(2)).shape == (2,)

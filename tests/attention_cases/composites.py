@@ -226,3 +226,42 @@ def vmap_under_autocast(q, k, v):
 def gradient_per_sample(q, k, v):
     loss = lambda q, k, v: _attend(q, k, v).square().sum()
     return torch.vmap(torch.func.grad(loss))(q, k, v)
+
+
+@either("transform", cross)
+def vmap_that_writes(q, k, v):
+
+    def function(q, k, v):
+        scores = q @ k.mT
+        scores *= 0.3
+        return scores.softmax(-1) @ v
+
+    return torch.vmap(function)(q, k, v)
+
+
+@fuses("transform", plus(cross, lambda d: d.integers(1, d.T + 1, d.B), lambda d: d.normal(d.H)))
+def vmap_with_lengths_and_slopes(q, k, v, length, slope):
+    def function(q, k, v, length, slope):
+        i, j = (torch.arange(n, device=q.device) for n in (q.shape[0], k.shape[0]))
+        scores = q @ k.T * 0.3 - slope * (i[:, None] - j).abs()
+        return scores.masked_fill(j >= length, -float("inf")).softmax(-1) @ v
+
+    return torch.vmap(torch.vmap(function, (0, 0, 0, None, 0)), (0, 0, 0, 0, None))(q, k, v, length, slope)
+
+
+@fuses("transform", tokens)
+class EnsembleOfLayers(nn.Module):
+    """Parameters of several modules in one tensor each."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        width = sizes.heads * sizes.features
+        self.heads = sizes.heads
+        self.weights = nn.Parameter(torch.randn(2, 3, width, width) * width**-0.5)
+
+    def forward(self, x):
+        def layer(weights, x):
+            q, k, v = (F.linear(x, w).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w in weights.unbind())
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+        return torch.vmap(layer, (0, None))(self.weights, x)

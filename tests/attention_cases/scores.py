@@ -390,3 +390,9 @@ def sink_by_logsumexp_afterwards(q, k, v, sink):
     scores = _scores(q, k)
     gate = torch.sigmoid(torch.logsumexp(scores, dim=-1) - sink)
     return (F.softmax(scores, dim=-1) @ v) * gate.unsqueeze(-1)
+
+
+@fuses("score", cross, sites=2)
+def error_function_and_arc_tangent(q, k, v):
+    s = F.gelu(q @ k.mT)
+    return s.softmax(-1) @ v + (q @ k.mT * 0.3).atan().mul(5).softmax(-1) @ v
