@@ -5,12 +5,16 @@ logits. Afterwards it belongs to the values.
 """
 
 import math
+from dataclasses import replace
 
 from torch import fx
 
-from vbcompile.passes.attention_expression import Algebra, Expression
+from vbcompile.passes.attention_expression import FLOAT, Algebra, Expression
+from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.attention_masks import Logits, holds_learned_numbers
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
 
+_LARGE = 1e3  # a logarithm beside it is as exact as the scores are
 _NOT_NEGATIVE = {"sigmoid", "exp", "exp2", "softmax", "softplus", "relu", "abs", "square"}
 _SAME = {
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "reshape", "flatten", "unflatten", "unsqueeze",
@@ -57,11 +61,34 @@ def _is_opposite(call: Call) -> bool:
     return one == 1 and inner is not None and inner.name == "sigmoid" and "alpha" not in call.arguments
 
 
-def gated(algebra: Algebra, logits: Expression, gate: Expression, guard: float) -> Expression:
-    """Logits whose exponentials are those of ``logits`` times ``gate + guard``."""
+def gated(algebra: Algebra, logits: Logits, gate: Expression, guard: float) -> Logits:
+    """Logits whose exponentials are those of ``logits`` times ``gate + guard``.
+
+    Raises Refusal where all logits of a row may be so low that a logarithm vanishes beside them: weights are equal
+    there, and the gates alone tell them apart.
+    """
+    if not _is_moderate(logits.value):
+        raise Refusal("weights that are multiplied and divided by their sum, in rows that may have no key")
     make, const = algebra.make, algebra.const
     if guard:
-        return make("add", logits, make("log", make("add", gate, const(guard))))
+        return replace(logits, value=make("add", logits.value, make("log", make("add", gate, const(guard)))))
     shown = make("gt", gate, const(0.0))
     logarithm = make("log", make("where", shown, gate, const(1.0)))
-    return make("where", shown, make("add", logits, logarithm), const(-math.inf))
+    return replace(logits, value=make("add", logits.value, logarithm), mask=[*logits.mask, shown], every_row=False)
+
+
+def _is_moderate(e: Expression) -> bool:
+    """Whether no number in it is known or suspected to be of a size that hides a key."""
+    seen: set[Expression] = set()
+    todo = [e]
+    while todo:
+        x = todo.pop()
+        if x in seen:
+            continue
+        seen.add(x)
+        if x.name == "const" and _LARGE <= abs(x.value) < math.inf:
+            return False
+        if x.name == "tensor" and x.kind == FLOAT and not holds_learned_numbers(x.arguments[0], largest=_LARGE):
+            return False
+        todo += () if x.is_leaf else x.arguments
+    return True

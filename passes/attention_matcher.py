@@ -177,6 +177,9 @@ class Matcher:
         kept, empty = self._keep(lifter, split, logits, weights, keys)
         if kept is not split and not kept.every_row:  # the logarithm of the sum still has the fills of such rows
             softmax = replace(softmax, exact_logits=False)
+        for gate in softmax.gates:
+            factor = algebra.make("to_float", lifter.lift(gate.factor, gate.dims))
+            kept = gated(algebra, kept, factor, gate.guard)
         site = Site(
             space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
             features=features, terms=[] if term is None else [term],
@@ -250,9 +253,6 @@ class Matcher:
         for kept in softmax.masks:
             condition = make("to_bool", lifter.lift(kept.condition, kept.dims))
             logits = make("where", condition if kept.keep else make("not", condition), logits, const(-math.inf))
-        for gate in softmax.gates:
-            factor = make("to_float", lifter.lift(gate.factor, gate.dims))
-            logits = gated(lifter.algebra, logits, factor, gate.guard)
         return logits
 
     def _keep(
