@@ -5,6 +5,7 @@ logits. Afterwards it belongs to the values.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -61,20 +62,22 @@ def _is_opposite(call: Call) -> bool:
     return one == 1 and inner is not None and inner.name == "sigmoid" and "alpha" not in call.arguments
 
 
-def gated(algebra: Algebra, logits: Logits, gate: Expression, guard: float) -> Logits:
-    """Logits whose exponentials are those of ``logits`` times ``gate + guard``.
+def gated(algebra: Algebra, logits: Logits, gates: Sequence[tuple[Expression, float]]) -> Logits:
+    """Logits whose exponentials are those of ``logits`` times ``gate + guard`` for each of the pairs.
 
     Raises Refusal where all logits of a row may be so low that a logarithm vanishes beside them: weights are equal
     there, and the gates alone tell them apart.
     """
-    if not _is_moderate(logits.value):
+    if gates and not _is_moderate(logits.value):
         raise Refusal("weights that are multiplied and divided by their sum, in rows that may have no key")
     make, const = algebra.make, algebra.const
-    if guard:
-        return replace(logits, value=make("add", logits.value, make("log", make("add", gate, const(guard)))))
-    shown = make("gt", gate, const(0.0))
-    logarithm = make("log", make("where", shown, gate, const(1.0)))
-    return replace(logits, value=make("add", logits.value, logarithm), mask=[*logits.mask, shown], every_row=False)
+    for gate, guard in gates:
+        shown = algebra.true if guard else make("gt", gate, const(0.0))
+        raised = make("add", gate, const(guard)) if guard else make("where", shown, gate, const(1.0))
+        mask = logits.mask if guard else [*logits.mask, shown]
+        every_row = logits.every_row and bool(guard)
+        logits = replace(logits, value=make("add", logits.value, make("log", raised)), mask=mask, every_row=every_row)
+    return logits
 
 
 def _is_moderate(e: Expression) -> bool:

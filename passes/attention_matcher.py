@@ -177,9 +177,8 @@ class Matcher:
         kept, empty = self._keep(lifter, split, logits, weights, keys)
         if kept is not split and not kept.every_row:  # the logarithm of the sum still has the fills of such rows
             softmax = replace(softmax, exact_logits=False)
-        for gate in softmax.gates:
-            factor = algebra.make("to_float", lifter.lift(gate.factor, gate.dims))
-            kept = gated(algebra, kept, factor, gate.guard)
+        gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]
+        kept = gated(algebra, kept, gates)
         site = Site(
             space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
             features=features, terms=[] if term is None else [term],

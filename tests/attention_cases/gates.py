@@ -64,6 +64,12 @@ def gates_on_both_sides_of_the_sum(q, k, v, keep, gate):
     return (weights / (2 + gate.square())) @ v
 
 
+@fuses("gate", plus(_per_key, lambda d: d.normal(d.H, 1, d.T)))
+def two_gates_of_the_exponentials(q, k, v, gate, other):
+    weights = torch.exp(_scores(q, k)) * gate.sigmoid() * other.exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 @refuses(_per_key)
 def gate_that_may_be_negative(q, k, v, gate):
     weights = torch.exp(_scores(q, k)) * (2 + gate)
