@@ -199,10 +199,10 @@ def forward_and_backward(run: Callable[..., torch.Tensor], q, k, v, grad) -> tup
     return forward_ms, both - forward_ms
 
 
-def ours_times(function, captured, q, k, v, grad, scale, needs=None) -> tuple[float, float]:
+def ours_times(function, captured, q, k, v, grad, scale) -> tuple[float, float]:
     from vbcompile.kernels.attention_triton import backward, forward
 
-    needs = needs or [True] * 3 + [False] * len(captured)
+    needs = [True] * 3 + [False] * len(captured)
     out, lse = forward(q, k, v, captured, scale, 0.0, None, function)
     return (
         milliseconds(lambda: forward(q, k, v, captured, scale, 0.0, None, function)),

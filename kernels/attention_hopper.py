@@ -64,7 +64,7 @@ class ForwardConfig:
 # (head_dim, causal) -> configuration; measured on an H200 beside cuDNN, see bench/attention_hopper.py
 FORWARD_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(consumers=3, stages=3, q_stages=2, ping_pong=2, rounding="halfway", group=1),
-    (64, True): ForwardConfig(stages=3, q_stages=2, group=64, dynamic=True),
+    (64, True): ForwardConfig(stages=3, q_stages=2, ping_pong=2, group=64, dynamic=True),
     (128, False): ForwardConfig(q_stages=2, ping_pong=0, rounding="halfway", group=8, dynamic=True),
     (128, True): ForwardConfig(q_stages=2, ping_pong=0, rounding="halfway", group=8, dynamic=True),
 }
@@ -76,12 +76,13 @@ def scored_config(dim: int, causal: bool, call: ScoreCall) -> ForwardConfig:
     masked = causal or call.planned
     if call.program.cap is not None:
         config = replace(config, rounding="halfway" if dim == 128 else "next", ping_pong=0)
-    elif dim == 128:  # weights are rounded early where anything else takes registers
-        others = len(call.captured) > (call.tile is not None) or call.program.offset is not None
-        tile_masked = masked and call.tile is not None
-        config = replace(
-            config, rounding="early" if others or tile_masked else "halfway" if masked else config.rounding
-        )
+    elif dim == 128:  # weights are rounded early where there would be no registers
+        added = call.program.offset is not None
+        others = call.program.sink is not None or (call.reads_rows and not added)
+        if masked and call.tile is None and not others:
+            config = replace(config, rounding="halfway", ping_pong=1 if added else 0)
+        elif others or added or call.program.tiled == 2:
+            config = replace(config, rounding="early", ping_pong=1)
     if call.tile is None or call.tile.element_size() < 4 or dim == 64:
         return config
     return replace(config, block_k=64)  # what a block can hold
@@ -92,7 +93,7 @@ SCORED_CONFIGS: dict[tuple[int, bool], ForwardConfig] = {
     (64, False): ForwardConfig(stages=3, q_stages=2, rounding="halfway", group=32, dynamic=True),
     (64, True): ForwardConfig(stages=3, q_stages=2, ping_pong=2, rounding="halfway", dynamic=True),
     (128, False): ForwardConfig(q_stages=2, group=16, dynamic=True),
-    (128, True): ForwardConfig(rounding="early", dynamic=True),
+    (128, True): ForwardConfig(ping_pong=2, rounding="halfway", dynamic=True),
 }
 
 

@@ -55,6 +55,11 @@ class ScoreCall:
         return None if self.program.tile is None else self.captured[self.program.tile]
 
     @property
+    def reads_rows(self) -> bool:
+        """Whether the logits read a captured tensor that does not come as tiles."""
+        return any(number != self.program.tile for number in self.function.captured(self.function.score))
+
+    @property
     def shared(self) -> bool:
         """Whether heads that differ in their first leading index alone read the same part of that tensor."""
         return self.tile is not None and self.strides[self.program.tile or 0][LEAD_AXES - len(self.lead)] == 0

@@ -64,6 +64,14 @@ def finish_row(m, total, sink, outer, SINK: gl.constexpr, UNBOUNDED: gl.constexp
 
 
 @gluon.jit
+def split_walk(stop, end, clear):
+    """Key tiles after the first one in the order of the walk: (end of those ahead that need a mask, end of those after
+    them that need none)."""
+    masked_end = gl.minimum(gl.maximum(end - clear[1], 1), stop)
+    return masked_end, gl.minimum(gl.maximum(end - clear[0], masked_end), stop)
+
+
+@gluon.jit
 def consume(
     shared,
     w: gl.constexpr,
@@ -103,6 +111,10 @@ def consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    # Loops of their own for tiles with a mask, those without and, by a plan, masked ones again; with weights rounded
+    # early the assembler would serialise all products.
+    SPLIT: gl.constexpr = (CAUSAL or PLANNED) and TILED != 2 and ROUNDING != "early"
+    PARTS: gl.constexpr = 1 if not SPLIT else 3 if PLANNED else 2
     o_tile = o_smem.index(w)
     taken = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -147,24 +159,30 @@ def consume(
             gl.full([64, D], 0.0, gl.float32, o_layout),
             carry_weights(p, q_tile.dtype, ROUNDING),
         )
+        stop = end - first
         item = (first_row, end, clear, sure)
+        rest = (item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program, sizes)
         if CAP is None:
-            state, taken = walk(
-                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
-                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
-                None, UNBOUNDED,
-            )  # fmt: skip
+            begin = 1
+            ends = (stop, stop, stop)
+            if SPLIT:
+                masked_end, clear_end = split_walk(stop, end, clear)
+                ends = (masked_end, clear_end, stop)
+            for part in gl.static_range(PARTS):
+                state, taken = walk(
+                    state, taken, begin, ends[part], *rest, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED,
+                    PLANNED, SLOPE, BOUNDS, LOGITS, MASK, None, UNBOUNDED, part != 1,
+                )  # fmt: skip
+                begin = ends[part]
         elif careful:
             state, taken = walk(
-                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
-                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
-                3, UNBOUNDED,
+                state, taken, 1, stop, *rest, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE,
+                BOUNDS, LOGITS, MASK, 3, UNBOUNDED, True,
             )  # fmt: skip
         else:
             state, taken = walk(
-                state, taken, 1, end - first, item, (context, slope), q_tile, k_smem, v_smem, barriers, tiles, program,
-                sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE, BOUNDS, LOGITS, MASK,
-                CAP, UNBOUNDED,
+                state, taken, 1, stop, *rest, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, SLOPE,
+                BOUNDS, LOGITS, MASK, CAP, UNBOUNDED, True,
             )  # fmt: skip
         m, total, o, p = state
         if CAP is not None:  # work items that follow each other are alike

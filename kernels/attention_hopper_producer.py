@@ -77,6 +77,38 @@ def describe_item(
 
 
 @gluon.jit
+def next_item(item, counter, DYNAMIC: gl.constexpr):
+    """The work item after ``item``. The counter's answer takes about a microsecond and is waited for here."""
+    if DYNAMIC:
+        return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+    else:
+        return item + gl.num_programs(0)
+
+
+@gluon.jit
+def load_tiles(shared, descriptors, loaded, begin, stop, end, batch, k_head, BLOCK_K: gl.constexpr):
+    """Copies the ``begin``-th .. ``stop - 1``-th tile of keys and of values in the order of the walk; ``loaded`` came
+    before. Returns how many have come then."""
+    buffers, barriers, _, _, _, _, _, _ = shared
+    _, k_desc, v_desc = descriptors
+    _, _, k_smem, v_smem = buffers
+    _, _, k_full, k_empty, v_full, v_empty = barriers
+    STAGES: gl.constexpr = k_smem.shape[0]
+    for j in range(begin, stop):
+        slot = loaded % STAGES
+        phase = (loaded // STAGES & 1) ^ 1
+        row = (end - 1 - j) * BLOCK_K
+        mbarrier.wait(k_empty.index(slot), phase)
+        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [batch, k_head, row, 0], k_full.index(slot), k_smem.index(slot))
+        mbarrier.wait(v_empty.index(slot), phase)
+        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [batch, k_head, row, 0], v_full.index(slot), v_smem.index(slot))
+        loaded += 1
+    return loaded
+
+
+@gluon.jit
 def produce(
     shared,
     descriptors,
@@ -90,11 +122,10 @@ def produce(
     """The producer warp. ``sizes`` = (keys, query heads, query heads per key head, causal offset, query tiles,
     batch * query heads, counter of work items)."""
     buffers, barriers, _, work, _, sizes, program, _ = shared
-    q_desc, k_desc, v_desc = descriptors
-    q_smem, _, k_smem, v_smem = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_desc, _, _ = descriptors
+    q_smem, _, _, _ = buffers
+    q_full, q_empty, _, _, _, _ = barriers
     _, q_heads, heads_per_key_head, _, query_tiles, heads, counter = sizes
-    STAGES: gl.constexpr = k_smem.shape[0]
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS
     loaded = gl.to_tensor(0)
@@ -108,9 +139,10 @@ def produce(
     hand_out(work, done, entry)
     while item < query_tiles * heads:
         query_tile, batch, head, first, end, _clear_first, _clear_end, _sure_first, _sure_end = entry
-        item += gl.num_programs(0)
-        if DYNAMIC:  # asked for early: the answer takes about a microsecond
-            item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        tiles = end - first
+        ahead = tiles
+        if not PLANNED:
+            item = next_item(item, counter, DYNAMIC)
         q_head = head - batch * q_heads
         k_head = q_head // heads_per_key_head
         for w in gl.static_range(CONSUMERS):
@@ -119,20 +151,16 @@ def produce(
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             row = query_tile * BLOCK_Q + w * 64
             tma.async_copy_global_to_shared(q_desc, [batch, q_head, row, 0], q_full.index(slot), q_smem.index(slot))
-        for j in range(end - first):
-            slot = loaded % STAGES
-            phase = (loaded // STAGES & 1) ^ 1
-            row = (end - 1 - j) * BLOCK_K
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [batch, k_head, row, 0], k_full.index(slot), k_smem.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [batch, k_head, row, 0], v_full.index(slot), v_smem.index(slot))
-            loaded += 1
-        done += 1
+        if PLANNED:  # items may be short and a plan's entry takes long to come: it does under tiles on their way
+            ahead = gl.minimum(tiles, 2)
+        loaded = load_tiles(shared, descriptors, loaded, 0, ahead, end, batch, k_head, BLOCK_K)
+        if PLANNED:
+            item = next_item(item, counter, DYNAMIC)
         entry = describe_item(item, sizes, program, BLOCK_Q, BLOCK_K, GROUP, PLANNED, SHARED)
-        hand_out(work, done, entry)
+        hand_out(work, done + 1, entry)
+        if PLANNED:
+            loaded = load_tiles(shared, descriptors, loaded, ahead, tiles, end, batch, k_head, BLOCK_K)
+        done += 1
 
 
 @gluon.jit

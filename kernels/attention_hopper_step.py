@@ -247,9 +247,11 @@ def walk(
     MASK: gl.constexpr,
     CAP: gl.constexpr,
     UNBOUNDED: gl.constexpr,
+    MASKED: gl.constexpr,
 ):
     """``advance`` to the ``begin``-th .. ``stop - 1``-th key tile of a work item in the order of the walk. ``item``:
-    first row, end of its key tiles, ranges of ``place_tile``; ``rows``: see ``at_tile``."""
+    first row, end of its key tiles, ranges of ``place_tile``; ``rows``: see ``at_tile``. Not MASKED: none of these
+    tiles needs a mask."""
     first_row, end, clear, sure = item
     context, slope = rows
     BLOCK_K: gl.constexpr = k_smem.shape[3]
@@ -257,8 +259,8 @@ def walk(
         place = place_tile(first_row, end - 1 - j, clear, sure, BLOCK_K, PLANNED)
         state = advance(
             state, taken, q_tile, k_smem, v_smem, barriers, tiles, place, at_tile(context, slope, place, SLOPE),
-            program, sizes, w, CONSUMERS, CAUSAL, PING_PONG, ROUNDING, POLY, TILED, PLANNED, BOUNDS, LOGITS, MASK, CAP,
-            UNBOUNDED,
+            program, sizes, w, CONSUMERS, CAUSAL and MASKED, PING_PONG, ROUNDING, POLY, TILED, PLANNED and MASKED,
+            BOUNDS if MASKED else None, LOGITS, MASK if MASKED else None, CAP, UNBOUNDED,
         )  # fmt: skip
         taken += 1
     return state, taken

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vbcompile.kernels.quick_operator import quick_operator
+
 
 def empty_output(lead: Sequence[Any], rows: Any, width: Any, rows_first: bool, like: Tensor) -> Tensor:
     """Uninitialised ``[*lead, rows, width]``; in memory ``[lead[0], rows, *lead[1:], width]`` if ``rows_first``.
@@ -34,3 +36,17 @@ def sum_to(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype | None = N
     axes = [d for d, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if want == 1 and have != 1]
     summed = gradient.sum(axes, keepdim=True) if axes else gradient
     return summed if dtype is None else summed.to(dtype)
+
+
+@quick_operator("vblackwell::copy")
+def copy(x: Tensor) -> Tensor:
+    """A copy with the strides of ``x`` that no compiler takes away: one of the two is saved, the other written to."""
+    return torch.empty_like(x).copy_(x)
+
+
+@copy.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+copy.register_autograd(lambda ctx, gradient: gradient)

@@ -134,6 +134,19 @@ def room_for(config: TileConfig, epilogue: str) -> TileConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
+def split_columns(
+    config: TileConfig, steps: int, m: int, n: int, out: Tensor
+) -> tuple[tuple[int, int, int], int, Tensor, Tensor]:
+    """The grid of a product whose columns several blocks share, each so many steps, and what they add up in; without
+    sharing ``out`` stands there, unused."""
+    steps_each = -(-steps // config.splits)
+    grid = (-(-n // (config.rows * TILE)), -(-steps // steps_each), -(-m // config.block_m))
+    if grid[1] == 1:
+        return grid, steps_each, out, out
+    partial = torch.empty(grid[1], m, n, dtype=torch.float32, device=out.device)
+    return grid, steps_each, partial, counters(out.device, grid[0] * grid[2])
+
+
 def product(
     x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
     layout: str, config: TileConfig | None = None, epilogue: str = "none",
@@ -148,19 +161,12 @@ def product(
     config = room_for(config, epilogue)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     column_tiles = codes.shape[1]
-    steps = column_tiles // config.columns
-    steps_each = -(-steps // config.splits)
-    splits = -(-steps // steps_each)
-    grid = (-(-n // (config.rows * TILE)), splits, -(-m // config.block_m))
-    partial = arrived = out
-    if splits > 1:
-        partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        arrived = counters(x.device, grid[0] * grid[2])
+    grid, steps_each, partial, arrived = split_columns(config, column_tiles // config.columns, m, n, out)
     launch(
         fp4_product_kernel, grid,
         rows, codes.view(torch.int32), block_scales, row_scale, row_scale if bias is None else bias, out, partial,
-        arrived, m, n, k, rows.stride(0), column_tiles, steps_each, splits,
-        BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=splits > 1, BIAS=bias is not None,
+        arrived, m, n, k, rows.stride(0), column_tiles, steps_each, grid[1],
+        BLOCK_M=config.block_m, ROWS=config.rows, COLUMNS=config.columns, SPLIT=grid[1] > 1, BIAS=bias is not None,
         STAGES=config.stages, num_warps=config.warps, **early(target), **decoding(target, format_name, layout, x.dtype),
         **epilogue_options(epilogue),
     )  # fmt: skip

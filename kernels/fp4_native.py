@@ -24,7 +24,7 @@ from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE, dequantize_weight, rows_of
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
-from vbcompile.kernels.fp4_linear_triton import TileConfig, counters, with_splits
+from vbcompile.kernels.fp4_linear_triton import TileConfig, split_columns, with_splits
 from vbcompile.kernels.fp4_quantize import rounded
 from vbcompile.kernels.registry import Implementation, forced_implementation, operator
 from vbcompile.kernels.triton_target import refuses_triton
@@ -162,17 +162,10 @@ def product(
     m, n = rows.shape[0], row_scale.shape[0]
     config = native_config(get_target(x.device), 1 << (m - 1).bit_length(), n, k, four_bits)
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
-    steps = -(-k // (config.columns * TILE))
-    steps_each = -(-steps // config.splits)
-    splits = -(-steps // steps_each)
-    grid = (-(-n // (config.rows * TILE)), splits, -(-m // config.block_m))
-    partial = arrived = out
-    if splits > 1:
-        partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        arrived = counters(x.device, grid[0] * grid[2])
+    grid, steps_each, partial, arrived = split_columns(config, -(-k // (config.columns * TILE)), m, n, out)
     fp4_native_kernel[grid](
         *left, codes, block_scales, row_scale, row_scale if bias is None else bias, out, partial, arrived, m, n, k,
-        rows.stride(0), steps_each, splits, SPLIT=splits > 1, BIAS=bias is not None,
+        rows.stride(0), steps_each, grid[1], SPLIT=grid[1] > 1, BIAS=bias is not None,
         **launch_options(format_name, "e2m1" if four_bits else _KINDS[x.dtype], config, epilogue),
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])

@@ -52,6 +52,12 @@ def differentiate(function: ScoreFunction, output: int) -> ScoreGradient:
     return ScoreGradient(ScoreFunction(builder.program, 0), score, tuple(captured))
 
 
+def learns_from(function: ScoreFunction) -> set[int]:
+    """Numbers of the captured tensors that a gradient reaches; what is only compared gets none."""
+    outputs = [position for position in (function.score, function.sink) if position is not None]
+    return {number for position in outputs for number, _ in differentiate(function, position).captured}
+
+
 def _merged(function: ScoreFunction) -> tuple[Instruction, ...]:
     """The program itself, if no two instructions are equal (positions must keep their meaning)."""
     builder = Builder()
@@ -84,7 +90,8 @@ def _contributions(
         case "pow":
             slope = mul(y, emit("pow", x, sub(y, const(1.0))))
             zero_exponent = emit("eq", y, const(0.0))
-            safe_log = emit("log", emit("where", emit("gt", x, const(0.0)), x, const(1.0)))
+            is_flat = emit("and", emit("eq", x, const(0.0)), emit("ge", y, const(0.0)))
+            safe_log = emit("log", emit("where", is_flat, const(1.0), x))
             return [
                 (x, mul(upstream, emit("where", zero_exponent, const(0.0), slope))),
                 (y, mul(upstream, mul(value, safe_log))),

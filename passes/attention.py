@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx
 
 from vbcompile.passes.attention_checks import check_region
@@ -34,6 +35,7 @@ from vbcompile.passes.attention_small import ask_for_quick_calls
 from vbcompile.passes.attention_weights import Carriers
 from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
+from vbcompile.passes.graph_gradients import correct_gradients
 from vbcompile.passes.graph_ops import Call, call_of, describe_site, module_graphs
 from vbcompile.report import Decision
 
@@ -85,11 +87,12 @@ class _GraphPass:
         calls = self._calls()
         if not any(_may_begin(call) for call in calls.values()) and not any(map(_is_composite, self.graph.nodes)):
             return []
+        correct_gradients(self.graph, self.callers != [] or torch.is_grad_enabled())
         if make_functional(self.graph):
             self.module.recompile()
             calls = self._calls()
         carriers = Carriers()
-        carriers.sweep(self.graph, calls)
+        carriers.sweep(calls)
         around = next((Effects(node.graph) for node in self.outer.values()), None)
         effects = Effects(self.graph)
         self.empty_rows = EmptyRowsOfGraph(effects)

@@ -74,8 +74,9 @@ def check_operands(site: Site) -> None:
 def check_region(sites: Sequence[Site], out: fx.Node) -> None:
     """Raise Refusal where a value inside the sites is used outside of them."""
     region = set().union(*(site.region for site in sites)) | {out}
-    allowed = region | {node for site in sites for node, _ in site.log_sums}
-    for node in region - {out}:
+    log_sums = {node for site in sites for node, _ in site.log_sums}
+    allowed = region | log_sums
+    for node in region - log_sums - {out}:
         for user in node.users:
             if user not in allowed and not reads_metadata_only(user) and not is_dead(user):
                 what = "the attention weights are" if node in _weights_of(sites) else "an intermediate of the scores is"

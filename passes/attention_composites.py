@@ -224,7 +224,7 @@ Part = tuple[fx.Node, tuple[str, ...]]
 def _weights(node: fx.Node) -> set[fx.Node]:
     """Softmax weights among the operands."""
     carriers = Carriers()
-    carriers.sweep(node.graph, {n: call for n in node.graph.nodes if (call := call_of(n)) is not None})
+    carriers.sweep({n: call for n in node.graph.nodes if (call := call_of(n)) is not None})
     return carriers.carrying & set(node.all_input_nodes)
 
 

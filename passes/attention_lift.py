@@ -300,7 +300,7 @@ class Lifter:
                 return False
             todo += [i for i in dependent if i is not self.score]
         self.region |= way
-        self.shifts |= way
+        self.shifts.add(node)
         return True
 
     # ---------------------------------------------------------------------------------------- independent tensors
@@ -330,8 +330,11 @@ class Lifter:
         score = None if self.score is None else tensor_of(self.score).dtype
         if cancels(found, tensor_of(node).dtype, score):
             raise Opaque
-        if plain and self._better_loaded(node, coordinates, found):
+        leaks = _leaks_gradient(node, found)
+        if plain and (leaks or self._better_loaded(node, found)):
             return self.capture(node, coordinates)
+        if leaks:
+            raise Opaque
         return found
 
     def capture(self, node: fx.Node, coordinates: Coordinates, direct: bool = False) -> Expression:
@@ -346,7 +349,7 @@ class Lifter:
             raise Refusal("a complex operand")
         return self.algebra.tensor(self._representative(node), coordinates, kind_of(dtype))  # type: ignore[arg-type]
 
-    def _better_loaded(self, node: fx.Node, coordinates: Coordinates, found: Expression) -> bool:
+    def _better_loaded(self, node: fx.Node, found: Expression) -> bool:
         """Whether to load the node's own elements instead of computing them from what it was computed from."""
         if found.name in ("const", "tensor") or node not in self._position:
             return False
@@ -356,9 +359,6 @@ class Lifter:
             size = count_instructions(found)
             return size > _PROGRAM_LIMIT or (len(found.atoms) <= 1 and size > 1 and _is_expensive(found))
         tensors, axes = _tensors_and_axes(found)
-        detached = tensor_of(node).is_floating_point() and not tensor_of(node).requires_grad
-        if detached and any(tensor_of(t).requires_grad for t, _ in tensors):
-            return True
         if len(axes) >= 2:
             return count_instructions(found) > _PROGRAM_LIMIT
         return any(atoms >= found.atoms for _, atoms in tensors)
@@ -446,9 +446,9 @@ class Lifter:
     def _view(self, call: Call, node: fx.Node, coordinates: Coordinates) -> tuple[fx.Node, Coordinates] | None:
         if self._plain(coordinates) or call.name not in RESHAPES | REPEATS:
             if self._may_cut or self.score is None or self.depends(node):
-                return view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+                return view_input(self.space, call, coordinates)  # type: ignore[arg-type]
             cuts = self.space.snapshot()
-            moved = view_input(self.space, call, node, coordinates)  # type: ignore[arg-type]
+            moved = view_input(self.space, call, coordinates)  # type: ignore[arg-type]
             if self.space.count_cuts() != len(cuts):
                 self.space.restore(cuts)
                 raise Opaque
@@ -472,6 +472,14 @@ def _name(node: fx.Node) -> str:
 def _is_flag(e: Expression) -> bool:
     """Whether the expression is a boolean tensor or its opposite."""
     return e.name == "tensor" if e.name != "not" else _is_flag(e.arguments[0])
+
+
+def _leaks_gradient(node: fx.Node, e: Expression) -> bool:
+    """Whether tensors in ``e`` want a gradient and the node, whose value it is, does not: it is detached."""
+    value = tensor_of(node)
+    if "tensor" not in e.leaves or value.requires_grad or not value.is_floating_point():
+        return False
+    return any(tensor_of(t).requires_grad for t, _ in _tensors_and_axes(e)[0])
 
 
 def _is_expensive(e: Expression) -> bool:

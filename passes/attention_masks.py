@@ -5,6 +5,7 @@ source, so such a fill keeps its value, unless every row is proved to keep a key
 time (``Guard``): then a fill so low that its weight is zero is a mask too.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import fx
 
 from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds
 from vbcompile.passes.graph_axes import Dim
-from vbcompile.passes.graph_ops import call_of, is_parameter, known, value_of
+from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, known, tensor_of, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
+_VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
 
 
@@ -73,6 +75,13 @@ def split_logits(
     if any("score" in condition.leaves for condition in mask):  # such a mask stays a part of the logits
         value, mask, every_row = logits, [], False
     return _extract_scale(algebra, Logits(value, _unique(algebra, mask), every_row=every_row))
+
+
+def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) -> bool:
+    """Whether all weights where ``shown`` holds may be zero by fills elsewhere in the row, which divided gives NaN."""
+    value, _ = _split(algebra, logits, float("-inf"))
+    value, low = _split(algebra, value, _VANISHES)
+    return not (set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value))
 
 
 def _guarded(
@@ -228,7 +237,10 @@ _MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "recipr
 
 
 def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOWEST_FILL) -> bool:
-    """Whether a tensor is computed from parameters, integers and constants below ``largest`` alone: biases, slopes."""
+    """Whether a tensor is computed from parameters, integers and constants below ``largest`` alone: biases, slopes.
+
+    A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen.
+    """
     todo: list[Any] = [node]
     seen: set[fx.Node] = set()
     while todo:
@@ -242,7 +254,7 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOW
         seen.add(n)
         call = call_of(n)
         if n.op in ("placeholder", "get_attr"):
-            if not is_parameter(n):
+            if not is_parameter(n) or not tensor_of(n).requires_grad:
                 return False
         elif (
             len(seen) > limit
@@ -251,10 +263,21 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOW
         ):
             return False
         elif n.target is F.embedding:
-            todo += n.args[1:2]  # the table alone gives elements
+            todo += _unless_parameters(n.args[1:2])  # the table alone gives elements
+        elif call is not None and (call.name == "linear" or _is_lookup(call)):
+            todo += _unless_parameters(call.arguments.values())
         elif call is None or call.name not in _BOUNDED:
             todo += [*n.args, *n.kwargs.values()]
     return True
+
+
+def _unless_parameters(arguments: Iterable[Any]) -> list[Any]:
+    return [a for a in arguments if not (isinstance(a, fx.Node) and is_parameter(a))]
+
+
+def _is_lookup(call: Call) -> bool:
+    """Whether the call is ``x[indices]``, the indices a tensor."""
+    return call.name == "getitem" and is_tensor(call.get("index"))
 
 
 def _may_hold_floats(node: fx.Node) -> bool:

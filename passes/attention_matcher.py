@@ -1,7 +1,7 @@
 """Matches attention from its second matrix product back to its first, with every role bound to axes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_gates import gated
 from vbcompile.passes.attention_lift import Lifter, Refusal
-from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, split_logits
+from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, may_vanish, split_logits
 from vbcompile.passes.attention_shifts import without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
@@ -190,9 +190,10 @@ class Matcher:
         )  # fmt: skip
         site.region = {first.node, *way, *weights.region, *lifter.region}
         site.region |= set() if second.before is None else {second.before}
-        essential = set(site.region)
-        site.region |= self._dependents(lifter, [weights.node, divisor, *weights.region])
-        self._check(site, softmax, keys, essential - lifter.shifts)
+        readers = [weights.node, divisor, *weights.region]
+        site.region |= self._dependents(lifter, readers)
+        essential = self._dependents(lifter, readers, lifter.shifts | set(softmax.shifts))
+        self._check(site, softmax, keys, essential.union(way, softmax.others))
         return site
 
     def guard(self, score: fx.Node) -> Guard | None:
@@ -249,9 +250,14 @@ class Matcher:
         make, const = lifter.algebra.make, lifter.algebra.const
         logits = make("to_float", lifter.lift(softmax.logits, softmax.dims))
         logits = logits if softmax.factor == 1.0 else make("mul", logits, const(softmax.factor))
+        conditions = []
         for kept in softmax.masks:
             condition = make("to_bool", lifter.lift(kept.condition, kept.dims))
-            logits = make("where", condition if kept.keep else make("not", condition), logits, const(-math.inf))
+            conditions.append(condition if kept.keep else make("not", condition))
+        if conditions and may_vanish(lifter.algebra, logits, conditions):
+            raise Refusal("weights that are left may all be zero already where they are divided by their sum")
+        for condition in conditions:
+            logits = make("where", condition, logits, const(-math.inf))
         return logits
 
     def _keep(
@@ -303,14 +309,16 @@ class Matcher:
         factor = lifter.algebra.const(softmax.factor)
         return sink if softmax.factor == 1.0 else lifter.algebra.make("mul", sink, factor)
 
-    def _dependents(self, lifter: Lifter, readers: Sequence[fx.Node | None]) -> set[fx.Node]:
-        """Nodes between the logits and ``readers`` that the fused call makes superfluous."""
+    def _dependents(
+        self, lifter: Lifter, readers: Sequence[fx.Node | None], ends: Collection[fx.Node] = ()
+    ) -> set[fx.Node]:
+        """Nodes between the first product and ``readers``, no further than ``ends``; the fused call replaces them."""
         found: set[fx.Node] = set()
         todo = [i for reader in readers if reader is not None for i in (reader, *reader.all_input_nodes)]
         while todo:
             node = todo.pop()
             holds_tensors = isinstance(value_of(node), (torch.Tensor, tuple, list)) and not reads_metadata_only(node)
-            if node in found or not holds_tensors or not lifter.depends(node):
+            if node in found or node in ends or not holds_tensors or not lifter.depends(node):
                 continue
             found.add(node)
             todo += node.all_input_nodes
@@ -323,8 +331,9 @@ class Matcher:
         for operand in (site.q, site.k):
             if self.effects.is_written(operand.node, begin, end):
                 raise Refusal("queries or keys are modified in place before the values are weighted")
-        if self.effects.switches_grad_mode(begin, end) and (any(map(cuts_gradient, essential))):
-            raise Refusal("the gradient mode changes inside the attention")
+        wants = any(is_tensor(node) and tensor_of(node).requires_grad for node in essential)
+        if (wants or self.effects.switches_grad_mode(begin, end)) and any(map(cuts_gradient, essential)):
+            raise Refusal("the gradient mode changes inside the attention, or a gradient is cut off there")
         read_late = [site.v.node, *(factor for _, factor, _ in site.factors), *(gate.factor for gate in site.gates)]
         read_late += (site.residual or ())[:1]
         if any(is_tensor(node) and self.effects.is_written(node, begin, end) for node in read_late):
@@ -349,7 +358,7 @@ class Matcher:
 
     def _find_log_sum(self, site: Site, user: fx.Node, dims: Dims, keys: Dim) -> None:
         call = call_of(user)
-        if call is None or call.name != "logsumexp" or user in site.region or cuts_gradient(user):
+        if call is None or call.name != "logsumexp" or user.users.keys() <= site.region:
             return
         dim = call.get("dim")
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
@@ -369,8 +378,11 @@ class Matcher:
             return
         site.insert_before = min(site.log_sums[0][0], site.out, key=place.__getitem__)
         early = place[site.insert_before]
-        if place.get(site.v.node, 0) >= early or self.effects.is_written(site.v.node, early, place[site.out]):
+        values = [node for node in (site.v.node, *(gate.factor for gate in site.gates)) if is_tensor(node)]
+        if any(place.get(x, 0) >= early or self.effects.is_written(x, early, place[site.out]) for x in values):
             raise Refusal("the scores are used before the values are known")
+        if self.effects.switches_grad_mode(early, place[site.out]):
+            raise Refusal("the scores are used under another gradient mode")
 
 
 def _residual(second: Contraction, out_dims: Dims) -> tuple[Any, Dims, Any] | None:

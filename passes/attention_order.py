@@ -23,7 +23,7 @@ def reads_rows_first(out: fx.Node, dims: Dims, lead: Sequence[Dim], rows: Dim, v
 
 def _all_pack(node: fx.Node, dims: Dims, wanted: list[Any]) -> bool:
     users = [u for u in node.users if not reads_metadata_only(u)]
-    return bool(users) and all(_packs(user, dims, wanted) for user in users)
+    return len(users) == 1 and _packs(users[0], dims, wanted)  # of several copies one may be written to
 
 
 def _packs(user: fx.Node, dims: Dims, wanted: list[Any]) -> bool:

@@ -202,7 +202,7 @@ class _Peeler:
         if may_scale and call.name in ("mul", "div"):
             return self._scaling(call, here)
         try:
-            moved = view_input(self.site.space, call, here.node, here.dims)
+            moved = view_input(self.site.space, call, here.dims)
         except AxisError:
             return None
         if moved is None:

@@ -52,8 +52,8 @@ class _Rules:
     def read(self, parameter: str, default: Any = None) -> Expression:
         return self._lifter.operand(self.call.get(parameter, default), self._coordinates, self._direct)
 
-    def read_as(self, kind: str, parameter: str, default: Any = None) -> Expression:
-        return self.convert(kind, self.read(parameter, default))
+    def read_as(self, kind: str, parameter: str) -> Expression:
+        return self.convert(kind, self.read(parameter))
 
     def convert(self, kind: str, e: Expression) -> Expression:
         return self.make({BOOL: "to_bool", INT: "to_int", FLOAT: "to_float"}[kind], e)

@@ -11,13 +11,15 @@ from torch import Tensor, fx
 import vbcompile.kernels.attention  # noqa: F401  registers the operator
 from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.score_function import accumulation_dtype
+from vbcompile.kernels.score_gradient import learns_from
+from vbcompile.passes.attention_aliases import may_be_written
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_order import reads_rows_first
 from vbcompile.passes.attention_plan import Plan
 from vbcompile.passes.attention_rows import EmptyRows, EmptyRowsOfGraph, emit_empty_rows
 from vbcompile.passes.attention_site import Operand
 from vbcompile.passes.graph_axes import Dim, Dims, product
-from vbcompile.passes.graph_effects import Effects
+from vbcompile.passes.graph_effects import Effects, cuts_gradient
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, reads_metadata_only, shape_of, tensor_of
 
@@ -31,14 +33,17 @@ def rewrite(plans: Sequence[Plan], effects: Effects, empty_rows: EmptyRowsOfGrap
     Raises Refusal, with the graph as before, where a run-time size that is needed is in no node.
     """
     out = plans[0].site.out
-    emitter = Emitter(plans[0].site.insert_before, effects.position)
+    early = Emitter(plans[0].site.insert_before, effects.position)
+    emitter = early if early.before is out else Emitter(out, effects.position)
     try:
-        result, log_sums = _emit(emitter, plans, empty_rows)
+        result, log_sums = _emit(early, emitter, plans, empty_rows)
     except LookupError as error:
         emitter.undo()
+        early.undo()
         raise Refusal(str(error)) from error
-    if effects.is_written(out, effects.position[out], len(effects.position)):
-        result = emitter.method("clone", result)  # the operator's result is saved for its backward
+    if tensor_of(out).requires_grad and may_be_written(out):
+        result = _copy(emitter, result)  # the operator's result is saved for its backward
+        result.meta["example_value"] = tensor_of(out)
     for node, lse in log_sums:
         node.replace_all_uses_with(lse)
     out.replace_all_uses_with(result)
@@ -47,15 +52,23 @@ def rewrite(plans: Sequence[Plan], effects: Effects, empty_rows: EmptyRowsOfGrap
     return result
 
 
+def _copy(emitter: Emitter, node: fx.Node) -> fx.Node:
+    return emitter.operator(torch.ops.vblackwell.copy.default, node, value=lambda: torch.empty_like(tensor_of(node)))
+
+
 def _emit(
-    emitter: Emitter, plans: Sequence[Plan], empty_rows: EmptyRowsOfGraph
+    early: Emitter, emitter: Emitter, plans: Sequence[Plan], empty_rows: EmptyRowsOfGraph
 ) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
-    """The result and, for each ``logsumexp`` node that is replaced, its replacement."""
+    """The result and, for each ``logsumexp`` node that is replaced, its replacement.
+
+    The calls go where ``early`` puts them, what happens to their results where ``emitter`` does.
+    """
     out = plans[0].site.out
     result: fx.Node | None = None
     log_sums: list[tuple[fx.Node, fx.Node]] = []
     for plan in plans:
-        term, sums = _emit_call(emitter, plan, empty_rows)
+        term, sums = _emit_call(early, plan, empty_rows)
+        term = _finish(emitter, plan, term)
         log_sums += sums
         result = term if result is None else emitter.function(operator.add, result, term)
     assert result is not None
@@ -84,6 +97,10 @@ def _emit_call(
         k = _joined(emitter, k, _operand(emitter, plan, more_k, [*lead, plan.keys, space.resolve(axis)]))
     q = _over_every_lead(emitter, plan, q)
     captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in plan.captured]
+    captured = _without_flat(emitter, plan, captured)
+    if tensor_of(site.out).requires_grad:  # what is added to scores is saved here alone
+        pairs = zip(captured, plan.captured, strict=True)
+        captured = [_copy(emitter, x) if _is_shared(node) else x for x, (node, _) in pairs]
     seed = None
     if site.dropout:
         device = tensor_of(q).device
@@ -96,10 +113,15 @@ def _emit_call(
     )  # fmt: skip
     result = emitter.function(operator.getitem, call, 0)
     result = emitter.arrange(result, (*lead, plan.rows, values), list(out_dims))
-    log_sums = _emit_log_sums(emitter, plan, call, (*lead, plan.rows))
+    return result, _emit_log_sums(emitter, plan, call, (*lead, plan.rows))
+
+
+def _finish(emitter: Emitter, plan: Plan, result: fx.Node) -> fx.Node:
+    site, space = plan.site, plan.site.space
+    out_dims = list(space.resolve_all(site.out_dims))
     for name, factor, dims in site.factors:
-        result = _apply_factor(emitter, result, name, factor, space.resolve_all(dims), list(out_dims))
-    return _add_residual(emitter, plan, result, list(out_dims)), log_sums
+        result = _apply_factor(emitter, result, name, factor, space.resolve_all(dims), out_dims)
+    return _add_residual(emitter, plan, result, out_dims)
 
 
 def _add_residual(emitter: Emitter, plan: Plan, result: fx.Node, target: list[Dim]) -> fx.Node:
@@ -179,6 +201,19 @@ def _captured(
     return emitter.arrange(node, dims, target)
 
 
+def _is_shared(node: fx.Node | EmptyRows) -> bool:
+    """Whether a tensor made in the graph may be written to; PyTorch finds out about inputs."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and may_be_written(node)
+
+
+def _without_flat(emitter: Emitter, plan: Plan, captured: list[fx.Node]) -> list[fx.Node]:
+    """The captured tensors, detached where the source gives none of them a gradient: they are only compared."""
+    tensors = [(n, node) for n, (node, _) in enumerate(plan.captured) if isinstance(node, fx.Node) and is_tensor(node)]
+    learned = {n for n, node in tensors if tensor_of(node).requires_grad}
+    flat = learned - learns_from(plan.function) if learned else set()
+    return [emitter.method("detach", node) if n in flat else node for n, node in enumerate(captured)]
+
+
 def _find_empty_rows(
     emitter: Emitter, plan: Plan, wanted: EmptyRows, target: list[Dim], empty_rows: EmptyRowsOfGraph
 ) -> fx.Node:
@@ -222,6 +257,11 @@ def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> l
         lse = emitter.arrange(lse, dims, list(plan.site.space.resolve_all(wanted)))
         if tensor_of(lse).dtype != tensor_of(node).dtype:
             lse = emitter.method("to", lse, tensor_of(node).dtype)
+        if cuts_gradient(node):
+            lse = emitter.method("detach", lse)
+        if not tensor_of(node).requires_grad and tensor_of(plan.site.out).requires_grad:
+            lse = _copy(emitter, lse)  # may be written to, and is saved for the backward
+        lse.meta["example_value"] = tensor_of(node)
         found.append((node, lse))
     return found
 

@@ -24,6 +24,8 @@ class Softmax:
         logits: the node that holds the logits, and its dimensions.
         factor: 1, or what another base of the powers stands for.
         masks: keys that take no part, beside what the logits say.
+        shifts: numbers of a row that are subtracted, which the softmax does not see.
+        others: the nodes between a sink and the sum that it is a part of.
         gates: factors of the exponentials, not negative, that are summed with them.
         sink: one more logit per row: a node or number and its dimensions, None where there is none.
         weights: the walk to the second product, without what belonged to the softmax.
@@ -39,6 +41,8 @@ class Softmax:
     late_sum: "Denominator | None" = None
     factor: float = 1.0
     masks: tuple[Kept, ...] = ()
+    shifts: tuple[fx.Node, ...] = ()
+    others: tuple[fx.Node, ...] = ()
     gates: tuple[Gate, ...] = ()
 
 
@@ -112,13 +116,13 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
         return Softmax(normalised, weights.dims, weights)
     own = _find_own_sum(space, weights, keys)
     if own is not None:
-        shifted = own.sink is not None and _shift(space, weights, keys) is not None
-        logits = call_of(logits).input if shifted else logits  # type: ignore[union-attr]
-        exact = not (shifted or own.masks or own.gates)
-        return Softmax(
+        shift = None if own.sink is None else _shift(space, weights, keys)
+        exact = not (own.masks or own.gates)
+        found = Softmax(
             logits, weights.dims, own.rest, own.sink, exact_logits=exact, factor=factor, masks=own.masks,
-            gates=own.gates,
+            others=own.others, gates=own.gates,
         )  # fmt: skip
+        return found if shift is None else _without_shift(found, call_of(logits).input, shift)  # type: ignore[union-attr]
     if weights.kept or weights.zero_empty:
         raise Refusal("an exponential that is not divided by its own sum")
     _check_gates(weights.gates)
@@ -169,7 +173,7 @@ def _reduction(space: Space, node: Any, dims: Dims, keys: Dim, names: set[str]) 
         if call.name in _CASTS and tensor_of(node).dtype in FLOATS:
             node = call.input
             continue
-        moved = view_input(space, call, node, dims)
+        moved = view_input(space, call, dims)
         if moved is None:
             return None
         node, dims = moved
@@ -193,12 +197,14 @@ class _OwnSum:
     Attributes:
         rest: the walk without that division and what it makes a part of the softmax.
         sink: what the sum has beside the weights.
+        others: the nodes between the sink and the sum.
         masks: conditions that set weights to zero before they were summed.
         gates: what weights were multiplied with before they were summed.
     """
 
     rest: Weights
     sink: tuple[Any, Dims] | None
+    others: tuple[fx.Node, ...]
     masks: tuple[Kept, ...]
     gates: tuple[Gate, ...]
 
@@ -211,7 +217,7 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         found = _denominator(space, divisor, dims, weights, keys)
         if found is None:
             continue
-        sink, steps, guard = found
+        sink, others, steps, guard = found
         masks = tuple(step for step in steps if isinstance(step, Kept))
         gates = tuple(replace(step, guard=guard) for step in steps if isinstance(step, Gate))
         _check_gates(gates)
@@ -226,7 +232,7 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         rest = replace(
             weights, factors=factors, late_factors=late, kept=kept, gates=(*later, *(gates if guard else ()))
         )
-        return _OwnSum(rest, sink, masks, gates)
+        return _OwnSum(rest, sink, others, masks, gates)
     return None
 
 
@@ -239,10 +245,12 @@ def _check_gates(gates: tuple[Gate, ...]) -> None:
 
 def _denominator(
     space: Space, node: fx.Node, dims: Dims, weights: Weights, keys: Dim
-) -> tuple[tuple[Any, Dims] | None, tuple[Kept | Gate, ...], float] | None:
-    """The sink, the masks and gates, and a guard where ``node`` is the sum of the weights and one of these."""
+) -> tuple[tuple[Any, Dims] | None, tuple[fx.Node, ...], tuple[Kept | Gate, ...], float] | None:
+    """The sink and the nodes from there to the sum, the masks and gates, and a guard where ``node`` is the sum of the
+    weights and one of these."""
     call = call_of(node)
     sink: tuple[Any, Dims] | None = None
+    others: tuple[fx.Node, ...] = ()
     guard = 0.0
     if call is not None and call.name == "add" and call.get("alpha", 1) == 1:
         for total, extra in ((call.input, call.get("other")), (call.get("other"), call.input)):
@@ -253,13 +261,20 @@ def _denominator(
                     sink = _sink_of(space, extra, dims, weights, keys)
                 if sink is None and not guard:
                     return None
+                others = () if sink is None else _up_to(extra, sink[0])
                 node, dims = total, broadcast_input(dims, shape_of(total))
                 break
     reduced = _reduction(space, node, dims, keys, {"sum"})
     if reduced is None or space.resolve_all(reduced[1]) != space.resolve_all(weights.dims):
         return None
     steps = _steps_before(reduced[0], weights)
-    return None if steps is None else (sink, steps, guard)
+    return None if steps is None else (sink, others, steps, guard)
+
+
+def _up_to(node: Any, sink: Any) -> tuple[fx.Node, ...]:
+    """The exponential of a sink, and what it is taken of where that is not the sink itself."""
+    power = exponential(call_of(node))
+    return tuple(n for n in (node, power and power[0]) if isinstance(n, fx.Node) and n is not sink)
 
 
 def _steps_before(node: fx.Node, weights: Weights) -> tuple[Kept | Gate, ...] | None:
@@ -344,13 +359,19 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
         if is_float_cast(call, found.logits):
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
-            found = replace(found, logits=call.input, exact_logits=False)
+            found = _without_shift(found, call.input, call.get("other"))
         elif call.name == "pad" and found.weights.sink_column and found.sink is None:
             found = _split_padding(call, found)
         elif call.name == "cat" and found.weights.sink_column and found.sink is None:
             found = _split_sink(space, call, found, keys)
         else:
             return _finish(found)
+
+
+def _without_shift(found: Softmax, logits: fx.Node, shift: fx.Node) -> Softmax:
+    """The softmax of ``logits``, from which ``shift`` is subtracted, a number per row that may have more axes."""
+    dims = broadcast_input(found.dims, shape_of(logits))
+    return replace(found, logits=logits, dims=dims, exact_logits=False, shifts=(*found.shifts, shift))
 
 
 def is_float_cast(call: Call | None, node: fx.Node) -> bool:

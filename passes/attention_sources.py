@@ -31,7 +31,7 @@ class _Source:
         source = call.input
         if not is_tensor(source):
             raise Opaque
-        moved = view_input(self.lifter.space, call, node, coordinates)  # type: ignore[arg-type]
+        moved = view_input(self.lifter.space, call, coordinates)  # type: ignore[arg-type]
         if moved is not None:
             return self.lifter.read(*moved)
         items = index_items(call.get("index"), len(shape_of(source)))

@@ -50,7 +50,7 @@ class Kept:
         """The mask and its dimensions where only rows are kept in which it shows ``any`` key."""
         node, dims, keep = self.condition, self.dims, self.keep
         while (call := call_of(node)) is not None and not call.in_place and call.name != "any":
-            moved = (call.input, dims) if call.name == "not" else view_input(space, call, node, dims)
+            moved = (call.input, dims) if call.name == "not" else view_input(space, call, dims)
             if moved is None:
                 return None
             keep = keep != (call.name == "not")
@@ -117,7 +117,7 @@ class Carriers:
     softmaxes: set[fx.Node] = field(default_factory=set)
     carrying: set[fx.Node] = field(default_factory=set)
 
-    def sweep(self, graph: fx.Graph, calls: dict[fx.Node, Call]) -> None:
+    def sweep(self, calls: dict[fx.Node, Call]) -> None:
         for node, call in calls.items():
             if is_softmax(call, node):
                 self.softmaxes.add(node)
@@ -171,7 +171,7 @@ class _Walk:
             return step(call, node, dims, here)
         if call.name in _CASTS:
             return self._cast(call, node, dims, here)
-        moved = view_input(self.space, call, node, dims)
+        moved = view_input(self.space, call, dims)
         if moved is None:
             raise Refusal(f"{call.name} between the softmax and the second matrix product")
         return self.terms(*moved, here)
@@ -279,10 +279,10 @@ class _Walk:
         return terms + self.terms(b, broadcast_input(dims, shape_of(b)), second)
 
     def _getitem(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
-        moved = view_input(self.space, call, node, dims)
+        moved = view_input(self.space, call, dims)
         if moved is not None:
             return self.terms(*moved, here)
-        return self.terms(call.input, dims, replace(here, sink_column=_cut_column(call, dims)))
+        return self.terms(call.input, dims, replace(here, sink_column=_cut_column(call)))
 
     def _narrow(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         items: list[Any] = [slice(None)] * len(dims)
@@ -291,7 +291,7 @@ class _Walk:
             raise Refusal("a part of the attention weights is used")
         items[call.get("dim")] = slice(start, start + length)
         cut = Call("getitem", {"input": call.input, "index": tuple(items)})
-        return self.terms(call.input, dims, replace(here, sink_column=_cut_column(cut, dims)))
+        return self.terms(call.input, dims, replace(here, sink_column=_cut_column(cut)))
 
 
 def is_nan_of(condition: Any, weights: Any) -> bool:
@@ -321,7 +321,7 @@ def _is_zero(value: Any) -> bool:
     return call.name in ("zeros", "zeros_like", "new_zeros") or 0 in (call.get("data"), call.get("fill_value"))
 
 
-def _cut_column(call: Call, dims: Dims) -> str:
+def _cut_column(call: Call) -> str:
     """Which end of the last dimension is cut by one; raises Refusal where anything else is."""
     shape = shape_of(call.input)
     items = index_items(call.get("index"), len(shape))

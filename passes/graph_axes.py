@@ -156,7 +156,7 @@ REPEATS = {"repeat", "repeat_interleave"}
 _SAME = {"contiguous", "clone"}
 
 
-def view_input(space: Space, call: Call, node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
+def view_input(space: Space, call: Call, dims: Dims) -> tuple[fx.Node, Dims] | None:
     """The input of a view (or plain copy) and its dimensions, given those of the output; None for any other operator.
 
     Raises AxisError where the operator is a view that atoms cannot follow.
@@ -177,7 +177,7 @@ def view_input(space: Space, call: Call, node: fx.Node, dims: Dims) -> tuple[fx.
     if call.name in ("expand", "expand_as"):
         return source, broadcast_input(dims, shape_of(source))
     if call.name == "getitem":
-        return _plain_index(space, call, source, dims)
+        return _plain_index(call, source, dims)
     if call.name == "repeat_interleave":
         return _repeat_interleave(space, call, source, dims)
     if call.name == "repeat":
@@ -245,7 +245,7 @@ def is_full_slice(item: Any, size: Size) -> bool:
     )
 
 
-def _plain_index(space: Space, call: Call, source: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
+def _plain_index(call: Call, source: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
     shape = shape_of(source)
     index = call.get("index")
     if any(isinstance(i, (list, bool)) for i in (index if isinstance(index, tuple) else (index,))):

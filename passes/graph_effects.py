@@ -37,7 +37,7 @@ class Effects:
             depth += nesting_change(node)
             if depth > 0:
                 self._transformed.add(node)
-            if _switches_grad_mode(node):
+            if switches_grad_mode(node):
                 self._switches.append(place)
             written = written_tensors(node)
             if written is None:
@@ -92,7 +92,8 @@ def storage_of(node: Any) -> Any:
     return storage_of_value(value_of(node))
 
 
-def _switches_grad_mode(node: fx.Node) -> bool:
+def switches_grad_mode(node: fx.Node) -> bool:
+    """Whether the gradient mode changes here."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in (
         "_set_grad_enabled",
         "_enter_inference_mode",
@@ -101,9 +102,16 @@ def _switches_grad_mode(node: fx.Node) -> bool:
 
 
 def cuts_gradient(node: fx.Node) -> bool:
-    """Whether no gradient goes from the node's tensor to an input that wants one: ``detach``, ``torch.no_grad``."""
+    """Whether no gradient goes from the node's numbers to an input that wants one: ``detach``, ``torch.no_grad``."""
+    call = call_of(node)
+    if call is not None and call.name in _READS_NO_NUMBERS:
+        return False
+    numbers = [v for v in _flat(value_of(node)) if isinstance(v, Tensor) and v.is_floating_point()]
     wants = lambda n: is_tensor(n) and tensor_of(n).is_floating_point() and tensor_of(n).requires_grad
-    return not wants(node) and any(map(wants, node.all_input_nodes))
+    return any(not v.requires_grad for v in numbers) and any(map(wants, node.all_input_nodes))
+
+
+_READS_NO_NUMBERS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
 
 
 def ancestors(nodes: Iterable[fx.Node], ends: Iterable[fx.Node] = ()) -> set[fx.Node]:
@@ -147,13 +155,42 @@ def written_tensors(node: fx.Node) -> list[fx.Node] | None:
     call = call_of(node)
     if in_place or (call is not None and call.in_place):
         written += [a for a in _flat(node.args[:1]) if isinstance(a, fx.Node)]
-    if name == "batch_norm":
-        written += [a for a in node.args[1:3] if isinstance(a, fx.Node)]
+    written += [a for a in _changed_besides(name, node) if isinstance(a, fx.Node)]
     if _has_mutable_schema(node.target):
         written += [n for n in node.all_input_nodes if is_tensor(n)]
     if "mutation" in name:
         written += [n for n in node.all_input_nodes if is_tensor(n)]
+    return written + _written_in_bodies(node)
+
+
+def _changed_besides(name: str, node: fx.Node) -> list[Any]:
+    """What functions of ``torch.nn.functional`` change that are not in place by name."""
+    given: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    if name in ("batch_norm", "instance_norm"):
+        return [given.get(key) for key in (1, 2, "running_mean", "running_var")]
+    if name in ("embedding", "embedding_bag") and given.get(3, given.get("max_norm")) is not None:
+        return [given.get(1, given.get("weight"))]  # long rows are cut
+    return []
+
+
+def _written_in_bodies(node: fx.Node) -> list[fx.Node]:
+    """The operands of a higher-order operator that one of its inner graphs changes; operands are its last arguments."""
+    written = []
+    for body in node.all_input_nodes:
+        inner = _attribute(node.graph.owning_module, body.target) if body.op == "get_attr" else None
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        effects, inside = Effects(inner.graph), inner.graph.find_nodes(op="placeholder")
+        passed = _flat(node.args)[-len(inside) :] if inside else []
+        pairs = zip(inside, passed, strict=len(passed) == len(inside))
+        written += [a for p, a in pairs if isinstance(a, fx.Node) and is_tensor(a) and effects.is_written_at_all(p)]
     return written
+
+
+def _attribute(module: Any, path: Any) -> Any:
+    for name in str(path).split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def _has_mutable_schema(target: Any) -> bool:
@@ -207,7 +244,7 @@ def make_functional(graph: fx.Graph) -> bool:
     if not candidates:
         return False
     aliases = _Aliases(graph)
-    switches = [place for node, place in aliases.position.items() if _switches_grad_mode(node)]
+    switches = [place for node, place in aliases.position.items() if switches_grad_mode(node)]
     changed = False
     for node in candidates:
         base = node.args[0]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from quick_pytorch import forget_imports, leave_out
 from torch._dynamo.utils import counters
@@ -12,21 +13,24 @@ LONGEST = (
     "test_docs.py",
     "test_model_families.py",
     "test_attention_corpus.py",
-    "test_demo.py",
-    "test_attention_hopper_compiled.py",
-    "test_attention_interpreted.py",
-    "test_attention_property.py",
-    "test_backend.py",
-    "test_attention_aot.py",
     "test_fp4_gluon_aot.py",
+    "test_attention_property.py",
+    "test_attention_hopper_compiled.py",
+    "test_attention_aot.py",
+    "test_demo.py",
+    "test_backend.py",
     "test_fp4_aot.py",
-    "test_fp4_linear.py",
-    "test_activation_offload.py",
-    "test_vendor_attention.py",
-    "test_offload_pass.py",
-    "test_recompute.py",
+    "test_attention_interpreted.py",
     "test_bench_scripts.py",
     "test_global_switch.py",
+    "test_packaging.py",
+    "test_offload_pass.py",
+    "test_vendor_attention.py",
+    "test_fp4_linear.py",
+    "test_recompute.py",
+    "test_launches.py",
+    "test_fp4_quantize.py",
+    "test_fp4_native.py",
 )
 
 
@@ -69,6 +73,13 @@ def one_thread():
 def cpp_kernels():
     """Inductor compiles C++ kernels in this test, as it does for users; otherwise only ``--matrix`` lets it."""
     with torch._inductor.config.patch(fallback_by_default=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_fake_tensor_cache():
+    """Little is met again in graphs of a few nodes: a tenth of the time, a third with symbolic sizes."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield
 
 

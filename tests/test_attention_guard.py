@@ -123,6 +123,29 @@ def test_a_mask_that_may_be_low_itself_is_left_as_a_number():
     assert _functions(graphs[0])[0].mask is None
 
 
+class Frozen(torch.nn.Module):
+    """A parameter that wants no gradient: a mask that hides keys itself, or a table of biases."""
+
+    def __init__(self, is_mask: bool) -> None:
+        super().__init__()
+        self.is_mask = is_mask
+        values = torch.full((16, 16), -INF).triu(1) if is_mask else torch.randn(31, 1)
+        self.values = torch.nn.Parameter(values, requires_grad=False)
+
+    def forward(self, q, k, v, padding):
+        n = torch.arange(q.shape[-2])
+        added = self.values[: len(n), : len(n)] if self.is_mask else self.values[n[:, None] - n + 15].squeeze(-1)
+        return torch.where(padding[:, None, None, :], _scores(q, k) + added, LOWEST).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("is_mask", [True, False])
+def test_a_frozen_parameter_may_be_a_mask(is_mask):
+    module, inputs = Frozen(is_mask), (*_heads(10, False), _padding(10))
+    compiled, graphs = _rewritten(module, None, False)
+    torch.testing.assert_close(compiled(*inputs), module(*inputs), rtol=2e-4, atol=2e-5)
+    assert (_functions(graphs[0])[0].mask is None) is is_mask
+
+
 def test_cpu_kernels_read_the_fill():
     graphs = []
 

@@ -1,8 +1,9 @@
 """Hopper attention: what it refuses and why, its polynomials, what becomes of score functions."""
 
+import itertools
 import math
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +148,39 @@ def test_keys_of_a_lane_below_a_bound():
         count = max(2 * (bound >> 3) + min(bound & 7, 2), 0)
         bits = (1 << 32) - 1 if count > 31 else (1 << count) - 1
         assert [bool(bits >> n & 1) for n in range(32)] == [key < bound for key in numbers]
+
+
+def test_masked_and_clear_tiles_are_walked_once():
+    """``split_walk``, run by Python: the middle part holds clear tiles alone, and all of them where they follow."""
+    from vbcompile.kernels.attention_hopper_forward import split_walk
+
+    split = FunctionType(split_walk.fn.__code__, {"gl": SimpleNamespace(minimum=min, maximum=max)})
+    for first, end, *clear in itertools.product(range(3), range(3, 7), range(8), range(8)):
+        masked_end, clear_end = split(end - first, end, clear)
+        assert 1 <= masked_end <= clear_end <= end - first
+        walked = [end - 1 - j for j in range(masked_end, clear_end)]
+        assert walked == [tile for tile in range(end - 2, first - 1, -1) if clear[0] <= tile < clear[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "rounding", "turns"),
+    [
+        ("document_causal", 128, "halfway", 0),
+        ("window", 128, "halfway", 0),
+        ("bias", 128, "halfway", 2),
+        ("bool_mask", 128, "early", 1),
+        ("alibi", 128, "halfway", 1),
+        ("alibi_by_head", 128, "early", 1),
+        ("sink", 128, "early", 1),
+        ("document_causal", 64, "halfway", 1),
+    ],
+)
+def test_configuration_by_what_a_function_reads(name, dim, rounding, turns):
+    form = make_forms(256, 512, dim, dim)[name]
+    (q, k, _), captured = form.inputs(torch.bfloat16)
+    call = describe_call(q, k, captured, (2, 2), 0.1, form.function)
+    config = hopper.scored_config(dim, call.causal_offset is not None, call)
+    assert (config.rounding, config.ping_pong) == (rounding, turns)
 
 
 def test_constant_factors_leave_the_function():

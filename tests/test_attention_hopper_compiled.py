@@ -104,8 +104,8 @@ def disassemble(compiled) -> list[str]:
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
 
 
-def check_machine_code(compiled, registers: int) -> None:
-    """Tensor cores run asynchronously, tiles come by the copy engine, nothing spills, blocks fit."""
+def check_machine_code(compiled, registers: int) -> list[str]:
+    """Tensor cores run asynchronously, tiles come by the copy engine, nothing spills, blocks fit. Instructions."""
     names = [name.split(".")[0] for name in disassemble(compiled)]
     assert names.count("HGMMA") >= 16
     assert names.count("UTMALDG") >= 3
@@ -115,6 +115,12 @@ def check_machine_code(compiled, registers: int) -> None:
     assert names.count("WARPGROUP") <= names.count("HGMMA")
     assert compiled.metadata.shared <= SHARED_LIMIT
     assert compiled.metadata.num_warps * 32 * registers <= REGISTER_FILE
+    return names
+
+
+def loops_of(names: list[str], dim: int, consumers: int) -> int:
+    """Loops over key tiles in a consumer of the forward: each has both products, the rest of its code as much again."""
+    return names.count("HGMMA") // (consumers * (8 + dim // 16)) - 1
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,8 @@ def test_forward_compiles_without_spills(recorded, dim, causal, dtype):
     assert out.stride() == (64 * 4 * dim, dim, 4 * dim, 1) and lse.shape == (1, 4, 64)
     ((arguments, options),) = recorders["attention_forward"].launches
     assert options["CAUSAL"] == causal
-    check_machine_code(*compile_for_hopper(kernels["attention_forward"], arguments, options))
+    names = check_machine_code(*compile_for_hopper(kernels["attention_forward"], arguments, options))
+    assert loops_of(names, dim, options["CONSUMERS"]) == (2 if causal else 1)
 
 
 @pytest.mark.parametrize(("dim", "causal"), list(gradients.BACKWARD_CONFIGS))
@@ -181,7 +188,9 @@ def test_score_functions_compile_without_spills(recorded, monkeypatch, name, dim
     ((_, options),) = recorders["attention_forward"].launches
     arguments = recorders["attention_forward"].launches[0][0]
     compiled, registers = compile_for_hopper(kernels["attention_forward"], arguments, options)
-    check_machine_code(compiled, registers)
+    names = check_machine_code(compiled, registers)
+    if options["plan"] is not None and options["ROUNDING"] == "halfway":
+        assert loops_of(names, dim, options["CONSUMERS"]) == 3
 
 
 SCORED_BACKWARD = {  # form -> head dimensions, whether gradients of captured tensors are wanted; the first in every run

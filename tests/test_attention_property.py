@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fake_tensor_cache")
 EXAMPLES = int(os.environ.get("VB_PROPERTY_EXAMPLES", "2000"))
 RANDOM = os.environ.get("VB_PROPERTY_RANDOM") == "1"
 

@@ -13,14 +13,13 @@ import torch
 from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
-from warm_python import WarmPython
 
 from vbcompile import compat
 from vbcompile.backend import vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "cpp_kernels")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model, **options):
@@ -42,7 +41,7 @@ def check(model, *inputs, **options):
 
 
 @pytest.mark.parametrize("downstream", ["inductor", "aot_eager", "eager"])
-def test_training_equals_eager(downstream, reports):
+def test_training_equals_eager(downstream, cpp_kernels, reports):
     check(Block(), torch.randn(2, 9, 32), downstream=downstream)
     assert counters["vblackwell"]["fuse_attention"] == 1
     assert reports[0].training and not reports[0].failures
@@ -56,7 +55,7 @@ def test_inference_equals_eager(context, reports):
     assert not reports[0].training
 
 
-def test_dynamic_shapes_fuse_once_and_stay_right():
+def test_dynamic_shapes_fuse_once_and_stay_right(cpp_kernels):
     model = Block()
     run = torch.compile(model, backend="vblackwell", dynamic=True, options={"strict": True})
     for size in (5, 9, 17):
@@ -311,15 +310,12 @@ print(json.dumps({"fused": counters["vblackwell"]["fuse_attention"]}
 """
 
 
-def test_a_second_process_hits_the_cache_without_importing_us(tmp_path):
-    # A cache of its own; without the trial compilations by which Inductor finds the processor's instructions.
+def test_a_second_process_hits_the_cache_without_importing_us(tmp_path, warm_python):
     found = []
-    variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
-    with WarmPython(**variables) as python:
-        for _ in range(2):
-            done = python.run(["-c", _CHILD])
-            assert done.returncode == 0, done.stderr
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+    for _ in range(2):
+        done = warm_python.run(["-c", _CHILD], variables={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
     assert found == [
         {"fused": 1, "hit": 0, "miss": 1, "bypass": 0},
         {"fused": 1, "hit": 1, "miss": 0, "bypass": 0},

@@ -45,13 +45,13 @@ def test_options_of_inductor_pass_through():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "sped"}, r"valid: balanced, memory, speed, full.*did you mean 'speed'"),
+        ({"mode": "Sped"}, r"valid: balanced, memory, speed, full.*did you mean 'speed'"),
         ({"options": {"strct": True}}, r"unknown option 'strct'.*did you mean 'strict'"),
         ({"options": {"max_autotun": True}}, r"did you mean 'max_autotune'"),
         ({"options": {"max-autotune": "maybe"}}, r"option 'max_autotune' of Inductor must be bool, not 'maybe'"),
         ({"options": {"strict": 1}}, r"'strict' must be True or False"),
         ({"options": {"downstream": "tvm"}}, r"valid: inductor, aot_eager, eager"),
-        ({"environ": {"VB_MODE": "turbo"}}, r"unknown mode 'turbo'"),
+        ({"environ": {"VB_MODE": "turbo"}}, r"environment variable VB_MODE: unknown mode 'turbo'"),
         ({"environ": {"VB_STRICT": "perhaps"}}, r"VB_STRICT='perhaps': valid values are 1, true"),
     ],
 )

@@ -406,8 +406,9 @@ class TestRun:
         assert 2 * 2**20 <= _cpu_peak_bytes(step) < 2.1 * 2**20
 
     @pytest.mark.slow
-    def test_quick_demo(self, offline, capsys):
+    def test_quick_demo(self, offline, monkeypatch, capsys):
         skip_without_models()
+        monkeypatch.setattr(demo, "QUICK", replace(demo.QUICK, sentences=4, windows=2, new_tokens=4, repeats=1))
         code = demo.main(["--quick", "--device", "cpu", "--json"])
         result = json.loads(capsys.readouterr().out)
         assert (result["problems"], code) == ([], 0)

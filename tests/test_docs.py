@@ -1,6 +1,7 @@
 """Every program and every command in README.md and docs/ runs as it stands.
 
-Programs that are forked run Inductor's graphs without C++ kernels, as most tests do (``quick_pytorch.py``).
+All but the switch by environment, which stands for them, run Inductor's graphs without C++ kernels, as most tests do
+(``quick_pytorch.py``); ``--matrix`` compiles them everywhere.
 """
 
 import os
@@ -39,17 +40,20 @@ def blocks(language: str) -> list:
 
 
 @pytest.fixture
-def run(warm_python, monkeypatch):
+def run(warm_python, monkeypatch, pytestconfig):
     """Runs a command line; programs without variables begin with PyTorch imported."""
-    scripts = Path(sys.executable).parent
-    monkeypatch.setenv("PATH", os.pathsep.join([str(scripts), os.environ.get("PATH", "")]))
+    scripts, users_path = Path(sys.executable).parent, os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PATH", str(scripts), prepend=os.pathsep)
+    if not pytestconfig.getoption("--matrix"):
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "no_cpp_kernels"), prepend=os.pathsep)
     for name in ("VB_MODE", "ENABLE_VIRTUAL_BLACKWELL"):
         monkeypatch.delenv(name, raising=False)
 
     def run(command: list[str], folder: Path, **environment: str) -> None:
         program, *words = command
         if environment or program not in ("python", "vbcompile"):
-            command = [sys.executable, *words] if program == "python" else command
+            if program == "python":
+                command, environment = [sys.executable, *words], {"PYTHONPATH": users_path, **environment}
             done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
         else:
             done = warm_python.run([str(scripts / "vbcompile"), *words] if program == "vbcompile" else words, folder)

@@ -181,7 +181,18 @@ def make():
 
 def wrong():
     return nn.Linear(192, 192), (torch.full((4, 192), torch.nan),)
+
+def small():
+    return nn.Linear(8, 8), torch.ones(1, 8)
 """
+
+
+def test_one_tensor_is_one_input():
+    layer = nn.Linear(192, 192)
+    shapes = []
+    layer.register_forward_pre_hook(lambda layer, inputs: shapes.append(inputs[0].shape))
+    calibrate(layer, torch.randn(1, 192))
+    assert shapes == [(1, 192)]
 
 
 def test_the_command(tmp_path, capsys):
@@ -193,6 +204,8 @@ def test_the_command(tmp_path, capsys):
     assert isinstance(load_checkpoint(out)["0.weight"], PackedWeight)
     assert command_line.main(["calibrate", f"{tmp_path}/model.py:wrong", "--out", str(out)]) == 1
     assert "the second moment of the inputs must be finite" in capsys.readouterr().err
+    assert command_line.main(["calibrate", f"{tmp_path}/model.py:small", "--out", str(out)]) == 1
+    assert capsys.readouterr().out.splitlines()[1].startswith("no layer packed; the weights are in")
     assert command_line.main(["calibrate", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "no such folder" in capsys.readouterr().err
 

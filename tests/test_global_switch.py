@@ -184,7 +184,12 @@ print("backend loaded:", "vbcompile.backend" in sys.modules, torch._dynamo.utils
     ("command", "variables", "expected"),
     [
         (["-m", "vbcompile", "run"], {}, "True 1"),
-        (["-m", "vbcompile", "run"], {"ENABLE_VIRTUAL_BLACKWELL": "1", "VB_MODE": "memory"}, "True 1"),
+        pytest.param(
+            ["-m", "vbcompile", "run"],
+            {"ENABLE_VIRTUAL_BLACKWELL": "1", "VB_MODE": "memory"},
+            "True 1",
+            marks=pytest.mark.matrix,
+        ),
         ([], {"ENABLE_VIRTUAL_BLACKWELL": "1", "VB_MODE": "balanced"}, "True 1"),
         ([], {"ENABLE_VIRTUAL_BLACKWELL": "0"}, "False 0"),
     ],

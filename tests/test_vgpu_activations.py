@@ -7,12 +7,11 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vgpu_reference import link, llama_sweep
+from vgpu_reference import link
 
 from vbcompile import vgpu_activations
 from vbcompile.vgpu_activations import Activation, plan_activations
 from vbcompile.vgpu_plan import Operator, PlanError, Tier
-from vbcompile.vgpu_planner import plan_weights
 
 HOST = Tier(1, "cpu", 10**9, 10**9, 10**9)
 
@@ -175,24 +174,6 @@ def test_the_price_of_an_offload_counts_those_that_it_delays(monkeypatch):
     assert 4 <= len(plan.chosen("offload")) <= 11
 
 
-def test_streamed_weights_take_their_share_of_the_link():
-    sweep = llama_sweep("8B", 16, 2048, training=True)
-    ram = Tier(1, "cpu", 10**15, 55 * 10**9, latency_ns=15_000)
-    weights = plan_weights(sweep, 6 * 10**9, [ram])
-    count = len(sweep.operators)
-    activations = [
-        Activation(f"a{i}", 16_000_000, i, i, count - 1 - i, count - 1 - i, recompute_ns=500_000)
-        for i in range(0, count // 2, 7)
-    ]
-    budget = sum(a.nbytes for a in activations) // 2
-    alone = plan_activations(sweep.operators, activations, budget, ram)
-    shared = plan_activations(sweep.operators, activations, budget, ram, weights)
-    assert weights.free_read_rate(1) < ram.read_rate // 4
-    assert alone.step_ns == alone.kept_step_ns
-    assert shared.peak_bytes <= budget
-    assert len(shared.chosen("offload")) < len(alone.chosen("offload"))
-
-
 def test_the_host_holds_no_more_than_it_has():
     operators, activations = training_step(4, 12)
     activations = [replace(a, recompute_ns=400, can_offload=True) for a in activations]
@@ -200,7 +181,7 @@ def test_the_host_holds_no_more_than_it_has():
     plan = plan_activations(operators, activations, budget, replace(HOST, capacity=2500))
     assert plan.host_bytes <= 2500 and plan.peak_bytes <= budget
     stuck = [replace(a, recompute_ns=None) for a in activations]
-    with pytest.raises(PlanError, match="cpu has 2500") as caught:
+    with pytest.raises(PlanError, match=r"cpu has 2\.44 KiB") as caught:
         plan_activations(operators, stuck, budget, replace(HOST, capacity=2500))
     assert plan_activations(operators, stuck, caught.value.minimum_budget, replace(HOST, capacity=2500)).declined
 

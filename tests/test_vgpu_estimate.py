@@ -257,6 +257,11 @@ def test_shapes_that_are_none_are_refused(shape):
         estimate({"w": shape}, stack=stack())
 
 
+def test_one_tensor_is_one_input():
+    x = torch.ones(3, 4)
+    assert estimate(nn.Linear(4, 4), inputs=x, stack=stack()) == estimate(nn.Linear(4, 4), inputs=[x], stack=stack())
+
+
 def test_an_empty_model_fits():
     assert estimate({}, stack=stack()).fits
     assert estimate(nn.ReLU(), inputs=[torch.ones(3)], stack=stack()).step_ns >= 0

@@ -15,7 +15,7 @@ from vbcompile import __version__, compat
 from vbcompile.config import DOWNSTREAM, Config, ConfigError, resolve_config
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.registry import MODULES, as_text, check_option, forced_implementation
-from vbcompile.passes import activation_partition, attention_inlined, pipeline
+from vbcompile.passes import activation_partition, attention_inlined, input_views, pipeline
 from vbcompile.report import GraphReport
 from vbcompile.runtime_activation_budget import BudgetWatch
 from vbcompile.runtime_device import AcceleratorDevice
@@ -142,6 +142,8 @@ def _downstream(
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
     if partitioner is not None:
         options = {**compat.partitioner_options(partitioner, key), **options}
+    elif context.training and input_views.has_attention(gm):
+        options.setdefault("custom_partitioner_fn", compat.Partitioner(input_views.partition, key))
     if config.fp4 and config.fp4_master != "keep":
         options.setdefault("size_asserts", False)  # weights that are given up are not read, and have other strides
     if not cudagraphs:
@@ -168,11 +170,11 @@ def _watched(compiled: Callable[..., Any], budget: int | None, report: GraphRepo
 
 @functools.cache
 def _sources_hash() -> str:
-    from vbcompile.kernels import attention, attention_sdpa, fp4_linear, fp4_straight_through
+    from vbcompile.kernels import attention, attention_results, attention_sdpa, fp4_linear, fp4_straight_through
 
     inlined = attention_inlined, attention_sdpa
-    operators = attention, fp4_linear, fp4_straight_through
-    return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES)
+    operators = attention, attention_results, fp4_linear, fp4_straight_through
+    return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES, input_views)
 
 
 def _cache_key(config: Config) -> str:

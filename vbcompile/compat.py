@@ -142,14 +142,14 @@ def partitioner_options(partitioner: Callable[..., Any], key: str) -> dict[str, 
     what one of them makes for a later layer would live too long.
     """
     return {
-        "custom_partitioner_fn": _Partitioner(partitioner, key),
+        "custom_partitioner_fn": Partitioner(partitioner, key),
         "reorder_for_peak_memory": False,
         "allow_buffer_reuse": False,
         "score_fusion_memory_threshold": _FEW_BYTES,
     }
 
 
-class _Partitioner(CustomPartitionerFn):
+class Partitioner(CustomPartitionerFn):
     """What Inductor asks a partitioner to be."""
 
     def __init__(self, partitioner: Callable[..., Any], key: str) -> None:
@@ -164,7 +164,7 @@ class _Partitioner(CustomPartitionerFn):
         return self._key
 
     def __reduce__(self) -> Any:  # the cache pickles options; only the key counts there
-        return _Partitioner, (None, self._key)
+        return Partitioner, (None, self._key)
 
 
 def inside_compiled_code() -> bool:

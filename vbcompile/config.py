@@ -153,7 +153,7 @@ def resolve_config(
         put("inductor_mode", values.pop("mode"), sources.pop("mode"))
         if environ.get("VB_MODE") not in (None, "", *INDUCTOR_MODES):
             put("mode", environ["VB_MODE"], "environment VB_MODE")
-    _validate(values)
+    _validate(values, sources)
     if values.get("budget") is not None:
         from vbcompile.vgpu_size import parse_size
 
@@ -182,7 +182,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return ours, rest
 
 
-def _validate(values: Mapping[str, Any]) -> None:
+def _validate(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
     for name, valid in (
         ("mode", (*MODES, *INDUCTOR_MODES)),
         ("inductor_mode", INDUCTOR_MODES),
@@ -193,7 +193,8 @@ def _validate(values: Mapping[str, Any]) -> None:
         ("fp4_watch", FP4_WATCHES),
     ):
         if name in values and values[name] not in valid:
-            raise ConfigError(_unknown(name, values[name], valid))
+            where = "environment variable VB_MODE: " if sources[name] == "environment VB_MODE" else ""
+            raise ConfigError(where + _unknown(name, values[name], valid))
     for name in _FLAGS:
         value = values.get(name, False)
         if not isinstance(value, bool) and not (value is None and name == "mixed_precision"):
@@ -218,6 +219,6 @@ def parse_flag(name: str, text: str) -> bool:
 
 
 def _unknown(kind: str, value: Any, valid: tuple[str, ...], also: str = "", near: list[str] | None = None) -> str:
-    close = difflib.get_close_matches(str(value), [*valid, *(near or [])], n=1)
+    close = difflib.get_close_matches(str(value).lower(), [*valid, *(near or [])], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {value!r}; valid: {', '.join(valid)}{', ' + also if also else ''}{hint}"

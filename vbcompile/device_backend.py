@@ -67,6 +67,7 @@ class DeviceBackend:
         return self._availability.platform.vendor
 
     def is_available(self) -> bool:
+        """Whether a card of this type can be used."""
         return self._availability.ready
 
     def device_count(self) -> int:
@@ -78,6 +79,7 @@ class DeviceBackend:
         return int(self._module().current_device())
 
     def get_device_name(self, index: int | None = None) -> str:
+        """What the vendor calls the card."""
         return str(self._module().get_device_name(self._checked(index)))
 
     def get_device_properties(self, index: int | None = None) -> Any:

@@ -372,5 +372,5 @@ def _invalid_variables(names: list[str]) -> dict[str, str]:
             if name == "VB_IMPLEMENTATION":
                 importlib.import_module("vbcompile.kernels.registry").parse_forced(os.environ)
         except ConfigError as error:
-            wrong[name] = str(error)
+            wrong[name] = str(error).removeprefix(f"environment variable {name}: ")
     return wrong

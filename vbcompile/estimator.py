@@ -95,7 +95,7 @@ class Estimate:
 def estimate(
     model: "nn.Module | Mapping[str, Any]",
     *,
-    inputs: "Sequence[Any] | Mapping[str, Any] | None" = None,
+    inputs: "torch.Tensor | Sequence[Any] | Mapping[str, Any] | None" = None,
     budget: int | str | None = None,
     stack: VGPUStack | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -111,9 +111,9 @@ def estimate(
         model: A module, on the meta device or any other, or its shapes in order of use:
             ``{"layer.weight": (4096, 4096)}``, with ``((4096, 4096), torch.bfloat16)`` or a tensor for another type
             than float32.
-        inputs: Inputs of the module (positional, or by name); only shapes and dtypes count. With them the step is
-            traced: order, work and live memory are those of the model. Without them each module's own weights are
-            taken in order of definition, used once for ``tokens`` rows.
+        inputs: Inputs of the module (by position, by name, or the one tensor); only shapes and dtypes count. With them
+            the step is traced: order, work and live memory are those of the model. Without them each module's own
+            weights are taken in order of definition, used once for ``tokens`` rows.
         budget: Device memory, e.g. ``"20GiB"``; None: level 0 of the stack.
         stack: The tiers; None: those of this machine within ``VB_HBM_BUDGET``, or of ``max_memory``.
         tokens: Rows of each matrix product (batch times sequence length) where ``inputs`` are not given.
@@ -350,8 +350,11 @@ def _from_shapes(
 def _from_trace(
     model: "nn.Module", inputs: Any, bits: float | None, training: bool, rates: _Rates
 ) -> tuple[Sweep, tuple[int, ...]]:
+    import torch
+
     from vbcompile.vgpu_trace import trace
 
+    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
     by_name = isinstance(inputs, Mapping)
     traced = trace(model, () if by_name else inputs, inputs if by_name else None, training=training)
     state = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -61,7 +61,7 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    inputs: Sequence[Any] | Mapping[str, Any],
+    inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     *,
     format_name: str = "nvfp4",
     lm_head: bool = False,
@@ -74,7 +74,8 @@ def calibrate(
 
     Args:
         model: in evaluation mode, on the device that is to do the work.
-        inputs: all calibration inputs in one batch; a few thousand tokens suffice.
+        inputs: all calibration inputs in one batch (by position, by name, or the one tensor); a few thousand tokens
+            suffice.
         format_name: ``nvfp4`` or ``mxfp4``.
         lm_head: also the projection onto the vocabulary.
         damping: see :func:`vbcompile.kernels.fp4_gptq.quantize_with_inputs`.
@@ -91,7 +92,7 @@ def calibrate(
             if isinstance(inputs, Mapping):
                 model(**inputs)
             else:
-                model(*inputs)
+                model(*((inputs,) if isinstance(inputs, Tensor) else inputs))
     except BaseException:
         run.restore()
         raise
@@ -225,11 +226,14 @@ def calibrate_to_file(
     result = calibrate(model, inputs, format_name=format_name, lm_head=lm_head, done=_say)
     result.save(out)
     for name, reason in result.left:
-        print(f"{name}: left, {reason}")
+        print(f"{name or 'the model itself'}: left, {reason}")
+    if not result.layers:
+        print(f"no layer packed; the weights are in {out} as they are")
+        return 1
     mean = sum(layer.error / layer.nearest_error for layer in result.layers if layer.nearest_error)
-    share = mean / max(1, len(result.layers))
+    share = mean / len(result.layers)
     print(f"{len(result.layers)} layers packed to {out}; output error {share:.2f} of round-to-nearest's")
-    return 0 if result.layers else 1
+    return 0
 
 
 def _say(layer: LayerResult) -> None:

@@ -106,10 +106,10 @@ class HostMemory:
     def _warn(self, wanted: int, pinned: int, refused: str) -> None:
         if not self._warned:
             log.warning(
-                "HOST memory: the system pinned %d of %d bytes (%s). The rest is pageable, and its copies are slower "
+                "HOST memory: the system pinned %s of %s (%s). The rest is pageable, and its copies are slower "
                 "and hold up the host. Limits: %s. Raise the limit, or give less to the 'cpu' level",
-                pinned,
-                wanted,
+                size_text(pinned),
+                size_text(wanted),
                 refused,
                 describe_limits(),
             )

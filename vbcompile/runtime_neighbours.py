@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vbcompile.runtime_sources import HostBytes, PeerBytes, Source
 from vbcompile.vgpu_plan import DEVICE, Plan, padded
+from vbcompile.vgpu_size import size_text
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ def _arena(name: str, nbytes: int, allocate: Callable[[str, int], Tensor]) -> Te
             return allocate(name, nbytes)
     except torch.OutOfMemoryError as error:
         log.warning(
-            "%s has not the %d bytes that the plan wants to keep there (%s): these weights stay in host memory, and "
+            "%s has not the %s that the plan wants to keep there (%s): these weights stay in host memory, and "
             "their copies are slower. Give %s less in max_memory",
             name,
-            nbytes,
+            size_text(nbytes),
             str(error).partition("\n")[0],
             name,
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vbcompile.config import ConfigError
 from vbcompile.vgpu_config import LevelSpec, read_levels, read_max_memory
 from vbcompile.vgpu_plan import Tier
-from vbcompile.vgpu_size import MIB, parse_size
+from vbcompile.vgpu_size import MIB, parse_size, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -287,7 +287,8 @@ def _budget(budget: int | str | None, environ: Mapping[str, str]) -> int | None:
 
 def _apply_budget(level: VGPULevel, budget: int) -> None:
     if budget > level.capacity:
-        log.warning("the budget of %d bytes is more than %s has: using %d", budget, level.device, level.capacity)
+        has = size_text(level.capacity)
+        log.warning("the budget of %s is more than %s has: using %s", size_text(budget), level.device, has)
     level.capacity = min(budget, level.capacity)
 
 
@@ -324,7 +325,7 @@ def _card(backend: Any, index: int, limits: Mapping[int, int] | None) -> LevelSp
     free = _free_memory(backend, index)
     asked = (limits or {}).get(index)
     if asked is not None and asked > free:
-        log.warning("max_memory allows %d bytes on %s, and %d are free: using these", asked, name, free)
+        log.warning("max_memory allows %s on %s, and %s are free: using these", size_text(asked), name, size_text(free))
     return LevelSpec(name, free if asked is None else min(asked, free))
 
 
@@ -348,7 +349,8 @@ def _host_capacity(asked: int | None) -> int:
     available, _ = DeviceBackend("cpu").mem_get_info()
     usable = available * _HOST_SHARE[0] // _HOST_SHARE[1]
     if asked is not None and asked > available:
-        log.warning("max_memory allows %d bytes of host memory, and %d are available", asked, available)
+        allowed, found = size_text(asked), size_text(available)
+        log.warning("max_memory allows %s of host memory, and %s are available", allowed, found)
     return usable if asked is None else min(asked, available)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate, cycle, product
 from typing import Literal
 
-from vbcompile.vgpu_plan import Operator, Plan, PlanError, Tier
+from vbcompile.vgpu_plan import Operator, PlanError, Tier
 from vbcompile.vgpu_size import exact_size, size_text
 
 Choice = Literal["keep", "recompute", "offload"]
@@ -118,7 +118,6 @@ def plan_activations(
     activations: Sequence[Activation],
     budget: int,
     tier: Tier,
-    weights: Plan | None = None,
     reserved: Sequence[int] = (),
 ) -> ActivationPlan:
     """Choose fates with the least time among those whose peak keeps within the budget.
@@ -130,7 +129,6 @@ def plan_activations(
         activations: What the forward saves.
         budget: Bytes of device memory for them.
         tier: Where offloaded ones go; its capacity holds.
-        weights: Weights that are streamed in the same step: what they leave of the link and of the tier is used.
         reserved: Bytes within the budget that other things take during each operator; empty: none.
 
     Raises:
@@ -149,9 +147,7 @@ def plan_activations(
             )
     if reserved and len(reserved) != len(operators):
         raise ValueError(f"{len(reserved)} reserved sizes for {len(operators)} operators")
-    problem = _Problem(
-        tuple(operators), tuple(activations), budget, _left_over(tier, weights), weights, tuple(reserved)
-    )
+    problem = _Problem(tuple(operators), tuple(activations), budget, tier, tuple(reserved))
     kept = problem.evaluate(("keep",) * len(activations))
     if kept.fits:
         return problem.finish(kept, kept)
@@ -185,21 +181,19 @@ class _Problem:
         operators: tuple[Operator, ...],
         activations: tuple[Activation, ...],
         budget: int,
-        tier: Tier | None,
-        weights: Plan | None,
-        reserved: tuple[int, ...] = (),
+        tier: Tier,
+        reserved: tuple[int, ...],
     ) -> None:
         self.reserved = reserved or (0,) * len(operators)
         self.operators, self.activations, self.budget, self.tier = operators, activations, budget, tier
-        self.extra_ns = weights.prediction.stall_ns if weights is not None else 0
-        self.write_ns = [0 if tier is None else tier.write_ns(a.nbytes) for a in activations]
-        self.read_ns = [0 if tier is None else tier.read_ns(a.nbytes) for a in activations]
+        self.write_ns = [tier.write_ns(a.nbytes) for a in activations]
+        self.read_ns = [tier.read_ns(a.nbytes) for a in activations]
         self.by_production = sorted(range(len(activations)), key=lambda i: (activations[i].produced, i))
         self.by_need = sorted(range(len(activations)), key=lambda i: (activations[i].first_backward, i))
 
     def ways_of(self, index: int) -> tuple[str, ...]:
         activation = self.activations[index]
-        moved = ("offload", "away") if activation.can_offload and self.tier is not None and activation.nbytes else ()
+        moved = ("offload", "away") if activation.can_offload and activation.nbytes else ()
         return ("keep", *(("recompute",) if activation.recompute_ns is not None else ()), *moved)
 
     @cached_property
@@ -230,7 +224,7 @@ class _Problem:
         self._relax(ways, fates, unhurried, live)
         peak = max(live, default=0)
         host = max(away, default=0)
-        fits = peak <= self.budget and (self.tier is None or host <= self.tier.capacity)
+        fits = peak <= self.budget and host <= self.tier.capacity
         step = self._step_ns(ways, fates)
         return _Outcome(tuple(ways), tuple(fates), step, peak, live.index(peak) if live else 0, host, fits)
 
@@ -310,7 +304,7 @@ class _Problem:
             now = max((now, *(arrived[index] for index in needed))) + duration
             for index in leaving[position]:
                 out = written[index] = max(out, now) + self.write_ns[index]
-        return now + self.extra_ns
+        return now
 
     @cached_property
     def _needed(self) -> list[list[int]]:
@@ -444,22 +438,11 @@ def _improved(problem: _Problem, best: _Outcome) -> _Outcome:
     return best
 
 
-def _left_over(tier: Tier, weights: Plan | None) -> Tier | None:
-    """The tier as the streamed weights leave it; None where they leave no bandwidth."""
-    if weights is None or weights.declined:
-        return tier
-    rate = weights.free_read_rate(tier.level)
-    staging = weights.staging_bytes if any(t.via == tier.level for t in weights.tiers) else 0
-    capacity = max(tier.capacity - weights.bytes_per_level.get(tier.level, 0) - staging, 0)
-    write_rate = tier.write_rate or tier.read_rate
-    return dataclasses.replace(tier, read_rate=rate, write_rate=write_rate, capacity=capacity) if rate else None
-
-
 def _too_small(problem: _Problem, least: _Outcome, kept: _Outcome) -> PlanError:
     name = problem.operators[least.peak_operator].name if problem.operators else ""
     crowded = least.peak <= problem.budget
     works = kept.peak if crowded else least.peak
-    if crowded and problem.tier is not None:
+    if crowded:
         reason = (
             f"{size_text(least.host_bytes)} would have to leave, and {problem.tier.name} has "
             f"{size_text(problem.tier.capacity)}"

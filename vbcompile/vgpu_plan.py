@@ -352,14 +352,6 @@ class Plan:
             for copy in issued[index]:
                 yield Instruction("prefetch", copy)
 
-    def free_read_rate(self, level: int) -> int:
-        """Bytes per second that this plan leaves unused on a level's link towards the device."""
-        busy = min(self.prediction.link_ns.get(level, 0), self.prediction.step_ns)
-        tier = self.tier(level)
-        if not self.prediction.step_ns:
-            return tier.read_rate
-        return tier.read_rate * (self.prediction.step_ns - busy) // self.prediction.step_ns
-
     def tier(self, level: int) -> Tier:
         """The tier of a level number. Raises KeyError for level 0 and unknown numbers."""
         return {tier.level: tier for tier in self.tiers}[level]

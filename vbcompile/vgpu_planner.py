@@ -53,9 +53,9 @@ def plan_weights(sweep: Sweep, budget: int, tiers: Sequence[Tier], *, alignment:
     return problem.finish(_with_less_ring(problem, best))
 
 
-def fits_on_device(sweep: Sweep, budget: int, *, alignment: int = ALIGNMENT) -> bool:
+def fits_on_device(sweep: Sweep, budget: int) -> bool:
     """Whether all weights, and what else the step needs, are within the budget: then a plan is declined."""
-    return Problem(sweep, budget, (), alignment).fits
+    return Problem(sweep, budget, (), ALIGNMENT).fits
 
 
 def smallest_budget(sweep: Sweep, tiers: Sequence[Tier], *, alignment: int = ALIGNMENT) -> int:

@@ -76,7 +76,7 @@ def trace(
             del output
     except RuntimeError as error:  # also what fake tensors raise where a value is asked for
         raise ValueError(
-            f"the model cannot be traced without its data: {str(error).strip().partition(chr(10))[0]}. "
+            f"the model cannot be traced without its data: {str(error).strip().partition(chr(10))[0].rstrip('.')}. "
             "Describe it by its shapes instead, or leave out the inputs"
         ) from error
     return recorder.trace

@@ -70,6 +70,19 @@ def empty_rows_clamped_to_the_minimum(q, k, v, keep):
     return torch.clamp(_scores(q, k) + torch.where(keep, 0.0, least).to(q.dtype), min=least).softmax(-1) @ v
 
 
+@fuses("gradient", plus(qkv, lambda d: d.normal(d.H)), modes=ONLY)
+def threshold_that_is_only_compared(q, k, v, least):
+    """Its gradient is absent, not zero."""
+    s = _scores(q, k)
+    return torch.where(s > least[:, None, None], s, s * 0.5).softmax(-1) @ v
+
+
+@fuses("gradient", plus(qkv, lambda d: d.normal(d.H, 1, 1)), modes=ONLY)
+def learned_exponent_of_negative_scores(q, k, v, exponent):
+    """A whole number for now, so that only its own gradient is NaN."""
+    return _scores(q, k).pow(exponent * 0 + 2).softmax(-1) @ v
+
+
 # ------------------------------------------------------------------------------------------------ sums and shifts
 @refuses(modes=ONLY)
 def sum_detached(q, k, v):
@@ -95,6 +108,64 @@ def sum_under_no_grad(q, k, v):
     with torch.no_grad():
         total = e.sum(-1, keepdim=True)
     return _normalised(e, total) @ v
+
+
+@refuses(modes=ONLY)
+def scores_shifted_under_no_grad(q, k, v):
+    s = _scores(q, k)
+    with torch.no_grad():
+        s = s - s.amax(-1, keepdim=True)
+    return s.softmax(-1) @ v
+
+
+@refuses(modes=ONLY)
+def scores_converted_under_no_grad(q, k, v):
+    s = _scores(q, k)
+    with torch.no_grad():
+        s = s.double()
+    return s.softmax(-1).to(v.dtype) @ v
+
+
+@refuses(modes=ONLY)
+def scores_transposed_under_no_grad(q, k, v):
+    """Dynamo's own values claim that such a view wants a gradient."""
+    s = _scores(q, k)
+    with torch.no_grad():
+        t = s.mT
+    return t.softmax(-2).mT @ v
+
+
+@refuses(modes=ONLY)
+def one_more_in_the_sum_under_no_grad(q, k, v):
+    e = _scores(q, k).exp()
+    total = e.sum(-1, keepdim=True)
+    with torch.no_grad():
+        total = total + 1
+    return (e / total) @ v
+
+
+@refuses(modes=ONLY)
+def sum_inverted_under_no_grad(q, k, v):
+    e = _scores(q, k).exp()
+    total = e.sum(-1, keepdim=True)
+    with torch.no_grad():
+        inverse = 1.0 / total
+    return (e * inverse) @ v
+
+
+@refuses(plus(qkv, lambda d: d.normal(d.H, 1, 1)), modes=ONLY)
+def sink_exponentiated_under_no_grad(q, k, v, sink):
+    e = _scores(q, k).exp()
+    with torch.no_grad():
+        raised = sink.exp()
+    return e / (e.sum(-1, keepdim=True) + raised) @ v + sink.mean()
+
+
+@fuses("gradient", plus(qkv, lambda d: d.normal(d.H)), modes=ONLY)
+def temperature_viewed_under_no_grad(q, k, v, temperature):
+    with torch.no_grad():
+        viewed = temperature[:, None, None]
+    return (_scores(q, k) * viewed).softmax(-1) @ v + temperature.mean()
 
 
 @fuses("gradient", modes=ONLY)
@@ -181,6 +252,43 @@ def logsumexp_in_float32_after_the_result(q, k, v):
 def logsumexp_of_a_detached_result(q, k, v):
     s = _scores(q, k)
     return (s.softmax(-1) @ v).detach(), s.logsumexp(-1)
+
+
+@fuses("gradient", plus(qkv, lambda d: d.normal(d.B, d.H, d.S, 1)))
+def logsumexp_ahead_of_a_gate(q, k, v, gate):
+    s = _scores(q, k)
+    log_sum = s.logsumexp(-1)
+    gate = (gate * 2).sigmoid()
+    return (s.softmax(-1) * gate) @ v, log_sum
+
+
+@fuses("gradient")
+def logsumexp_subtracted_and_returned(q, k, v):
+    s = _scores(q, k)
+    log_sum = s.logsumexp(-1, keepdim=True)
+    return (s - log_sum).exp() @ v, log_sum
+
+
+@fuses("gradient", modes=ONLY)
+def logsumexp_logged_under_no_grad(q, k, v):
+    s = _scores(q, k)
+    out = s.softmax(-1) @ v
+    with torch.no_grad():
+        log_sum = s.logsumexp(-1)
+    return out, log_sum
+
+
+def _frozen_scores(d: Draw):
+    q, k, v = qkv(d)
+    return q.detach(), k.detach(), v
+
+
+@refuses(_frozen_scores, modes=ONLY)
+def logsumexp_under_no_grad_ahead_of_the_result(q, k, v):
+    s = _scores(q, k)
+    with torch.no_grad():
+        log_sum = s.logsumexp(-1)
+    return s.softmax(-1) @ v, log_sum
 
 
 # ------------------------------------------------------------------------------------------------------ recomputation

@@ -152,3 +152,10 @@ def scores_detached_in_inference(q, k, v, bias):
     with torch.no_grad():
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).detach()
         return (scores + bias).softmax(-1) @ v
+
+
+@fuses("repeats", lambda d: (d.normal(d.S, d.D), d.normal(d.T, d.D), d.normal(d.B, d.T, d.D), d.normal(d.B, d.S, 1)))
+def numbers_of_rows_of_each_sequence_subtracted(q, k, v, shift):
+    """The scores have no batch, what is subtracted from their rows has."""
+    scores = (q @ k.mT).reshape(-1).view(1, q.shape[0], k.shape[0])
+    return (scores - shift.detach()).softmax(-1) @ v

@@ -1,0 +1,51 @@
+"""Which tensors of a torch-level graph want a gradient, where the fake values that Dynamo recorded are wrong about it.
+
+A fake view that is made under ``torch.no_grad`` claims the gradient of what it is a view of; a real one wants none.
+"""
+
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from vbcompile.passes.graph_effects import switches_grad_mode
+from vbcompile.passes.graph_ops import value_of
+
+_MAKES_LEAVES = {"requires_grad_", "Parameter"}
+
+
+def correct_gradients(graph: fx.Graph, recording: bool) -> None:
+    """Detach the fake values of tensors that want no gradient, in place.
+
+    Args:
+        recording: the gradient mode in which the graph begins.
+    """
+    before: list[bool] = []
+    for node in graph.nodes:
+        if switches_grad_mode(node):
+            recording = _next_mode(node, recording, before)
+        elif node.op in ("call_function", "call_method") and _claims(node):
+            inputs = node.all_input_nodes
+            if not recording or (inputs and not any(map(_claims, inputs))):
+                _detach(node)
+
+
+def _next_mode(node: fx.Node, recording: bool, before: list[bool]) -> bool:
+    name = getattr(node.target, "__name__", "")
+    if name == "_exit_inference_mode":
+        return before.pop() if before else recording
+    if name == "_enter_inference_mode":
+        before.append(recording)
+        return recording and not node.args[0]
+    return bool(node.args[0])
+
+
+def _claims(node: fx.Node) -> bool:
+    return any(isinstance(v, Tensor) and v.requires_grad for v in pytree.tree_leaves(value_of(node)))
+
+
+def _detach(node: fx.Node) -> None:
+    if str(getattr(node.target, "__name__", node.target)) in _MAKES_LEAVES:
+        return
+    detached: Any = pytree.tree_map_only(Tensor, lambda t: t.detach(), value_of(node))
+    node.meta["example_value"] = detached
