@@ -453,3 +453,23 @@ def _is_zero(e: Expression) -> bool:
 def is_constant_choice(e: Expression) -> bool:
     """Whether the expression is one of two constants."""
     return e.name == "where" and all(a.name == "const" for a in e.arguments[1:])
+
+
+def tensors_and_axes(e: Expression) -> tuple[list[tuple[fx.Node, frozenset[Any]]], set[Any]]:
+    """Captured tensors with their axes, and the axes whose index is used as a number."""
+    tensors: dict[Expression, tuple[fx.Node, frozenset[Any]]] = {}
+    axes: set[Any] = set()
+    seen: set[Expression] = set()
+    todo = [e]
+    while todo:
+        x = todo.pop()
+        if x in seen:
+            continue
+        seen.add(x)
+        if x.name == "tensor":
+            tensors[x] = x.arguments[0], x.atoms
+        elif x.name == "axis":
+            axes.add(x.arguments[0])
+        elif not x.is_leaf:
+            todo.extend(x.arguments)
+    return list(tensors.values()), axes

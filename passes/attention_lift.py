@@ -22,6 +22,7 @@ from vbcompile.passes.attention_expression import (
     bounds,
     count_instructions,
     is_constant_choice,
+    tensors_and_axes,
 )
 from vbcompile.passes.attention_masks import holds_learned_numbers
 from vbcompile.passes.graph_axes import (
@@ -358,7 +359,7 @@ class Lifter:
         if "tensor" not in found.leaves and "scalar" not in found.leaves:
             size = count_instructions(found)
             return size > _PROGRAM_LIMIT or (len(found.atoms) <= 1 and size > 1 and _is_expensive(found))
-        tensors, axes = _tensors_and_axes(found)
+        tensors, axes = tensors_and_axes(found)
         if len(axes) >= 2:
             return count_instructions(found) > _PROGRAM_LIMIT
         return any(atoms >= found.atoms for _, atoms in tensors)
@@ -479,28 +480,8 @@ def _leaks_gradient(node: fx.Node, e: Expression) -> bool:
     value = tensor_of(node)
     if "tensor" not in e.leaves or value.requires_grad or not value.is_floating_point():
         return False
-    return any(tensor_of(t).requires_grad for t, _ in _tensors_and_axes(e)[0])
+    return any(tensor_of(t).requires_grad for t, _ in tensors_and_axes(e)[0])
 
 
 def _is_expensive(e: Expression) -> bool:
     return not e.is_leaf and (e.name in _EXPENSIVE or any(_is_expensive(a) for a in e.arguments))
-
-
-def _tensors_and_axes(e: Expression) -> tuple[list[tuple[fx.Node, frozenset[Any]]], set[Any]]:
-    """Captured tensors with their axes, and the axes whose index is used as a number."""
-    tensors: dict[Expression, tuple[fx.Node, frozenset[Any]]] = {}
-    axes: set[Any] = set()
-    seen: set[Expression] = set()
-    todo = [e]
-    while todo:
-        x = todo.pop()
-        if x in seen:
-            continue
-        seen.add(x)
-        if x.name == "tensor":
-            tensors[x] = x.arguments[0], x.atoms
-        elif x.name == "axis":
-            axes.add(x.arguments[0])
-        elif not x.is_leaf:
-            todo.extend(x.arguments)
-    return list(tensors.values()), axes

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from vbcompile.passes.graph_effects import switches_grad_mode
 from vbcompile.passes.graph_ops import value_of
+from vbcompile.passes.graph_vmap import nesting_change
 
 _MAKES_LEAVES = {"requires_grad_", "Parameter"}
 
@@ -21,7 +22,11 @@ def correct_gradients(graph: fx.Graph, recording: bool) -> None:
         recording: the gradient mode in which the graph begins.
     """
     before: list[bool] = []
+    depth = 0
     for node in graph.nodes:
+        depth += nesting_change(node)
+        if depth > 0:
+            continue  # values of a function transform are none outside of it
         if switches_grad_mode(node):
             recording = _next_mode(node, recording, before)
         elif node.op in ("call_function", "call_method") and _claims(node):
