@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from vbcompile.passes.attention_expression import FLOAT, Algebra, Expression
+from vbcompile.passes.attention_expression import FLOAT, Algebra, Expression, parts
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import Logits, holds_learned_numbers
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
@@ -82,16 +82,10 @@ def gated(algebra: Algebra, logits: Logits, gates: Sequence[tuple[Expression, fl
 
 def _is_moderate(e: Expression) -> bool:
     """Whether no number in it is known or suspected to be of a size that hides a key."""
-    seen: set[Expression] = set()
-    todo = [e]
-    while todo:
-        x = todo.pop()
-        if x in seen:
-            continue
-        seen.add(x)
-        if x.name == "const" and _LARGE <= abs(x.value) < math.inf:
-            return False
-        if x.name == "tensor" and x.kind == FLOAT and not holds_learned_numbers(x.arguments[0], largest=_LARGE):
-            return False
-        todo += () if x.is_leaf else x.arguments
-    return True
+    return not any(_may_be_large(x) for x in parts(e))
+
+
+def _may_be_large(x: Expression) -> bool:
+    if x.name == "const":
+        return _LARGE <= abs(x.value) < math.inf
+    return x.name == "tensor" and x.kind == FLOAT and not holds_learned_numbers(x.arguments[0], largest=_LARGE)
