@@ -36,11 +36,11 @@ from vbcompile.passes.fp4_groups import (
     with_shared_inputs,
 )
 from vbcompile.passes.fp4_progress import progress
+from vbcompile.passes.fp4_refusals import refuses_site, rows_of, too_slow
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     add_placeholder,
     erase_if_unread,
-    is_vocabulary_projection,
     linear_sites,
     rematch,
     weight_inputs,
@@ -62,15 +62,11 @@ from vbcompile.passes.graph_ops import describe_site, module_graphs, value_of
 from vbcompile.report import Decision
 
 PASS_NAME = "fp4"
-SMALLEST = 2**15
-"""Fewest elements of a weight that is worth packing: below, launching the product takes longer than reading it."""
-SLOWEST = 2.0
-"""Most times that a layer may take of its unpacked product's, where the number of rows is known."""
 SLOWEST_BESIDE_ITS_MASTER = 1.03
-"""The same where that was measured and the unpacked weight stays in memory anyway."""
+"""Most times that a layer may take of its unpacked product's, where that was measured and the unpacked weight stays in
+memory anyway."""
 _WORTH_A_BAR = 2**28  # elements that are packed before a progress bar helps
 _PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -169,7 +165,7 @@ class _Fp4Pass:
             return reason
         if trained:
             return None
-        dtype, rows = self._dtype(site), _rows(site.x)
+        dtype, rows = self._dtype(site), rows_of(site.x)
         n, k = reversed(weight.shape[-2:]) if site.transposed else weight.shape[-2:]
         format_name = adopted_format(weight) or self.config.fp4_format
         key = pack_key(self.context, format_name, site.transposed, dtype, rows, isinstance(site, LinearSite))
@@ -183,20 +179,8 @@ class _Fp4Pass:
             return "made under inference_mode: later updates of the weight could not be noticed"
         if type(weight) not in _PLAIN_TYPES:
             return f"the weight is a {type(weight).__name__}"
-        if weight.dtype not in _DTYPES:
-            return f"{weight.dtype} weights are left alone"
-        if self.effects.is_written_at_all(site.weight):
-            return "the graph writes to the weight"
-        if self.effects.is_transformed(site.node):
-            return "inside a function transform (vmap, jvp, ...)"
-        if isinstance(site, LinearSite) and site.unlike:
-            return site.unlike
-        if isinstance(site, LinearSite) and is_vocabulary_projection(site) and not self.config.fp4_lm_head:
-            return "projection onto the vocabulary; fp4_lm_head=True includes it"
-        if weight.numel() < SMALLEST:
-            return f"{weight.numel()} elements: too small to gain"
-        if not isinstance(value_of(site.x), Tensor):
-            return "nothing is known about the activation"
+        if reason := refuses_site(site, self.effects, weight.dtype, weight.numel(), self.config.fp4_lm_head):
+            return reason
         oriented = weight.detach().transpose(-2, -1) if site.transposed else weight.detach()
         return refuse_weight(oriented, fp4_format(self.config.fp4_format))
 
@@ -214,16 +198,9 @@ class _Fp4Pass:
         return Fp4GroupedCase(candidate.dtype, rows, experts, candidate.n, candidate.k, name, layout)
 
     def _too_slow(self, candidate: Candidate) -> str | None:
-        case, rows = self._case(candidate, candidate.n, candidate.key.layout), candidate.rows
-        choice = _choose(self.context.target, case)
-        if choice.asked:
-            return None
-        if choice.implementation.name == "reference":
-            return f"no kernel for this case: {choice.explain()}"
-        cost = choice.implementation.cost(self.context.target, case)
-        if rows and cost > SLOWEST and isinstance(candidate.site, LinearSite):
-            return f"with {rows} rows FP4 would take an estimated {cost:.1f} times as long"
-        return None
+        target, case = self.context.target, self._case(candidate, candidate.n, candidate.key.layout)
+        rows = candidate.rows if isinstance(candidate.site, LinearSite) else None
+        return too_slow(_choose(target, case), target, case, rows)
 
     def _is_faster_unpacked(self, group: list[Candidate]) -> bool:
         """Whether the products of a group were measured to be faster with their own weights, which are kept; if so,
@@ -439,12 +416,6 @@ class _Fp4Pass:
 def _choose(target: Target, case: Fp4LinearCase | Fp4GroupedCase) -> Choice:
     name = "fp4_linear" if isinstance(case, Fp4LinearCase) else "fp4_grouped_linear"
     return operator(name).choose(target, case)
-
-
-def _rows(x: fx.Node) -> int | None:
-    """Rows of the activation; None where they are symbolic."""
-    sizes = value_of(x).shape[:-1]
-    return math.prod(sizes) if all(isinstance(s, int) for s in sizes) else None
 
 
 def _explain(target: Target, case: Fp4LinearCase | Fp4GroupedCase, rows: int | None) -> str:

@@ -25,10 +25,10 @@ from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.fp4_linear_triton import prepare
 from vbcompile.kernels.fp4_quantize import quantize, refuse_weight, relative_error
 from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
+from vbcompile.passes.fp4_refusals import refuses_site, rows_of, too_slow
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     add_placeholder,
-    is_vocabulary_projection,
     linear_sites,
     rematch,
 )
@@ -41,9 +41,6 @@ from vbcompile.report import Decision
 log = logging.getLogger(__name__)
 
 _PASS = "fp4"
-_SMALLEST = 2**15  # elements: below, launching the product takes longer than reading the weight
-_SLOWEST = 2.0  # times that a layer may take of its unpacked product's
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARTS = ("codes", "block_scales", "row_scale")
 
 
@@ -140,8 +137,7 @@ class Packer:
         if (reason := self._refuses(site)) is not None:
             self._leave(site, reason)
             return None
-        sizes = value_of(site.x).shape[:-1]
-        rows = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+        rows = rows_of(site.x)
         # whatever the rows: a weight has one packed form for all graphs
         key = pack_key(self.context, self.config.fp4_format, site.transposed, self._dtype(site), None)
         n, k = self._shape(site)
@@ -155,19 +151,7 @@ class Packer:
         payload = self.weights[site.weight]
         if self.context.training and bool(value_of(site.weight).requires_grad):
             return "the weight requires gradients: it stays in high precision"
-        if payload.dtype not in _DTYPES:
-            return f"{payload.dtype} weights are left alone"
-        if self._effects.is_written_at_all(site.weight):
-            return "the graph writes to the weight"
-        if site.unlike:
-            return site.unlike
-        if is_vocabulary_projection(site) and not self.config.fp4_lm_head:
-            return "projection onto the vocabulary; fp4_lm_head=True includes it"
-        if math.prod(payload.size) < _SMALLEST:
-            return f"{math.prod(payload.size)} elements: too small to gain"
-        if not isinstance(value_of(site.x), Tensor):
-            return "nothing is known about the activation"
-        return None
+        return refuses_site(site, self._effects, payload.dtype, math.prod(payload.size), self.config.fp4_lm_head)
 
     def _too_slow(self, candidate: Candidate) -> str | None:
         rows, key = candidate.rows, candidate.key
@@ -175,15 +159,7 @@ class Packer:
             candidate.dtype, rows or 1, candidate.n, candidate.k, key.format_name, key.layout,
             self.config.fp4_activations,
         )  # fmt: skip
-        choice = choose(self.context.target, case)
-        if choice.asked:
-            return None
-        if choice.implementation.name == "reference":
-            return f"no kernel for this case: {choice.explain()}"
-        cost = choice.implementation.cost(self.context.target, case)
-        if rows and cost > _SLOWEST:
-            return f"with {rows} rows FP4 would take an estimated {cost:.1f} times as long"
-        return None
+        return too_slow(choose(self.context.target, case), self.context.target, case, rows)
 
     def _shape(self, site: LinearSite) -> tuple[int, int]:
         size = self.weights[site.weight].size

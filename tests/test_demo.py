@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from quick_pytorch import forget_imports
 from rich.console import Console
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +48,9 @@ def minilm(offline):
 @pytest.fixture(scope="module")
 def smollm2(offline):
     skip_without_models()
-    return demo_models.load_smollm2()
+    loaded = demo_models.load_smollm2()
+    forget_imports()  # of Transformers too, which every reset of Dynamo would look through
+    return loaded
 
 
 def embed(loaded, sentences):

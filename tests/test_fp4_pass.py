@@ -13,7 +13,7 @@ from torch import nn
 from vbcompile.config import ConfigError, resolve_config
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
-from vbcompile.passes import fp4, fp4_feed, fp4_weights, pipeline
+from vbcompile.passes import fp4, fp4_feed, fp4_refusals, fp4_weights, pipeline
 
 pytestmark = pytest.mark.usefixtures("fresh_weights")
 
@@ -293,7 +293,7 @@ def test_slow_cases_are_left(reports):
 def test_what_was_measured_to_be_slower_is_left_beside_its_master(reports, monkeypatch, master):
     monkeypatch.setattr(fp4, "relative_cost", lambda target, name, format_name, n, k, m: 1.2 if m > 100 else 0.8)
     model = nn.Linear(192, 192, bias=False).bfloat16()
-    monkeypatch.setattr(fp4, "SLOWEST", 100.0)
+    monkeypatch.setattr(fp4_refusals, "SLOWEST", 100.0)
     with torch.no_grad():
         for m in (1, 200):
             torch._dynamo.reset()  # else the second graph takes any number of rows

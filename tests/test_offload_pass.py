@@ -382,6 +382,21 @@ def test_packed_weights_that_host_memory_has_no_room_for_are_files_with_checksum
         on_disk[0].load()
 
 
+def test_a_weight_inside_a_function_transform_is_streamed_as_it_is(reports):
+    class Derivative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Linear(256, 256, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            return torch.func.jvp(lambda y: F.linear(y, self.second.weight), (self.first(x),), (x,))[1]
+
+    model, x = Derivative().eval().requires_grad_(False), torch.randn(3, 256)
+    expected = model(x)
+    torch.testing.assert_close(compiled(offload(model, "400KiB"), mode="full")(x), expected)
+    assert any(d.action == "left" and "function transform" in d.reason for d in reports[-1].decisions)
+
+
 def test_packed_weights_beyond_the_limit_are_told(caplog):
     model = blocks(128)
     offload(model, "200KiB", cpu="2100KiB")

@@ -18,7 +18,7 @@ from vbcompile.kernels.fp4 import PackedWeight, dequantize
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_gptq import quantize_with_inputs
 from vbcompile.kernels.fp4_quantize import quantize, refuse_weight
-from vbcompile.passes.fp4 import SMALLEST
+from vbcompile.passes.fp4_refusals import SMALLEST
 from vbcompile.passes.fp4_sites import HEAD_NAMES
 from vbcompile.passes.fp4_weights import adopt
 
