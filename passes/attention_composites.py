@@ -21,7 +21,7 @@ from vbcompile.passes.attention_weights import Carriers
 from vbcompile.passes.graph_autocast import autocast_dtypes, under_autocast
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
-from vbcompile.passes.graph_vmap import batched, vmap_regions
+from vbcompile.passes.graph_vmap import batched, nesting_change, vmap_regions
 
 Callers = Sequence[fx.Node] | None
 
@@ -84,16 +84,16 @@ def write_out(module: fx.GraphModule, callers: Callers, attempt: Callable[[fx.Gr
 def _tried(composite: Composite, callers: Callers, copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
     try:
         return composite.write(callers, copies)
-    except Refusal:
+    except Exception:  # noqa: BLE001  # whatever an operator raises on fake values: the composite stays as it is
         return []
 
 
 def _composites(graph: fx.Graph) -> Iterator[Composite]:
-    regions = list(vmap_regions(graph))
-    inside = {node for region in regions for node in region}
-    yield from (Composite(tuple(region)) for region in regions)
+    yield from (Composite(tuple(region)) for region in vmap_regions(graph))
+    depth = 0  # of function transforms, inside which values cannot be computed with
     for node in graph.nodes:
-        if node not in inside and is_tensor(node) and _writer(node) is not None:
+        depth += nesting_change(node)
+        if depth == 0 and is_tensor(node) and _writer(node) is not None:
             yield Composite((node,))
 
 

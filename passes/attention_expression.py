@@ -8,7 +8,7 @@ model built from ``arange``, ``tril``, ``cumsum`` and comparisons is then usuall
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from torch import SymInt, fx
@@ -93,14 +93,19 @@ _FOLDS: Final[dict[str, Callable[..., Any]]] = {
 
 def count_instructions(expression: Expression) -> int:
     """Number of different operators in the expression."""
+    return sum(not e.is_leaf for e in parts(expression))
+
+
+def parts(expression: Expression) -> Iterator[Expression]:
+    """The expression and all that it is made of, each once."""
     seen: set[Expression] = set()
     todo = [expression]
     while todo:
         e = todo.pop()
-        if e not in seen and not e.is_leaf:
+        if e not in seen:
             seen.add(e)
-            todo.extend(e.arguments)
-    return len(seen)
+            yield e
+            todo += () if e.is_leaf else e.arguments
 
 
 class Algebra:
@@ -459,17 +464,9 @@ def tensors_and_axes(e: Expression) -> tuple[list[tuple[fx.Node, frozenset[Any]]
     """Captured tensors with their axes, and the axes whose index is used as a number."""
     tensors: dict[Expression, tuple[fx.Node, frozenset[Any]]] = {}
     axes: set[Any] = set()
-    seen: set[Expression] = set()
-    todo = [e]
-    while todo:
-        x = todo.pop()
-        if x in seen:
-            continue
-        seen.add(x)
+    for x in parts(e):
         if x.name == "tensor":
             tensors[x] = x.arguments[0], x.atoms
         elif x.name == "axis":
             axes.add(x.arguments[0])
-        elif not x.is_leaf:
-            todo.extend(x.arguments)
     return list(tensors.values()), axes

@@ -5,12 +5,17 @@ logits. Afterwards it belongs to the values.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
-from vbcompile.passes.attention_expression import Algebra, Expression
+from vbcompile.passes.attention_expression import FLOAT, Algebra, Expression, parts
+from vbcompile.passes.attention_lift import Refusal
+from vbcompile.passes.attention_masks import Logits, holds_learned_numbers
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
 
+_LARGE = 1e3  # a logarithm beside it is as exact as the scores are
 _NOT_NEGATIVE = {"sigmoid", "exp", "exp2", "softmax", "softplus", "relu", "abs", "square"}
 _SAME = {
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "reshape", "flatten", "unflatten", "unsqueeze",
@@ -57,11 +62,30 @@ def _is_opposite(call: Call) -> bool:
     return one == 1 and inner is not None and inner.name == "sigmoid" and "alpha" not in call.arguments
 
 
-def gated(algebra: Algebra, logits: Expression, gate: Expression, guard: float) -> Expression:
-    """Logits whose exponentials are those of ``logits`` times ``gate + guard``."""
+def gated(algebra: Algebra, logits: Logits, gates: Sequence[tuple[Expression, float]]) -> Logits:
+    """Logits whose exponentials are those of ``logits`` times ``gate + guard`` for each of the pairs.
+
+    Raises Refusal where all logits of a row may be so low that a logarithm vanishes beside them: weights are equal
+    there, and the gates alone tell them apart.
+    """
+    if gates and not _is_moderate(logits.value):
+        raise Refusal("weights that are multiplied and divided by their sum, in rows that may have no key")
     make, const = algebra.make, algebra.const
-    if guard:
-        return make("add", logits, make("log", make("add", gate, const(guard))))
-    shown = make("gt", gate, const(0.0))
-    logarithm = make("log", make("where", shown, gate, const(1.0)))
-    return make("where", shown, make("add", logits, logarithm), const(-math.inf))
+    for gate, guard in gates:
+        shown = algebra.true if guard else make("gt", gate, const(0.0))
+        raised = make("add", gate, const(guard)) if guard else make("where", shown, gate, const(1.0))
+        mask = logits.mask if guard else [*logits.mask, shown]
+        every_row = logits.every_row and bool(guard)
+        logits = replace(logits, value=make("add", logits.value, make("log", raised)), mask=mask, every_row=every_row)
+    return logits
+
+
+def _is_moderate(e: Expression) -> bool:
+    """Whether no number in it is known or suspected to be of a size that hides a key."""
+    return not any(_may_be_large(x) for x in parts(e))
+
+
+def _may_be_large(x: Expression) -> bool:
+    if x.name == "const":
+        return _LARGE <= abs(x.value) < math.inf
+    return x.name == "tensor" and x.kind == FLOAT and not holds_learned_numbers(x.arguments[0], largest=_LARGE)

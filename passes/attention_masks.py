@@ -236,8 +236,8 @@ _BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax", "atan", "erf"}
 _MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "reciprocal", "rsqrt", "logsumexp"}
 
 
-def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
-    """Whether a tensor is computed from parameters, integers and moderate constants alone: biases, slopes.
+def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOWEST_FILL) -> bool:
+    """Whether a tensor is computed from parameters, integers and constants below ``largest`` alone: biases, slopes.
 
     A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen.
     """
@@ -247,7 +247,7 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100) -> bool:
         n = todo.pop()
         if isinstance(n, (tuple, list)):
             todo.extend(n)
-        elif isinstance(n, float) and not abs(n) < -LOWEST_FILL:
+        elif isinstance(n, float) and not abs(n) < largest:
             return False
         if not isinstance(n, fx.Node) or n in seen or not _may_hold_floats(n):
             continue

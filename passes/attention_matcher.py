@@ -177,6 +177,8 @@ class Matcher:
         kept, empty = self._keep(lifter, split, logits, weights, keys)
         if kept is not split and not kept.every_row:  # the logarithm of the sum still has the fills of such rows
             softmax = replace(softmax, exact_logits=False)
+        gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]
+        kept = gated(algebra, kept, gates)
         site = Site(
             space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
             features=features, terms=[] if term is None else [term],
@@ -252,14 +254,10 @@ class Matcher:
         for kept in softmax.masks:
             condition = make("to_bool", lifter.lift(kept.condition, kept.dims))
             conditions.append(condition if kept.keep else make("not", condition))
-        is_divided_again = bool(conditions) or any(not gate.guard for gate in softmax.gates)
-        if is_divided_again and may_vanish(lifter.algebra, logits, conditions):
+        if conditions and may_vanish(lifter.algebra, logits, conditions):
             raise Refusal("weights that are left may all be zero already where they are divided by their sum")
         for condition in conditions:
             logits = make("where", condition, logits, const(-math.inf))
-        for gate in softmax.gates:
-            factor = make("to_float", lifter.lift(gate.factor, gate.dims))
-            logits = gated(lifter.algebra, logits, factor, gate.guard)
         return logits
 
     def _keep(

@@ -229,6 +229,15 @@ def gradient_per_sample(q, k, v):
 
 
 @either("transform", cross)
+def gradient_per_sample_of_composites(q, k, v):
+    def loss(q, k, v):
+        scores = torch.einsum("hqd,hkd,h->hqk", q, k, q[:, 0, 0]) + F.cosine_similarity(q[:, :, None], k[:, None], -1)
+        return (scores.softmax(-1) @ v).square().sum()
+
+    return torch.vmap(torch.func.grad(loss))(q, k, v)
+
+
+@either("transform", cross)
 def vmap_that_writes(q, k, v):
 
     def function(q, k, v):
