@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from queue import Empty
 from typing import Any
 
+import torch
+
 
 def run_in_parallel(run: Callable[..., Any], trials: Sequence[tuple[Any, ...]], jobs: int, seconds: float) -> list[Any]:
     """``run(*trial)`` for every trial, taken in their order by ``jobs`` processes.
@@ -51,6 +53,7 @@ def _collect(done: Any, workers: Sequence[Any], count: int, deadline: float) -> 
 
 def _work(run: Callable[..., Any], todo: Any, done: Any) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    torch.set_num_threads(1)  # the processes share the cores
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         while (trial := todo.get()) is not None:

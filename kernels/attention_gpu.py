@@ -23,7 +23,7 @@ _HOPPER_COST = {  # by head dimension and whether the mask is causal; where equa
     "attention": {(64, False): 0.91, (64, True): 0.94, (128, False): 0.94, (128, True): 0.94},
     "attention_backward": {(64, False): 0.99, (64, True): 0.86, (128, False): 0.99, (128, True): 0.96},
 }
-_LONG, _LONG_COST = 8192, 1.05  # keys from which cuDNN's backward without a mask is faster, and by how much
+_LONG, _LONG_COST = 8192, 1.05  # keys from which cuDNN's backward is faster at head size 128, and by how much
 
 
 def _triton_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
@@ -133,7 +133,7 @@ def _hopper_cost(name: str) -> Callable[[Target, AttentionCase], float]:
         if not _is_plain(case):
             return _SCORED_COST
         dim, causal = case.q[-1], case.form == "causal"
-        if name == "attention_backward" and dim == 128 and not causal and case.k_length >= _LONG:
+        if name == "attention_backward" and dim == 128 and case.k_length >= _LONG:
             return _LONG_COST
         return _HOPPER_COST[name][dim, causal]
 
