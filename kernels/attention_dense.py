@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vbcompile.kernels.score_function import ScoreFunction, accumulation_dtype, additive_bias, evaluate
 
-_ABSORBS = -1e4  # below this, float32 has less than three decimals left beside the bias
+_ABSORBS = -1e4  # from here on, float32 has no more than three decimals left beside the bias
 _LARGEST = 1e30  # of constants that no few additions and products make infinite
 _FINITE = {"add", "sub", "mul", "neg", "abs", "maximum", "minimum", "where", "to_float", "to_int", "floordiv", "mod"}
 _FINITE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "to_bool", "tanh", "sigmoid", "sin", "cos"}
@@ -118,7 +118,7 @@ class DenseScores:
         if self.bias is None:
             return False
         highest = self.additive.amax(-1)
-        return bool(((highest < _ABSORBS) & (highest > -torch.inf)).any())
+        return bool(((highest <= _ABSORBS) & (highest > -torch.inf)).any())
 
     def _rows(self, t: Tensor) -> Tensor:
         return t.expand(*self._lead, t.shape[-1])

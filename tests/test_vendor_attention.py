@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = make_forms(37, 53, 16, 24)
 FEW = make_forms(5, 53, 16, 16)  # few queries: the operator for inference
 # what a bias, a mask and sinks do not express
-OTHERS = {"softcap", "temperature", "oddities", "sink_per_row"}
+OTHERS = {"softcap", "temperature", "oddities", "sink_per_row", "arcs"}
 RANDOM = {"dropout"}
 ALL = [name for name in FORMS if name not in RANDOM]
 SAMPLE = [
