@@ -55,8 +55,9 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
     """
     decisions: list[Decision] = []
     for module in list(module_graphs(gm)):
-        run = partial(_run, callers=_callers(gm, module), skips_tiles=_skips_tiles(context))
-        write_out(module, _callers(gm, module), run)
+        callers = _callers(gm, module)
+        run = partial(_run, callers=callers, skips_tiles=_skips_tiles(context))
+        write_out(module, callers, run)
         found = run(module)
         decisions += found
         if any(d.action == "rewritten" for d in found):

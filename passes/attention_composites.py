@@ -18,10 +18,18 @@ from vbcompile.compat import copy_graph
 from vbcompile.passes.attention_contraction import einsum_labels
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Carriers
-from vbcompile.passes.graph_autocast import autocast_dtypes, under_autocast
+from vbcompile.passes.graph_autocast import autocast_at, under_autocast
 from vbcompile.passes.graph_emit import Emitter
-from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
-from vbcompile.passes.graph_vmap import batched, nesting_change, vmap_regions
+from vbcompile.passes.graph_ops import (
+    call_of,
+    is_tensor,
+    known_equal,
+    nesting_change,
+    positive_dim,
+    shape_of,
+    tensor_of,
+)
+from vbcompile.passes.graph_vmap import batched, vmap_regions
 
 Callers = Sequence[fx.Node] | None
 
@@ -100,10 +108,10 @@ def _composites(graph: fx.Graph) -> Iterator[Composite]:
 def _autocast(node: fx.Node, callers: Callers) -> torch.dtype | None:
     """The dtype of an autocast at the node; raises Refusal where it is not known."""
     tensor = next((n for n in node.graph.nodes if is_tensor(n)), None)
-    if callers is None or tensor is None:
+    if tensor is None:
         raise Refusal("it is not known whether autocast is on")
     try:
-        return autocast_dtypes(node.graph, tensor_of(tensor).device.type, callers).get(node)
+        return autocast_at(node, tensor_of(tensor).device.type, callers)
     except LookupError as error:
         raise Refusal(str(error)) from None
 

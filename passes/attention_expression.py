@@ -96,10 +96,10 @@ def count_instructions(expression: Expression) -> int:
     return sum(not e.is_leaf for e in parts(expression))
 
 
-def parts(expression: Expression) -> Iterator[Expression]:
-    """The expression and all that it is made of, each once."""
+def parts(*expressions: Expression) -> Iterator[Expression]:
+    """The expressions and all that they are made of, each once."""
     seen: set[Expression] = set()
-    todo = [expression]
+    todo = [*expressions]
     while todo:
         e = todo.pop()
         if e not in seen:

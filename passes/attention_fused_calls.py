@@ -305,7 +305,6 @@ def match_inner(matcher: Matcher, expanded: Expanded, detail: Detail) -> Site:
     site.logits.scale, site.logits.features_of = scale, features_of
     site.empty_rows = "nan" if call.need_weights else "zero"  # with weights, PyTorch calls its plain softmax
     site.dropout = check_dropout(call.dropout_p if call.training else 0.0)
-    site.empty_rows = "nan" if call.need_weights else "zero"  # a softmax of its own, or SDPA's
     return site
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds
+from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds, parts
 from vbcompile.passes.graph_axes import Dim
 from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, known, tensor_of, value_of
 
@@ -217,18 +217,11 @@ def _split_scaled(algebra: Algebra, e: Expression, fill: float) -> tuple[Express
 
 def _is_finite(value: Expression) -> bool:
     """Whether no tensor in the logits can itself hold ``-inf``: a mask that is added takes keys from rows, too."""
-    todo, seen = [value], set()
-    while todo:
-        e = todo.pop()
-        if e in seen:
-            continue
-        seen.add(e)
+    for e in parts(value):
         if e.name == "tensor" and e.kind == FLOAT and not holds_learned_numbers(e.arguments[0]):
             return False
         if e.name == "const" and e.value == float("-inf"):
             return False
-        if not e.is_leaf:
-            todo.extend(e.arguments)
     return True
 
 

@@ -20,7 +20,7 @@ from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
 from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
-from vbcompile.passes.graph_autocast import autocast_dtypes
+from vbcompile.passes.graph_autocast import autocast_at
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
 from vbcompile.passes.graph_effects import Effects, cuts_gradient
 from vbcompile.passes.graph_ops import (
@@ -213,10 +213,8 @@ class Matcher:
 
     def autocast_at(self, node: fx.Node) -> torch.dtype | None:
         """The dtype that autocast gives products at the node, None where it is off; raises Refusal if it is unknown."""
-        if self._callers is None:
-            raise Refusal("it is not known whether autocast is on")
         try:
-            return autocast_dtypes(node.graph, tensor_of(node.all_input_nodes[0]).device.type, self._callers).get(node)
+            return autocast_at(node, tensor_of(node.all_input_nodes[0]).device.type, self._callers)
         except LookupError as error:
             raise Refusal(str(error)) from None
 

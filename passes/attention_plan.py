@@ -11,7 +11,7 @@ import torch
 from torch import SymInt, fx
 
 from vbcompile.kernels.score_function import Builder, Instruction, ScoreFunction
-from vbcompile.passes.attention_expression import Expression
+from vbcompile.passes.attention_expression import Expression, parts
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import conjunction
 from vbcompile.passes.attention_order import reads_rows_first
@@ -341,18 +341,7 @@ class _ProgramBuilder:
 
     def tensors(self) -> list[Dims]:
         """Dimensions of every captured tensor."""
-        found: dict[Expression, Dims] = {}
-        todo, seen = self.roots(), set()
-        while todo:
-            e = todo.pop()
-            if e in seen:
-                continue
-            seen.add(e)
-            if e.name == "tensor":
-                found[e] = e.arguments[1]
-            elif not e.is_leaf:
-                todo.extend(e.arguments)
-        return list(found.values())
+        return [e.arguments[1] for e in parts(*self.roots()) if e.name == "tensor"]
 
     def build(self) -> ScoreFunction:
         score, mask, sink = (

@@ -48,3 +48,17 @@ def autocast_dtypes(graph: fx.Graph, device_type: str, callers: Sequence[fx.Node
         elif stack[-1][1] is not None:
             found[node] = stack[-1][1]
     return found
+
+
+def autocast_at(node: fx.Node, device_type: str, callers: Sequence[fx.Node] | None) -> torch.dtype | None:
+    """The dtype that autocast gives products at the node, None where it is off.
+
+    Args:
+        callers: as for :func:`autocast_dtypes`; None where they are not known.
+
+    Raises:
+        LookupError: it is not known whether autocast is on.
+    """
+    if callers is None:
+        raise LookupError("it is not known whether autocast is on")
+    return autocast_dtypes(node.graph, device_type, callers).get(node)

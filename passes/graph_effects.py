@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, reads_metadata_only, tensor_of, value_of
-from vbcompile.passes.graph_vmap import nesting_change
+from vbcompile.passes.graph_ops import (
+    ACTIVATIONS,
+    Call,
+    call_of,
+    is_tensor,
+    nesting_change,
+    reads_metadata_only,
+    tensor_of,
+    value_of,
+)
 
 
 class Effects:

@@ -9,8 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vbcompile.passes.graph_effects import switches_grad_mode
-from vbcompile.passes.graph_ops import value_of
-from vbcompile.passes.graph_vmap import nesting_change
+from vbcompile.passes.graph_ops import nesting_change, value_of
 
 _MAKES_LEAVES = {"requires_grad_", "Parameter"}
 

@@ -378,6 +378,12 @@ def _bind_arange(node: fx.Node) -> Call | None:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floating types that models compute in
 
 
+def nesting_change(node: fx.Node) -> int:
+    """+1 where a function transform begins, -1 where it ends."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+
+
 def value_of(node: Any) -> Any:
     """The node's fake value as Dynamo recorded it; the argument itself where it is no node; None where unknown."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node

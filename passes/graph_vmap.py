@@ -13,13 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vbcompile.compat_transforms import no_transform_left
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.graph_autocast import under_autocast
-from vbcompile.passes.graph_ops import value_of
-
-
-def nesting_change(node: fx.Node) -> int:
-    """+1 where a function transform begins, -1 where it ends."""
-    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+from vbcompile.passes.graph_ops import nesting_change, value_of
 
 
 def vmap_regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
