@@ -11,12 +11,29 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+import torch
 from torch import SymInt, fx
 
-from vbcompile.passes.graph_axes import Atom, Dims
-from vbcompile.passes.graph_ops import known, known_equal
+from vbcompile.passes.graph_axes import Atom, Dim, Dims
+from vbcompile.passes.graph_ops import FLOATS, known, known_equal
 
 BOOL, INT, FLOAT = "b", "i", "f"
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Opaque(Exception):
+    """This tensor cannot be looked into at these coordinates."""
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """Kind of number of a dtype; raises Opaque for complex and quantised ones and floats of 8 bits."""
+    if dtype == torch.bool:
+        return BOOL
+    if dtype in FLOATS:
+        return FLOAT
+    if dtype in _INTEGERS:
+        return INT
+    raise Opaque
 
 
 class Expression:
@@ -71,6 +88,10 @@ class Expression:
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(map(repr, self.arguments))})"
+
+
+Coordinate = Dim | Expression
+Coordinates = tuple[Coordinate, ...]
 
 
 LEAF_NAMES: Final = {"score", "axis", "const", "size", "scalar", "tensor", "shift"}
