@@ -131,7 +131,7 @@ class Carriers:
             if is_softmax(call, node):
                 self.softmaxes.add(node)
                 self.carrying.add(node)
-            elif call.name in _WAY and any(i in self.carrying for i in node.all_input_nodes):
+            elif is_on_the_way(call) and any(i in self.carrying for i in node.all_input_nodes):
                 self.carrying.add(node)
 
 
@@ -140,6 +140,11 @@ _WAY = _CASTS | {
     "T", "permute", "movedim", "expand", "expand_as", "repeat", "repeat_interleave", "getitem", "narrow",
     "dropout", "nan_to_num", "masked_fill", "where", "mul", "div", "neg", "add", "sub",
 }  # fmt: skip
+
+
+def is_on_the_way(call: Call) -> bool:
+    """Whether the walk from the second product may pass the operator on its way to a softmax."""
+    return call.name in _WAY
 
 
 def is_softmax(call: Call, node: fx.Node) -> bool:
