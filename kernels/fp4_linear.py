@@ -10,6 +10,7 @@ kept for them; there is none through an epilogue.
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vbcompile.config import FP4_ACTIVATIONS
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.compiled_calls import OPERATORS, RepeatedOperator
 from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
@@ -128,9 +130,25 @@ def fp4_linear(
                 return chosen.run(*arguments, epilogue=epilogue).contiguous()
             return _apply(chosen.run(*arguments).contiguous(), epilogue)
 
-    asked = implementations, forced_implementation("fp4_linear")
-    static = (k, format_name, layout, activations, epilogue, *asked)
-    return remembered("fp4_linear", static, (x, codes, block_scales, row_scale, bias), run)
+    tensors = x, codes, block_scales, row_scale, bias
+    static, _ = _described(*tensors, k, format_name, layout, activations, epilogue, implementations=implementations)
+    return remembered("fp4_linear", static, tensors, run)
+
+
+def _described(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, activations: str = "same", epilogue: str = "none", *, implementations: str = "",
+) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
+    """What a call depends on besides its tensors, and these."""
+    static = k, format_name, layout, activations, epilogue, implementations, _settings(x)
+    return static, (x, codes, block_scales, row_scale, bias)
+
+
+def _settings(x: Tensor) -> str | None:
+    return forced_implementation("fp4_linear")
+
+
+OPERATORS["fp4_linear"] = RepeatedOperator(fp4_linear, _described, _settings)
 
 
 def _apply(y: Tensor, epilogue: str) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Repeated:
         self.places = [*_places((*arguments, *options.values()))]
         self.direct = self._compiled is not None
 
-    def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
+    def run(self, tensors: Sequence[Any], addresses: list[int], stream: int) -> None:
         """Launch on the current device.
 
         Args:
@@ -208,23 +209,24 @@ class _Compiled:
         flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
         self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
         self._launch, values = _without_descriptors(compiled, values)
-        self._addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
+        values = [*self._middle, *values]
         makers = {n: maker for n, v in enumerate(values) if (maker := _maker(v)) is not None}
-        self._others = [(n, maker) for n, maker in makers.items() if not isinstance(values[n], Place)]
-        self._values = [None if n in makers else v for n, v in enumerate(values)]
+        self._constants = [None if n in makers else v for n, v in enumerate(values)]
+        whole = {n: v.root for n, v in enumerate(values) if isinstance(v, Place) and not v.offset}
+        self._others = [(n, maker) for n, maker in makers.items() if n not in whole]
+        # all arguments at once, out of the constants with the addresses behind them
+        self._picked = itemgetter(*(whole[n] + len(values) if n in whole else n for n in range(len(values))))
         self._hooks = _runtime_knobs()
 
-    def run(self, addresses: Sequence[int], stream: int) -> None:
+    def run(self, addresses: list[int], stream: int) -> None:
         enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
         if enter.calls or leave.calls:
             self._run_with_hooks(addresses, stream, enter, leave)
             return
-        values = self._values.copy()
-        for n, root, offset in self._addresses:
-            values[n] = addresses[root] + offset
+        values = self._constants + addresses
         for n, make in self._others:
             values[n] = make(addresses)
-        self._launch(*self._grid, stream, *self._middle, *values)
+        self._launch(*self._grid, stream, *self._picked(values))
 
     def _run_with_hooks(self, addresses: Sequence[int], stream: int, enter: Any, leave: Any) -> None:
         """As Triton launches where a profiler listens."""

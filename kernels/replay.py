@@ -40,7 +40,7 @@ R = TypeVar("R")
 
 _MOST = 1024  # keys; the oldest go first
 _known: dict[Hashable, "Recording | bool"] = {}  # False: seen once; True: not to be recorded
-_generation = [0]
+generation = [0]  # recordings of an earlier one are void
 _writing = threading.Lock()
 _this_thread = threading.local()  # .recorder: the one at work
 
@@ -48,7 +48,7 @@ _this_thread = threading.local()  # .recorder: the one at work
 def forget() -> None:
     """Drop all recordings: something that calls depend on has changed and is in no key."""
     with _writing:
-        _generation[0] += 1
+        generation[0] += 1
         _known.clear()
 
 
@@ -90,14 +90,8 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     assert first is not None
     if not takes(first.device) or getattr(_this_thread, "recorder", None) is not None:
         return _checked(run(), tensors)
-    addresses = [-n if t is None else t.data_ptr() for n, t in enumerate(tensors)]
-    described = [
-        None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
-        for t, address in zip(tensors, addresses, strict=True)
-    ]
-    key = (name, static, _generation[0], *described)
-    if len(set(addresses)) < len(addresses):  # one tensor may be given twice
-        key = (*key, _equal_ones(tensors))
+    addresses = _addresses(tensors)
+    key = _key(name, static, tensors, addresses)
     known = _known.get(key)
     if known.__class__ is Recording:
         return known.run(tensors, addresses)  # type: ignore[union-attr]
@@ -111,6 +105,35 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     result = _checked(recorder.record(run), tensors)
     _remember(key, recorder.recording(result) or True)
     return result
+
+
+def recording_of(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None]) -> "Recording | None":
+    """What a call of :func:`remembered` with these arguments would do again, where it knows that and tensors differ."""
+    first = tensors[0]
+    assert first is not None
+    if not takes(first.device) or _given_twice(addresses := _addresses(tensors)):
+        return None
+    known = _known.get(_key(name, static, tensors, addresses))
+    return known if isinstance(known, Recording) else None
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [-n if t is None else t.data_ptr() for n, t in enumerate(tensors)]
+
+
+def _given_twice(addresses: Sequence[int]) -> bool:
+    return len(set(addresses)) < len(addresses)
+
+
+def _key(
+    name: Hashable, static: Hashable, tensors: Sequence[Tensor | None], addresses: Sequence[int]
+) -> tuple[Hashable, ...]:
+    described = [
+        None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
+        for t, address in zip(tensors, addresses, strict=True)
+    ]
+    key = (name, static, generation[0], *described)
+    return (*key, _equal_ones(tensors)) if _given_twice(addresses) else key
 
 
 def _checked(result: R, tensors: Sequence[Tensor | None]) -> R:
@@ -374,13 +397,20 @@ class Recording:
         self._steps, self._results, self._form, self._device = tuple(steps), tuple(results), form, device
         self._runs = [step.repeated.run if isinstance(step, Launched) else step.run for step in steps]
         self._nothing, self._zeros = [None] * makes, [0] * makes
+        self._only = self._results[0] if form is None else None
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
         """The call's results; ``addresses`` those of the inputs."""
-        tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
         with on_device(self._device):
-            stream = current_stream(self._device)
-            for run in self._runs:
-                run(tensors, found, stream)
+            return self.run_here(inputs, addresses)
+
+    def run_here(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
+        """The same where the device is the current one."""
+        tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
+        stream = current_stream(self._device)
+        for run in self._runs:
+            run(tensors, found, stream)
+        if self._only is not None:
+            return tensors[self._only]
         results = [None if n is None else tensors[n] for n in self._results]
         return results[0] if self._form is None else self._form(results)

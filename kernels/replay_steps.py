@@ -59,9 +59,10 @@ class Allocate(Step):
         self.size, self.strides = tuple(like.shape), like.stride()
         self.dtype, self.device = like.dtype, like.device
         self.bytes = like.untyped_storage().nbytes()
+        self.empty = empty_on_device(like.device)
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        t = empty_on_device(self.size, self.strides, self.dtype, self.device)
+        t = self.empty(self.size, self.strides, self.dtype)
         if self.zero:
             t.zero_()
         tensors[self.number], addresses[self.number] = t, t.data_ptr()
@@ -74,10 +75,10 @@ class AllocateTogether(Step):
         self.makes = [part.number for part in parts]
         *starts, total = accumulate((-(-part.bytes // _ALIGNED) * _ALIGNED for part in parts), initial=0)
         self.parts = [*zip(self.makes, starts, strict=True)]
-        self.first, self.size, self.device = self.makes[0], (total,), parts[0].device
+        self.first, self.size, self.empty = self.makes[0], (total,), parts[0].empty
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        t = empty_on_device(self.size, (1,), torch.uint8, self.device)
+        t = self.empty(self.size, (1,), torch.uint8)
         begin = t.data_ptr()
         tensors[self.first] = t
         for number, start in self.parts:
