@@ -7,11 +7,12 @@ on is as it was. All other calls, the first ones among them, go to the operator 
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
-from vbcompile.kernels import replay
+from vbcompile.kernels import registry, replay
 
 TENSOR = Ellipsis  # stands for a tensor among the arguments of a place
 
@@ -41,22 +42,23 @@ def place_of_call(name: str, arguments: Sequence[Any], named: Mapping[str, Any])
         name: of the operator, without its namespace.
         arguments, named: those of the operator, :data:`TENSOR` for each tensor.
     """
+    if name not in OPERATORS:  # code out of a cache
+        registry.operator(name).load()
     called = OPERATORS[name]
     settings, generation = called.settings, replay.generation
-    # recording, its generation, settings, the number of each tensor of the recording among the place's
-    known: tuple[replay.Recording, int, Hashable, tuple[int | None, ...]] | None = None
+    # a recording, its generation and settings, what picks its tensors out of the place's and a None behind them
+    known: tuple[replay.Recording, int, Hashable, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = None
 
     def call(*tensors: Tensor) -> Any:
         if known is not None:
-            recording, age, wanted, numbers = known
+            recording, age, wanted, picked = known
             if age == generation[0] and settings(tensors[0]) == wanted:
                 found = [t.data_ptr() for t in tensors]
                 together = 0
                 for address in found:
                     together |= address
                 if not together & 15:
-                    given = [None if n is None else tensors[n] for n in numbers]
-                    return recording.run_here(given, [0 if n is None else found[n] for n in numbers])
+                    return recording.run_here(picked((*tensors, None)), picked((*found, 0)))
         return first(tensors)
 
     def first(tensors: tuple[Tensor, ...]) -> Any:
@@ -68,7 +70,8 @@ def place_of_call(name: str, arguments: Sequence[Any], named: Mapping[str, Any])
         recording = replay.recording_of(name, static, given)
         if recording is not None and not any(t.data_ptr() & 15 for t in tensors):
             numbers = {id(t): n for n, t in enumerate(tensors)}
-            known = recording, generation[0], settings(tensors[0]), tuple(numbers.get(id(t)) for t in given)
+            picked = itemgetter(*(numbers.get(id(t), len(tensors)) for t in given))  # of several: no operator takes one
+            known = recording, generation[0], settings(tensors[0]), picked
         return result
 
     return call

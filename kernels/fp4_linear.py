@@ -130,9 +130,8 @@ def fp4_linear(
                 return chosen.run(*arguments, epilogue=epilogue).contiguous()
             return _apply(chosen.run(*arguments).contiguous(), epilogue)
 
-    tensors = x, codes, block_scales, row_scale, bias
-    static, _ = _described(*tensors, k, format_name, layout, activations, epilogue, implementations=implementations)
-    return remembered("fp4_linear", static, tensors, run)
+    given = x, codes, block_scales, row_scale, bias, k, format_name, layout, activations, epilogue
+    return remembered("fp4_linear", *_described(*given, implementations=implementations), run)
 
 
 def _described(
@@ -140,15 +139,11 @@ def _described(
     layout: str, activations: str = "same", epilogue: str = "none", *, implementations: str = "",
 ) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
     """What a call depends on besides its tensors, and these."""
-    static = k, format_name, layout, activations, epilogue, implementations, _settings(x)
+    static = k, format_name, layout, activations, epilogue, implementations, forced_implementation("fp4_linear")
     return static, (x, codes, block_scales, row_scale, bias)
 
 
-def _settings(x: Tensor) -> str | None:
-    return forced_implementation("fp4_linear")
-
-
-OPERATORS["fp4_linear"] = RepeatedOperator(fp4_linear, _described, _settings)
+OPERATORS["fp4_linear"] = RepeatedOperator(fp4_linear, _described, lambda x: forced_implementation("fp4_linear"))
 
 
 def _apply(y: Tensor, epilogue: str) -> Tensor:
@@ -182,8 +177,21 @@ def fp4_linear_backward(
         with on_device(grad.device):
             return to_be_run(choice).run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
 
+    given = grad, codes, block_scales, row_scale, k, format_name, layout
+    return remembered("fp4_linear_backward", *_described_backward(*given, implementations=implementations), run)
+
+
+def _described_backward(
+    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str, *,
+    implementations: str = "",
+) -> tuple[Hashable, tuple[Tensor, ...]]:  # fmt: skip
     static = k, format_name, layout, implementations, forced_implementation("fp4_linear_backward")
-    return remembered("fp4_linear_backward", static, (grad, codes, block_scales, row_scale), run)
+    return static, (grad, codes, block_scales, row_scale)
+
+
+OPERATORS["fp4_linear_backward"] = RepeatedOperator(
+    fp4_linear_backward, _described_backward, lambda grad: forced_implementation("fp4_linear_backward")
+)
 
 
 @fp4_linear_backward.register_fake

@@ -170,9 +170,10 @@ def _watched(compiled: Callable[..., Any], budget: int | None, report: GraphRepo
 
 @functools.cache
 def _sources_hash() -> str:
+    from vbcompile import compat_lowering
     from vbcompile.kernels import attention, attention_results, attention_sdpa, fp4_linear, fp4_straight_through
 
-    inlined = attention_inlined, attention_sdpa
+    inlined = attention_inlined, attention_sdpa, compat_lowering
     operators = attention, attention_results, fp4_linear, fp4_straight_through
     return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES, input_views)
 

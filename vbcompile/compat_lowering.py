@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vbcompile.kernels.compiled_calls import OPERATORS, TENSOR, place_of_call
+from vbcompile.kernels.compiled_calls import TENSOR, place_of_call
 from vbcompile.kernels.replay import takes
 
 
@@ -50,9 +50,9 @@ def _is_ours() -> bool:
 
 
 def _wrapped(value: Any) -> Any:
-    from torch._inductor.ir import IRNode
+    from torch._inductor.ir import IRNode, TensorBox
 
-    return value.wrap_for_lowering() if isinstance(value, IRNode) else value
+    return TensorBox.create(value) if isinstance(value, IRNode) else value
 
 
 @functools.cache
@@ -60,13 +60,13 @@ def _plain_call() -> Any:
     """The class of calls in Inductor's graph."""
     from torch._inductor.ir import FallbackKernel, IRNode
 
-    class PlainCall(FallbackKernel):  # type: ignore[misc]
+    class PlainCall(FallbackKernel):
         _place = ""
 
         def codegen(self, wrapper: Any) -> None:
             described = self._described()
             if described is not None:
-                name = self.op_overload._schema.name.partition("::")[2]
+                name = str(self.op_overload).split(".")[1]
                 self._place = f"{name}_{hashlib.sha256(described.encode()).hexdigest()[:16]}"
                 self.python_kernel_name = self._place
                 wrapper.add_import_once(f"from {place_of_call.__module__} import {place_of_call.__name__}")
@@ -76,17 +76,21 @@ def _plain_call() -> Any:
 
         def _described(self) -> str | None:
             """Everything that the call's place knows of it; its first line are the arguments without tensors."""
-            arguments, named = self.unflatten_args(self.inputs, self.constant_args)
+            tensors = self._tensors()
+            arguments, named = self.unflatten_args(tensors, self.constant_args)
             named = {**self.kwargs, **named}
-            if not _is_literal((arguments, named), IRNode) or not self.inputs:
+            if not tensors or not _is_literal((arguments, named), IRNode):
                 return None
-            if not all(takes(t.get_device()) and _is_fixed((*t.get_size(), *t.get_stride())) for t in self.inputs):
+            if not all(takes(t.get_device()) and _is_fixed((*t.get_size(), *t.get_stride())) for t in tensors):
                 return None
-            layouts = [(t.get_device(), t.get_dtype(), *t.get_size(), -1, *t.get_stride()) for t in self.inputs]
+            layouts = [(t.get_device(), t.get_dtype(), *t.get_size(), -1, *t.get_stride()) for t in tensors]
             return f"{_without(arguments, IRNode)!r}, {_without(named, IRNode)!r}\n{layouts}"
 
+        def _tensors(self) -> list[Any]:
+            return list(self.inputs)
+
         def codegen_args(self) -> list[str]:
-            return [t.codegen_reference() for t in self.inputs] if self._place else super().codegen_args()
+            return [t.codegen_reference() for t in self._tensors()] if self._place else super().codegen_args()
 
         def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
             return [] if self._place else super().codegen_kwargs(skip_out)
