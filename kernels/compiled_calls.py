@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vbcompile.compat_lowering import lower_to_calls
 from vbcompile.kernels import registry, replay
 
 TENSOR = Ellipsis  # stands for a tensor among the arguments of a place
@@ -33,6 +35,16 @@ class RepeatedOperator:
 
 
 OPERATORS: dict[str, RepeatedOperator] = {}
+
+
+def use_in_compiled_code() -> None:
+    """From now on the code that Inductor makes for our backend calls the operators that are known so."""
+    for name in OPERATORS:
+        lower_to_calls(getattr(torch.ops.vblackwell, name).default, place_of_call, TENSOR, _takes)
+
+
+def _takes(device: torch.device) -> bool:
+    return replay.takes(device)
 
 
 def place_of_call(name: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from tests.stub_driver import compare_repeats, stub_driver
-from vbcompile import compat_lowering
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import fp4_linear as logical
 from vbcompile.kernels import fp4_linear_few, registry, replay
@@ -40,8 +39,7 @@ def stub(folder, monkeypatch):
     """CPU tensors are taken for those of an H200 whose driver is the stub."""
     for module in (logical, fp4_linear_few):
         monkeypatch.setattr(module, "get_target", lambda device: catalog_target("sm_90"))
-    for module in (replay, compat_lowering):
-        monkeypatch.setattr(module, "takes", lambda device: True)
+    monkeypatch.setattr(replay, "takes", lambda device: True)
     if interpreted():
         pytest.skip("these launch compiled kernels")
     registry.operator("fp4_linear").load()
@@ -161,7 +159,7 @@ def test_dynamic_sizes_and_other_backends_keep_the_dispatcher(stub):
 
 
 def test_what_is_not_remembered_keeps_the_dispatcher(stub, monkeypatch):
-    monkeypatch.setattr(compat_lowering, "takes", lambda device: device.type == "cuda")
+    monkeypatch.setattr(replay, "takes", lambda device: device.type == "cuda")
     _, source = code(product, row(), *weight().tensors)
     assert BY_DISPATCHER in source and PLAIN not in source
 
@@ -207,8 +205,7 @@ def scaled(x, *w):
 @pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET=1")
 def test_attention_in_training(monkeypatch):
     """Other data each time; results and gradients are those of the operator alone."""
-    for module in (replay, compat_lowering):
-        monkeypatch.setattr(module, "takes", lambda device: True)
+    monkeypatch.setattr(replay, "takes", lambda device: True)
     text = ScoreFunction().dumps()
     found, run_here = [], replay.Recording.run_here
     monkeypatch.setattr(replay.Recording, "run_here", lambda self, *given: found.append(self) or run_here(self, *given))

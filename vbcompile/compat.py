@@ -32,11 +32,6 @@ def compile_with_inductor(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    from vbcompile.compat_lowering import lower_to_plain_calls
-    from vbcompile.kernels.compiled_calls import OPERATORS
-
-    for name in OPERATORS:
-        lower_to_plain_calls(name)
     hook = InductorAttentionOff(key, options.get("joint_custom_pre_pass", config.joint_custom_pre_pass), rewrite)
     with hook.restored_afterwards():
         # config_patches, not config.patch: the backward is compiled later, outside of this call

@@ -1,39 +1,38 @@
-"""Private parts of Inductor: our operators in its code are plain calls (:mod:`vbcompile.kernels.compiled_calls`)."""
+"""Private parts of Inductor: operators in its code as calls of Python functions, without PyTorch's dispatcher."""
 
 import functools
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from vbcompile.kernels.compiled_calls import TENSOR, place_of_call
-from vbcompile.kernels.replay import takes
-
 
 @functools.cache
-def lower_to_plain_calls(name: str) -> None:
-    """From now on Inductor's code calls the operator of that name without PyTorch's dispatcher, where all is fixed.
+def lower_to_calls(
+    overload: Any, place: Callable[..., Any], tensor: Any, takes: Callable[[torch.device], bool]
+) -> None:
+    """From now on, in code that Inductor makes for our backend, an operator is a call of what ``place`` gives.
 
-    What is there to be changed is Inductor's own way for operators that it does not know, its constraints on strides
-    included; compiles that are none of ours, dynamic sizes and C++ wrappers keep that.
+    ``place(name, arguments, named)`` is called once when the code is loaded, with the operator's name and its
+    arguments, ``tensor`` for each tensor; the code calls what comes of it with the tensors, in order. What is changed
+    is Inductor's own way for operators that it does not know; its constraints on strides stay. Other compiles, sizes
+    that are not fixed, devices that ``takes`` does not take, and C++ wrappers keep that way.
     """
     from torch._inductor import lowering
     from torch._library.utils import get_layout_constraint_tag
     from torch.utils import _pytree as pytree
 
-    overload = getattr(torch.ops.vblackwell, name).default
-    plain = _plain_call()
     if overload not in lowering.lowerings:
         tag = get_layout_constraint_tag(overload, with_default=True)
         lowering.make_fallback(overload, lowering.tag_to_layout_constraint(tag), warn=False)
-    usual = lowering.lowerings[overload]
+    usual, call = lowering.lowerings[overload], _call_class(place, tensor, takes)
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
         if not _is_ours():
             return usual(*args, **kwargs)
-        return pytree.tree_map(_wrapped, plain.create(overload, *args, **kwargs))
+        return pytree.tree_map(_boxed, call.create(overload, *args, **kwargs))
 
     lowered._is_fallback_handler = True  # type: ignore[attr-defined]
     lowering.lowerings[overload] = lowered
@@ -49,33 +48,34 @@ def _is_ours() -> bool:
     return isinstance(config.joint_custom_pre_pass, InductorAttentionOff) and not V.graph.cpp_wrapper
 
 
-def _wrapped(value: Any) -> Any:
+def _boxed(value: Any) -> Any:
     from torch._inductor.ir import IRNode, TensorBox
 
     return TensorBox.create(value) if isinstance(value, IRNode) else value
 
 
 @functools.cache
-def _plain_call() -> Any:
-    """The class of calls in Inductor's graph."""
+def _call_class(place: Callable[..., Any], tensor: Any, takes: Callable[[torch.device], bool]) -> Any:
+    """The class of such calls in Inductor's graph."""
     from torch._inductor.ir import FallbackKernel, IRNode
 
-    class PlainCall(FallbackKernel):
-        _place = ""
+    class Call(FallbackKernel):
+        _place = ""  # the name of what is called
 
         def codegen(self, wrapper: Any) -> None:
             described = self._described()
             if described is not None:
                 name = str(self.op_overload).split(".")[1]
+                # places whose arguments are alike in all but addresses are one
                 self._place = f"{name}_{hashlib.sha256(described.encode()).hexdigest()[:16]}"
                 self.python_kernel_name = self._place
-                wrapper.add_import_once(f"from {place_of_call.__module__} import {place_of_call.__name__}")
-                call = described.partition("\n")[0]
-                wrapper.add_import_once(f"{self._place} = {place_of_call.__name__}({name!r}, {call})")
+                wrapper.add_import_once(f"from {place.__module__} import {place.__name__}")
+                arguments = described.partition("\n")[0]
+                wrapper.add_import_once(f"{self._place} = {place.__name__}({name!r}, {arguments})")
             super().codegen(wrapper)
 
         def _described(self) -> str | None:
-            """Everything that the call's place knows of it; its first line are the arguments without tensors."""
+            """Everything that is fixed at the place; its first line are the arguments without tensors."""
             tensors = self._tensors()
             arguments, named = self.unflatten_args(tensors, self.constant_args)
             named = {**self.kwargs, **named}
@@ -84,7 +84,8 @@ def _plain_call() -> Any:
             if not all(takes(t.get_device()) and _is_fixed((*t.get_size(), *t.get_stride())) for t in tensors):
                 return None
             layouts = [(t.get_device(), t.get_dtype(), *t.get_size(), -1, *t.get_stride()) for t in tensors]
-            return f"{_without(arguments, IRNode)!r}, {_without(named, IRNode)!r}\n{layouts}"
+            without = [_without(a, IRNode, tensor) for a in (arguments, named)]
+            return f"{without[0]!r}, {without[1]!r}\n{layouts}"
 
         def _tensors(self) -> list[Any]:
             return list(self.inputs)
@@ -95,27 +96,27 @@ def _plain_call() -> Any:
         def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
             return [] if self._place else super().codegen_kwargs(skip_out)
 
-    return PlainCall
+    return Call
 
 
 def _is_fixed(numbers: Iterable[Any]) -> bool:
     return all(getattr(n, "is_Integer", isinstance(n, int)) for n in numbers)
 
 
-def _is_literal(argument: Any, tensor: type) -> bool:
+def _is_literal(argument: Any, tensors: type) -> bool:
     """Whether an argument can be written down, its tensors aside."""
     if isinstance(argument, dict):
-        return all(_is_literal(a, tensor) for a in argument.values())
+        return all(_is_literal(a, tensors) for a in argument.values())
     if isinstance(argument, (list, tuple)):
-        return all(_is_literal(a, tensor) for a in argument)
+        return all(_is_literal(a, tensors) for a in argument)
     if type(argument) is float:
         return math.isfinite(argument)
-    return argument is None or type(argument) in (bool, int, str) or isinstance(argument, tensor)
+    return argument is None or type(argument) in (bool, int, str) or isinstance(argument, tensors)
 
 
-def _without(argument: Any, tensor: type) -> Any:
+def _without(argument: Any, tensors: type, instead: Any) -> Any:
     if isinstance(argument, dict):
-        return {key: _without(a, tensor) for key, a in argument.items()}
+        return {key: _without(a, tensors, instead) for key, a in argument.items()}
     if isinstance(argument, (list, tuple)):
-        return type(argument)(_without(a, tensor) for a in argument)
-    return TENSOR if isinstance(argument, tensor) else argument
+        return type(argument)(_without(a, tensors, instead) for a in argument)
+    return instead if isinstance(argument, tensors) else argument
