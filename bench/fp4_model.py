@@ -62,8 +62,10 @@ def build(layers: int, device: str, **shape: Any) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def decode_step(model: torch.nn.Module) -> Callable[[Callable[..., Any]], torch.Tensor]:
-    """A function that appends one token to a static cache, always at the same place, by the model that it is given."""
+def decode_step(
+    model: torch.nn.Module,
+) -> tuple[Callable[[Callable[..., Any]], torch.Tensor], Callable[[], None]]:
+    """A function that appends one token to a static cache by a model, and one that takes tokens back."""
     from transformers import StaticCache
 
     device = next(model.parameters()).device
@@ -78,18 +80,24 @@ def decode_step(model: torch.nn.Module) -> Callable[[Callable[..., Any]], torch.
         with torch.no_grad():
             return run(ids, past_key_values=cache, cache_position=place, position_ids=place[None]).logits
 
-    return step
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(CACHE // 2)
+
+    return step, rewind
 
 
-def prefill(model: torch.nn.Module, tokens: int) -> Callable[[Callable[..., Any]], torch.Tensor]:
-    """A function that runs a prompt and gives the last token's logits."""
+def prefill(
+    model: torch.nn.Module, tokens: int
+) -> tuple[Callable[[Callable[..., Any]], torch.Tensor], Callable[[], None]]:
+    """A function that runs a prompt and gives the last token's logits, and one that has nothing to take back."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=next(model.parameters()).device)
 
     def step(run: Callable[..., Any]) -> torch.Tensor:
         with torch.no_grad():
             return run(ids, use_cache=False, logits_to_keep=1).logits
 
-    return step
+    return step, lambda: None
 
 
 def milliseconds(step: Callable[[], Any], graph: bool) -> float:
@@ -132,8 +140,9 @@ def work(variant: str, arguments: argparse.Namespace) -> None:
         pack_model(model, "nvfp4", "fp8" if way["fp4_activations"] == "fp8" else "mse")
     options = None if way is None else {"mode": "speed", "strict": True, **way}
     compiled = torch.compile(model, backend="inductor" if way is None else "vblackwell", dynamic=False, options=options)
-    step = decode_step(model) if what == "decode" else prefill(model, arguments.tokens)
+    step, rewind = decode_step(model) if what == "decode" else prefill(model, arguments.tokens)
     got = step(compiled).double()
+    rewind()
     row: dict[str, Any] = {"what": what, "name": name, "layers": arguments.layers, "tokens": arguments.tokens}
     expected = step(model).double()
     row["difference"] = float((got - expected).norm() / expected.norm())

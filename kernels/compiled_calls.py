@@ -7,7 +7,6 @@ on is as it was. All other calls, the first ones among them, go to the operator 
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -57,33 +56,27 @@ def place_of_call(name: str, arguments: Sequence[Any], named: Mapping[str, Any])
     if name not in OPERATORS:  # code out of a cache
         registry.operator(name).load()
     called = OPERATORS[name]
-    settings, generation = called.settings, replay.generation
-    # a recording, its generation and settings, what picks its tensors out of the place's and a None behind them
-    known: tuple[replay.Recording, int, Hashable, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = None
+    settings = called.settings
+    known: tuple[Callable[..., Any], Hashable] | None = None  # a recording's function, and its settings
+    seen: tuple[replay.Recording, Hashable] | None = None
 
     def call(*tensors: Tensor) -> Any:
-        if known is not None:
-            recording, age, wanted, picked = known
-            if age == generation[0] and settings(tensors[0]) == wanted:
-                found = [t.data_ptr() for t in tensors]
-                together = 0
-                for address in found:
-                    together |= address
-                if not together & 15:
-                    return recording.run_here(picked((*tensors, None)), picked((*found, 0)))
-        return first(tensors)
+        found = known
+        if found is not None and settings(tensors[0]) == found[1]:
+            return found[0](*tensors)
+        return first(*tensors)
 
-    def first(tensors: tuple[Tensor, ...]) -> Any:
-        nonlocal known
+    def first(*tensors: Tensor) -> Any:
+        nonlocal known, seen
         remaining = iter(tensors)
         full, options = _filled(arguments, remaining), {key: _filled(v, remaining) for key, v in named.items()}
         result = called.run(*full, **options)
         static, given = called.described(*full, **options)
-        recording = replay.recording_of(name, static, given)
-        if recording is not None and not any(t.data_ptr() & 15 for t in tensors):
-            numbers = {id(t): n for n, t in enumerate(tensors)}
-            picked = itemgetter(*(numbers.get(id(t), len(tensors)) for t in given))  # of several: no operator takes one
-            known = recording, generation[0], settings(tensors[0]), picked
+        recording, now = replay.recording_of(name, static, given), settings(tensors[0])
+        if recording is not None and (recording, now) != seen and not any(t.data_ptr() & 15 for t in tensors):
+            numbers = {id(t): n for n, t in enumerate(given)}
+            function = recording.as_function([numbers[id(t)] for t in tensors], first)
+            known, seen = None if function is None else (function, now), (recording, now)
         return result
 
     return call

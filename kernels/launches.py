@@ -117,13 +117,21 @@ class Repeated:
         options = {name: _tensors_in(value, tensors) for name, value in self._options.items()}
         self._kernel[self._grid](*_tensors_in(tuple(self._arguments), tensors), **options)
 
+    def written(self, constant: Callable[[Any], str]) -> str:
+        """A direct launch as a line of Python, without regard to profilers; ``constant`` gives values a name.
+
+        The address of the tensor of number 3 is ``a3`` there, the stream is ``stream``.
+        """
+        assert self._compiled is not None
+        return self._compiled.written(constant)
+
 
 def _places(arguments: Sequence[Any]) -> list[Place]:
     found: list[Place] = []
     for a in arguments:
         if isinstance(a, Place):
             found.append(a)
-        elif isinstance(a, PlacedDescriptor):
+        elif isinstance(a, (_TensorMap, PlacedDescriptor)):
             found.append(a.place)
         elif isinstance(a, (tuple, list)):
             found += _places(a)
@@ -177,6 +185,7 @@ class _TensorMap:
     _MOST = 512
 
     def __init__(self, placed: PlacedDescriptor, metadata: Any) -> None:
+        self.place = placed.place
         self._root, self._offset = placed.place.root, placed.place.offset
         self._descriptor, self._metadata = _maker(placed), metadata
         self._known: dict[int, Any] = {}
@@ -209,14 +218,14 @@ class _Compiled:
         flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
         self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
         self._launch, values = _without_descriptors(compiled, values)
-        values = [*self._middle, *values]
+        self._arguments = values = [*self._middle, *values]
         makers = {n: maker for n, v in enumerate(values) if (maker := _maker(v)) is not None}
         self._constants = [None if n in makers else v for n, v in enumerate(values)]
         whole = {n: v.root for n, v in enumerate(values) if isinstance(v, Place) and not v.offset}
         self._others = [(n, maker) for n, maker in makers.items() if n not in whole]
         # all arguments at once, out of the constants with the addresses behind them
         self._picked = itemgetter(*(whole[n] + len(values) if n in whole else n for n in range(len(values))))
-        self._hooks = _runtime_knobs()
+        self._hooks = runtime_knobs()
 
     def run(self, addresses: list[int], stream: int) -> None:
         enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
@@ -227,6 +236,19 @@ class _Compiled:
         for n, make in self._others:
             values[n] = make(addresses)
         self._launch(*self._grid, stream, *self._picked(values))
+
+    def written(self, constant: Callable[[Any], str]) -> str:
+        arguments = [*map(str, self._grid), "stream"]
+        for value in self._arguments:
+            make, places = _maker(value), _places([value])
+            if isinstance(value, Place):
+                arguments.append(f"a{value.root} + {value.offset}" if value.offset else f"a{value.root}")
+            elif make is not None:
+                addresses = ", ".join(f"{place.root}: a{place.root}" for place in places)
+                arguments.append(f"{constant(make)}({{{addresses}}})")
+            else:
+                arguments.append(constant(value))
+        return f"{constant(self._launch)}({', '.join(arguments)})"
 
     def _run_with_hooks(self, addresses: Sequence[int], stream: int, enter: Any, leave: Any) -> None:
         """As Triton launches where a profiler listens."""
@@ -284,7 +306,8 @@ def _verified() -> bool:
 
 
 @cache
-def _runtime_knobs() -> Any:
+def runtime_knobs() -> Any:
+    """Triton's settings of launches; ``launch_enter_hook.calls`` and ``launch_exit_hook.calls`` are who listens."""
     from triton import knobs
 
     return knobs.runtime

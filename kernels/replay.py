@@ -397,20 +397,50 @@ class Recording:
         self._steps, self._results, self._form, self._device = tuple(steps), tuple(results), form, device
         self._runs = [step.repeated.run if isinstance(step, Launched) else step.run for step in steps]
         self._nothing, self._zeros = [None] * makes, [0] * makes
-        self._only = self._results[0] if form is None else None
+        self._generation = generation[0]
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
         """The call's results; ``addresses`` those of the inputs."""
-        with on_device(self._device):
-            return self.run_here(inputs, addresses)
-
-    def run_here(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
-        """The same where the device is the current one."""
         tensors, found = [*inputs, *self._nothing], [*addresses, *self._zeros]
-        stream = current_stream(self._device)
-        for run in self._runs:
-            run(tensors, found, stream)
-        if self._only is not None:
-            return tensors[self._only]
+        with on_device(self._device):
+            stream = current_stream(self._device)
+            for run in self._runs:
+                run(tensors, found, stream)
         results = [None if n is None else tensors[n] for n in self._results]
         return results[0] if self._form is None else self._form(results)
+
+    def as_function(self, inputs: Sequence[int], otherwise: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The same as a Python function of tensors, on the current device; None where it takes Triton's own launches.
+
+        Most of what a list of steps costs the host is the list.
+
+        Args:
+            inputs: the numbers of the tensors, which are all that were given.
+            otherwise: called in the function's place where recordings are void, a profiler listens to launches, or an
+                address is not a multiple of 16.
+        """
+        if not all(step.repeated.direct for step in self._steps if isinstance(step, Launched)):
+            return None
+        names: dict[str, Any] = {"otherwise": otherwise, "generation": generation, "knobs": launches.runtime_knobs()}
+
+        def constant(value: Any) -> str:
+            if value is None or type(value) in (bool, int):
+                return repr(value)
+            name = f"c{len(names)}"
+            names[name] = value
+            return name
+
+        tensors = ", ".join(f"t{n}" for n in inputs)
+        results = ", ".join("None" if n is None else f"t{n}" for n in self._results)
+        lines = [
+            f"if generation[0] != {self._generation} or knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:",
+            f"    return otherwise({tensors})",
+            *(f"a{n} = t{n}.data_ptr()" for n in inputs),
+            f"if ({' | '.join(f'a{n}' for n in inputs)}) & 15:",
+            f"    return otherwise({tensors})",
+            f"stream = {constant(current_stream)}({constant(self._device)})",
+            *(line for step in self._steps for line in step.written(constant)),
+            f"return {results}" if self._form is None else f"return {constant(self._form)}([{results}])",
+        ]
+        exec("\n    ".join([f"def call({tensors}):", *lines]), names)
+        return names["call"]

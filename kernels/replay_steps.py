@@ -52,6 +52,22 @@ class Step:
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         raise NotImplementedError
 
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        """The same as lines of Python.
+
+        A tensor is ``t`` and its number there, its address ``a`` and that; ``constant`` gives values a name.
+        """
+        raise NotImplementedError
+
+
+def _written(argument: Any, constant: Callable[[Any], str]) -> str:
+    """A recorded argument."""
+    if argument.__class__ is Number:
+        return f"t{argument.number}"
+    if isinstance(argument, (tuple, list)):
+        return f"[{', '.join(_written(a, constant) for a in argument)}]"
+    return constant(argument)
+
 
 class Allocate(Step):
     def __init__(self, number: int, like: Tensor, zero: bool) -> None:
@@ -66,6 +82,11 @@ class Allocate(Step):
         if self.zero:
             t.zero_()
         tensors[self.number], addresses[self.number] = t, t.data_ptr()
+
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        t = f"t{self.number}"
+        made = f"{t} = {constant(self.empty)}({self.size}, {self.strides}, {constant(self.dtype)})"
+        return [made, *([f"{t}.zero_()"] if self.zero else []), f"a{self.number} = {t}.data_ptr()"]
 
 
 class AllocateTogether(Step):
@@ -84,6 +105,11 @@ class AllocateTogether(Step):
         for number, start in self.parts:
             addresses[number] = begin + start
 
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        made = f"t{self.first} = {constant(self.empty)}({self.size}, (1,), {constant(torch.uint8)})"
+        begin = f"begin = t{self.first}.data_ptr()"
+        return [made, begin, *(f"a{number} = begin + {start}" for number, start in self.parts)]
+
 
 class View(Step):
     """Memory of another tensor seen in another form."""
@@ -94,6 +120,10 @@ class View(Step):
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         tensors[self.number] = seen_as(tensors[self.root], self.size, self.strides, self.offset)
+
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        form = f"{self.size}, {self.strides}, {self.offset}"
+        return [f"t{self.number} = {constant(seen_as)}(t{self.root}, {form})"]
 
 
 class Call(Step):
@@ -111,6 +141,14 @@ class Call(Step):
             if number is not None:
                 tensors[number], addresses[number] = t, t.data_ptr()
 
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        given = [_written(a, constant) for a in self.args]
+        given += [f"{name}={_written(value, constant)}" for name, value in self.kwargs.items()]
+        results = ["_" if n is None else f"t{n}" for n in self.results]
+        left = results[0] if self.single else f"[{', '.join(results)}]"
+        addresses = [f"a{n} = t{n}.data_ptr()" for n in self.makes]
+        return [f"{left} = {constant(self.function)}({', '.join(given)})", *addresses]
+
 
 class Again(Step):
     """A function of :func:`each_time`."""
@@ -126,6 +164,14 @@ class Again(Step):
         if found is not None and self.number is not None:
             tensors[self.number], addresses[self.number] = found, found.data_ptr()
 
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        call = f"{constant(self.function)}({', '.join(f't{n}' for n in self.reads)})"
+        return (
+            [call]
+            if self.number is None
+            else [f"t{self.number} = {call}", f"a{self.number} = t{self.number}.data_ptr()"]
+        )
+
 
 class Launched(Step):
     writes = True
@@ -133,6 +179,9 @@ class Launched(Step):
     def __init__(self, repeated: Repeated) -> None:
         self.repeated = repeated
         self.addresses = [place.root for place in repeated.places]
+
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        return [self.repeated.written(constant)]
 
 
 def together(steps: list[Step], results: Sequence[int | None]) -> list[Step]:

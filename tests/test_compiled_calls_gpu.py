@@ -9,6 +9,7 @@ from fp4_compiling import FEED, Feed, decoded_twin
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
+from vbcompile import compat_lowering
 from vbcompile.kernels import replay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_weights")]
@@ -16,12 +17,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_weights")]
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    """The recordings that plain calls ran."""
+    """The recordings that plain calls ran, one for each call."""
     if torch.version.hip is not None:
         pytest.skip("NVIDIA's")
-    found, run = [], replay.Recording.run_here
-    monkeypatch.setattr(replay.Recording, "run_here", lambda self, *given: found.append(self) or run(self, *given))
-    monkeypatch.setattr(replay.Recording, "run", lambda self, *given: pytest.fail("a call went to the operator"))
+    found, as_function = [], replay.Recording.as_function
+
+    def counted(self, *given):
+        function = as_function(self, *given)
+        return lambda *tensors: found.append(self) or function(*tensors)
+
+    monkeypatch.setattr(replay.Recording, "as_function", counted)
     replay.forget()
     return found
 
@@ -29,7 +34,7 @@ def plain(monkeypatch):
 def code(run, *inputs):
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         _, sources = run_and_get_code(run, *inputs)
-    return "\n".join(sources)
+    return "\n".join(line for source in sources for line in source.splitlines() if not line.strip().startswith("#"))
 
 
 def check(got, eager, exact):
@@ -46,7 +51,7 @@ def test_linear_layers(plain, rows):
     x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         source = code(run, x)
-        assert "vblackwell.fp4_linear.default(" not in source and source.count("= fp4_linear_") == 2
+        assert "= torch.ops.vblackwell" not in source and source.count(" = fp4_linear_") == 2
         run(x)
         kept = []
         for _ in range(4):
@@ -55,6 +60,31 @@ def test_linear_layers(plain, rows):
         for row in kept:
             check(*row)
     assert len(plain) == 8
+
+
+def test_the_dispatcher_gives_the_same_bits(plain, monkeypatch):
+    layers = [nn.Linear(4096, 4096, bias=n == 1) for n in range(3)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    model = model.to(device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    data = [torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16) for rows in (1, 16, 128) for _ in range(5)]
+
+    def results():
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="vblackwell", options={"mode": "speed", "strict": True}, dynamic=False)
+        with torch.no_grad():
+            return [run(x) for x in data]
+
+    got = results()
+    assert len(plain) == 3 * (2 * 4 + 3)  # the first and the last layer are one place
+    plain.clear()
+    monkeypatch.setattr(compat_lowering, "_is_ours", lambda: False)
+    fresh = (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    )
+    with fresh[0], fresh[1]:
+        assert all(torch.equal(a, b) for a, b in zip(got, results(), strict=True))
+    assert not plain
 
 
 def test_streams_and_graphs(plain):
@@ -112,11 +142,12 @@ def test_attention_in_training(plain):
 def test_attention_of_one_token(plain):
     q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, 32, 9000, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    keep = torch.arange(9000, device="cuda") < 8000
+    keep = torch.arange(9000, device="cuda")[None] < 8000
     masked = lambda q, k, v, keep: F.scaled_dot_product_attention(q, k, v, keep)
-    run = torch.compile(masked, backend="vblackwell", options={"strict": True}, dynamic=False)
+    options = {"strict": True, "implementations": {"attention": "triton"}}
+    run = torch.compile(masked, backend="vblackwell", options=options, dynamic=False)
     with torch.no_grad():
-        assert "= attention_" in code(run, q, k, v, keep)
+        assert " = attention_" in code(run, q, k, v, keep)
         for _ in range(4):
             q = torch.randn_like(q)
             check(run(q, k, v, keep), masked(q, k, v, keep), masked(q.double(), k.double(), v.double(), keep))
