@@ -75,8 +75,8 @@ def place_of_call(name: str, arguments: Sequence[Any], named: Mapping[str, Any])
         recording, now = replay.recording_of(name, static, given), settings(tensors[0])
         if recording is not None and (recording, now) != seen and not any(t.data_ptr() & 15 for t in tensors):
             numbers = {id(t): n for n, t in enumerate(given)}
-            function = recording.as_function([numbers[id(t)] for t in tensors], first)
-            known, seen = None if function is None else (function, now), (recording, now)
+            known = recording.as_function([numbers[id(t)] for t in tensors], first), now
+            seen = recording, now
         return result
 
     return call

@@ -105,11 +105,12 @@ class Repeated:
         self.places = [*_places((*arguments, *options.values()))]
         self.direct = self._compiled is not None
 
-    def run(self, tensors: Sequence[Any], addresses: list[int], stream: int) -> None:
+    def run(self, tensors: Any, addresses: Any, stream: int) -> None:
         """Launch on the current device.
 
         Args:
-            tensors: by number; addresses: of each; stream: the current one, as the driver knows it.
+            tensors: by number; addresses: of each, a list where it is direct; stream: the current one, as the driver
+                knows it.
         """
         if self._compiled is not None:
             self._compiled.run(addresses, stream)
@@ -118,12 +119,15 @@ class Repeated:
         self._kernel[self._grid](*_tensors_in(tuple(self._arguments), tensors), **options)
 
     def written(self, constant: Callable[[Any], str]) -> str:
-        """A direct launch as a line of Python, without regard to profilers; ``constant`` gives values a name.
+        """The launch as a line of Python, without regard to profilers; ``constant`` gives values a name.
 
-        The address of the tensor of number 3 is ``a3`` there, the stream is ``stream``.
+        The tensor of number 3 is ``t3`` there, its address ``a3``; the stream is ``stream``.
         """
-        assert self._compiled is not None
-        return self._compiled.written(constant)
+        if self._compiled is not None:
+            return self._compiled.written(constant)
+        roots = {place.root for place in self.places}
+        tensors, addresses = (f"{{{', '.join(f'{n}: {kind}{n}' for n in roots)}}}" for kind in "ta")
+        return f"{constant(self.run)}({tensors}, {addresses}, stream)"
 
 
 def _places(arguments: Sequence[Any]) -> list[Place]:

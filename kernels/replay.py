@@ -409,8 +409,8 @@ class Recording:
         results = [None if n is None else tensors[n] for n in self._results]
         return results[0] if self._form is None else self._form(results)
 
-    def as_function(self, inputs: Sequence[int], otherwise: Callable[..., Any]) -> Callable[..., Any] | None:
-        """The same as a Python function of tensors, on the current device; None where it takes Triton's own launches.
+    def as_function(self, inputs: Sequence[int], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+        """The same as a Python function of tensors, on the current device.
 
         Most of what a list of steps costs the host is the list.
 
@@ -419,9 +419,11 @@ class Recording:
             otherwise: called in the function's place where recordings are void, a profiler listens to launches, or an
                 address is not a multiple of 16.
         """
-        if not all(step.repeated.direct for step in self._steps if isinstance(step, Launched)):
-            return None
-        names: dict[str, Any] = {"otherwise": otherwise, "generation": generation, "knobs": launches.runtime_knobs()}
+        names: dict[str, Any] = {"otherwise": otherwise, "generation": generation}
+        changed = f"generation[0] != {self._generation}"
+        if any(isinstance(step, Launched) for step in self._steps):
+            names["knobs"] = launches.runtime_knobs()
+            changed += " or knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls"
 
         def constant(value: Any) -> str:
             if value is None or type(value) in (bool, int):
@@ -433,7 +435,7 @@ class Recording:
         tensors = ", ".join(f"t{n}" for n in inputs)
         results = ", ".join("None" if n is None else f"t{n}" for n in self._results)
         lines = [
-            f"if generation[0] != {self._generation} or knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:",
+            f"if {changed}:",
             f"    return otherwise({tensors})",
             *(f"a{n} = t{n}.data_ptr()" for n in inputs),
             f"if ({' | '.join(f'a{n}' for n in inputs)}) & 15:",
@@ -443,4 +445,5 @@ class Recording:
             f"return {results}" if self._form is None else f"return {constant(self._form)}([{results}])",
         ]
         exec("\n    ".join([f"def call({tensors}):", *lines]), names)
-        return names["call"]
+        found: Callable[..., Any] = names["call"]
+        return found

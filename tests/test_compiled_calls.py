@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
-from torch._inductor.utils import run_and_get_code
+from torch._dynamo.utils import counters
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from tests.stub_driver import compare_repeats, stub_driver
 from vbcompile.device_catalog import catalog_target
@@ -180,6 +182,41 @@ def test_regions_that_are_compiled_once(stub, dispatched):
         for _ in range(2):
             run(row(), *given)
     assert dispatched[0] == 2
+
+
+def test_code_out_of_the_cache(stub, dispatched, monkeypatch):
+    """As another process finds it, whose kernels nobody has imported."""
+    w = weight()
+    with fresh_cache(), torch._inductor.config.patch(fallback_by_default=False), torch.no_grad():
+        torch.compile(product, backend="vblackwell", dynamic=False)(row(), *w.tensors)
+        torch._dynamo.reset()
+        PyCodeCache.cache_clear()
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        known = OPERATORS.pop("fp4_linear")
+        monkeypatch.setattr(registry.Operator, "load", lambda self: OPERATORS.update(fp4_linear=known))
+        run = torch.compile(product, backend="vblackwell", dynamic=False)
+        for _ in range(4):
+            run(row(), *w.tensors)
+        assert counters["inductor"]["fxgraph_cache_hit"] == before + 1
+    assert dispatched[0] == 1 + 1
+
+
+def test_profilers_hear_of_launches(stub, dispatched):
+    from triton import knobs
+
+    w, heard = weight(), []
+    place = place_of_call("fp4_linear", (TENSOR,) * 4 + (None, 512, "nvfp4", "fragments2t"), {})
+    with torch.no_grad():
+        for _ in range(3):
+            place(row(), *w.tensors)
+        knobs.runtime.launch_enter_hook.add(heard.append)
+        try:
+            place(row(), *w.tensors)
+        finally:
+            knobs.runtime.launch_enter_hook.remove(heard.append)
+        assert len(heard) == 1 and dispatched[0] == 3
+        place(row(), *w.tensors)
+    assert len(heard) == 1 and dispatched[0] == 3
 
 
 def test_the_backward(stub):
