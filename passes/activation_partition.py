@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
-from vbcompile import compat
-from vbcompile.passes import activation_graph, activation_offload, activation_plan, recompute
+from vbcompile.passes import activation_graph, activation_offload, activation_plan, input_views, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
 from vbcompile.passes.activation_rates import measured_rates
@@ -62,7 +61,7 @@ class ActivationPartitioner:
             log.debug("the plan for activations failed", exc_info=True)
         for node in joint.graph.nodes:
             node.meta["recompute"] = marks.get(node.name)
-        return compat.partition(joint, inputs, **options)
+        return input_views.partition(joint, inputs, **options)
 
     def _split(
         self, joint: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
@@ -70,7 +69,7 @@ class ActivationPartitioner:
         outputs = options["num_fwd_outputs"]
         graph = JointGraph(joint.graph, outputs)
         if not graph.backward:
-            return compat.partition(joint, inputs, **options)
+            return input_views.partition(joint, inputs, **options)
         planner = StepPlanner(graph, self._rates, self._limits)
         plan = planner.plan()
         fates = dict(zip(planner.planned, plan.fates, strict=True))
@@ -85,7 +84,7 @@ class ActivationPartitioner:
             if fate.choice == "offload"
         }
         sizes = {node.name: node_bytes(node) for node in planner.saved}
-        forward, backward = compat.partition(joint, inputs, **options)
+        forward, backward = input_views.partition(joint, inputs, **options)
         moved = activation_offload.insert_trips(forward, backward, outputs, trips) if trips else []
         self._tell(planner, plan, fates, moved, sizes)
         return forward, backward

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds, parts
+from vbcompile.passes.attention_expression import (
+    FLOAT,
+    INT,
+    Affine,
+    Algebra,
+    Expression,
+    bounds,
+    combine_affine,
+    parts,
+)
 from vbcompile.passes.graph_axes import Dim
 from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, known, tensor_of, value_of
 
@@ -229,7 +238,7 @@ _BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax", "atan", "erf"}
 _MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "reciprocal", "rsqrt", "logsumexp"}
 
 
-def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOWEST_FILL) -> bool:
+def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL) -> bool:
     """Whether a tensor is computed from parameters, integers and constants below ``largest`` alone: biases, slopes.
 
     A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen.
@@ -250,7 +259,7 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOW
             if not is_parameter(n) or not tensor_of(n).requires_grad:
                 return False
         elif (
-            len(seen) > limit
+            len(seen) > 100
             or (call is not None and (call.in_place or call.name in _MAY_BE_INFINITE))
             or (call is not None and call.name == "div" and not isinstance(call.get("other"), (int, float)))
         ):
@@ -311,7 +320,7 @@ def _interval_never_empty(
         sense, affine = bound
         low = [*low, affine] if sense in ("ge", "eq") else low
         high = [*high, affine] if sense in ("le", "eq") else high
-    return all(known(bounds(_combine(h, lo, -1))[0] >= 0) for lo in low for h in high)
+    return all(known(bounds(combine_affine(h, lo, -1))[0] >= 0) for lo in low for h in high)
 
 
 def _key_bound(algebra: Algebra, term: Expression, key: Any) -> tuple[str, Affine] | None:
@@ -321,11 +330,11 @@ def _key_bound(algebra: Algebra, term: Expression, key: Any) -> tuple[str, Affin
     left, right = (algebra.affine(a) for a in term.arguments)
     if left is None or right is None:
         return None
-    coefficients, constant = _combine(left, right, -1)
+    coefficients, constant = combine_affine(left, right, -1)
     factor = coefficients.pop(key, 0)
     if factor not in (1, -1):
         return None
-    bound = _combine(({}, 0), (coefficients, constant), -factor)
+    bound = combine_affine(({}, 0), (coefficients, constant), -factor)
     sense = term.name if factor == 1 or term.name == "eq" else {"le": "ge", "ge": "le"}[term.name]
     return sense, bound
 

@@ -9,11 +9,11 @@ from torch import fx
 from vbcompile.passes.attention_activations import activation
 from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_exact import compared_in, is_exact, may_be_cut, may_wrap, rounded
-from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
+from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Coordinates, Expression, Opaque, kind_of
 from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, shape_of, tensor_of
 
 if TYPE_CHECKING:
-    from vbcompile.passes.attention_lift import Coordinates, Lifter
+    from vbcompile.passes.attention_lift import Lifter
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
@@ -23,10 +23,8 @@ _JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
 
-def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordinates") -> Expression:
+def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
     """The expression of a pointwise operator's result; raises Opaque for anything else."""
-    from vbcompile.passes.attention_lift import Opaque
-
     rule = getattr(_Rules, call.name, None) or _RULES.get(call.name)
     if rule is None:
         raise Opaque
@@ -36,9 +34,7 @@ def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordin
 class _Rules:
     """One call in hand; a method per operator that needs more than its own name."""
 
-    def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordinates") -> None:
-        from vbcompile.passes.attention_lift import kind_of
-
+    def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> None:
         self.make = lifter.algebra.make
         self.const = lifter.algebra.const
         self.call = call
@@ -59,8 +55,6 @@ class _Rules:
         return self.make({BOOL: "to_bool", INT: "to_int", FLOAT: "to_float"}[kind], e)
 
     def opaque(self, reason: str = "") -> Exception:
-        from vbcompile.passes.attention_lift import Opaque
-
         return Opaque(reason)
 
     def check_decision(self, arguments: list[Expression], dtype: torch.dtype) -> None:

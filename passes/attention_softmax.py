@@ -94,7 +94,9 @@ def exponential(call: Call | None) -> tuple[Any, float] | None:
 
 
 def _check_axis(space: Space, axis: Dim, keys: Dim) -> None:
-    if not keys or space.resolve(axis) != space.resolve(keys):
+    if not keys:
+        raise Refusal("there is one key only, and its weight is one")
+    if space.resolve(axis) != space.resolve(keys):
         raise Refusal("the softmax runs over another axis than the one that the second matrix product sums over")
 
 
@@ -360,12 +362,27 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
             found = _without_shift(found, call.input, call.get("other"))
+        elif found.sink is None and _scales_shifted(space, call, found.dims, keys):
+            factor = call.get("other") if call.name == "mul" else 1 / call.get("other")
+            found = replace(found, logits=call.input, factor=found.factor * factor, exact_logits=False)
         elif call.name == "pad" and found.weights.sink_column and found.sink is None:
             found = _split_padding(call, found)
         elif call.name == "cat" and found.weights.sink_column and found.sink is None:
             found = _split_sink(space, call, found, keys)
         else:
             return _finish(found)
+
+
+def _scales_shifted(space: Space, call: Call, dims: Dims, keys: Dim) -> bool:
+    """Whether numbers above zero multiply logits that are less a number per row: ``(x / 32 - max(x / 32)) * 32``."""
+    while call.name in ("mul", "div") and "rounding_mode" not in call.arguments and not call.in_place:
+        number, below = call.get("other"), call_of(call.input)
+        if type(number) not in (int, float) or not 0 < number < math.inf or below is None:
+            return False
+        if below.name == "sub" and _is_row_constant(space, below, dims, keys):
+            return True
+        call = below
+    return False
 
 
 def _without_shift(found: Softmax, logits: fx.Node, shift: fx.Node) -> Softmax:

@@ -5,7 +5,7 @@ made, it does not. The model's own products copy operands that are views, and do
 so that such a write may have been harmless there. Here it has to be an error, not a wrong gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from vbcompile import compat
 from vbcompile.passes.graph_ops import module_graphs
 
 
-def has_attention(gm: fx.GraphModule) -> bool:
-    """Whether a torch-level graph, or one inside it, calls the fused operator."""
+def partition_for(gm: fx.GraphModule, training: bool) -> Callable[..., Any] | None:
+    """:func:`partition` for a torch-level graph that is trained and has fused attention, also one inside it."""
     target = torch.ops.vblackwell.attention.default
-    return any(module.graph.find_nodes(op="call_function", target=target) for module in module_graphs(gm))
+    has_attention = any(module.graph.find_nodes(op="call_function", target=target) for module in module_graphs(gm))
+    return partition if training and has_attention else None
 
 
 def save_inputs_whole(joint: fx.Graph) -> None:

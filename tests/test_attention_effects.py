@@ -10,7 +10,9 @@ from attention_pass_run import CAUSAL, attend, check, compiled, qkv
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vbcompile import compat
 from vbcompile.backend import vblackwell
+from vbcompile.passes.activation_plan import StepPlanner
 
 INF = float("inf")
 
@@ -142,20 +144,45 @@ def test_bias_modified_by_the_caller():
         torch.testing.assert_close(found, wanted)
 
 
+def _sliced(q, k, v, mask):
+    return attend(q, k.mT.mT, v, lambda s: s + mask[:6, :7])
+
+
+def _split(q, k, v, mask):
+    return attend(q, k, v, lambda s: s + mask.split_with_sizes([7, 1], 1)[0][:6])
+
+
+@pytest.mark.parametrize("function", [_sliced, _split])
+@pytest.mark.parametrize("options", [{}, {"mode": "memory", "budget": "1GB"}, {"mode": "memory", "fails": True}])
 @pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
-def test_inputs_modified_ahead_of_the_backward_are_an_error(downstream):
+def test_inputs_modified_ahead_of_the_backward_are_an_error(function, options, downstream, monkeypatch):
     """Compiled code may save a view of an input, of which PyTorch does not see that it was written to."""
 
-    def function(q, k, v, mask):
-        return attend(q, k.mT.mT, v, lambda s: s + mask[:6, :7])
+    kinds = compat.OperatorKinds()
+
+    def split(joint, inputs, **how):
+        (backward,) = joint.graph.find_nodes(op="call_function", target=torch.ops.vblackwell.attention_backward.default)
+        for node in backward.all_input_nodes:
+            way = []
+            while kinds.is_view(node):
+                way.append(node)
+                node = node.args[0]
+            marked.extend(kinds.is_recomputed_by_user(view) for view in way if node.op == "placeholder")
+        return partition(joint, inputs, **how)
 
     torch._dynamo.reset()
-    options = {"downstream": downstream, "strict": True}
+    marked, partition = [], compat.partition
+    monkeypatch.setattr(compat, "partition", split)
+    if options.get("fails"):
+        monkeypatch.setattr(StepPlanner, "plan", lambda self: 1 / 0)
+    options = {"strict": "fails" not in options, "downstream": downstream} | options
+    options.pop("fails", None)
     mask = torch.zeros(8, 8)
     out = torch.compile(function, backend=vblackwell, options=options)(*qkv(), mask)
     mask += 1.0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+    assert marked and all(marked)
 
 
 def test_log_sum_of_frozen_scores_modified_by_the_caller():

@@ -138,13 +138,14 @@ def _downstream(
     partitioner = activation_partition.partitioner_for(context, report)
     budget = None if partitioner is None else config.budget
     if compiler.name == "aot_eager":
-        return _watched(compat.compile_with_aot_eager(gm, example_inputs, partitioner), budget, report)
+        split = partitioner or input_views.partition_for(gm, context.training)
+        return _watched(compat.compile_with_aot_eager(gm, example_inputs, split), budget, report)
     key = _cache_key(config)
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
     if partitioner is not None:
         options = {**compat.partitioner_options(partitioner, key), **options}
-    elif context.training and input_views.has_attention(gm):
-        options.setdefault("custom_partitioner_fn", compat.Partitioner(input_views.partition, key))
+    elif split := input_views.partition_for(gm, context.training):
+        options.setdefault("custom_partitioner_fn", compat.Partitioner(split, key))
     if config.fp4 and config.fp4_master != "keep":
         options.setdefault("size_asserts", False)  # weights that are given up are not read, and have other strides
     if not cudagraphs:
