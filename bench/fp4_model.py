@@ -5,7 +5,7 @@
 The shape is that of Llama-3-8B. A decode step is one token of one sequence with a static cache, a prefill is a whole
 prompt without a cache; both are timed as replays of a CUDA graph, and launched one by one. Times are medians, in
 milliseconds. Each way compiles in a process of its own, all at once, and they are measured one after the other; what is
-launched one by one in three turns, since a host's speed changes.
+launched one by one in three turns, with the host's speed beside each, since that changes.
 
 Logits are compared with those of the same model run eagerly, on the decoded weights (exit status 1 where they differ by
 more than rounding explains: three times as much as Inductor's). ``--small`` runs on a processor, to try the script.
@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import record  # noqa: E402
 from fp4_models import pack_model  # noqa: E402
-from turns import await_turn, give_turn_back, hand_in, take_turns  # noqa: E402
+from turns import await_turn, give_turn_back, hand_in, host_speed, take_turns  # noqa: E402
 
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -150,11 +150,13 @@ def work(variant: str, arguments: argparse.Namespace) -> None:
     row["compile_s"] = time.perf_counter() - started
     await_turn(arguments.folder, variant)
     row["ms"] = milliseconds(lambda: step(compiled), graph=True)
-    row["each_without_graph"] = [milliseconds(lambda: step(compiled), graph=False)]
-    while len(row["each_without_graph"]) < TURNS:
-        give_turn_back(arguments.folder, variant)
-        await_turn(arguments.folder, variant)
-        row["each_without_graph"].append(milliseconds(lambda: step(compiled), graph=False))
+    turns = []
+    for turn in range(TURNS):
+        if turn:
+            give_turn_back(arguments.folder, variant)
+            await_turn(arguments.folder, variant)
+        turns.append((milliseconds(lambda: step(compiled), graph=False), host_speed()))
+    row["each_without_graph"], row["host_speed_us"] = map(list, zip(*turns, strict=True))
     row["ms_without_graph"] = statistics.median(row["each_without_graph"])
     hand_in(arguments.folder, variant, row)
 
