@@ -1,8 +1,8 @@
 """Calls of our operators in the code that Inductor generates, without PyTorch's dispatcher in between.
 
-Such a place calls with tensors that differ in nothing but their addresses from one time to the next. So what
-:mod:`vbcompile.kernels.replay` remembers of it needs no look at shapes: only whether everything else that calls depend
-on is as it was. All other calls, the first ones among them, go to the operator itself.
+Such a place calls with tensors that differ in nothing but their addresses from one time to the next, or in sizes that
+are known to vary. So what :mod:`vbcompile.kernels.replay` remembers of it needs no look at other shapes, only whether
+everything else that calls depend on is as it was. Other calls, the first ones among them, go to the operator itself.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -16,6 +16,7 @@ from vbcompile.compat_lowering import lower_to_calls
 from vbcompile.kernels import registry, replay
 
 TENSOR = Ellipsis  # stands for a tensor among the arguments of a place
+_MOST = 64  # shapes that a place knows; the oldest go first
 
 
 @dataclass(frozen=True)
@@ -46,40 +47,56 @@ def _takes(device: torch.device) -> bool:
     return replay.takes(device)
 
 
-def place_of_call(name: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Callable[..., Any]:
+def place_of_call(
+    name: str, arguments: Sequence[Any], named: Mapping[str, Any], varying: Sequence[int] = ()
+) -> Callable[..., Any]:
     """What a place in generated code calls with its tensors, in their order.
 
     Args:
         name: of the operator, without its namespace.
         arguments, named: those of the operator, :data:`TENSOR` for each tensor.
+        varying: which of the tensors have sizes or strides that are not the same every time.
     """
     if name not in OPERATORS:  # code out of a cache
         registry.operator(name).load()
     called = OPERATORS[name]
     settings = called.settings
-    known: tuple[Callable[..., Any], Hashable] | None = None  # a recording's function, and its settings
-    seen: tuple[replay.Recording, Hashable] | None = None
+    # by shapes that vary: a recording's function with the settings that it holds for, and what it was made of
+    known: dict[Hashable, tuple[Callable[..., Any], Hashable, replay.Recording]] = {}
 
     def call(*tensors: Tensor) -> Any:
-        found = known
+        found = known.get(None)
         if found is not None and settings(tensors[0]) == found[1]:
             return found[0](*tensors)
         return first(*tensors)
 
+    def call_varying(*tensors: Tensor) -> Any:
+        found = known.get(shapes(tensors))
+        if found is not None and settings(tensors[0]) == found[1]:
+            return found[0](*tensors)
+        return first(*tensors)
+
+    def shapes(tensors: tuple[Tensor, ...]) -> Hashable:
+        return tuple([(tensors[n].shape, tensors[n].stride()) for n in varying]) or None
+
     def first(*tensors: Tensor) -> Any:
-        nonlocal known, seen
         remaining = iter(tensors)
         full, options = _filled(arguments, remaining), {key: _filled(v, remaining) for key, v in named.items()}
         result = called.run(*full, **options)
         static, given = called.described(*full, **options)
-        recording, now = replay.recording_of(name, static, given), settings(tensors[0])
-        if recording is not None and (recording, now) != seen and not any(t.data_ptr() & 15 for t in tensors):
+        recording = replay.recording_of(name, static, given)
+        if recording is None or any(t.data_ptr() & 15 for t in tensors):
+            return result
+        key, now = shapes(tensors), settings(tensors[0])
+        last = known.get(key)
+        if last is None or last[1:] != (now, recording):
             numbers = {id(t): n for n, t in enumerate(given)}
-            known = recording.as_function([numbers[id(t)] for t in tensors], first), now
-            seen = recording, now
+            if len(known) >= _MOST:
+                known.pop([*known][0], None)
+            known[key] = recording.as_function([numbers[id(t)] for t in tensors], first), now, recording
         return result
 
-    return call
+    return call_varying if varying else call
 
 
 def _filled(argument: Any, tensors: Any) -> Any:

@@ -10,8 +10,8 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from tests.stub_driver import compare_repeats, stub_driver
 from vbcompile.device_catalog import catalog_target
+from vbcompile.kernels import compiled_calls, fp4_linear_few, registry, replay
 from vbcompile.kernels import fp4_linear as logical
-from vbcompile.kernels import fp4_linear_few, registry, replay
 from vbcompile.kernels.attention import attention
 from vbcompile.kernels.compiled_calls import OPERATORS, TENSOR, place_of_call
 from vbcompile.kernels.fp4_layout import to_layout
@@ -150,14 +150,32 @@ def test_a_recording_of_one_tensor_given_twice_is_not_taken(stub, dispatched):
     assert dispatched[0] == 4
 
 
-def test_dynamic_sizes_and_other_backends_keep_the_dispatcher(stub):
-    w = weight()
-    _, source = code(product, row(), *w.tensors, backend="inductor")
-    assert BY_DISPATCHER in source and PLAIN not in source
-    torch._dynamo.reset()
-    x = row(3)
+def test_sizes_that_vary(stub, dispatched, monkeypatch):
+    compared = compare_repeats(stub, monkeypatch)
+    w, x = weight(), row(3)
     torch._dynamo.mark_dynamic(x, 1)
-    _, source = code(product, x, *w.tensors, dynamic=None)
+    run, source = code(product, x, *w.tensors, dynamic=None)
+    assert BY_DISPATCHER not in source and source.count(PLAIN) == 1
+    with torch.no_grad():
+        for m in (3, 2, 2, 4, 2, 3, 4, 4, 3):
+            assert run(row(m), *w.tensors).shape == (1, m, 256)
+    assert dispatched[0] == 6 and compared[0] == 4  # two of each number of rows
+
+
+def test_a_place_forgets_the_oldest_shapes(stub, dispatched, monkeypatch):
+    monkeypatch.setattr(compiled_calls, "_MOST", 2)
+    w = weight()
+    place = place_of_call("fp4_linear", (TENSOR,) * 4 + (None, 512, "nvfp4", "fragments2t"), {}, [0])
+    with torch.no_grad():
+        for m in (1, 2, 3, 1, 3, 2):
+            for _ in range(3):
+                assert place(row(m), *w.tensors).shape == (1, m, 256)
+    # the first three numbers of rows twice each; of the last three, those that had been forgotten once
+    assert dispatched[0] == 3 * 2 + 2
+
+
+def test_other_backends_keep_the_dispatcher(stub):
+    _, source = code(product, row(), *weight().tensors, backend="inductor")
     assert BY_DISPATCHER in source and PLAIN not in source
 
 

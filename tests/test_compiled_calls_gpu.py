@@ -62,6 +62,19 @@ def test_linear_layers(plain, rows):
     assert len(plain) == 8
 
 
+def test_numbers_of_rows_that_vary(plain):
+    model = Feed(1024, 2048).to(device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    twin = decoded_twin(model, *FEED)
+    exact = copy.deepcopy(twin).double()
+    run = torch.compile(model, backend="vblackwell", options={"mode": "speed", "strict": True})
+    with torch.no_grad():
+        for rows in (5, 3, 40, 5, 3, 40, 3, 40, 5, 3, 5, 40):
+            x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+            torch._dynamo.mark_dynamic(x, 0)
+            check(run(x), twin(x), exact(x.double()))
+    assert len(plain) == 3 * 2 * 2
+
+
 def test_the_dispatcher_gives_the_same_bits(plain, monkeypatch):
     layers = [nn.Linear(4096, 4096, bias=n == 1) for n in range(3)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])

@@ -15,10 +15,11 @@ def lower_to_calls(
 ) -> None:
     """From now on, in code that Inductor makes for our backend, an operator is a call of what ``place`` gives.
 
-    ``place(name, arguments, named)`` is called once when the code is loaded, with the operator's name and its
-    arguments, ``tensor`` for each tensor; the code calls what comes of it with the tensors, in order. What is changed
-    is Inductor's own way for operators that it does not know; its constraints on strides stay. Other compiles, sizes
-    that are not fixed, devices that ``takes`` does not take, and C++ wrappers keep that way.
+    ``place(name, arguments, named, varying)`` is called once when the code is loaded, with the operator's name, its
+    arguments, ``tensor`` for each tensor, and which tensors have sizes or strides that are not fixed; the code calls
+    what comes of it with the tensors, in order. What is changed is Inductor's own way for operators that it does not
+    know; its constraints on strides stay. Other compiles, devices that ``takes`` does not take, and C++ wrappers keep
+    that way.
     """
     from torch._inductor import lowering
     from torch._library.utils import get_layout_constraint_tag
@@ -81,11 +82,13 @@ def _call_class(place: Callable[..., Any], tensor: Any, takes: Callable[[torch.d
             named = {**self.kwargs, **named}
             if not tensors or not _is_literal((arguments, named), IRNode):
                 return None
-            if not all(takes(t.get_device()) and _is_fixed((*t.get_size(), *t.get_stride())) for t in tensors):
+            if not all(takes(t.get_device()) for t in tensors):
                 return None
-            layouts = [(t.get_device(), t.get_dtype(), *t.get_size(), -1, *t.get_stride()) for t in tensors]
+            forms = [(*t.get_size(), -1, *t.get_stride()) for t in tensors]
+            varying = [n for n, form in enumerate(forms) if not _is_fixed(form)]
+            layouts = [(t.get_device(), t.get_dtype(), *form) for t, form in zip(tensors, forms, strict=True)]
             without = [_without(a, IRNode, tensor) for a in (arguments, named)]
-            return f"{without[0]!r}, {without[1]!r}\n{layouts}"
+            return f"{without[0]!r}, {without[1]!r}, {varying}\n{layouts}"
 
         def _tensors(self) -> list[Any]:
             return list(self.inputs)
