@@ -5,6 +5,7 @@ are known to vary. So what :mod:`vbcompile.kernels.replay` remembers of it needs
 everything else that calls depend on is as it was. Other calls, the first ones among them, go to the operator itself.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ class RepeatedOperator:
 
 
 OPERATORS: dict[str, RepeatedOperator] = {}
+_writing = threading.Lock()
 
 
 def use_in_compiled_code() -> None:
@@ -91,9 +93,11 @@ def place_of_call(
         last = known.get(key)
         if last is None or last[1:] != (now, recording):
             numbers = {id(t): n for n, t in enumerate(given)}
-            if len(known) >= _MOST:
-                known.pop([*known][0], None)
-            known[key] = recording.as_function([numbers[id(t)] for t in tensors], first), now, recording
+            function = recording.as_function([numbers[id(t)] for t in tensors], first)
+            with _writing:
+                if len(known) >= _MOST and last is None:
+                    del known[next(iter(known))]
+                known[key] = function, now, recording
         return result
 
     return call_varying if varying else call

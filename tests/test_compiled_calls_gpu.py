@@ -72,7 +72,7 @@ def test_numbers_of_rows_that_vary(plain):
             x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
             torch._dynamo.mark_dynamic(x, 0)
             check(run(x), twin(x), exact(x.double()))
-    assert len(plain) == 3 * 2 * 2
+    assert len(plain) in (3 * 2 * 2, 3 * 2 * 3)  # gate and up in one call or in two
 
 
 def test_the_dispatcher_gives_the_same_bits(plain, monkeypatch):
