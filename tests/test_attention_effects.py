@@ -413,3 +413,33 @@ def test_other_nodes_are_untouched():
 
     run = check(function, *qkv(grad=False))
     assert any(n.target == "add_" for n in run.graphs[0].graph.nodes)
+
+
+# ----------------------------------------------------------------------------------- writes that become expressions
+def test_assigned_number_beyond_float16():
+    """Where ``masked_fill`` raises, an assignment stores infinity."""
+
+    def function(q, k, v, hidden):
+        scores = q @ k.mT
+        scores[hidden] = -1e9
+        return torch.softmax(scores, -1) @ v
+
+    q, k, v = (x.half() for x in qkv(grad=False))
+    hidden = torch.zeros(2, 4, 6, 7, dtype=torch.bool)
+    hidden[..., 3:] = True
+    ours, run = compiled(function)
+    torch.testing.assert_close(ours(q, k, v, hidden), function(q, k, v, hidden), rtol=2e-3, atol=2e-3)
+    assert run.sites == 1
+
+
+def test_filled_scores_lie_in_memory_as_before():
+    """``masked_fill`` gives contiguous results, ``masked_fill_`` does not, and a view may rely on that."""
+
+    def function(q, k, v, hidden):
+        scores = torch.einsum("bqhd,bkhd->bqhk", q, k)
+        scores.masked_fill_(hidden, -INF)
+        weights = scores.permute(0, 2, 1, 3).view(-1, 6, 7).softmax(-1)
+        return weights @ v, weights, scores
+
+    q, k, v = torch.randn(2, 6, 3, 4), torch.randn(2, 7, 3, 4), torch.randn(6, 7, 4)
+    check(function, q, k, v, torch.rand(2, 6, 1, 7) > 0.7, sites=0)
