@@ -242,11 +242,11 @@ class _Compiled:
         self._launch(*self._grid, stream, *self._picked(values))
 
     def written(self, constant: Callable[[Any], str]) -> str:
-        arguments = [*map(str, self._grid), "stream"]
+        arguments = [*map(constant, self._grid), "stream"]
         for value in self._arguments:
             make, places = _maker(value), _places([value])
             if isinstance(value, Place):
-                arguments.append(f"a{value.root} + {value.offset}" if value.offset else f"a{value.root}")
+                arguments.append(f"a{value.root} + {constant(value.offset)}" if value.offset else f"a{value.root}")
             elif make is not None:
                 addresses = ", ".join(f"{place.root}: a{place.root}" for place in places)
                 arguments.append(f"{constant(make)}({{{addresses}}})")

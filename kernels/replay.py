@@ -12,6 +12,7 @@ the key, and it says so (``registry.Implementation.replays``).
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -419,15 +420,13 @@ class Recording:
             otherwise: called in the function's place where recordings are void, a profiler listens to launches, or an
                 address is not a multiple of 16.
         """
-        names: dict[str, Any] = {"otherwise": otherwise, "generation": generation}
-        changed = f"generation[0] != {self._generation}"
+        names: dict[str, Any] = {"otherwise": otherwise, "generation": generation, "age": self._generation}
+        changed = "generation[0] != age"
         if any(isinstance(step, Launched) for step in self._steps):
             names["knobs"] = launches.runtime_knobs()
             changed += " or knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls"
 
         def constant(value: Any) -> str:
-            if value is None or type(value) in (bool, int):
-                return repr(value)
             name = f"c{len(names)}"
             names[name] = value
             return name
@@ -444,6 +443,12 @@ class Recording:
             *(line for step in self._steps for line in step.written(constant)),
             f"return {results}" if self._form is None else f"return {constant(self._form)}([{results}])",
         ]
-        exec("\n    ".join([f"def call({tensors}):", *lines]), names)
+        exec(_code("\n    ".join([f"def call({tensors}):", *lines])), names)
         found: Callable[..., Any] = names["call"]
         return found
+
+
+@lru_cache(maxsize=256)
+def _code(text: str) -> Any:
+    """Recordings of other sizes have the same text."""
+    return compile(text, "<recording>", "exec")

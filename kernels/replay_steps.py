@@ -55,7 +55,7 @@ class Step:
     def written(self, constant: Callable[[Any], str]) -> list[str]:
         """The same as lines of Python.
 
-        A tensor is ``t`` and its number there, its address ``a`` and that; ``constant`` gives values a name.
+        A tensor is ``t`` and its number there, its address ``a`` and that; all else is a name that ``constant`` gives.
         """
         raise NotImplementedError
 
@@ -85,7 +85,8 @@ class Allocate(Step):
 
     def written(self, constant: Callable[[Any], str]) -> list[str]:
         t = f"t{self.number}"
-        made = f"{t} = {constant(self.empty)}({self.size}, {self.strides}, {constant(self.dtype)})"
+        given = ", ".join(map(constant, (self.size, self.strides, self.dtype)))
+        made = f"{t} = {constant(self.empty)}({given})"
         return [made, *([f"{t}.zero_()"] if self.zero else []), f"a{self.number} = {t}.data_ptr()"]
 
 
@@ -106,9 +107,9 @@ class AllocateTogether(Step):
             addresses[number] = begin + start
 
     def written(self, constant: Callable[[Any], str]) -> list[str]:
-        made = f"t{self.first} = {constant(self.empty)}({self.size}, (1,), {constant(torch.uint8)})"
+        made = f"t{self.first} = {constant(self.empty)}({constant(self.size)}, (1,), {constant(torch.uint8)})"
         begin = f"begin = t{self.first}.data_ptr()"
-        return [made, begin, *(f"a{number} = begin + {start}" for number, start in self.parts)]
+        return [made, begin, *(f"a{number} = begin + {constant(start)}" for number, start in self.parts)]
 
 
 class View(Step):
@@ -122,7 +123,7 @@ class View(Step):
         tensors[self.number] = seen_as(tensors[self.root], self.size, self.strides, self.offset)
 
     def written(self, constant: Callable[[Any], str]) -> list[str]:
-        form = f"{self.size}, {self.strides}, {self.offset}"
+        form = ", ".join(map(constant, (self.size, self.strides, self.offset)))
         return [f"t{self.number} = {constant(seen_as)}(t{self.root}, {form})"]
 
 
