@@ -11,9 +11,10 @@ import torch
 import torch.fx as fx
 from torch._dynamo.utils import counters
 
-from vbcompile import __version__, compat
+from vbcompile import __version__, compat, compat_lowering
 from vbcompile.config import DOWNSTREAM, Config, ConfigError, resolve_config
 from vbcompile.device import Target, get_target
+from vbcompile.kernels import compiled_calls
 from vbcompile.kernels.registry import MODULES, as_text, check_option, forced_implementation
 from vbcompile.passes import activation_partition, attention_inlined, input_views, pipeline
 from vbcompile.report import GraphReport
@@ -149,6 +150,7 @@ def _downstream(
         options.setdefault("size_asserts", False)  # weights that are given up are not read, and have other strides
     if not cudagraphs:
         options["triton.cudagraphs"] = False
+    compiled_calls.use_in_compiled_code()
     rewrite = None if context.training else attention_inlined.inline_attention
     return _watched(compat.compile_with_inductor(gm, example_inputs, options, key, rewrite), budget, report)
 
@@ -173,7 +175,7 @@ def _watched(compiled: Callable[..., Any], budget: int | None, report: GraphRepo
 def _sources_hash() -> str:
     from vbcompile.kernels import attention, attention_results, attention_sdpa, fp4_linear, fp4_straight_through
 
-    inlined = attention_inlined, attention_sdpa
+    inlined = attention_inlined, attention_sdpa, compat_lowering
     operators = attention, attention_results, fp4_linear, fp4_straight_through
     return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES, input_views)
 
