@@ -12,6 +12,7 @@ from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
 from vbcompile.passes.activation_rates import measured_rates
 from vbcompile.passes.graph_ops import describe_site
+from vbcompile.passes.saved_operands import guard_saved
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_activations import ActivationPlan
 from vbcompile.vgpu_plan import PlanError
@@ -48,6 +49,7 @@ class ActivationPartitioner:
             PlanError: the budget is too small for this step.
         """
         options["num_fwd_outputs"] = num_fwd_outputs
+        guard_saved(joint.graph, num_fwd_outputs)
         marks = {node.name: node.meta.get("recompute") for node in joint.graph.nodes}
         try:
             return self._split(joint, inputs, options)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from attention_pass_run import CAUSAL, attend, check, compiled, qkv
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from vbcompile.backend import vblackwell
@@ -156,6 +157,43 @@ def test_inputs_modified_ahead_of_the_backward_are_an_error(downstream):
     mask += 1.0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+RETURNED = {
+    "keys": lambda q, k, v, made: k,
+    "values, a view of a product": lambda q, k, v, made: v,
+    "all three in one": lambda q, k, v, made: made.detach(),
+    "keys in two orders": lambda q, k, v, made: (k.transpose(1, 2), k),
+}
+
+
+@pytest.mark.parametrize("mode", ["balanced", "memory"])
+@pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", RETURNED)
+def test_operands_made_in_the_graph_and_modified_by_the_caller(name, downstream, mode):
+    """A cache that the model returns: an error, or the gradients that there are without the write."""
+
+    def function(x, weight):
+        made = x @ weight
+        q, k, v = (part.view(2, 6, 2, 4).transpose(1, 2) for part in made.chunk(3, -1))
+        k = k + k.flip(-1)
+        return attend(q, k, v), RETURNED[name](q, k, v, made)
+
+    torch._dynamo.reset()
+    inputs = torch.randn(2, 6, 8, requires_grad=True), torch.randn(8, 24, requires_grad=True)
+    wanted = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs)
+    options = {"downstream": downstream, "strict": True, "mode": mode}
+    before = counters["vblackwell"]["fuse_attention"]
+    out, returned = torch.compile(function, backend=vblackwell, options=options)(*inputs)
+    assert counters["vblackwell"]["fuse_attention"] == before + 1
+    with torch.no_grad():
+        (returned[0] if isinstance(returned, tuple) else returned).zero_()
+    try:
+        found = torch.autograd.grad(out.square().sum(), inputs)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_log_sum_of_frozen_scores_modified_by_the_caller():

@@ -27,7 +27,8 @@ def test_operator_kinds():
     )
     noise, seeded = nodes_of((aten.rand_like.default,), (prims.inductor_lookup_seed.default, 0))
     assert kinds.is_matrix_product(product) and not kinds.is_cheap(product)
-    assert kinds.is_view(view) and not kinds.is_view(sine)
+    (parts,) = nodes_of((aten.split_with_sizes.default, [1, 3]))
+    assert kinds.is_view(view) and kinds.is_view(parts) and not kinds.is_view(sine)
     assert kinds.is_cheap(sine) and kinds.is_cheap(gather) and kinds.is_cheap(seeded)
     assert kinds.is_random(noise) and not kinds.is_cheap(noise) and not kinds.is_random(seeded)
 

@@ -360,7 +360,7 @@ class OperatorKinds:
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether the result shares memory with the argument."""
-        return self._lists.is_view(node) or _packet(node) in _more_views()
+        return self._lists.is_view(node) or _packet(node) in _more_views() or _says_that_it_shares(node)
 
     def is_cheap(self, node: fx.Node) -> bool:
         """Pointwise operators, reductions, gathers, and random numbers that are a function of a saved seed."""
@@ -399,6 +399,14 @@ def _packet(node: fx.Node) -> Any:
 def _more_views() -> frozenset[Any]:
     aten = torch.ops.aten
     return frozenset((aten._unsafe_view, aten.transpose, aten.detach, aten.diagonal, aten.unbind))
+
+
+def _says_that_it_shares(node: fx.Node) -> bool:
+    """Whether an operator's schema gives a result that is an argument's memory, unchanged."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable:
+        return False
+    return any(result.alias_info is not None for result in schema.returns)
 
 
 @functools.cache
