@@ -379,9 +379,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floati
 
 
 def nesting_change(node: fx.Node) -> int:
-    """+1 where a function transform begins, -1 where it ends."""
+    """+1 where a function transform begins, forward-mode differentiation included, -1 where it ends."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+    begins = name.endswith("_increment_nesting") or name == "_enter_dual_level"
+    return begins - (name.endswith("_decrement_nesting") or name == "_exit_dual_level")
 
 
 def value_of(node: Any) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from attention_pass_run import CAUSAL, attend, check, compiled, qkv
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from vbcompile.backend import vblackwell
@@ -180,7 +181,7 @@ def test_operands_made_in_the_graph_and_modified_by_the_caller(name, downstream,
         return attend(q, k, v), RETURNED[name](q, k, v, made)
 
     torch._dynamo.reset()
-    inputs = torch.randn(2, 6, 8, requires_grad=True), torch.randn(8, 24, requires_grad=True)
+    inputs = torch.randn(2, 6, 8, requires_grad=True), torch.randn(8, 24).mul(0.2).requires_grad_()
     wanted = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs)
     options = {"downstream": downstream, "strict": True, "mode": mode}
     before = counters["vblackwell"]["fuse_attention"]
@@ -237,6 +238,25 @@ def test_function_transforms_around_attention():
 
     run = check(function, *qkv(grad=False), sites=0)
     assert "function transform" in run.reasons[0]
+
+
+@pytest.mark.parametrize("downstream", ["eager", "aot_eager"])
+def test_forward_mode_differentiation_keeps_the_models_operators(downstream):
+    def tangent(run, q, k, v):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(run(forward_ad.make_dual(q, q.sin()), k, v)).tangent
+
+    inputs = qkv(grad=False)
+    options = {"downstream": downstream, "strict": True}
+    run = torch.compile(attend, backend=vblackwell, options=options)
+    torch._dynamo.reset()
+    torch.testing.assert_close(tangent(run, *inputs), tangent(attend, *inputs))
+    inside = torch.compile(lambda *x: tangent(attend, *x), backend=vblackwell, options=options)
+    torch.testing.assert_close(inside(*inputs), tangent(attend, *inputs))
+    torch._dynamo.reset()
+    run(*inputs)  # compiled with the operator, which PyTorch does not compile anew for tangents
+    with pytest.raises(NotImplementedError, match="no rule for forward-mode differentiation"):
+        tangent(run, *inputs)
 
 
 def test_activation_in_place_by_position():
