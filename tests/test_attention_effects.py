@@ -160,6 +160,20 @@ def test_inputs_modified_ahead_of_the_backward_are_an_error(downstream):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("written", ["keys", "values", "bias", "a row of the bias"])
+def test_operands_that_the_graph_writes_to_afterwards(written):
+    """A cache or a buffer that is brought up to date behind the attention, which saves it."""
+
+    def function(q, k, v, bias):
+        out = attend(q, k.transpose(1, 2), v.transpose(1, 2), lambda s: s + bias)
+        tensors = {"keys": k, "values": v, "bias": bias, "a row of the bias": bias[0]}
+        tensors[written].add_(1.0)
+        return out
+
+    cached = [torch.randn(2, 7, 3, 8) for _ in "kv"]
+    check(function, torch.randn(2, 3, 6, 8, requires_grad=True), *cached, torch.randn(6, 7), capture_autograd=True)
+
+
 RETURNED = {
     "keys": lambda q, k, v, made: k,
     "values, a view of a product": lambda q, k, v, made: v,
