@@ -28,6 +28,9 @@ from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, k
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
+POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
+_ABSORBS = 1e15  # float64 loses the logarithm of a number of keys beside this
+_DECIDES = 700.0  # no weight is left in float64 that is so far below another
 _VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
 
@@ -90,7 +93,23 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
     """Whether all weights where ``shown`` holds may be zero by fills elsewhere in the row, which divided gives NaN."""
     value, _ = _split(algebra, logits, float("-inf"))
     value, low = _split(algebra, value, _VANISHES)
-    return not (set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value))
+    covered = set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value)
+    return not covered or _holds_number_beyond(value, _DECIDES)
+
+
+def may_absorb(logits: Logits) -> bool:
+    """Whether a row may hold nothing but finite fills beside which the logarithm of their number is lost."""
+    return _holds_number_beyond(logits.value, _ABSORBS)
+
+
+def may_underflow(logits: Logits) -> bool:
+    """Whether a row may hold nothing but finite fills, whose powers are zero."""
+    return _holds_number_beyond(logits.value, _DECIDES)
+
+
+def _holds_number_beyond(value: Expression, limit: float) -> bool:
+    floats = (e.value for e in parts(value) if e.name == "const" and e.kind == FLOAT)
+    return any(limit < abs(number) < float("inf") for number in floats)
 
 
 def _guarded(
@@ -179,7 +198,12 @@ def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, li
         return algebra.make("add", a, b), masked_a + masked_b
     if e.name == "sub":
         a, masked = _split(algebra, e.arguments[0], fill)
-        return algebra.make("sub", a, e.arguments[1]), masked
+        b, masked_b = _split(algebra, algebra.make("neg", e.arguments[1]), fill)  # ``score - 1e9 * (1 - mask)``
+        return (
+            (algebra.make("add", a, b), masked + masked_b)
+            if masked_b
+            else (algebra.make("sub", a, e.arguments[1]), masked)
+        )
     if e.name in ("mul", "div"):
         return _split_scaled(algebra, e, fill)
     return e, []

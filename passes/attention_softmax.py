@@ -30,6 +30,8 @@ class Softmax:
         sink: one more logit per row: a node or number and its dimensions, None where there is none.
         weights: the walk to the second product, without what belonged to the softmax.
         exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
+        bare: whether powers are taken of logits from which nothing is subtracted, so that those of low fills are zero.
+        less_log_sum: whether the logarithm of the sum is subtracted from the logits, which loses it beside low fills.
         late_sum: for weights that are divided by their sum only after the second product, the node that was summed.
     """
 
@@ -44,6 +46,8 @@ class Softmax:
     shifts: tuple[fx.Node, ...] = ()
     others: tuple[fx.Node, ...] = ()
     gates: tuple[Gate, ...] = ()
+    bare: bool = False
+    less_log_sum: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,14 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
         raise Refusal("an exponential of a number")
     normalised = _already_normalised(space, logits, weights.dims, keys) if factor == 1.0 else None
     if normalised is not None:
-        return Softmax(normalised, weights.dims, weights)
+        return Softmax(normalised, weights.dims, weights, less_log_sum=call_of(logits).name == "sub")  # type: ignore
     own = _find_own_sum(space, weights, keys)
     if own is not None:
         shift = None if own.sink is None else _shift(space, weights, keys)
         exact = not (own.masks or own.gates)
         found = Softmax(
             logits, weights.dims, own.rest, own.sink, exact_logits=exact, factor=factor, masks=own.masks,
-            others=own.others, gates=own.gates,
+            others=own.others, gates=own.gates, bare=True,
         )  # fmt: skip
         return found if shift is None else _without_shift(found, call_of(logits).input, shift)  # type: ignore[union-attr]
     if weights.kept or weights.zero_empty:
@@ -130,7 +134,7 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
     _check_gates(weights.gates)
     return Softmax(
         logits, weights.dims, replace(weights, gates=()), late_sum=Denominator(weights), factor=factor,
-        exact_logits=not weights.gates, gates=weights.gates,
+        exact_logits=not weights.gates, gates=weights.gates, bare=True,
     )  # fmt: skip
 
 
@@ -388,7 +392,8 @@ def _scales_shifted(space: Space, call: Call, dims: Dims, keys: Dim) -> bool:
 def _without_shift(found: Softmax, logits: fx.Node, shift: fx.Node) -> Softmax:
     """The softmax of ``logits``, from which ``shift`` is subtracted, a number per row that may have more axes."""
     dims = broadcast_input(found.dims, shape_of(logits))
-    return replace(found, logits=logits, dims=dims, exact_logits=False, shifts=(*found.shifts, shift))
+    shifts = (*found.shifts, shift)
+    return replace(found, logits=logits, dims=dims, exact_logits=False, shifts=shifts, bare=False)
 
 
 def is_float_cast(call: Call | None, node: fx.Node) -> bool:
