@@ -394,15 +394,6 @@ def switches_grad_mode(node: fx.Node) -> bool:
     )
 
 
-def switches_grad_mode(node: fx.Node) -> bool:
-    """Whether the gradient mode changes here."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in (
-        "_set_grad_enabled",
-        "_enter_inference_mode",
-        "_exit_inference_mode",
-    )
-
-
 def value_of(node: Any) -> Any:
     """The node's fake value as Dynamo recorded it; the argument itself where it is no node; None where unknown."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
