@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_expression import (
     FLOAT,
     INT,
@@ -248,24 +249,39 @@ def _split_scaled(algebra: Algebra, e: Expression, fill: float) -> tuple[Express
     return algebra.make(e.name, value, b), masked
 
 
-def _is_finite(value: Expression) -> bool:
-    """Whether no tensor in the logits can itself hold ``-inf``: a mask that is added takes keys from rows, too."""
+def _is_finite(value: Expression, activations: bool = False) -> bool:
+    """Whether no tensor in the logits can itself hold ``-inf``: a mask that is added takes keys from rows, too.
+
+    ``activations``: what matrix products give counts as finite.
+    """
     for e in parts(value):
-        if e.name == "tensor" and e.kind == FLOAT and not holds_learned_numbers(e.arguments[0]):
+        if (
+            e.name == "tensor"
+            and e.kind == FLOAT
+            and not holds_learned_numbers(e.arguments[0], activations=activations)
+        ):
             return False
         if e.name == "const" and e.value == float("-inf"):
             return False
+        if e.name == "log" and any(a.kind != FLOAT and a.name == "tensor" for a in parts(e)):
+            return False  # of counts and flags, which may be zero
     return True
+
+
+def may_hide(logits: Logits) -> bool:
+    """Whether a tensor in the logits may itself be a mask of ``-inf``, which hides keys that ``logits.mask`` shows."""
+    return not _is_finite(logits.value, activations=True)
 
 
 _BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax", "atan", "erf"}
 _MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "reciprocal", "rsqrt", "logsumexp"}
 
 
-def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL) -> bool:
+def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL, activations: bool = False) -> bool:
     """Whether a tensor is computed from parameters, integers and constants below ``largest`` alone: biases, slopes.
 
-    A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen.
+    A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen. With
+    ``activations`` what matrix products give counts too.
     """
     todo: list[Any] = [node]
     seen: set[fx.Node] = set()
@@ -282,6 +298,8 @@ def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL) -> bool:
         if n.op in ("placeholder", "get_attr"):
             if not is_parameter(n) or not tensor_of(n).requires_grad:
                 return False
+        elif activations and call is not None and (call.name == "linear" or contraction_of(call, n) is not None):
+            continue
         elif (
             len(seen) > 100
             or (call is not None and (call.in_place or call.name in _MAY_BE_INFINITE))

@@ -22,6 +22,7 @@ from vbcompile.passes.attention_masks import (
     Logits,
     conjuncts,
     may_absorb,
+    may_hide,
     may_underflow,
     may_vanish,
     split_logits,
@@ -300,7 +301,7 @@ class Matcher:
             if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")
             split = fitting
-        if after != set(split.mask) and not split.every_row and not weights.zero_empty:
+        if not split.every_row and not weights.zero_empty and (after != set(split.mask) or may_hide(split)):
             raise Refusal("the weights are masked by a part of the mask only")
         return split, "zero"
 
@@ -310,7 +311,7 @@ class Matcher:
         """Check that the rows set to zero are those without a key, told by ``keep.any(-1)``."""
         shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(*rows)))) - {lifter.algebra.true}
         for found in (split, *(split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))):
-            if shown == set(found.mask):
+            if shown == set(found.mask) and (found.every_row or not may_hide(found)):
                 return found, "zero"
         raise Refusal("rows of weights are set to zero by something else than the softmax's mask")
 
