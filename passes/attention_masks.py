@@ -30,7 +30,7 @@ from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, k
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
 POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
-_ABSORBS = 1e15  # float64 loses the logarithm of a number of keys beside this
+_FILL = 1e3  # no learned number is as large
 _DECIDES = 700.0  # no weight is left in float64 that is so far below another
 _VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
@@ -98,9 +98,9 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
     return not covered or _holds_number_beyond(value, _DECIDES)
 
 
-def may_absorb(logits: Logits) -> bool:
-    """Whether a row may hold nothing but finite fills beside which the logarithm of their number is lost."""
-    return _holds_number_beyond(logits.value, _ABSORBS)
+def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
+    """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
+    return _holds_number_beyond(logits.value, max(_FILL, 0.1 / torch.finfo(dtype).eps))
 
 
 def may_underflow(logits: Logits) -> bool:

@@ -186,7 +186,7 @@ class Matcher:
         readable = partial(self._readable, begin=begin, end=end)
         logits, term = split_term(space, algebra, logits, query, key, features, (rows, keys), readable)
         split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
-        if softmax.less_log_sum and may_absorb(split):
+        if softmax.less_log_sum and may_absorb(split, tensor_of(softmax.logits).dtype):
             raise Refusal("the logarithm of a sum of fills is lost beside them")
         full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
         if softmax.bare and may_underflow(full):

@@ -190,6 +190,10 @@ FILLED = {  # name: (softmax of filled scores, sites)
     "powers of a mask that is subtracted": (lambda s, m: _exponentials(s * m - 1e9 * (1 - m.to(s.dtype))), 1),
     "powers of a fill times a tensor": (lambda s, m: _exponentials(s.masked_fill(~m, -1e9) * s.new_full((1,), 2.0)), 1),
     "fills less their logarithm": (lambda s, m: _shifted_powers(s.masked_fill(~m, torch.finfo(s.dtype).min)), 0),
+    "the least number of float64": (
+        lambda s, m: s.double().masked_fill(~m, torch.finfo(torch.float64).min).softmax(-1),
+        1,
+    ),
     "two equal fills": (
         lambda s, m: torch.where(m, torch.where(m.flip(-1), s, torch.full_like(s, -1e9)), -1e9).float().softmax(-1),
         1,
