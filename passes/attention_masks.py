@@ -95,20 +95,21 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
     value, _ = _split(algebra, logits, float("-inf"))
     value, low = _split(algebra, value, _VANISHES)
     covered = set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value)
-    return not covered or _holds_number_beyond(value, _DECIDES)
+    return not covered or holds_number_beyond(value, _DECIDES)
 
 
 def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
     """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
-    return _holds_number_beyond(logits.value, max(_FILL, 0.1 / torch.finfo(dtype).eps))
+    return holds_number_beyond(logits.value, max(_FILL, 0.1 / torch.finfo(dtype).eps))
 
 
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
-    return _holds_number_beyond(logits.value, _DECIDES)
+    return holds_number_beyond(logits.value, _DECIDES)
 
 
-def _holds_number_beyond(value: Expression, limit: float) -> bool:
+def holds_number_beyond(value: Expression, limit: float) -> bool:
+    """Whether a finite constant in the expression is larger than ``limit``, or as far below zero."""
     floats = (e.value for e in parts(value) if e.name == "const" and e.kind == FLOAT)
     return any(limit < abs(number) < float("inf") for number in floats)
 

@@ -21,6 +21,7 @@ from vbcompile.passes.attention_masks import (
     Guard,
     Logits,
     conjuncts,
+    holds_number_beyond,
     may_absorb,
     may_hide,
     may_underflow,
@@ -34,7 +35,7 @@ from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
 from vbcompile.passes.graph_autocast import autocast_at
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
-from vbcompile.passes.graph_effects import Effects, cuts_gradient
+from vbcompile.passes.graph_effects import Effects, ancestors, cuts_gradient
 from vbcompile.passes.graph_ops import (
     call_of,
     is_tensor,
@@ -174,6 +175,8 @@ class Matcher:
             if softmax.sink is not None:
                 raise Refusal("scores less a number of their row, beside a sink")
             logits, softmax = without_shifts(algebra, logits), replace(softmax, exact_logits=False, bare=False)
+        if self._averages_fills(lifter, logits, {*softmax.shifts, *lifter.shifts}):
+            raise Refusal("an average of scores and fills is subtracted from the scores")
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
@@ -212,6 +215,13 @@ class Matcher:
         essential = self._dependents(lifter, readers, lifter.shifts | set(softmax.shifts))
         self._check(site, softmax, keys, essential.union(way, softmax.others))
         return site
+
+    @staticmethod
+    def _averages_fills(lifter: Lifter, logits: Expression, shifts: set[fx.Node]) -> bool:
+        """Whether low fills may be a part of what shifts a row, so that the scores are lost beside it."""
+        made = [n for n in ancestors(shifts, [lifter.score]) if lifter.depends(n)] if shifts and lifter.score else []
+        averages = any(getattr(call_of(n), "name", "") in ("mean", "sum") for n in made)
+        return averages and holds_number_beyond(logits, -POWERLESS)
 
     def guard(self, score: fx.Node) -> Guard | None:
         """How a low finite fill becomes a mask; None where it stays a number."""

@@ -194,6 +194,10 @@ FILLED = {  # name: (softmax of filled scores, sites)
         lambda s, m: s.double().masked_fill(~m, torch.finfo(torch.float64).min).softmax(-1),
         1,
     ),
+    "fills less their mean": (
+        lambda s, m: ((f := s.masked_fill(~m, -1e30)) - f.mean(-1, keepdim=True)).softmax(-1),
+        0,
+    ),
     "two equal fills": (
         lambda s, m: torch.where(m, torch.where(m.flip(-1), s, torch.full_like(s, -1e9)), -1e9).float().softmax(-1),
         1,
