@@ -1,7 +1,8 @@
 """Variants of a benchmark that compile at the same time, each in a process of its own, and are measured one by one.
 
 Compiling takes most of a run. A worker says when it is ready and waits for its turn; while one measures, those that
-still compile are stopped. Every row is handed on as it comes, so that a run cut short has results.
+still compile are stopped. Every row is handed on as it comes, so that a run cut short has results. A host's speed may
+change by a factor of two within a minute, so what it takes is measured in several turns, with those of others between.
 """
 
 import json
@@ -35,6 +36,7 @@ def take_turns(
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("COMPILE_THREADS", "4")}
     workers = {name: subprocess.Popen([*command, name], env=environment, start_new_session=True) for name in names}
     rows: dict[str, dict] = {}
+    turns = dict.fromkeys(names, 0)
 
     def waiting() -> list[str]:
         return [n for n in names if n not in rows and workers[n].poll() is None]
@@ -48,13 +50,14 @@ def take_turns(
             if not ready() or (len(ready()) < len(waiting()) and not hurry):
                 time.sleep(0.1)
                 continue
-            name = ready()[0]
+            name = min(ready(), key=turns.__getitem__)
+            turns[name] += 1
             others = [workers[n] for n in waiting() if n not in ready()]
             for process in others:
                 os.killpg(process.pid, signal.SIGSTOP)
-            _file(folder, name, "turn").touch()
-            done = _file(folder, name, "json")
-            while workers[name].poll() is None and not done.exists() and time.monotonic() < end:
+            done, turn = _file(folder, name, "json"), _file(folder, name, "turn")
+            turn.touch()
+            while workers[name].poll() is None and turn.exists() and not done.exists() and time.monotonic() < end:
                 time.sleep(0.02)
             for process in others:
                 os.killpg(process.pid, signal.SIGCONT)
@@ -69,11 +72,27 @@ def take_turns(
     return [rows[name] for name in names if name in rows]
 
 
+def host_speed() -> float:
+    """Microseconds that a loop of 20000 additions takes now: what times of the host are to be seen beside."""
+    found = []
+    for _ in range(5):
+        begin, total = time.perf_counter(), 0
+        for n in range(20000):
+            total += n & 7
+        found.append(1e6 * (time.perf_counter() - begin))
+    return min(found)
+
+
 def await_turn(folder: Path, name: str) -> None:
     """In a worker: everything is compiled; returns when it may measure."""
     _file(folder, name, "ready").touch()
     while not _file(folder, name, "turn").exists():
         time.sleep(0.02)
+
+
+def give_turn_back(folder: Path, name: str) -> None:
+    """In a worker: it has more to measure, which :func:`await_turn` waits for."""
+    _file(folder, name, "turn").unlink()
 
 
 def hand_in(folder: Path, name: str, row: dict) -> None:

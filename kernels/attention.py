@@ -12,7 +12,8 @@ accumulation type, natural logarithm.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vbcompile.compat import is_fake
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
+from vbcompile.kernels.compiled_calls import OPERATORS, RepeatedOperator
 from vbcompile.kernels.dropout import dropout_keep
 from vbcompile.kernels.quick_operator import quick_operator
 from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator, to_be_run
@@ -226,18 +228,30 @@ def attention(
         with following(implementations):
             return _chosen("attention", q, case).run(q, k, v, captured, scale, dropout_p, seed, score_function)
 
-    static = scale, dropout_p, score_function, _settings("attention", q, implementations)
-    return remembered("attention", static, (q, k, v, *captured, seed), run)
+    given = q, k, v, captured, scale, dropout_p, seed, score_function
+    return remembered("attention", *_described(*given, implementations=implementations), run)
+
+
+def _described(
+    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scale: float, dropout_p: float, seed: Tensor | None,
+    score_function: str, *, implementations: str = "",
+) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
+    """What a call depends on besides its tensors, and these."""
+    static = scale, dropout_p, score_function, implementations, _settings("attention", q)
+    return static, (q, k, v, *captured, seed)
 
 
 def _chosen(name: str, q: Tensor, case: AttentionCase) -> Implementation:
     return to_be_run(operator(name).choose(get_target(q.device), case))
 
 
-def _settings(name: str, q: Tensor, implementations: str) -> tuple[Any, ...]:
-    """What calls depend on besides their arguments."""
+def _settings(name: str, q: Tensor) -> tuple[Any, ...]:
+    """What calls depend on besides their arguments; of ``q`` the dtype and the device count."""
     tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return implementations, forced_implementation(name), torch.are_deterministic_algorithms_enabled(), tf32
+    return forced_implementation(name), torch.are_deterministic_algorithms_enabled(), tf32
+
+
+OPERATORS["attention"] = RepeatedOperator(attention, _described, partial(_settings, "attention"))
 
 
 @attention.register_fake
@@ -277,8 +291,24 @@ def attention_backward(
         found = [_like(g, t) if need else t.new_empty(0) for g, t, need in zip(grads, inputs, needs, strict=True)]
         return _apart(found)
 
-    static = scale, dropout_p, score_function, tuple(needs), _settings("attention_backward", q, implementations)
-    return remembered("attention_backward", static, (*inputs, grad_out, grad_lse, out, lse, seed), run)
+    given = grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
+    return remembered("attention_backward", *_described_backward(*given, implementations=implementations), run)
+
+
+def _described_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], out: Tensor,
+    lse: Tensor, scale: float, dropout_p: float, seed: Tensor | None, score_function: str, needs: Sequence[bool], *,
+    implementations: str = "",
+) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
+    settings = _settings("attention_backward", q)
+    static = scale, dropout_p, score_function, tuple(needs), implementations, settings
+    return static, (q, k, v, *captured, grad_out, grad_lse, out, lse, seed)
+
+
+# the gradient of the result has its dtype, which is that of q
+OPERATORS["attention_backward"] = RepeatedOperator(
+    attention_backward, _described_backward, partial(_settings, "attention_backward")
+)
 
 
 def _apart(gradients: list[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ kept for them; there is none through an epilogue.
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vbcompile.config import FP4_ACTIVATIONS
 from vbcompile.device import Target, get_target
+from vbcompile.kernels.compiled_calls import OPERATORS, RepeatedOperator
 from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
@@ -128,9 +130,20 @@ def fp4_linear(
                 return chosen.run(*arguments, epilogue=epilogue).contiguous()
             return _apply(chosen.run(*arguments).contiguous(), epilogue)
 
-    asked = implementations, forced_implementation("fp4_linear")
-    static = (k, format_name, layout, activations, epilogue, *asked)
-    return remembered("fp4_linear", static, (x, codes, block_scales, row_scale, bias), run)
+    given = x, codes, block_scales, row_scale, bias, k, format_name, layout, activations, epilogue
+    return remembered("fp4_linear", *_described(*given, implementations=implementations), run)
+
+
+def _described(
+    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
+    layout: str, activations: str = "same", epilogue: str = "none", *, implementations: str = "",
+) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
+    """What a call depends on besides its tensors, and these."""
+    static = k, format_name, layout, activations, epilogue, implementations, forced_implementation("fp4_linear")
+    return static, (x, codes, block_scales, row_scale, bias)
+
+
+OPERATORS["fp4_linear"] = RepeatedOperator(fp4_linear, _described, lambda x: forced_implementation("fp4_linear"))
 
 
 def _apply(y: Tensor, epilogue: str) -> Tensor:
@@ -164,8 +177,21 @@ def fp4_linear_backward(
         with on_device(grad.device):
             return to_be_run(choice).run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
 
+    given = grad, codes, block_scales, row_scale, k, format_name, layout
+    return remembered("fp4_linear_backward", *_described_backward(*given, implementations=implementations), run)
+
+
+def _described_backward(
+    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str, *,
+    implementations: str = "",
+) -> tuple[Hashable, tuple[Tensor, ...]]:  # fmt: skip
     static = k, format_name, layout, implementations, forced_implementation("fp4_linear_backward")
-    return remembered("fp4_linear_backward", static, (grad, codes, block_scales, row_scale), run)
+    return static, (grad, codes, block_scales, row_scale)
+
+
+OPERATORS["fp4_linear_backward"] = RepeatedOperator(
+    fp4_linear_backward, _described_backward, lambda grad: forced_implementation("fp4_linear_backward")
+)
 
 
 @fp4_linear_backward.register_fake

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -104,11 +105,12 @@ class Repeated:
         self.places = [*_places((*arguments, *options.values()))]
         self.direct = self._compiled is not None
 
-    def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
+    def run(self, tensors: Any, addresses: Any, stream: int) -> None:
         """Launch on the current device.
 
         Args:
-            tensors: by number; addresses: of each; stream: the current one, as the driver knows it.
+            tensors: by number; addresses: of each, a list where it is direct; stream: the current one, as the driver
+                knows it.
         """
         if self._compiled is not None:
             self._compiled.run(addresses, stream)
@@ -116,13 +118,24 @@ class Repeated:
         options = {name: _tensors_in(value, tensors) for name, value in self._options.items()}
         self._kernel[self._grid](*_tensors_in(tuple(self._arguments), tensors), **options)
 
+    def written(self, constant: Callable[[Any], str]) -> str:
+        """The launch as a line of Python, without regard to profilers; ``constant`` gives values a name.
+
+        The tensor of number 3 is ``t3`` there, its address ``a3``; the stream is ``stream``.
+        """
+        if self._compiled is not None:
+            return self._compiled.written(constant)
+        roots = {place.root for place in self.places}
+        tensors, addresses = (f"{{{', '.join(f'{n}: {kind}{n}' for n in roots)}}}" for kind in "ta")
+        return f"{constant(self.run)}({tensors}, {addresses}, stream)"
+
 
 def _places(arguments: Sequence[Any]) -> list[Place]:
     found: list[Place] = []
     for a in arguments:
         if isinstance(a, Place):
             found.append(a)
-        elif isinstance(a, PlacedDescriptor):
+        elif isinstance(a, (_TensorMap, PlacedDescriptor)):
             found.append(a.place)
         elif isinstance(a, (tuple, list)):
             found += _places(a)
@@ -176,6 +189,7 @@ class _TensorMap:
     _MOST = 512
 
     def __init__(self, placed: PlacedDescriptor, metadata: Any) -> None:
+        self.place = placed.place
         self._root, self._offset = placed.place.root, placed.place.offset
         self._descriptor, self._metadata = _maker(placed), metadata
         self._known: dict[int, Any] = {}
@@ -208,23 +222,37 @@ class _Compiled:
         flags, no_scratch = (self._launcher.launch_cooperative_grid, self._launcher.launch_pdl), (None, None)
         self._middle = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, None, None, None)
         self._launch, values = _without_descriptors(compiled, values)
-        self._addresses = [(n, v.root, v.offset) for n, v in enumerate(values) if isinstance(v, Place)]
+        self._arguments = values = [*self._middle, *values]
         makers = {n: maker for n, v in enumerate(values) if (maker := _maker(v)) is not None}
-        self._others = [(n, maker) for n, maker in makers.items() if not isinstance(values[n], Place)]
-        self._values = [None if n in makers else v for n, v in enumerate(values)]
-        self._hooks = _runtime_knobs()
+        self._constants = [None if n in makers else v for n, v in enumerate(values)]
+        whole = {n: v.root for n, v in enumerate(values) if isinstance(v, Place) and not v.offset}
+        self._others = [(n, maker) for n, maker in makers.items() if n not in whole]
+        # all arguments at once, out of the constants with the addresses behind them
+        self._picked = itemgetter(*(whole[n] + len(values) if n in whole else n for n in range(len(values))))
+        self._hooks = runtime_knobs()
 
-    def run(self, addresses: Sequence[int], stream: int) -> None:
+    def run(self, addresses: list[int], stream: int) -> None:
         enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
         if enter.calls or leave.calls:
             self._run_with_hooks(addresses, stream, enter, leave)
             return
-        values = self._values.copy()
-        for n, root, offset in self._addresses:
-            values[n] = addresses[root] + offset
+        values = self._constants + addresses
         for n, make in self._others:
             values[n] = make(addresses)
-        self._launch(*self._grid, stream, *self._middle, *values)
+        self._launch(*self._grid, stream, *self._picked(values))
+
+    def written(self, constant: Callable[[Any], str]) -> str:
+        arguments = [*map(constant, self._grid), "stream"]
+        for value in self._arguments:
+            make, places = _maker(value), _places([value])
+            if isinstance(value, Place):
+                arguments.append(f"a{value.root} + {constant(value.offset)}" if value.offset else f"a{value.root}")
+            elif make is not None:
+                addresses = ", ".join(f"{place.root}: a{place.root}" for place in places)
+                arguments.append(f"{constant(make)}({{{addresses}}})")
+            else:
+                arguments.append(constant(value))
+        return f"{constant(self._launch)}({', '.join(arguments)})"
 
     def _run_with_hooks(self, addresses: Sequence[int], stream: int, enter: Any, leave: Any) -> None:
         """As Triton launches where a profiler listens."""
@@ -282,7 +310,8 @@ def _verified() -> bool:
 
 
 @cache
-def _runtime_knobs() -> Any:
+def runtime_knobs() -> Any:
+    """Triton's settings of launches; ``launch_enter_hook.calls`` and ``launch_exit_hook.calls`` are who listens."""
     from triton import knobs
 
     return knobs.runtime

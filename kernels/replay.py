@@ -12,6 +12,7 @@ the key, and it says so (``registry.Implementation.replays``).
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ R = TypeVar("R")
 
 _MOST = 1024  # keys; the oldest go first
 _known: dict[Hashable, "Recording | bool"] = {}  # False: seen once; True: not to be recorded
-_generation = [0]
+generation = [0]  # recordings of an earlier one are void
 _writing = threading.Lock()
 _this_thread = threading.local()  # .recorder: the one at work
 
@@ -48,7 +49,7 @@ _this_thread = threading.local()  # .recorder: the one at work
 def forget() -> None:
     """Drop all recordings: something that calls depend on has changed and is in no key."""
     with _writing:
-        _generation[0] += 1
+        generation[0] += 1
         _known.clear()
 
 
@@ -90,14 +91,8 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     assert first is not None
     if not takes(first.device) or getattr(_this_thread, "recorder", None) is not None:
         return _checked(run(), tensors)
-    addresses = [-n if t is None else t.data_ptr() for n, t in enumerate(tensors)]
-    described = [
-        None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
-        for t, address in zip(tensors, addresses, strict=True)
-    ]
-    key = (name, static, _generation[0], *described)
-    if len(set(addresses)) < len(addresses):  # one tensor may be given twice
-        key = (*key, _equal_ones(tensors))
+    addresses = _addresses(tensors)
+    key = _key(name, static, tensors, addresses)
     known = _known.get(key)
     if known.__class__ is Recording:
         return known.run(tensors, addresses)  # type: ignore[union-attr]
@@ -111,6 +106,35 @@ def remembered(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None
     result = _checked(recorder.record(run), tensors)
     _remember(key, recorder.recording(result) or True)
     return result
+
+
+def recording_of(name: Hashable, static: Hashable, tensors: Sequence[Tensor | None]) -> "Recording | None":
+    """What a call of :func:`remembered` with these arguments would do again, where it knows that and tensors differ."""
+    first = tensors[0]
+    assert first is not None
+    if not takes(first.device) or _given_twice(addresses := _addresses(tensors)):
+        return None
+    known = _known.get(_key(name, static, tensors, addresses))
+    return known if isinstance(known, Recording) else None
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [-n if t is None else t.data_ptr() for n, t in enumerate(tensors)]
+
+
+def _given_twice(addresses: Sequence[int]) -> bool:
+    return len(set(addresses)) < len(addresses)
+
+
+def _key(
+    name: Hashable, static: Hashable, tensors: Sequence[Tensor | None], addresses: Sequence[int]
+) -> tuple[Hashable, ...]:
+    described = [
+        None if t is None else (t.shape, t.stride(), t.dtype, address & 15, t.get_device())
+        for t, address in zip(tensors, addresses, strict=True)
+    ]
+    key = (name, static, generation[0], *described)
+    return (*key, _equal_ones(tensors)) if _given_twice(addresses) else key
 
 
 def _checked(result: R, tensors: Sequence[Tensor | None]) -> R:
@@ -374,6 +398,7 @@ class Recording:
         self._steps, self._results, self._form, self._device = tuple(steps), tuple(results), form, device
         self._runs = [step.repeated.run if isinstance(step, Launched) else step.run for step in steps]
         self._nothing, self._zeros = [None] * makes, [0] * makes
+        self._generation = generation[0]
 
     def run(self, inputs: Sequence[Tensor | None], addresses: Sequence[int]) -> Any:
         """The call's results; ``addresses`` those of the inputs."""
@@ -384,3 +409,46 @@ class Recording:
                 run(tensors, found, stream)
         results = [None if n is None else tensors[n] for n in self._results]
         return results[0] if self._form is None else self._form(results)
+
+    def as_function(self, inputs: Sequence[int], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+        """The same as a Python function of tensors, on the current device.
+
+        Most of what a list of steps costs the host is the list.
+
+        Args:
+            inputs: the numbers of the tensors, which are all that were given.
+            otherwise: called in the function's place where recordings are void, a profiler listens to launches, or an
+                address is not a multiple of 16.
+        """
+        names: dict[str, Any] = {"otherwise": otherwise, "generation": generation, "age": self._generation}
+        changed = "generation[0] != age"
+        if any(isinstance(step, Launched) for step in self._steps):
+            names["knobs"] = launches.runtime_knobs()
+            changed += " or knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls"
+
+        def constant(value: Any) -> str:
+            name = f"c{len(names)}"
+            names[name] = value
+            return name
+
+        tensors = ", ".join(f"t{n}" for n in inputs)
+        results = ", ".join("None" if n is None else f"t{n}" for n in self._results)
+        lines = [
+            f"if {changed}:",
+            f"    return otherwise({tensors})",
+            *(f"a{n} = t{n}.data_ptr()" for n in inputs),
+            f"if ({' | '.join(f'a{n}' for n in inputs)}) & 15:",
+            f"    return otherwise({tensors})",
+            f"stream = {constant(current_stream)}({constant(self._device)})",
+            *(line for step in self._steps for line in step.written(constant)),
+            f"return {results}" if self._form is None else f"return {constant(self._form)}([{results}])",
+        ]
+        exec(_code("\n    ".join([f"def call({tensors}):", *lines])), names)
+        found: Callable[..., Any] = names["call"]
+        return found
+
+
+@lru_cache(maxsize=256)
+def _code(text: str) -> Any:
+    """Recordings of other sizes have the same text."""
+    return compile(text, "<recording>", "exec")

@@ -52,6 +52,22 @@ class Step:
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         raise NotImplementedError
 
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        """The same as lines of Python.
+
+        A tensor is ``t`` and its number there, its address ``a`` and that; all else is a name that ``constant`` gives.
+        """
+        raise NotImplementedError
+
+
+def _written(argument: Any, constant: Callable[[Any], str]) -> str:
+    """A recorded argument."""
+    if argument.__class__ is Number:
+        return f"t{argument.number}"
+    if isinstance(argument, (tuple, list)):
+        return f"[{', '.join(_written(a, constant) for a in argument)}]"
+    return constant(argument)
+
 
 class Allocate(Step):
     def __init__(self, number: int, like: Tensor, zero: bool) -> None:
@@ -59,12 +75,19 @@ class Allocate(Step):
         self.size, self.strides = tuple(like.shape), like.stride()
         self.dtype, self.device = like.dtype, like.device
         self.bytes = like.untyped_storage().nbytes()
+        self.empty = empty_on_device(like.device)
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        t = empty_on_device(self.size, self.strides, self.dtype, self.device)
+        t = self.empty(self.size, self.strides, self.dtype)
         if self.zero:
             t.zero_()
         tensors[self.number], addresses[self.number] = t, t.data_ptr()
+
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        t = f"t{self.number}"
+        given = ", ".join(map(constant, (self.size, self.strides, self.dtype)))
+        made = f"{t} = {constant(self.empty)}({given})"
+        return [made, *([f"{t}.zero_()"] if self.zero else []), f"a{self.number} = {t}.data_ptr()"]
 
 
 class AllocateTogether(Step):
@@ -74,14 +97,19 @@ class AllocateTogether(Step):
         self.makes = [part.number for part in parts]
         *starts, total = accumulate((-(-part.bytes // _ALIGNED) * _ALIGNED for part in parts), initial=0)
         self.parts = [*zip(self.makes, starts, strict=True)]
-        self.first, self.size, self.device = self.makes[0], (total,), parts[0].device
+        self.first, self.size, self.empty = self.makes[0], (total,), parts[0].empty
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
-        t = empty_on_device(self.size, (1,), torch.uint8, self.device)
+        t = self.empty(self.size, (1,), torch.uint8)
         begin = t.data_ptr()
         tensors[self.first] = t
         for number, start in self.parts:
             addresses[number] = begin + start
+
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        made = f"t{self.first} = {constant(self.empty)}({constant(self.size)}, (1,), {constant(torch.uint8)})"
+        begin = f"begin = t{self.first}.data_ptr()"
+        return [made, begin, *(f"a{number} = begin + {constant(start)}" for number, start in self.parts)]
 
 
 class View(Step):
@@ -93,6 +121,10 @@ class View(Step):
 
     def run(self, tensors: list[Any], addresses: list[int], stream: int) -> None:
         tensors[self.number] = seen_as(tensors[self.root], self.size, self.strides, self.offset)
+
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        form = ", ".join(map(constant, (self.size, self.strides, self.offset)))
+        return [f"t{self.number} = {constant(seen_as)}(t{self.root}, {form})"]
 
 
 class Call(Step):
@@ -110,6 +142,14 @@ class Call(Step):
             if number is not None:
                 tensors[number], addresses[number] = t, t.data_ptr()
 
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        given = [_written(a, constant) for a in self.args]
+        given += [f"{name}={_written(value, constant)}" for name, value in self.kwargs.items()]
+        results = ["_" if n is None else f"t{n}" for n in self.results]
+        left = results[0] if self.single else f"[{', '.join(results)}]"
+        addresses = [f"a{n} = t{n}.data_ptr()" for n in self.makes]
+        return [f"{left} = {constant(self.function)}({', '.join(given)})", *addresses]
+
 
 class Again(Step):
     """A function of :func:`each_time`."""
@@ -125,6 +165,14 @@ class Again(Step):
         if found is not None and self.number is not None:
             tensors[self.number], addresses[self.number] = found, found.data_ptr()
 
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        call = f"{constant(self.function)}({', '.join(f't{n}' for n in self.reads)})"
+        return (
+            [call]
+            if self.number is None
+            else [f"t{self.number} = {call}", f"a{self.number} = t{self.number}.data_ptr()"]
+        )
+
 
 class Launched(Step):
     writes = True
@@ -132,6 +180,9 @@ class Launched(Step):
     def __init__(self, repeated: Repeated) -> None:
         self.repeated = repeated
         self.addresses = [place.root for place in repeated.places]
+
+    def written(self, constant: Callable[[Any], str]) -> list[str]:
+        return [self.repeated.written(constant)]
 
 
 def together(steps: list[Step], results: Sequence[int | None]) -> list[Step]:

@@ -146,11 +146,12 @@ def stub_driver(folder: Path, monkeypatch) -> Iterator[Stub]:
 def compare_repeats(stub: Stub, monkeypatch) -> list[int]:
     """Every repeated launch is done in both ways; the one number of the result counts them."""
     count = [0]
-    by_launcher = launches.Repeated.run
+    by_launcher, by_code = launches.Repeated.run, launches.Repeated.written
 
-    def run(self, tensors, addresses, stream):
+    def begin(self):
         stub.read_parameters(self._compiled.compiled.src.signature)
-        by_launcher(self, tensors, addresses, stream)
+
+    def end(self, tensors, addresses, stream):
         direct = stub.taken()
         with monkeypatch.context() as patch:
             patch.setattr(self, "_compiled", None)
@@ -159,6 +160,18 @@ def compare_repeats(stub: Stub, monkeypatch) -> list[int]:
         stub.ignore_parameters()
         count[0] += 1
 
+    def run(self, tensors, addresses, stream):
+        begin(self)
+        by_launcher(self, tensors, addresses, stream)
+        end(self, tensors, addresses, stream)
+
+    def written(self, constant):
+        roots = {place.root for place in self.places}
+        tensors, addresses = (f"{{{', '.join(f'{n}: {kind}{n}' for n in roots)}}}" for kind in "ta")
+        before, after = f"{constant(begin)}({constant(self)})", f"{constant(end)}({constant(self)}"
+        return f"{before}; {by_code(self, constant)}; {after}, {tensors}, {addresses}, stream)"
+
     monkeypatch.setattr(launches.Repeated, "run", run)
+    monkeypatch.setattr(launches.Repeated, "written", written)
     monkeypatch.setattr(replay, "together", lambda steps, results: steps)  # for Triton's own, which wants tensors
     return count

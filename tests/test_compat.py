@@ -10,9 +10,10 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
+from torch.autograd import forward_ad
 
 from vbcompile import compat
-from vbcompile.compat_transforms import no_transform_left
+from vbcompile.compat_transforms import has_tangent, is_forward_differentiated, no_transform_left
 from vbcompile.config import INDUCTOR_MODES
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -96,7 +97,7 @@ def test_a_users_own_pass_still_runs_and_enters_the_key():
     with inductor_of_its_own():
         torch.compile(attend, backend=by_inductor("key", joint_custom_pre_pass=Counts()))(q, k, v)
     assert Counts.calls == 1
-    assert "counts" in compat._InductorAttentionOff("key", Counts()).uuid()
+    assert "counts" in compat.InductorAttentionOff("key", Counts()).uuid()
 
 
 def test_the_key_enters_the_cache_key():
@@ -112,8 +113,8 @@ def test_the_key_enters_the_cache_key():
 
 
 def test_the_hook_pickles_for_the_compile_workers():
-    hook = pickle.loads(pickle.dumps(compat._InductorAttentionOff("key", None)))
-    assert hook.uuid() == compat._InductorAttentionOff("key", None).uuid()
+    hook = pickle.loads(pickle.dumps(compat.InductorAttentionOff("key", None)))
+    assert hook.uuid() == compat.InductorAttentionOff("key", None).uuid()
 
 
 @pytest.mark.parametrize("mode", INDUCTOR_MODES)
@@ -363,3 +364,12 @@ def test_transforms_are_ended():
         raise ValueError("inside")
     assert functorch.get_dynamic_layer_stack_depth() == 0
     assert torch.vmap(torch.sin)(torch.ones(2)).shape == (2,)
+
+
+def test_tangents_are_seen():
+    x = torch.ones(2)
+    assert not is_forward_differentiated()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert is_forward_differentiated()
+        assert has_tangent(dual) and has_tangent([1, dual]) and not has_tangent(x) and not has_tangent(None)

@@ -28,7 +28,7 @@ twice.register_autograd(lambda ctx, upstream: upstream * 2, setup_context=lambda
 
 
 def test_empty_on_device():
-    t = compat_calls.empty_on_device((2, 3), (1, 2), torch.float16, DEVICE)
+    t = compat_calls.empty_on_device(DEVICE)((2, 3), (1, 2), torch.float16)
     assert t.shape == (2, 3) and t.stride() == (1, 2) and t.dtype == torch.float16 and t.device == DEVICE
 
 

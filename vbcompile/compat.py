@@ -33,13 +33,13 @@ def compile_with_inductor(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    hook = _InductorAttentionOff(key, options.get("joint_custom_pre_pass", config.joint_custom_pre_pass), rewrite)
+    hook = InductorAttentionOff(key, options.get("joint_custom_pre_pass", config.joint_custom_pre_pass), rewrite)
     with hook.restored_afterwards():
         # config_patches, not config.patch: the backward is compiled later, outside of this call
         return compile_fx(gm, example_inputs, config_patches={**options, "joint_custom_pre_pass": hook})
 
 
-class _InductorAttentionOff(CustomGraphPass):
+class InductorAttentionOff(CustomGraphPass):
     """Runs before Inductor's pattern passes and hides the attention patterns from them until the compile is over."""
 
     def __init__(self, key: str, user_pass: Any, rewrite: Callable[..., Any] | None = None) -> None:

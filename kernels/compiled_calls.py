@@ -1,0 +1,111 @@
+"""Calls of our operators in the code that Inductor generates, without PyTorch's dispatcher in between.
+
+Such a place calls with tensors that differ in nothing but their addresses from one time to the next, or in sizes that
+are known to vary. So what :mod:`vbcompile.kernels.replay` remembers of it needs no look at other shapes, only whether
+everything else that calls depend on is as it was. Other calls, the first ones among them, go to the operator itself.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbcompile.compat_lowering import lower_to_calls
+from vbcompile.kernels import registry, replay
+
+TENSOR = Ellipsis  # stands for a tensor among the arguments of a place
+_MOST = 64  # shapes that a place knows; the oldest go first
+
+
+@dataclass(frozen=True)
+class RepeatedOperator:
+    """An operator whose calls are remembered.
+
+    Attributes:
+        run: the operator.
+        described: ``(static, tensors)`` of its arguments as it gives them to :func:`replay.remembered`.
+        settings: the part of ``static`` that may change between calls, from the first tensor.
+    """
+
+    run: Callable[..., Any]
+    described: Callable[..., tuple[Hashable, Sequence[Tensor | None]]]
+    settings: Callable[[Tensor], Hashable]
+
+
+OPERATORS: dict[str, RepeatedOperator] = {}
+_writing = threading.Lock()
+
+
+def use_in_compiled_code() -> None:
+    """From now on the code that Inductor makes for our backend calls the operators that are known so."""
+    for name in OPERATORS:
+        lower_to_calls(getattr(torch.ops.vblackwell, name).default, place_of_call, TENSOR, _takes)
+
+
+def _takes(device: torch.device) -> bool:
+    return replay.takes(device)
+
+
+def place_of_call(
+    name: str, arguments: Sequence[Any], named: Mapping[str, Any], varying: Sequence[int] = ()
+) -> Callable[..., Any]:
+    """What a place in generated code calls with its tensors, in their order.
+
+    Args:
+        name: of the operator, without its namespace.
+        arguments, named: those of the operator, :data:`TENSOR` for each tensor.
+        varying: which of the tensors have sizes or strides that are not the same every time.
+    """
+    if name not in OPERATORS:  # code out of a cache
+        registry.operator(name).load()
+    called = OPERATORS[name]
+    settings = called.settings
+    # by shapes that vary: a recording's function with the settings that it holds for, and what it was made of
+    known: dict[Hashable, tuple[Callable[..., Any], Hashable, replay.Recording]] = {}
+
+    def call(*tensors: Tensor) -> Any:
+        found = known.get(None)
+        if found is not None and settings(tensors[0]) == found[1]:
+            return found[0](*tensors)
+        return first(*tensors)
+
+    def call_varying(*tensors: Tensor) -> Any:
+        found = known.get(shapes(tensors))
+        if found is not None and settings(tensors[0]) == found[1]:
+            return found[0](*tensors)
+        return first(*tensors)
+
+    def shapes(tensors: tuple[Tensor, ...]) -> Hashable:
+        return tuple([(tensors[n].shape, tensors[n].stride()) for n in varying]) or None
+
+    def first(*tensors: Tensor) -> Any:
+        remaining = iter(tensors)
+        full, options = _filled(arguments, remaining), {key: _filled(v, remaining) for key, v in named.items()}
+        result = called.run(*full, **options)
+        static, given = called.described(*full, **options)
+        recording = replay.recording_of(name, static, given)
+        if recording is None or any(t.data_ptr() & 15 for t in tensors):
+            return result
+        key, now = shapes(tensors), settings(tensors[0])
+        last = known.get(key)
+        if last is None or last[1:] != (now, recording):
+            numbers = {id(t): n for n, t in enumerate(given)}
+            function = recording.as_function([numbers[id(t)] for t in tensors], first)
+            with _writing:
+                if len(known) >= _MOST and last is None:
+                    del known[next(iter(known))]
+                known[key] = function, now, recording
+        return result
+
+    return call_varying if varying else call
+
+
+def _filled(argument: Any, tensors: Any) -> Any:
+    if argument is TENSOR:
+        return next(tensors)
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_filled(a, tensors) for a in argument)
+    return argument
