@@ -530,3 +530,13 @@ def test_reshape_that_is_a_view_keeps_its_strides():
         return torch.einsum("bhqk,bhke->qbhe", torch.softmax(q @ k.mT, -1), v).reshape(6, 3, -1)
 
     check(other, torch.randn(3, 1, 6, 8), torch.randn(3, 1, 7, 8), torch.randn(3, 1, 7, 4))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_logarithms_of_sums_lie_in_memory_as_before(grad):
+    def function(q, k, v):
+        scores = torch.einsum("bqhd,bkhd->bqhk", q, k)
+        sums = scores.logsumexp(-1)
+        return torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), v), sums, sums.view(2, -1)
+
+    check(function, *(torch.randn(2, n, 3, 8, requires_grad=grad) for n in (6, 7, 7)))
