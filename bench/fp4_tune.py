@@ -27,15 +27,16 @@ from vbcompile.kernels import fp4_linear_triton  # noqa: E402
 from vbcompile.kernels.registry import operator  # noqa: E402
 
 LLAMA_8B = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (14336, 4096), (1024, 4096)]
+_SHARES = 3  # processes for the candidates of one weight
 
 
-def _compile(job: tuple[tuple[int, int], int, int, int]) -> None:
+def _compile(job: tuple[tuple[int, int], int, int]) -> None:
     """Launch one share of the candidates for a weight and a count of rows of x."""
-    (n, k), m, share, shares = job
+    (n, k), m, share = job
     target = tune.check_device()
     (weight,) = tune.copies(n, k, "nvfp4", 1)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    for name, run, config in list(tune.candidates(target, m, n, k))[share::shares]:
+    for name, run, config in list(tune.candidates(target, m, n, k))[share::_SHARES]:
         try:
             run(x, *weight.tensors, None, k, "nvfp4", weight.layout, **({} if config is None else {"config": config}))
         except Exception as error:  # noqa: BLE001 - printed, the others go on
@@ -43,10 +44,10 @@ def _compile(job: tuple[tuple[int, int], int, int, int]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_ahead(shapes: list[tuple[int, int]], rows: list[int], shares: int = 3) -> None:
+def compile_ahead(shapes: list[tuple[int, int]], rows: list[int]) -> None:
     # 5 to 8 rows run the same kernels, and so do all from 512 on
     distinct = sorted({m if m <= 4 else min(max(m, 8), 512) for m in rows}, reverse=True)
-    jobs = [(shape, m, share, shares) for m in distinct for share in range(shares) for shape in shapes[:2]]
+    jobs = [(shape, m, share) for m in distinct for share in range(_SHARES) for shape in shapes[:2]]
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs))
 

@@ -92,10 +92,10 @@ def seconds_per_step(work: Callable[[], object], steps: int, warm: int = 2) -> f
     return (time.perf_counter() - begin) / steps
 
 
-def best_rate(copy: Callable[[], object], nbytes: int, repeats: int = 4) -> float:
+def best_rate(copy: Callable[[], object], nbytes: int) -> float:
     """Bytes per second of large copies that follow one another, the best of a few tries."""
     times = []
-    for _ in range(repeats):
+    for _ in range(4):
         torch.accelerator.synchronize()
         begin = time.perf_counter()
         for _ in range(_IN_A_ROW):

@@ -22,6 +22,7 @@ from vbcompile.compat import is_fake
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
+from vbcompile.kernels.dropout import dropout_keep
 from vbcompile.kernels.quick_operator import quick_operator
 from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator, to_be_run
 from vbcompile.kernels.replay import remembered
@@ -69,8 +70,6 @@ def _keep(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
         raise ValueError("attention with dropout needs a seed tensor")
     if dropout_p == 1.0:
         return torch.zeros_like(p)
-    from vbcompile.kernels.dropout import dropout_keep
-
     return dropout_keep(seed, p.shape, dropout_p, p.device).to(p.dtype) / (1.0 - dropout_p)
 
 

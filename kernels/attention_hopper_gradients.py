@@ -159,7 +159,6 @@ def backward_scored(
     scale: float,
     call: ScoreCall,
     rows: RowValues,
-    config: BackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`backward`, with a score function; ``call`` described for the backward.
 
@@ -171,7 +170,7 @@ def backward_scored(
 
     queries, dim, keys = q.shape[2], q.shape[3], k.shape[2]
     program = call.program
-    config = config or scored_config(dim, call)
+    config = scored_config(dim, call)
     inner = float(scale) * program.inner if program.logits else 1.0
     outer = program.outer if program.logits else float(scale) * program.outer
     grad_out = _addressable(grad_out)

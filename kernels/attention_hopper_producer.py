@@ -45,7 +45,7 @@ def take_over(work, number, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def place_item(item, sizes, program, GROUP: gl.constexpr, SHARED: gl.constexpr):
+def place_item(item, sizes, GROUP: gl.constexpr, SHARED: gl.constexpr):
     """Work item -> (query tile, flat head). SHARED: heads that differ in their batch alone are neighbours, since they
     read the same part of a captured tensor."""
     _, q_heads, _, _, query_tiles, heads, _ = sizes
@@ -70,7 +70,7 @@ def describe_item(
     """What all warps need to know of a work item: query tile, batch, flat head (past the last for none: the end), and
     its key tiles, see ``key_tiles``. Divisions and the plan's entry take longer than a consumer should wait."""
     _, q_heads, _, _, query_tiles, heads, _ = sizes
-    query_tile, head = place_item(gl.minimum(item, query_tiles * heads - 1), sizes, program, GROUP, SHARED)
+    query_tile, head = place_item(gl.minimum(item, query_tiles * heads - 1), sizes, GROUP, SHARED)
     first, end, clear, sure = key_tiles(query_tile, head, sizes, program, BLOCK_Q, BLOCK_K, PLANNED)
     real = gl.where(item < query_tiles * heads, head, heads)
     return query_tile, head // q_heads, real, first, end, clear[0], clear[1], sure[0], sure[1]

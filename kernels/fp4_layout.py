@@ -27,8 +27,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from vbcompile.kernels.fp4 import PackedWeight, row_scales
-from vbcompile.kernels.fp4_formats import Fp4Format, decode_scales, fp4_format, pack_nibbles, unpack_nibbles
+from vbcompile.kernels.fp4 import PackedWeight, dequantize, row_scales
+from vbcompile.kernels.fp4_formats import (
+    Fp4Format,
+    decode_e2m1,
+    decode_scales,
+    fp4_format,
+    pack_nibbles,
+    unpack_nibbles,
+)
 
 TILE: Final = 64
 PAIR: Final = 2 * TILE
@@ -204,8 +211,6 @@ def dequantize_weight(
 
     float32 is the value correctly rounded; bfloat16 and float16 are that rounded again.
     """
-    from vbcompile.kernels.fp4 import dequantize
-
     fmt, n = fp4_format(format_name), row_scale.shape[0]
     if layout == "plain":
         packed = PackedWeight(codes, block_scales, row_scale, format_name, (n, k))
@@ -216,8 +221,6 @@ def dequantize_weight(
 
 
 def _decode_tiles(codes: Tensor, block_scales: Tensor, fmt: Fp4Format, layout: str, work: torch.dtype) -> Tensor:
-    from vbcompile.kernels.fp4_formats import decode_e2m1
-
     scale_bytes = _untile_scales(block_scales, TILE // fmt.block_size).to(work)
     exponent = torch.floor(scale_bytes / 8)
     scales = (1 + (scale_bytes - 8 * exponent) / 8) * torch.exp2(exponent - _E4M3_EXPONENT_SHIFT)

@@ -13,6 +13,8 @@ from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE, rows_of
 from vbcompile.kernels.fp4_linear_fp8 import quantize_rows
+from vbcompile.kernels.fp4_linear_fp8_words import pair_assembly
+from vbcompile.kernels.fp4_linear_triton import counters
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
 from vbcompile.kernels.replay import each_time
@@ -166,7 +168,6 @@ def launch_options(
     from triton.experimental.gluon import language as gl
 
     from vbcompile.kernels.fp4_linear_decode import word_assembly
-    from vbcompile.kernels.fp4_linear_fp8_words import pair_assembly
 
     word = pair_assembly(scale_words) if kind == torch.float8_e4m3fn else word_assembly(_KINDS[kind][1])
     registers, at_first = _REGISTERS[config.warpgroups]
@@ -232,7 +233,6 @@ def _launch(
     rows: Tensor, x_scale: Tensor | None, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None,
     out: Tensor, format_name: str, config: WideConfig, epilogue: str,
 ) -> None:  # fmt: skip
-    from vbcompile.kernels.fp4_linear_triton import counters
     from vbcompile.kernels.fp4_linear_wide import fp4_wide_kernel
 
     (m, k), n = rows.shape, row_scale.shape[0]

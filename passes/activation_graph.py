@@ -97,8 +97,6 @@ class JointGraph:
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether the result shares its memory with an argument."""
-        if _is_selection(node):
-            return self.is_view(node.args[0])  # type: ignore[arg-type]
         return self.kinds.is_view(node)
 
     def is_cheap(self, node: fx.Node) -> bool:

@@ -35,11 +35,11 @@ def check_axes(site: Site) -> None:
         raise Refusal("queries or keys are masked scores themselves")
 
 
-def is_masked(node: fx.Node, limit: int = 40) -> bool:
+def is_masked(node: fx.Node) -> bool:
     """Whether a tensor was filled with -inf since the last matrix product: kernels take operands to be finite."""
     todo: list[Any] = [node]
     seen: set[fx.Node] = set()
-    while todo and len(seen) < limit:
+    while todo and len(seen) < 40:
         n = todo.pop()
         if isinstance(n, (tuple, list)):
             todo.extend(n)

@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from vbcompile.compat import copy_graph
-from vbcompile.passes.attention_contraction import einsum_labels
+from vbcompile.passes.attention_contraction import contraction_of, einsum_labels
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.attention_weights import Carriers
+from vbcompile.passes.attention_weights import Carriers, is_on_the_way
 from vbcompile.passes.graph_autocast import autocast_at, under_autocast
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import (
@@ -97,12 +97,52 @@ def _tried(composite: Composite, callers: Callers, copies: dict[fx.Node, fx.Node
 
 
 def _composites(graph: fx.Graph) -> Iterator[Composite]:
-    yield from (Composite(tuple(region)) for region in vmap_regions(graph))
+    regions = list(vmap_regions(graph))
+    near = _near_weights(graph) if regions else set()
+    yield from (Composite(tuple(r)) for r in regions if any(n in near or not _is_arithmetic(n) for n in r))
     depth = 0  # of function transforms, inside which values cannot be computed with
     for node in graph.nodes:
         depth += nesting_change(node)
         if depth == 0 and is_tensor(node) and _writer(node) is not None:
             yield Composite((node,))
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    call = call_of(node)
+    name = getattr(node.target, "__name__", "") if call is None else call.name
+    return name in _ARITHMETIC
+
+
+_ARITHMETIC = {
+    "mul", "add", "sub", "div", "neg", "_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim",
+    "_remove_batch_dim",
+}  # fmt: skip
+
+
+def _near_weights(graph: fx.Graph) -> set[fx.Node]:
+    """What softmaxes are computed from, back to products, and what is computed from them before the next product.
+
+    Arithmetic elsewhere is no part of attention: an associative scan maps it over slices, hundreds of times in a model.
+    """
+    calls = {node: call for node in graph.nodes if (call := call_of(node)) is not None}
+    near: set[fx.Node] = set()
+    todo = [node for node, call in calls.items() if call.name in _SOFTMAXES]
+    while todo:
+        node = todo.pop()
+        if node not in near:
+            near.add(node)
+            call = calls.get(node)
+            if call is None or (call.name != "linear" and contraction_of(call, node) is None):
+                todo += node.all_input_nodes
+    after = {node for node, call in calls.items() if call.name in _SOFTMAXES}
+    for node in graph.nodes:
+        followed = _is_arithmetic(node) or (node in calls and is_on_the_way(calls[node]))
+        if followed and any(i in after for i in node.all_input_nodes):
+            after.add(node)
+    return near | after
+
+
+_SOFTMAXES = {"softmax", "safe_softmax", "softmin", "log_softmax", "exp", "exp2", "pow", "sdpa"}
 
 
 def _autocast(node: fx.Node, callers: Callers) -> torch.dtype | None:

@@ -17,7 +17,7 @@ from vbcompile.passes.graph_ops import known, tensor_of, value_of
 _WITHOUT_ROUNDING = {"neg", "abs", "maximum", "minimum", "relu"}
 _NARROW = {torch.uint8, torch.int8, torch.int16}
 _SMALL_FACTOR = 2**16  # times a position, this fits 32 bits
-_LARGEST_EXACT = {torch.float16: 2**8, torch.bfloat16: 2**6}  # a few such integers add up to a number of the dtype
+LARGEST_EXACT = {torch.float16: 2**8, torch.bfloat16: 2**6}  # a few such integers add up to a number of the dtype
 
 
 def is_exact(e: Expression, computed_in: torch.dtype, scores: torch.dtype | None) -> bool:
@@ -28,7 +28,7 @@ def is_exact(e: Expression, computed_in: torch.dtype, scores: torch.dtype | None
     """
     both_double = scores == computed_in == torch.float64
     narrowed = computed_in == torch.float64 and not both_double
-    if _is_integral(e, _LARGEST_EXACT.get(computed_in)) and not (narrowed and _reads_wide_integers(e)):
+    if _is_integral(e, LARGEST_EXACT.get(computed_in)) and not (narrowed and _reads_wide_integers(e)):
         return True
     if narrowed:
         return False

@@ -11,12 +11,29 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+import torch
 from torch import SymInt, fx
 
-from vbcompile.passes.graph_axes import Atom, Dims
-from vbcompile.passes.graph_ops import known, known_equal
+from vbcompile.passes.graph_axes import Atom, Dim, Dims
+from vbcompile.passes.graph_ops import FLOATS, known, known_equal
 
 BOOL, INT, FLOAT = "b", "i", "f"
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Opaque(Exception):
+    """This tensor cannot be looked into at these coordinates."""
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """Kind of number of a dtype; raises Opaque for complex and quantised ones and floats of 8 bits."""
+    if dtype == torch.bool:
+        return BOOL
+    if dtype in FLOATS:
+        return FLOAT
+    if dtype in _INTEGERS:
+        return INT
+    raise Opaque
 
 
 class Expression:
@@ -71,6 +88,10 @@ class Expression:
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(map(repr, self.arguments))})"
+
+
+Coordinate = Dim | Expression
+Coordinates = tuple[Coordinate, ...]
 
 
 LEAF_NAMES: Final = {"score", "axis", "const", "size", "scalar", "tensor", "shift"}
@@ -336,14 +357,14 @@ class Algebra:
             return {e.arguments[0]: 1}, 0
         if e.name == "neg":
             inner = self.affine(e.arguments[0])
-            return None if inner is None else _combine(({}, 0), inner, -1)
+            return None if inner is None else combine_affine(({}, 0), inner, -1)
         if e.name not in ("add", "sub", "mul"):
             return None
         left, right = (self.affine(a) for a in e.arguments)
         if left is None or right is None:
             return None
         if e.name != "mul":
-            return _combine(left, right, 1 if e.name == "add" else -1)
+            return combine_affine(left, right, 1 if e.name == "add" else -1)
         for (coefficients, constant), (others, factor) in ((left, right), (right, left)):
             if not others and type(factor) is int:
                 return {atom: c * factor for atom, c in coefficients.items()}, constant * factor
@@ -357,7 +378,7 @@ class Algebra:
         if left is None or right is None:
             return None
         sign = 1 if combine(0, 1) == 1 else -1
-        total = _combine(left, right, sign)
+        total = combine_affine(left, right, sign)
         if a.name in ("axis", "const", "size") and total[0]:
             return None  # already simple
         return self.from_affine(total)
@@ -395,7 +416,7 @@ class Algebra:
         left, right = self.affine(a), self.affine(b)
         if left is None or right is None:
             return None
-        coefficients, constant = _combine(left, right, -1)
+        coefficients, constant = combine_affine(left, right, -1)
         if name == "lt":
             name, constant = "le", constant + 1
         elif name == "gt":
@@ -440,7 +461,7 @@ def _decide(name: str, lowest: Any, highest: Any) -> bool | None:
     return None
 
 
-def _combine(a: Affine, b: Affine, sign: int) -> Affine:
+def combine_affine(a: Affine, b: Affine, sign: int) -> Affine:
     coefficients = dict(a[0])
     for atom, c in b[0].items():
         total = coefficients.get(atom, 0) + sign * c

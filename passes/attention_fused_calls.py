@@ -18,7 +18,7 @@ from vbcompile.passes.attention_masks import split_logits
 from vbcompile.passes.attention_matcher import Matcher
 from vbcompile.passes.attention_site import Detail, Operand, Site
 from vbcompile.passes.graph_autocast import under_autocast
-from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
+from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, product
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, shape_of, tensor_of, value_of
 
@@ -87,16 +87,10 @@ def _lifter(matcher: Matcher, site: Site, detail: Detail) -> Lifter:
 def _batch(space: Space, batch: Dims, operand: fx.Node, grouped: bool) -> Dims:
     """Batch dimensions of an operand; with grouped heads, the outer part of the head axis."""
     shape = shape_of(operand)[:-2]
-    if not grouped or known_equal(shape[-1], _size(batch[-1])):
+    if not grouped or known_equal(shape[-1], product(batch[-1])):
         return broadcast_input(batch, shape)
-    outer, _ = space.regroup((batch[-1],), (shape[-1], _size(batch[-1]) // shape[-1]))
+    outer, _ = space.regroup((batch[-1],), (shape[-1], product(batch[-1]) // shape[-1]))
     return (*broadcast_input(batch[:-1], shape[:-1]), outer)
-
-
-def _size(dim: Dim) -> Any:
-    from vbcompile.passes.graph_axes import product
-
-    return product(dim)
 
 
 def add_mask(lifter: Lifter, logits: Expression, mask: fx.Node, dims: Dims, keep: bool) -> Expression:
@@ -313,6 +307,6 @@ def _mask_dims(site: Site, mask: fx.Node, n: Dim, heads: Dim) -> Dims:
     if len(shape) == 2:
         return broadcast_input((site.rows, site.keys), shape)
     joint = (*n, *heads)
-    if not known_equal(shape[0], _size(joint)):
+    if not known_equal(shape[0], product(joint)):
         raise AxisError("a mask of an unknown layout")
     return (joint, *broadcast_input((site.rows, site.keys), shape[1:]))

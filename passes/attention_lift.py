@@ -8,23 +8,25 @@ leaves as a captured tensor, unless it depends on the scores, which must be unde
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import SymFloat, SymInt, fx
 
 from vbcompile.passes.attention_contraction import Contraction
 from vbcompile.passes.attention_exact import cancels
 from vbcompile.passes.attention_expression import (
-    BOOL,
-    FLOAT,
-    INT,
     Algebra,
+    Coordinate,
+    Coordinates,
     Expression,
+    Opaque,
     bounds,
     count_instructions,
     is_constant_choice,
+    kind_of,
     tensors_and_axes,
 )
 from vbcompile.passes.attention_masks import holds_learned_numbers
+from vbcompile.passes.attention_pointwise import pointwise
+from vbcompile.passes.attention_sources import read_source
 from vbcompile.passes.graph_axes import (
     REPEATS,
     RESHAPES,
@@ -37,7 +39,6 @@ from vbcompile.passes.graph_axes import (
     view_input,
 )
 from vbcompile.passes.graph_ops import (
-    FLOATS,
     Call,
     call_of,
     is_tensor,
@@ -48,15 +49,10 @@ from vbcompile.passes.graph_ops import (
     value_of,
 )
 
-Coordinate = Dim | Expression
-Coordinates = tuple[Coordinate, ...]
-
 _PROGRAM_LIMIT = 48  # instructions; a longer expression of indices is cheaper to load than to compute
 _EXPENSIVE = {"exp", "log", "log1p", "pow", "sin", "cos", "sqrt", "rsqrt", "tanh", "sigmoid", "div", "mod", "floordiv"}
 _EXPENSIVE |= {"atan", "erf"}
 
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _SHIFTS = {
     "amax", "max", "mean", "getitem", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "type", "reshape",
     "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone",
@@ -65,21 +61,6 @@ _SHIFTS = {
 
 class Refusal(Exception):
     """Why a site is left alone."""
-
-
-class Opaque(Exception):
-    """This tensor cannot be looked into at these coordinates."""
-
-
-def kind_of(dtype: torch.dtype) -> str:
-    """Kind of number of a dtype; raises Opaque for complex and quantised ones and floats of 8 bits."""
-    if dtype == torch.bool:
-        return BOOL
-    if dtype in FLOATS:
-        return FLOAT
-    if dtype in _INTEGERS:
-        return INT
-    raise Opaque
 
 
 class Lifter:
@@ -382,8 +363,6 @@ class Lifter:
             if node in self._outer:
                 return self._through_boundary(node, coordinates)
             raise Opaque("" if call is None else "an in-place operator")
-        from vbcompile.passes.attention_sources import read_source
-
         found = read_source(self, call, node, coordinates)
         if found is not None:
             return found
@@ -392,8 +371,6 @@ class Lifter:
         moved = self._view(call, node, coordinates)
         if moved is not None:
             return self.read(*moved)
-        from vbcompile.passes.attention_pointwise import pointwise
-
         return pointwise(self, call, node, coordinates)
 
     def read(self, argument: Any, coordinates: Coordinates) -> Expression:

@@ -13,12 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from vbcompile.passes.attention_expression import FLOAT, INT, Affine, Algebra, Expression, _combine, bounds, parts
+from vbcompile.passes.attention_expression import (
+    FLOAT,
+    INT,
+    Affine,
+    Algebra,
+    Expression,
+    bounds,
+    combine_affine,
+    parts,
+)
 from vbcompile.passes.graph_axes import Dim
 from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, known, tensor_of, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
+POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
+_ABSORBS = 1e15  # float64 loses the logarithm of a number of keys beside this
+_DECIDES = 700.0  # no weight is left in float64 that is so far below another
 _VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
 
@@ -81,7 +93,23 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
     """Whether all weights where ``shown`` holds may be zero by fills elsewhere in the row, which divided gives NaN."""
     value, _ = _split(algebra, logits, float("-inf"))
     value, low = _split(algebra, value, _VANISHES)
-    return not (set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value))
+    covered = set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value)
+    return not covered or _holds_number_beyond(value, _DECIDES)
+
+
+def may_absorb(logits: Logits) -> bool:
+    """Whether a row may hold nothing but finite fills beside which the logarithm of their number is lost."""
+    return _holds_number_beyond(logits.value, _ABSORBS)
+
+
+def may_underflow(logits: Logits) -> bool:
+    """Whether a row may hold nothing but finite fills, whose powers are zero."""
+    return _holds_number_beyond(logits.value, _DECIDES)
+
+
+def _holds_number_beyond(value: Expression, limit: float) -> bool:
+    floats = (e.value for e in parts(value) if e.name == "const" and e.kind == FLOAT)
+    return any(limit < abs(number) < float("inf") for number in floats)
 
 
 def _guarded(
@@ -170,7 +198,12 @@ def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, li
         return algebra.make("add", a, b), masked_a + masked_b
     if e.name == "sub":
         a, masked = _split(algebra, e.arguments[0], fill)
-        return algebra.make("sub", a, e.arguments[1]), masked
+        b, masked_b = _split(algebra, algebra.make("neg", e.arguments[1]), fill)  # ``score - 1e9 * (1 - mask)``
+        return (
+            (algebra.make("add", a, b), masked + masked_b)
+            if masked_b
+            else (algebra.make("sub", a, e.arguments[1]), masked)
+        )
     if e.name in ("mul", "div"):
         return _split_scaled(algebra, e, fill)
     return e, []
@@ -229,7 +262,7 @@ _BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax", "atan", "erf"}
 _MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "reciprocal", "rsqrt", "logsumexp"}
 
 
-def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOWEST_FILL) -> bool:
+def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL) -> bool:
     """Whether a tensor is computed from parameters, integers and constants below ``largest`` alone: biases, slopes.
 
     A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen.
@@ -250,7 +283,7 @@ def holds_learned_numbers(node: fx.Node, limit: int = 100, largest: float = -LOW
             if not is_parameter(n) or not tensor_of(n).requires_grad:
                 return False
         elif (
-            len(seen) > limit
+            len(seen) > 100
             or (call is not None and (call.in_place or call.name in _MAY_BE_INFINITE))
             or (call is not None and call.name == "div" and not isinstance(call.get("other"), (int, float)))
         ):
@@ -311,7 +344,7 @@ def _interval_never_empty(
         sense, affine = bound
         low = [*low, affine] if sense in ("ge", "eq") else low
         high = [*high, affine] if sense in ("le", "eq") else high
-    return all(known(bounds(_combine(h, lo, -1))[0] >= 0) for lo in low for h in high)
+    return all(known(bounds(combine_affine(h, lo, -1))[0] >= 0) for lo in low for h in high)
 
 
 def _key_bound(algebra: Algebra, term: Expression, key: Any) -> tuple[str, Affine] | None:
@@ -321,11 +354,11 @@ def _key_bound(algebra: Algebra, term: Expression, key: Any) -> tuple[str, Affin
     left, right = (algebra.affine(a) for a in term.arguments)
     if left is None or right is None:
         return None
-    coefficients, constant = _combine(left, right, -1)
+    coefficients, constant = combine_affine(left, right, -1)
     factor = coefficients.pop(key, 0)
     if factor not in (1, -1):
         return None
-    bound = _combine(({}, 0), (coefficients, constant), -factor)
+    bound = combine_affine(({}, 0), (coefficients, constant), -factor)
     sense = term.name if factor == 1 or term.name == "eq" else {"le": "ge", "ge": "le"}[term.name]
     return sense, bound
 

@@ -14,7 +14,18 @@ from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_gates import gated
 from vbcompile.passes.attention_lift import Lifter, Refusal
-from vbcompile.passes.attention_masks import LOW_FILL, LOWEST_FILL, Guard, Logits, conjuncts, may_vanish, split_logits
+from vbcompile.passes.attention_masks import (
+    LOW_FILL,
+    LOWEST_FILL,
+    POWERLESS,
+    Guard,
+    Logits,
+    conjuncts,
+    may_absorb,
+    may_underflow,
+    may_vanish,
+    split_logits,
+)
 from vbcompile.passes.attention_shifts import without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
@@ -161,7 +172,7 @@ class Matcher:
         if "shift" in logits.leaves:
             if softmax.sink is not None:
                 raise Refusal("scores less a number of their row, beside a sink")
-            logits, softmax = without_shifts(algebra, logits), replace(softmax, exact_logits=False)
+            logits, softmax = without_shifts(algebra, logits), replace(softmax, exact_logits=False, bare=False)
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
@@ -174,9 +185,14 @@ class Matcher:
         readable = partial(self._readable, begin=begin, end=end)
         logits, term = split_term(space, algebra, logits, query, key, features, (rows, keys), readable)
         split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
-        kept, empty = self._keep(lifter, split, logits, weights, keys)
-        if kept is not split and not kept.every_row:  # the logarithm of the sum still has the fills of such rows
-            softmax = replace(softmax, exact_logits=False)
+        if softmax.less_log_sum and may_absorb(split):
+            raise Refusal("the logarithm of a sum of fills is lost beside them")
+        full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
+        if softmax.bare and may_underflow(full):
+            raise Refusal("powers of low fills, which may all be zero")
+        kept, empty = self._keep(lifter, full, logits, weights, keys)
+        if kept is not split and not kept.every_row and kept.mask != split.mask:
+            softmax = replace(softmax, exact_logits=False)  # the logarithm of the sum still has the fills of such rows
         gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]
         kept = gated(algebra, kept, gates)
         site = Site(

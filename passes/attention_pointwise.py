@@ -8,25 +8,24 @@ from torch import fx
 
 from vbcompile.passes.attention_activations import activation
 from vbcompile.passes.attention_contraction import contraction_of
-from vbcompile.passes.attention_exact import compared_in, is_exact, may_be_cut, may_wrap, rounded
-from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
+from vbcompile.passes.attention_exact import LARGEST_EXACT, compared_in, is_exact, may_be_cut, may_wrap, rounded
+from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Coordinates, Expression, Opaque, kind_of
 from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, shape_of, tensor_of
 
 if TYPE_CHECKING:
-    from vbcompile.passes.attention_lift import Coordinates, Lifter
+    from vbcompile.passes.attention_lift import Lifter
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
 _SAME_NAME = {"mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
 _FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "atan", "erf"}
 _JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # rounding may decide what they give
+_MASK_SIZED = 1e3
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
 
-def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordinates") -> Expression:
+def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
     """The expression of a pointwise operator's result; raises Opaque for anything else."""
-    from vbcompile.passes.attention_lift import Opaque
-
     rule = getattr(_Rules, call.name, None) or _RULES.get(call.name)
     if rule is None:
         raise Opaque
@@ -36,9 +35,7 @@ def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordin
 class _Rules:
     """One call in hand; a method per operator that needs more than its own name."""
 
-    def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: "Coordinates") -> None:
-        from vbcompile.passes.attention_lift import kind_of
-
+    def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> None:
         self.make = lifter.algebra.make
         self.const = lifter.algebra.const
         self.call = call
@@ -50,7 +47,15 @@ class _Rules:
         self._direct = lifter.score is not None and lifter.depends(node)
 
     def read(self, parameter: str, default: Any = None) -> Expression:
-        return self._lifter.operand(self.call.get(parameter, default), self._coordinates, self._direct)
+        argument = self.call.get(parameter, default)
+        return self._as_held(self._lifter.operand(argument, self._coordinates, self._direct), argument)
+
+    def _as_held(self, e: Expression, argument: Any) -> Expression:
+        """A number as large as a mask's, as a result of 16 bits holds it: masks that the source made must equal it."""
+        if is_tensor(argument) or e.name != "const" or e.kind != FLOAT or self._dtype not in LARGEST_EXACT:
+            return e
+        held = rounded(e.value, self._dtype)
+        return self.const(held) if _MASK_SIZED <= abs(held) < math.inf else e
 
     def read_as(self, kind: str, parameter: str) -> Expression:
         return self.convert(kind, self.read(parameter))
@@ -59,8 +64,6 @@ class _Rules:
         return self.make({BOOL: "to_bool", INT: "to_int", FLOAT: "to_float"}[kind], e)
 
     def opaque(self, reason: str = "") -> Exception:
-        from vbcompile.passes.attention_lift import Opaque
-
         return Opaque(reason)
 
     def check_decision(self, arguments: list[Expression], dtype: torch.dtype) -> None:

@@ -30,6 +30,8 @@ class Softmax:
         sink: one more logit per row: a node or number and its dimensions, None where there is none.
         weights: the walk to the second product, without what belonged to the softmax.
         exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
+        bare: whether powers are taken of logits from which nothing is subtracted, so that those of low fills are zero.
+        less_log_sum: whether the logarithm of the sum is subtracted from the logits, which loses it beside low fills.
         late_sum: for weights that are divided by their sum only after the second product, the node that was summed.
     """
 
@@ -44,6 +46,8 @@ class Softmax:
     shifts: tuple[fx.Node, ...] = ()
     others: tuple[fx.Node, ...] = ()
     gates: tuple[Gate, ...] = ()
+    bare: bool = False
+    less_log_sum: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def exponential(call: Call | None) -> tuple[Any, float] | None:
 
 
 def _check_axis(space: Space, axis: Dim, keys: Dim) -> None:
-    if not keys or space.resolve(axis) != space.resolve(keys):
+    if not keys:
+        raise Refusal("there is one key only, and its weight is one")
+    if space.resolve(axis) != space.resolve(keys):
         raise Refusal("the softmax runs over another axis than the one that the second matrix product sums over")
 
 
@@ -113,14 +119,14 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
         raise Refusal("an exponential of a number")
     normalised = _already_normalised(space, logits, weights.dims, keys) if factor == 1.0 else None
     if normalised is not None:
-        return Softmax(normalised, weights.dims, weights)
+        return Softmax(normalised, weights.dims, weights, less_log_sum=call_of(logits).name == "sub")  # type: ignore
     own = _find_own_sum(space, weights, keys)
     if own is not None:
         shift = None if own.sink is None else _shift(space, weights, keys)
         exact = not (own.masks or own.gates)
         found = Softmax(
             logits, weights.dims, own.rest, own.sink, exact_logits=exact, factor=factor, masks=own.masks,
-            others=own.others, gates=own.gates,
+            others=own.others, gates=own.gates, bare=True,
         )  # fmt: skip
         return found if shift is None else _without_shift(found, call_of(logits).input, shift)  # type: ignore[union-attr]
     if weights.kept or weights.zero_empty:
@@ -128,7 +134,7 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
     _check_gates(weights.gates)
     return Softmax(
         logits, weights.dims, replace(weights, gates=()), late_sum=Denominator(weights), factor=factor,
-        exact_logits=not weights.gates, gates=weights.gates,
+        exact_logits=not weights.gates, gates=weights.gates, bare=True,
     )  # fmt: skip
 
 
@@ -360,6 +366,9 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
             found = replace(found, logits=call.input)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
             found = _without_shift(found, call.input, call.get("other"))
+        elif found.sink is None and _scales_shifted(space, call, found.dims, keys):
+            factor = call.get("other") if call.name == "mul" else 1 / call.get("other")
+            found = replace(found, logits=call.input, factor=found.factor * factor, exact_logits=False)
         elif call.name == "pad" and found.weights.sink_column and found.sink is None:
             found = _split_padding(call, found)
         elif call.name == "cat" and found.weights.sink_column and found.sink is None:
@@ -368,10 +377,23 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
             return _finish(found)
 
 
+def _scales_shifted(space: Space, call: Call, dims: Dims, keys: Dim) -> bool:
+    """Whether numbers above zero multiply logits that are less a number per row: ``(x / 32 - max(x / 32)) * 32``."""
+    while call.name in ("mul", "div") and "rounding_mode" not in call.arguments and not call.in_place:
+        number, below = call.get("other"), call_of(call.input)
+        if type(number) not in (int, float) or not 0 < number < math.inf or below is None:
+            return False
+        if below.name == "sub" and _is_row_constant(space, below, dims, keys):
+            return True
+        call = below
+    return False
+
+
 def _without_shift(found: Softmax, logits: fx.Node, shift: fx.Node) -> Softmax:
     """The softmax of ``logits``, from which ``shift`` is subtracted, a number per row that may have more axes."""
     dims = broadcast_input(found.dims, shape_of(logits))
-    return replace(found, logits=logits, dims=dims, exact_logits=False, shifts=(*found.shifts, shift))
+    shifts = (*found.shifts, shift)
+    return replace(found, logits=logits, dims=dims, exact_logits=False, shifts=shifts, bare=False)
 
 
 def is_float_cast(call: Call | None, node: fx.Node) -> bool:

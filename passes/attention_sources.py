@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import SymInt, fx
 
-from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Expression
-from vbcompile.passes.attention_lift import Coordinate, Coordinates, Opaque, kind_of
+from vbcompile.passes.attention_expression import (
+    BOOL,
+    FLOAT,
+    INT,
+    Coordinate,
+    Coordinates,
+    Expression,
+    Opaque,
+    kind_of,
+)
 from vbcompile.passes.graph_axes import broadcast_input, index_items, view_input
 from vbcompile.passes.graph_ops import Call, is_tensor, known, known_equal, positive_dim, shape_of, tensor_of, value_of
 

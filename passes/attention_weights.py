@@ -9,7 +9,16 @@ import torch
 from torch import fx
 
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input, index_items, view_input
+from vbcompile.passes.graph_axes import (
+    AxisError,
+    Dim,
+    Dims,
+    Space,
+    broadcast_input,
+    index_items,
+    is_full_slice,
+    view_input,
+)
 from vbcompile.passes.graph_ops import (
     FLOATS,
     Call,
@@ -122,7 +131,7 @@ class Carriers:
             if is_softmax(call, node):
                 self.softmaxes.add(node)
                 self.carrying.add(node)
-            elif call.name in _WAY and any(i in self.carrying for i in node.all_input_nodes):
+            elif is_on_the_way(call) and any(i in self.carrying for i in node.all_input_nodes):
                 self.carrying.add(node)
 
 
@@ -131,6 +140,11 @@ _WAY = _CASTS | {
     "T", "permute", "movedim", "expand", "expand_as", "repeat", "repeat_interleave", "getitem", "narrow",
     "dropout", "nan_to_num", "masked_fill", "where", "mul", "div", "neg", "add", "sub",
 }  # fmt: skip
+
+
+def is_on_the_way(call: Call) -> bool:
+    """Whether the walk from the second product may pass the operator on its way to a softmax."""
+    return call.name in _WAY
 
 
 def is_softmax(call: Call, node: fx.Node) -> bool:
@@ -168,7 +182,7 @@ class _Walk:
             raise Refusal(f"{call.name} between the softmax and its cut")
         step = getattr(self, f"_{call.name}", None)
         if step is not None:
-            return step(call, node, dims, here)
+            return step(call, dims, here)
         if call.name in _CASTS:
             return self._cast(call, node, dims, here)
         moved = view_input(self.space, call, dims)
@@ -181,7 +195,7 @@ class _Walk:
             raise Refusal(f"the attention weights are converted to {tensor_of(node).dtype}")
         return self.terms(call.input, dims, here)
 
-    def _dropout(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _dropout(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         probability, training = call.get("p", 0.5), call.get("training", True)
         if not isinstance(training, bool):
             raise Refusal("whether dropout is active is known only at run time")
@@ -189,19 +203,19 @@ class _Walk:
             here = replace(here, dropout=(*here.dropout, probability))
         return self.terms(call.input, dims, here)
 
-    def _nan_to_num(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _nan_to_num(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         if call.get("nan") not in (None, 0):
             raise Refusal("nan_to_num with another value than zero")
         return self._without_nan(call.input, dims, here)
 
-    def _masked_fill(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _masked_fill(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         if not _is_zero(call.get("value")) or not is_tensor(call.get("mask")):
             raise Refusal("the attention weights are filled with another value than zero")
         if is_nan_of(call.get("mask"), call.input):
             return self._without_nan(call.input, dims, here)
         return self.terms(call.input, dims, self._keep(here, call.get("mask"), dims, False, call.input))
 
-    def _where(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _where(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         kept, filled, keep = call.input, call.get("other"), True
         if kept not in self.carriers.carrying:
             kept, filled, keep = filled, kept, False
@@ -218,7 +232,7 @@ class _Walk:
     def _without_nan(self, weights: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
         return self.terms(weights, dims, replace(here, zero_empty=True, late_factors=len(here.factors)))
 
-    def _mul(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _mul(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         a, b = call.input, call.get("other")
         if a not in self.carriers.carrying:
             a, b = b, a
@@ -229,7 +243,7 @@ class _Walk:
             a, b = (a, b) if whole[0] else (b, a)  # the other one is an exponential, too, but a factor
         return self._scaled("mul", a, b, dims, here)
 
-    def _div(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _div(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         if call.input not in self.carriers.carrying or call.get("rounding_mode") is not None:
             raise Refusal("a division by attention weights")
         return self._scaled("div", call.input, call.get("other"), dims, here)
@@ -260,13 +274,13 @@ class _Walk:
     def _along_keys(self, dims: Dims) -> bool:
         return not {a for dim in self.space.resolve_all(dims) for a in dim}.isdisjoint(self.space.resolve(self.keys))
 
-    def _neg(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _neg(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         return self.terms(call.input, dims, replace(here, factors=(*here.factors, ("neg", None, ()))))
 
-    def _add(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _add(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         return self._sum(call, dims, here, here)
 
-    def _sub(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _sub(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         return self._sum(call, dims, here, replace(here, factors=(*here.factors, ("neg", None, ()))))
 
     def _sum(self, call: Call, dims: Dims, first: Weights, second: Weights) -> list[Weights]:
@@ -278,13 +292,13 @@ class _Walk:
         terms = self.terms(a, broadcast_input(dims, shape_of(a)), first)
         return terms + self.terms(b, broadcast_input(dims, shape_of(b)), second)
 
-    def _getitem(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _getitem(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         moved = view_input(self.space, call, dims)
         if moved is not None:
             return self.terms(*moved, here)
         return self.terms(call.input, dims, replace(here, sink_column=_cut_column(call)))
 
-    def _narrow(self, call: Call, node: fx.Node, dims: Dims, here: Weights) -> list[Weights]:
+    def _narrow(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         items: list[Any] = [slice(None)] * len(dims)
         start, length = call.get("start"), call.get("length")
         if type(start) is not int:
@@ -338,6 +352,4 @@ def _cut_column(call: Call) -> str:
 
 
 def _full(items: Sequence[Any], shape: Sequence[Any]) -> bool:
-    from vbcompile.passes.graph_axes import is_full_slice
-
     return all(is_full_slice(item, size) for item, size in zip(items, shape, strict=False))

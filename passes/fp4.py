@@ -113,7 +113,8 @@ class _Fp4Pass:
             if isinstance(reason, str):
                 self._leave(node, reason)
         groups = [group for group in self._groups(candidates) if not self._is_faster_unpacked(group)]
-        with progress(groups, "packing FP4 weights", self._reads_weights(candidates)) as packing:
+        takes_long = sum(c.n * c.k for c in candidates) >= _WORTH_A_BAR
+        with progress(groups, "packing FP4 weights", takes_long) as packing:
             plans = [plan for group in packing for plan in self._packed(group)]
         trained = self._train([site for site in sites if found[site.node] is None])
         for group, packed in plans:
@@ -226,10 +227,6 @@ class _Fp4Pass:
         own = value_of(site.x).dtype
         cast = None if getattr(site, "form", "") == "grouped" else self.autocast.get(site.node)
         return own if cast is None or own == torch.float64 else cast
-
-    def _reads_weights(self, candidates: list[Candidate]) -> bool:
-        """Whether packing takes long enough to show how far it is."""
-        return sum(c.n * c.k for c in candidates) >= _WORTH_A_BAR
 
     # ---------------------------------------------------------------------------------------------------------- packing
     def _packed(self, group: list[Candidate]) -> list[tuple[list[Candidate], _Packing]]:

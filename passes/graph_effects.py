@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import (
     ACTIVATIONS,
     Call,
@@ -240,6 +241,7 @@ _METHODS = {
     "masked_fill", "clamp", "clamp_min", "clamp_max", "tanh", "exp", "sigmoid", "relu", "neg", "abs", "tril", "triu",
     "log", "sqrt", "rsqrt", "square", "nan_to_num", "maximum", "minimum",
 }  # fmt: skip
+_CONTIGUOUS_RESULTS = {"masked_fill", "tril", "triu"}
 _ACTIVATIONS = {name for name, options in ACTIVATIONS.items() if "inplace" in options}
 
 
@@ -326,7 +328,8 @@ class _Aliases:
                 new = self.graph.call_method("to", (new,), {"dtype": dtype})
                 new.meta = {**node.meta, "example_value": tensor_of(base)}
                 self.position[new] = self.position[node]
-        here = self.position[node]
+        new = self._as_it_lay(new, base)
+        here = self.position[node]  # all that was made is there too
         for user in [*base.users, *node.users]:
             if user is not new and self.position[user] > here:
                 user.replace_input_with(base, new)
@@ -334,6 +337,16 @@ class _Aliases:
         self.sharing[storage_of(base)].append(new)
         self.graph.erase_node(node)
         self.sharing[storage_of(base)] = [n for n in self.sharing[storage_of(base)] if n is not node]
+
+    def _as_it_lay(self, new: fx.Node, base: fx.Node) -> fx.Node:
+        """The result in the memory order of ``base``: ``masked_fill`` and the like give contiguous ones."""
+        held = tensor_of(base)
+        if new.target not in _CONTIGUOUS_RESULTS or held.is_contiguous():
+            return new
+        new.meta["example_value"] = torch.empty_like(held, memory_format=torch.contiguous_format)
+        ordered = Emitter(new.next, self.position).with_strides(new, held)
+        ordered.meta = {**ordered.meta, "example_value": held}
+        return ordered
 
 
 def storage_of_value(value: Any) -> Any:
@@ -351,7 +364,8 @@ def _is_overlapping(t: Tensor) -> bool:
 
 def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if node.target is operator.setitem:
-        return graph.call_method("masked_fill", (node.args[0], _mask_of_setitem(node), node.args[2]))
+        value = _held(node.args[2], tensor_of(node.args[0]).dtype)  # type: ignore[arg-type]
+        return graph.call_method("masked_fill", (node.args[0], _mask_of_setitem(node), value))
     call = call_of(node)
     assert isinstance(call, Call)
     if call.name == "dropout":
@@ -365,6 +379,11 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if call.name in _FUNCTIONAL and node.target is not None and not extra and len(node.args) == 2:
         return graph.call_function(_FUNCTIONAL[call.name], node.args)
     return graph.call_method(call.name, (call.input,))
+
+
+def _held(value: Any, dtype: torch.dtype) -> Any:
+    """A number as assignments store it: beyond a floating type it is infinite, where ``masked_fill`` raises."""
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype)) if dtype.is_floating_point else value
 
 
 def _result_dtype(node: fx.Node) -> torch.dtype:

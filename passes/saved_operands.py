@@ -7,7 +7,7 @@ has to be an error, or to change a tensor that nothing reads, not a wrong gradie
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from vbcompile import compat
 from vbcompile.passes.graph_ops import module_graphs
 
 
-def has_attention(gm: fx.GraphModule) -> bool:
-    """Whether a torch-level graph, or one inside it, calls the fused operator."""
-    return any(module.graph.find_nodes(op="call_function", target=_FORWARD) for module in module_graphs(gm))
+def partition_for(gm: fx.GraphModule, training: bool) -> Callable[..., Any] | None:
+    """:func:`partition` for a torch-level graph that is trained and has fused attention, also one inside it."""
+    has_attention = any(module.graph.find_nodes(op="call_function", target=_FORWARD) for module in module_graphs(gm))
+    return partition if training and has_attention else None
 
 
 def guard_saved(joint: fx.Graph, outputs: int) -> None:
@@ -81,8 +82,6 @@ class _Views:
         return found
 
     def _is_view(self, node: fx.Node) -> bool:
-        if _is_part(node):
-            return self._is_view(node.args[0])  # type: ignore[arg-type]
         return node.op == "call_function" and self._kinds.is_view(node)
 
 

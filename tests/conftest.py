@@ -134,6 +134,15 @@ def fresh_weights(fresh_dynamo):
     fp4_weights.forget()
 
 
+@pytest.fixture
+def hopper_gpu():
+    """Skips where the Hopper attention kernels cannot run."""
+    from vbcompile.kernels import attention_hopper
+
+    if torch.cuda.get_device_capability() != (9, 0) or attention_hopper.refuses_triton():
+        pytest.skip("needs a Hopper GPU and a verified Triton")
+
+
 @pytest.fixture(params=["simulated", pytest.param("card", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest):
     """What the offload runtime streams to."""

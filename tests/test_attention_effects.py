@@ -12,7 +12,9 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from vbcompile import compat
 from vbcompile.backend import vblackwell
+from vbcompile.passes.activation_plan import StepPlanner
 
 INF = float("inf")
 
@@ -144,20 +146,45 @@ def test_bias_modified_by_the_caller():
         torch.testing.assert_close(found, wanted)
 
 
+def _sliced(q, k, v, mask):
+    return attend(q, k.mT.mT, v, lambda s: s + mask[:6, :7])
+
+
+def _split(q, k, v, mask):
+    return attend(q, k, v, lambda s: s + mask.split_with_sizes([7, 1], 1)[0][:6])
+
+
+@pytest.mark.parametrize("function", [_sliced, _split])
+@pytest.mark.parametrize("options", [{}, {"mode": "memory", "budget": "1GB"}, {"mode": "memory", "fails": True}])
 @pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
-def test_inputs_modified_ahead_of_the_backward_are_an_error(downstream):
+def test_inputs_modified_ahead_of_the_backward_are_an_error(function, options, downstream, monkeypatch):
     """Compiled code may save a view of an input, of which PyTorch does not see that it was written to."""
 
-    def function(q, k, v, mask):
-        return attend(q, k.mT.mT, v, lambda s: s + mask[:6, :7])
+    kinds = compat.OperatorKinds()
+
+    def split(joint, inputs, **how):
+        (backward,) = joint.graph.find_nodes(op="call_function", target=torch.ops.vblackwell.attention_backward.default)
+        for node in backward.all_input_nodes:
+            way = []
+            while kinds.is_view(node):
+                way.append(node)
+                node = node.args[0]
+            marked.extend(kinds.is_recomputed_by_user(view) for view in way if node.op == "placeholder")
+        return partition(joint, inputs, **how)
 
     torch._dynamo.reset()
-    options = {"downstream": downstream, "strict": True}
+    marked, partition = [], compat.partition
+    monkeypatch.setattr(compat, "partition", split)
+    if options.get("fails"):
+        monkeypatch.setattr(StepPlanner, "plan", lambda self: 1 / 0)
+    options = {"strict": "fails" not in options, "downstream": downstream} | options
+    options.pop("fails", None)
     mask = torch.zeros(8, 8)
     out = torch.compile(function, backend=vblackwell, options=options)(*qkv(), mask)
     mask += 1.0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+    assert marked and all(marked)
 
 
 @pytest.mark.parametrize("written", ["keys", "values", "bias", "a row of the bias"])
@@ -458,3 +485,33 @@ def test_other_nodes_are_untouched():
 
     run = check(function, *qkv(grad=False))
     assert any(n.target == "add_" for n in run.graphs[0].graph.nodes)
+
+
+# ----------------------------------------------------------------------------------- writes that become expressions
+def test_assigned_number_beyond_float16():
+    """Where ``masked_fill`` raises, an assignment stores infinity."""
+
+    def function(q, k, v, hidden):
+        scores = q @ k.mT
+        scores[hidden] = -1e9
+        return torch.softmax(scores, -1) @ v
+
+    q, k, v = (x.half() for x in qkv(grad=False))
+    hidden = torch.zeros(2, 4, 6, 7, dtype=torch.bool)
+    hidden[..., 3:] = True
+    ours, run = compiled(function)
+    torch.testing.assert_close(ours(q, k, v, hidden), function(q, k, v, hidden), rtol=2e-3, atol=2e-3)
+    assert run.sites == 1
+
+
+def test_filled_scores_lie_in_memory_as_before():
+    """``masked_fill`` gives contiguous results, ``masked_fill_`` does not, and a view may rely on that."""
+
+    def function(q, k, v, hidden):
+        scores = torch.einsum("bqhd,bkhd->bqhk", q, k)
+        scores.masked_fill_(hidden, -INF)
+        weights = scores.permute(0, 2, 1, 3).view(-1, 6, 7).softmax(-1)
+        return weights @ v, weights, scores
+
+    q, k, v = torch.randn(2, 6, 3, 4), torch.randn(2, 7, 3, 4), torch.randn(6, 7, 4)
+    check(function, q, k, v, torch.rand(2, 6, 1, 7) > 0.7, sites=0)

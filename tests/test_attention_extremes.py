@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_oracle import Outcome, differences
 from attention_trial import clear
+from torch._dynamo.utils import counters
 
 from vbcompile.kernels.attention import attention
 from vbcompile.kernels.score_function import Builder, ScoreFunction
@@ -170,3 +171,49 @@ def test_gradients_as_exact_as_plain_ones(factor, masked):
             found = gradients(f, torch.float32)
             errors[place] += torch.stack([(a - b).abs().amax() for a, b in zip(found, truth, strict=True)])
     assert bool((errors[0] < 2 * errors[1]).all()), errors
+
+
+# ------------------------------------------------------------------------- rows that hold nothing but finite fills
+def _exponentials(scores, dim=-1):
+    powers = torch.exp(scores)
+    return powers / powers.sum(dim, keepdim=True)
+
+
+def _shifted_powers(scores):
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp()
+
+
+_SHOWN_ROWS = torch.tensor([[True] * 3 + [False] * 4, [False] * 7, [True] * 7, [False] * 6 + [True]])
+FILLED = {  # name: (softmax of filled scores, sites)
+    "powers of a fill": (lambda s, m: _exponentials(s.masked_fill(~m, -1e9)), 1),
+    "powers of a mask that is added": (lambda s, m: _exponentials(s + (1.0 - m.to(s.dtype)) * -1e4), 1),
+    "powers of a mask that is subtracted": (lambda s, m: _exponentials(s * m - 1e9 * (1 - m.to(s.dtype))), 1),
+    "powers of a fill times a tensor": (lambda s, m: _exponentials(s.masked_fill(~m, -1e9) * s.new_full((1,), 2.0)), 1),
+    "fills less their logarithm": (lambda s, m: _shifted_powers(s.masked_fill(~m, torch.finfo(s.dtype).min)), 0),
+    "two equal fills": (
+        lambda s, m: torch.where(m, torch.where(m.flip(-1), s, torch.full_like(s, -1e9)), -1e9).float().softmax(-1),
+        1,
+    ),
+    "shown weights that vanish": (
+        lambda s, m: (w := s.masked_fill(m, -1e9).abs().softmax(-1) * ~m) / w.sum(-1, keepdim=True),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_fills(name, dtype):
+    weights, sites = FILLED[name]
+
+    def function(q, k, v, shown):
+        return weights(q @ k.mT * 0.25, shown).to(v.dtype) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 16, generator=generator).to(dtype) for n in (4, 7, 7))
+    clear()
+    ours = torch.compile(function, backend="vblackwell", options={"downstream": "eager", "strict": True})
+    got, eager = ours(q, k, v, _SHOWN_ROWS), function(q, k, v, _SHOWN_ROWS)
+    truth = function(q.double(), k.double(), v.double(), _SHOWN_ROWS)
+    assert not differences(*(Outcome({"out": x}) for x in (got, eager, truth)))
+    assert counters["vblackwell"]["fuse_attention"] == sites

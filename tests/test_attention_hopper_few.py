@@ -9,7 +9,6 @@ from matrix import forms
 from triton_aot import Launch, compile_launch
 
 from vbcompile.device_catalog import catalog_target
-from vbcompile.kernels import attention_hopper as hopper
 from vbcompile.kernels import attention_hopper_few as few
 from vbcompile.kernels import attention_problem, attention_triton
 from vbcompile.kernels.attention_parts import split_count
@@ -129,12 +128,6 @@ def test_machine_code(heads, group, queries, keys, dim, mask):
 
 
 # ---------------------------------------------------------------------------------------------------- on a card
-@pytest.fixture
-def hopper_gpu():
-    if torch.cuda.get_device_capability() != (9, 0) or hopper.refuses_triton():
-        pytest.skip("needs a Hopper GPU and a verified Triton")
-
-
 def attend(q, k, v, keep, scale):
     scores = q @ k.mT * scale
     scores = scores if keep is None else scores.masked_fill(~keep, -torch.inf)

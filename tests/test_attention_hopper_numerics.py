@@ -42,12 +42,6 @@ def error(x, exact) -> float:
     return (x.double() - exact).abs().max().item()
 
 
-@pytest.fixture
-def hopper_gpu():
-    if torch.cuda.get_device_capability() != (9, 0) or hopper.refuses_triton():
-        pytest.skip("needs a Hopper GPU and a verified Triton")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", hopper.HEAD_DIMS)
 @pytest.mark.parametrize("case", CASES)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from attention_pass_run import CAUSAL, attend, check, compiled, qkv
 
 from vbcompile.kernels.score_function import ScoreFunction
+from vbcompile.passes import attention_composites
 
 INF = float("inf")
 
@@ -280,3 +281,17 @@ def test_two_float16_masks_are_infinite_together():
     result, expected = ours(*heads, keep, twice), function(*heads, keep, twice)
     assert run.sites == 1 and expected[:, :, 3].isnan().all() and not expected[:, :, 2].isnan().any()
     torch.testing.assert_close(result, expected, atol=2e-3, rtol=2e-3, equal_nan=True)
+
+
+def test_arithmetic_mapped_elsewhere_is_not_looked_into(monkeypatch):
+    """An associative scan maps it over slices, hundreds of times in a model with state spaces."""
+    tried = []
+    monkeypatch.setattr(attention_composites, "_tried", lambda composite, *_: tried.append(composite) or [])
+
+    def function(q, k, v):
+        for _ in range(3):
+            v = torch.vmap(lambda x, y: x * y + x, in_dims=1, out_dims=1)(v, v)
+        return torch.vmap(lambda x: x * 2)(attend(q, k, v).relu())
+
+    check(function, *qkv())
+    assert not tried

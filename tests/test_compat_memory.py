@@ -1,6 +1,7 @@
 """The private parts of PyTorch behind the memory passes, on each supported release."""
 
 import contextlib
+import operator
 import pickle
 
 import pytest
@@ -31,6 +32,15 @@ def test_operator_kinds():
     assert kinds.is_view(view) and kinds.is_view(parts) and not kinds.is_view(sine)
     assert kinds.is_cheap(sine) and kinds.is_cheap(gather) and kinds.is_cheap(seeded)
     assert kinds.is_random(noise) and not kinds.is_cheap(noise) and not kinds.is_random(seeded)
+
+
+def test_views_are_told_by_what_an_operator_says_of_its_memory():
+    aten, kinds = torch.ops.aten, compat.OperatorKinds()
+    views = (aten.split_with_sizes.default, [1, 3]), (aten.view_as_real.default,), (aten.unfold.default, 0, 2, 1)
+    (parts, *others), (sine, written) = nodes_of(*views), nodes_of((aten.sin.default,), (aten.sin_.default,))
+    part = parts.graph.call_function(operator.getitem, (parts, 1))
+    assert all(map(kinds.is_view, (parts, part, *others)))
+    assert not kinds.is_view(written) and not kinds.is_view(sine.graph.call_function(operator.getitem, (sine, 0)))
 
 
 def test_marks():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from vbcompile import device_vendors, doctor, doctor_toolchain
 from vbcompile.device import Target, forget_devices
 from vbcompile.doctor import Diagnosis, KernelReport, Problem, diagnose
 from vbcompile.doctor_toolchain import ToolCheck, check_cpp_compiler, check_triton, check_triton_launcher
+from vbcompile.kernels import registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,18 +37,14 @@ def bare(monkeypatch):
 @pytest.fixture
 def installed(monkeypatch):
     """A healthy installation around the checks: entry point, registry and compilers."""
-    registry = ModuleType("vbcompile.kernels.registry")
-    registry.describe = lambda target: [
-        ("attention", "fast", "" if target.vendor == "nvidia" else "needs an NVIDIA GPU")
-    ]
-    monkeypatch.setitem(sys.modules, "vbcompile.kernels.registry", registry)
+    needs = lambda target: "" if target.vendor == "nvidia" else "needs an NVIDIA GPU"
+    monkeypatch.setattr(registry, "describe", lambda target: [("attention", "fast", needs(target))])
     entry = [importlib.metadata.EntryPoint("vblackwell", "vbcompile.backend:vblackwell", "torch_dynamo_backends")]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: entry)
     works = lambda *_: ToolCheck("triton", "here", True, "compiled")
     monkeypatch.setattr(doctor_toolchain, "check_triton", works)
     monkeypatch.setattr(doctor_toolchain, "check_triton_launcher", works)
     monkeypatch.setattr(doctor_toolchain, "check_cpp_compiler", lambda: ToolCheck("c++", "here", True, "/usr/bin/g++"))
-    return registry
 
 
 def _text(found: Diagnosis) -> str:
@@ -157,11 +154,11 @@ def test_a_missing_entry_point_is_an_error(installed, monkeypatch):
     assert "does not find the backend" in problem.what and "pip install" in problem.fix
 
 
-def test_a_check_that_fails_does_not_hide_the_others(installed):
+def test_a_check_that_fails_does_not_hide_the_others(installed, monkeypatch):
     def broken(target):
         raise KeyError("no such operator")
 
-    installed.describe = broken
+    monkeypatch.setattr(registry, "describe", broken)
     found = diagnose()
     (problem,) = found.problems
     assert "list_kernels failed: KeyError: 'no such operator'" in problem.what

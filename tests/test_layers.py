@@ -1,4 +1,4 @@
-"""Imports point one way: foundations, kernels, passes, backend, tools."""
+"""Imports point one way: foundations, kernels, passes, backend, tools; private names and long files."""
 
 import ast
 from pathlib import Path
@@ -61,6 +61,13 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_down(module, path):
     too_high = {name for name in imported(path) if layer(name) > layer(module)}
     assert not too_high, f"{module} (layer {layer(module)}) imports {too_high}"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
+def test_private_names_stay_at_home(module, path):
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    ours = [alias.name for node in imports if (node.module or "").startswith("vbcompile") for alias in node.names]
+    assert not [name for name in ours if name.startswith("_") and not name.startswith("__")]
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])

@@ -227,9 +227,7 @@ def test_exactly_the_plan_reaches_the_backward():
         seen["wanted"] = {n.name for n in step.saved if n.name not in again}
         seen["again"] = again
         recompute.mark(graph, dict.fromkeys(n for n in step.saved if n.name in seen["wanted"]))
-        forward, backward = activation_partition.compat.partition(
-            joint, given, num_fwd_outputs=num_fwd_outputs, **options
-        )
+        forward, backward = compat.partition(joint, given, num_fwd_outputs=num_fwd_outputs, **options)
         outputs = forward.graph.output_node().args[0][num_fwd_outputs:]
         seen["found"] = {n.name for n in outputs if n.op == "call_function"}
         seen["run again"] = {n.name for n in backward.graph.nodes}

@@ -136,15 +136,15 @@ def _downstream(
         return compile_by_vendor(compiler, gm, example_inputs, config.strict)
     partitioner = activation_partition.partitioner_for(context, report)
     budget = None if partitioner is None else config.budget
-    guard = saved_operands.partition if context.training and saved_operands.has_attention(gm) else None
     if compiler.name == "aot_eager":
-        return _watched(compat.compile_with_aot_eager(gm, example_inputs, partitioner or guard), budget, report)
+        split = partitioner or saved_operands.partition_for(gm, context.training)
+        return _watched(compat.compile_with_aot_eager(gm, example_inputs, split), budget, report)
     key = _cache_key(config)
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
     if partitioner is not None:
         options = {**compat.partitioner_options(partitioner, key), **options}
-    elif guard is not None:
-        options.setdefault("custom_partitioner_fn", compat.Partitioner(guard, key))
+    elif split := saved_operands.partition_for(gm, context.training):
+        options.setdefault("custom_partitioner_fn", compat.Partitioner(split, key))
     if config.fp4 and config.fp4_master != "keep":
         options.setdefault("size_asserts", False)  # weights that are given up are not read, and have other strides
     if not cudagraphs:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -359,8 +360,10 @@ class OperatorKinds:
         self._lists = get_default_op_list()
 
     def is_view(self, node: fx.Node) -> bool:
-        """Whether the result shares memory with the argument."""
-        return self._lists.is_view(node) or _packet(node) in _more_views() or _says_that_it_shares(node)
+        """Whether the result, or what is selected of several, shares memory with the argument."""
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            return self.is_view(node.args[0])
+        return self._lists.is_view(node) or _shares_memory(node.target)
 
     def is_cheap(self, node: fx.Node) -> bool:
         """Pointwise operators, reductions, gathers, and random numbers that are a function of a saved seed."""
@@ -396,17 +399,13 @@ def _packet(node: fx.Node) -> Any:
 
 
 @functools.cache
-def _more_views() -> frozenset[Any]:
-    aten = torch.ops.aten
-    return frozenset((aten._unsafe_view, aten.transpose, aten.detach, aten.diagonal, aten.unbind))
-
-
-def _says_that_it_shares(node: fx.Node) -> bool:
-    """Whether an operator's schema gives a result that is an argument's memory, unchanged."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable:
+def _shares_memory(target: Any) -> bool:
+    """Whether an ATen operator returns its first argument's memory, by what its schema says."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
-    return any(result.alias_info is not None for result in schema.returns)
+    read, made = (of[0].alias_info if of else None for of in (target._schema.arguments, target._schema.returns))
+    shared = read is not None and not read.is_write and made is not None
+    return shared or target is torch.ops.aten._unsafe_view.default
 
 
 @functools.cache

@@ -5,11 +5,11 @@ are ``cuda``, ``hpu``, ``npu``, ``xpu``, ``cpu``. A device that was asked for by
 :class:`DeviceError`, which names the package to install or the repair; a preference that cannot be met is logged.
 """
 
-import importlib
 import operator
 import random
 from typing import Any
 
+import numpy
 import torch
 
 from vbcompile import device_backend, device_target, device_vendors
@@ -178,7 +178,7 @@ def set_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is out of range; valid: 0 <= seed < 2**32")
     random.seed(seed)
-    importlib.import_module("numpy").random.seed(seed)
+    numpy.random.seed(seed)
     torch.manual_seed(seed)
     for kind in PRIORITY:  # torch.manual_seed leaves out Gaudi
         if probe(kind).ready:

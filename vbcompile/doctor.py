@@ -326,8 +326,8 @@ def list_kernels(devices: Sequence[str] = ()) -> list[KernelReport]:
     """
     from vbcompile.device import get_target, valid_devices
     from vbcompile.device_catalog import catalog_target
+    from vbcompile.kernels import registry
 
-    registry = importlib.import_module("vbcompile.kernels.registry")
     here = valid_devices()
     names = devices or here
     targets = [get_target(n) if n in here or n.partition(":")[0] in here else catalog_target(n) for n in names]
@@ -358,6 +358,7 @@ def _read_environment(found: Diagnosis) -> None:
 def _invalid_variables(names: list[str]) -> dict[str, str]:
     """Variable -> what is wrong with it; the configuration itself judges the values that it reads."""
     from vbcompile.config import ConfigError, parse_flag, resolve_config
+    from vbcompile.kernels.registry import parse_forced
 
     wrong = {}
     for name in names:
@@ -370,7 +371,7 @@ def _invalid_variables(names: list[str]) -> dict[str, str]:
             if name == "ENABLE_VIRTUAL_BLACKWELL" and os.environ[name]:
                 parse_flag(name, os.environ[name])
             if name == "VB_IMPLEMENTATION":
-                importlib.import_module("vbcompile.kernels.registry").parse_forced(os.environ)
+                parse_forced(os.environ)
         except ConfigError as error:
             wrong[name] = str(error).removeprefix(f"environment variable {name}: ")
     return wrong

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vbcompile.compat import is_fake, refuse_while_lowering
+from vbcompile.handles_memory import copy_payload
 from vbcompile.handles_payload import Payload, payload_of
 
 __all__ = ["OffloadedTensor", "is_offloaded"]
@@ -117,8 +118,6 @@ class OffloadedTensor(Tensor):
             return memo[id(self)]
         if self._views:
             return _fetched(self)
-        from vbcompile.handles_memory import copy_payload
-
         twin: Any = OffloadedTensor.of(copy_payload(self.payload, memo=memo), self.requires_grad)
         if isinstance(self, nn.Parameter):
             twin = nn.Parameter(twin.detach(), self.requires_grad)
@@ -297,8 +296,6 @@ def _to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         options = {key: value for key, value in kwargs.items() if key in ("dtype", "memory_format")}
         return host.to(copy=True, **options)
     if device == source.device and not source._views and kwargs.get("dtype") not in (None, source.dtype):
-        from vbcompile.handles_memory import copy_payload
-
         return OffloadedTensor.of(copy_payload(source.payload, kwargs["dtype"]))
     return NotImplemented
 

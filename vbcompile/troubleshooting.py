@@ -59,7 +59,8 @@ def out_of_memory_advice(device: str | torch.device | None = None) -> list[str]:
 
 
 def _memory_sentence(backend: DeviceBackend) -> str:
-    used = f"{size_text(backend.memory_allocated())} in tensors"
+    holder = "taken by this process" if backend.device_type == "cpu" else "in tensors"
+    used = f"{size_text(backend.memory_allocated())} {holder}"
     try:
         free, total = backend.mem_get_info()
     except DeviceError:

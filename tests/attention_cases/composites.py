@@ -222,6 +222,18 @@ def vmap_under_autocast(q, k, v):
         return torch.vmap(_attend)(q, k, v)
 
 
+@fuses("transform", cross)
+def scores_mapped_before_the_softmax(q, k, v):
+    scores = torch.vmap(lambda s: s * 0.3 + 1.0)(q @ k.mT)
+    return torch.softmax(scores, -1) @ v
+
+
+@fuses("transform", cross)
+def weights_mapped_after_the_softmax(q, k, v):
+    weights = torch.vmap(lambda p: p * 0.5)((q @ k.mT * 0.3).softmax(-1))
+    return weights @ v
+
+
 @either("transform", cross)
 def gradient_per_sample(q, k, v):
     loss = lambda q, k, v: _attend(q, k, v).square().sum()

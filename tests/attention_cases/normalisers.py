@@ -397,6 +397,22 @@ def shifted_logits_and_their_logsumexp(q, k, v):
     return s.softmax(-1) @ v, s.logsumexp(-1)
 
 
+@fuses("normaliser", plus(cross, _flags))
+def shifted_and_scaled_under_a_mask(q, k, v, keep):
+    """CogView's and LayoutLMv3's way against overflow, with a row of which nothing is left."""
+    keep = keep & (torch.arange(q.shape[-2], device=q.device)[:, None] != 2)
+    s = _scores(q, k).masked_fill(~keep, -torch.inf) / 32
+    s = (s - s.amax(dim=-1).unsqueeze(-1)) * 32
+    return torch.softmax(s, dim=-1) @ v
+
+
+@either("normaliser", plus(cross, _flags))
+def shifted_and_negated_under_a_mask(q, k, v, keep):
+    s = _scores(q, k).masked_fill(~keep, -1e4)
+    s = (s.amin(dim=-1, keepdim=True) - s) * 2 / 4
+    return (s * 0.5).softmax(-1) @ v
+
+
 @either("normaliser", cross)
 def shift_used_elsewhere(q, k, v):
     s = _scores(q, k)
