@@ -124,6 +124,19 @@ class DenseScores:
         return t.expand(*self._lead, t.shape[-1])
 
 
+def last_place(lse: Tensor) -> float:
+    """Unit in the last place of the largest finite number: how far weights ``exp(score - lse)`` are off at most. Waits
+    for the device."""
+    largest = lse.masked_fill(~lse.isfinite(), 0.0).abs().amax() if lse.numel() else 0.0
+    return torch.finfo(lse.dtype).eps * float(largest)
+
+
+def is_coarse(lse: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights that a vendor's backward computes from ``lse`` would be off by more than those of a float32 call
+    may be; those of 16-bit calls may. Waits for the device in float32."""
+    return dtype == torch.float32 and last_place(lse) > 256 * torch.finfo(dtype).eps
+
+
 _split = lru_cache(maxsize=1024)(additive_bias)
 
 

@@ -48,7 +48,7 @@ class TileProgram:
             query_tile_bounds: the same of ``query_opaque``, for one tile of columns and many of rows.
         key_head, key_tail: whether ``key_range`` may begin after the first column, end before the last one;
             query_head, query_tail: ``query_range`` likewise.
-        row_step, row_finish: gradients by tiles of rows, see :func:`_row_gradients`.
+        row_step, row_finish: gradients by tiles of rows, see ``_ProgramBuilder._gradients``.
         column_step, column_finish: gradients by tiles of columns.
         sink_step: gradients of the sink by tiles of rows; None where nobody wants them.
         mask_captured: numbers of the captured tensors that the mask reads; mask_axes: leading axes of which it reads

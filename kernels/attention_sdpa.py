@@ -16,7 +16,7 @@ from vbcompile.compat import is_fake
 from vbcompile.device import Target
 from vbcompile.kernels.attention import attention_backward_reference, attention_reference
 from vbcompile.kernels.attention_case import AttentionCase, lead_shape
-from vbcompile.kernels.attention_dense import DenseScores
+from vbcompile.kernels.attention_dense import DenseScores, last_place
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.attention_results import arrange
 from vbcompile.kernels.registry import Implementation, operator
@@ -239,7 +239,7 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
     function = ScoreFunction.loads(score_function)
     call = _CpuCall(q, k, v, captured, scale, function)
     odd = ~lse.isfinite() if call.empty is None else ~lse.isfinite() & ~call.empty
-    unit = _last_place(lse)
+    unit = last_place(lse)
     saturated = q.dtype == torch.float32 and unit > _SATURATED
     if saturated or bool(odd.any()) or (call.scores is not None and call.scores.absorbed):
         return attention_backward_reference(
@@ -267,12 +267,6 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
 
 
 _SATURATED = 2.0**-12  # in float32 of scores beyond 2000, whose gradients are what rounding leaves of sums
-
-
-def _last_place(lse: Tensor) -> float:
-    """Unit in the last place of the largest finite number: how far weights ``exp(score - lse)`` are off at most."""
-    largest = lse.masked_fill(~lse.isfinite(), 0.0).abs().amax() if lse.numel() else 0.0
-    return torch.finfo(lse.dtype).eps * float(largest)
 
 
 def _shifted(call: _CpuCall, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vbcompile.device import Target
 from vbcompile.kernels.attention import attention_backward_reference
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.attention_dense import DenseScores
+from vbcompile.kernels.attention_dense import DenseScores, is_coarse
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.vendor_attention import FoldedCall, refuses_captured_gradients, refuses_case
@@ -103,7 +103,7 @@ def _forward(q, k, v, captured, scale, dropout_p, seed, score_function):
 def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     gaudi = GaudiCall(q, k, v, captured, ScoreFunction.loads(score_function))
     call, scores = gaudi.call, gaudi.scores
-    if scores is not None and scores.absorbed:
+    if (scores is not None and scores.absorbed) or is_coarse(lse, q.dtype):
         return attention_backward_reference(
             grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
         )

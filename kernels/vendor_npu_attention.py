@@ -18,7 +18,7 @@ from vbcompile.device import Target
 from vbcompile.kernels.attention import attention_backward_reference
 from vbcompile.kernels.attention_band import UNBOUNDED, Band
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.attention_dense import DenseScores
+from vbcompile.kernels.attention_dense import DenseScores, is_coarse
 from vbcompile.kernels.registry import Implementation, forced_implementation, operator
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.vendor_attention import (
@@ -213,7 +213,7 @@ def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p,
     function = ScoreFunction.loads(score_function)
     call = FoldedCall(q, k, v, captured, function)
     (band, scores), layout = call.band_and_scores(), _Layout(call)
-    if dropout_p == 1.0 or (scores is not None and scores.absorbed):
+    if dropout_p == 1.0 or (scores is not None and scores.absorbed) or (not dropout_p and is_coarse(lse, q.dtype)):
         return attention_backward_reference(*everything)  # dropping all draws no number
     if dropout_p and grad_lse is not None:
         raise RuntimeError(f"{NAME}: no gradient for the logarithm of the softmax's sum under dropout")

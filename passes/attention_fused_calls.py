@@ -46,6 +46,7 @@ def match_sdpa(matcher: Matcher, node: fx.Node, detail: Detail) -> Site:
         k=Operand(k, (*k_batch, keys, features)),
         v=Operand(v, (*v_batch, keys, out_dims[-1])),
     )  # fmt: skip
+    site.spread = detail is Detail.SPREAD
     lifter = _lifter(matcher, site, detail)
     mask = call.get("attn_mask")
     logits = site.algebra.score

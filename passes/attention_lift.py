@@ -423,7 +423,7 @@ class Lifter:
     # ---------------------------------------------------------------------------------------------------- views
     def _view(self, call: Call, node: fx.Node, coordinates: Coordinates) -> tuple[fx.Node, Coordinates] | None:
         if self._plain(coordinates) or call.name not in RESHAPES | REPEATS:
-            if self._may_cut or self.score is None or self.depends(node):
+            if self._may_cut or self.depends(node):
                 return view_input(self.space, call, coordinates)  # type: ignore[arg-type]
             cuts = self.space.snapshot()
             moved = view_input(self.space, call, coordinates)  # type: ignore[arg-type]

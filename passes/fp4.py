@@ -317,7 +317,8 @@ class _Fp4Pass:
             self.graph.erase_node(first.node)
             return
         value = value_of(first.node)
-        new.meta["example_value"] = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
+        fused = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
+        new.meta["example_value"] = fused.requires_grad_(value.requires_grad)
         split_result(self.graph, new, sites, [c.n for c in group])
 
     def _rewrite_experts(self, candidate: Candidate, packing: _Packing) -> None:

@@ -2,14 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from vbcompile.passes.graph_axes import Dim, Dims, product
+from vbcompile.passes.graph_gradients import records_at, wants_gradient
 from vbcompile.passes.graph_ops import known_equal, tensor_of, value_of
+
+_CUTS = ("detach", torch.detach)
 
 
 class Emitter:
@@ -42,6 +47,10 @@ class Emitter:
             (v.fake_mode for v in map(value_of, [before, *before.all_input_nodes]) if isinstance(v, FakeTensor)), None
         )
 
+    @cached_property
+    def _records(self) -> bool:
+        return records_at(self.before)
+
     def function(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
@@ -64,7 +73,11 @@ class Emitter:
         if self._mode is None:
             raise RuntimeError("the graph holds no fake tensors")
         with self._mode, torch.no_grad(), self._within():
-            node.meta["example_value"] = run(args, kwargs)
+            value = node.meta["example_value"] = run(args, kwargs)
+        if node.target not in _CUTS and wants_gradient((args, kwargs)) and self._records:
+            for tensor in pytree.tree_leaves(value):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    tensor.requires_grad_()
         self.position[node] = self.position[self.before]
         self.made.append(node)
         return node

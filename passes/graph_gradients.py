@@ -5,6 +5,7 @@ A fake view that is made under ``torch.no_grad`` claims the gradient of what it 
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -44,8 +45,27 @@ def _next_mode(node: fx.Node, recording: bool, before: list[bool]) -> bool:
     return bool(node.args[0])
 
 
+def records_at(place: fx.Node) -> bool:
+    """Whether autograd records at a node of the graph that is compiled now."""
+    node = place.prev
+    while node.op != "root":
+        if switches_grad_mode(node):
+            name = node.target.__name__  # type: ignore[union-attr]
+            if name == "_exit_inference_mode":
+                node = node.args[0]  # type: ignore[assignment]
+            elif name == "_set_grad_enabled" or node.args[0]:
+                return name == "_set_grad_enabled" and bool(node.args[0])
+        node = node.prev
+    return torch.is_grad_enabled()
+
+
+def wants_gradient(value: Any) -> bool:
+    """Whether a tensor among these wants a gradient."""
+    return any(isinstance(v, Tensor) and v.requires_grad for v in pytree.tree_leaves(value))
+
+
 def _claims(node: fx.Node) -> bool:
-    return any(isinstance(v, Tensor) and v.requires_grad for v in pytree.tree_leaves(value_of(node)))
+    return wants_gradient(value_of(node))
 
 
 def _detach(node: fx.Node) -> None:

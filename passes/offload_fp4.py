@@ -269,7 +269,8 @@ class Packer:
             self.graph.erase_node(first.node)
         else:
             value = value_of(first.node)
-            new.meta["example_value"] = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
+            fused = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
+            new.meta["example_value"] = fused.requires_grad_(value.requires_grad)
             split_result(self.graph, new, sites, [c.n for c in group])
         for site in sites:
             for user in list(site.weight.users):  # transposes that nothing reads any more

@@ -29,6 +29,7 @@ class Backward:
         last: Whether the step ends with it.
         prefetches: Copies that are handed to their links behind it.
         held: Copies that were fetched.
+        again: Whether autograd has come once more (``retain_graph``), which no plan knows of.
     """
 
     key: str
@@ -39,10 +40,13 @@ class Backward:
     held: set[int] = field(default_factory=set)
     begun: bool = False
     over: bool = False
+    again: bool = False
 
     def begin(self) -> None:
         """Autograd has reached the segment."""
         store = store_of(self.key)
+        if self.over:
+            self.over, self.again = False, True
         if not self.begun and store.plan is self.plan:
             for copy in store.waits(self.operator):
                 store.wait(copy)
@@ -62,12 +66,13 @@ class Backward:
             return
         self.over = True
         store = store_of(self.key)
-        if store.plan is not self.plan:
-            for copy in self.held:
+        held, self.held = self.held, set()
+        if store.plan is not self.plan or self.again:
+            for copy in held:
                 store.release(copy)
             return
         store.operator_end(self.operator)
-        for copy in {*store.releases(self.operator), *self.held}:
+        for copy in {*store.releases(self.operator), *held}:
             store.release(copy)
         for copy in self.prefetches:
             store.prefetch(copy)

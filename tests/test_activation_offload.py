@@ -145,10 +145,18 @@ def test_memory_of_a_step_that_broke_off_is_let_go(simulated):
     source = torch.randn(500)
     host = OPS.activation_offload(source)
     pending = traffic.departures[host.data_ptr()]
-    assert pending[1] is not None
-    pending[0].synchronize()
+    assert pending.memory is not None
+    pending.event.synchronize()
     OPS.activation_departed(OPS.activation_offload(source), source)
-    assert traffic.departures[host.data_ptr()][1] is None
+    assert pending.memory is None and traffic.departures[host.data_ptr()] is pending
+
+
+def test_tensors_without_elements_come_back():
+    """Sizes that only data know may be zero."""
+    source = torch.empty(0, 4, dtype=torch.float64)
+    host = OPS.activation_offload(source)
+    OPS.activation_departed(host, source)
+    assert OPS.activation_reload(host, CPU).shape == source.shape
 
 
 # ------------------------------------------------------------------------------------------- whole steps

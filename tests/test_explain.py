@@ -178,6 +178,7 @@ def narrow():
         ("explain f.py:make", {"VB_HBM_BUDGET": "lots"}, "not an amount of memory"),
         ("explain f.py:make", {"VB_IMPLEMENTATION": "garbage"}, "not OPERATOR=IMPLEMENTATION"),
         ("explain f.py:make --html none/page.html", {}, "no such folder"),
+        ("explain f.py:make --htlm page.html", {}, "unrecognized arguments: --htlm page.html"),
         ("explain f.py:number", {}, "must return a model first, not int"),
         ("explain broken.py:make", {}, "broken.py, line 1"),
         ("explain absent.py:make", {}, "No module named 'nothing_of_this_name'"),

@@ -105,6 +105,38 @@ def test_state_dict_is_plain_and_loads():
     assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("budget", ["48KiB", "62KiB"])
+def test_writes_to_the_tensors_of_a_state_dict_reach_the_model(budget):
+    """As for an ordinary model: averages of weights are often written that way."""
+    model, twin, x = make(), make(), torch.randn(4, 32)
+    twin.load_state_dict(model.state_dict())
+    offloaded(model, budget)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="vblackwell", options={"mode": "memory", "downstream": "eager"})
+    held = [each.state_dict() for each in (model, twin)]
+    with torch.no_grad():
+        for name in held[0]:
+            run(x)
+            for each, state in zip((model, twin), held, strict=True):
+                state[name].mul_(1.5)  # held since before
+                each.state_dict()[name].add_(0.1)
+            torch.testing.assert_close(run(x), twin(x))
+            torch.testing.assert_close(model(x), twin(x))
+    (found,) = vbcompile.stats(model)
+    assert found.resident_bytes > 0 and (found.planned_bytes > 0) == (budget == "48KiB")
+
+
+def test_such_writes_between_forward_and_backward_are_an_error():
+    model = make().train()
+    state = offloaded(model, "90KiB").state_dict()
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="vblackwell", options={"mode": "memory", "downstream": "eager"})
+    out = run(torch.randn(4, 32, requires_grad=True))
+    state["2.weight"].add_(1.0)
+    with pytest.raises(RuntimeError, match="written to between the forward and the backward"):
+        out.sum().backward()
+
+
 def test_files_hold_ordinary_tensors(tmp_path):
     model, x = make(), torch.randn(2, 32)
     expected = model(x)

@@ -123,6 +123,95 @@ def test_a_step_without_a_backward_is_forgotten():
         torch.testing.assert_close(run(x), run(x))
 
 
+class Parallel(nn.Module):
+    """A block whose feed-forward layer reads what attention reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.up, self.out, self.down = (nn.Linear(32, 32) for _ in range(6))
+
+    def forward(self, x):
+        q, k, v = (layer(x).view(2, 5, 2, 16).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        up = self.up(x)
+        x = x + self.out(((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 32))
+        return x + self.down(nn.functional.gelu(up))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "frozen", "budget"),
+    [
+        ("memory", "encoder", False, "128KiB"),
+        ("memory", "parallel", True, "110KiB"),
+        ("full", "parallel", True, "96KiB"),
+    ],
+)
+def test_gradients_cross_rewritten_operators(mode, kind, frozen, budget):
+    """A cut next to what a pass has written: attention, or one product of several packed layers."""
+    torch.manual_seed(0)
+    if kind == "encoder":
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    else:
+        body = nn.Sequential(*(Parallel() for _ in range(4)))
+    model = nn.ModuleDict({"before": nn.Linear(32, 32), "body": body.requires_grad_(not frozen)})
+    goal, x = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    options = {"mode": mode, "strict": True, "downstream": "aot_eager", "mixed_precision": False}
+
+    def found(compiles):
+        torch._dynamo.reset()
+        model.zero_grad()
+        step = lambda x: model["body"](model["before"](x)) * goal
+        run = torch.compile(step, backend="vblackwell", options=options) if compiles else step
+        run(x).sum().backward()
+        return {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = found(mode == "full")
+    offload(model, budget)
+    ours = found(True)
+    assert vbcompile.stats(model)[0].planned_bytes > 0 and ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+
+
+def test_backwards_through_a_retained_graph_give_their_memory_back():
+    model, twin, x = blocks(), blocks(), torch.randn(3, 32)
+    offload(model, "96KiB")
+    for run in (compiled(model), twin):
+        loss, other = run(x).square().mean(), run(2 * x).square().mean()
+        for _ in range(3):
+            loss.backward(retain_graph=True)
+        other.backward(retain_graph=True)
+        loss.backward()
+        other.backward()
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad, msg=name)
+
+
+def test_gradients_that_somebody_holds_stay():
+    model, twin, x = blocks(), blocks(), torch.randn(3, 32)
+    offload(model, "130KiB")
+    for each, run in ((model, compiled(model)), (twin, twin)):
+        run(x).square().mean().backward()
+        held = [p.grad for p in each.parameters()]
+        each.zero_grad()
+        run(2 * x).square().mean().backward()
+        for parameter, gradient in zip(each.parameters(), held, strict=True):
+            parameter.grad = gradient
+        run(3 * x).square().mean().backward()
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad, msg=name)
+
+
+def test_gradients_that_add_up_take_memory_once():
+    model, x = blocks(), torch.randn(3, 32)
+    offload(model, "130KiB")
+    run, host, taken = compiled(model), model[0].up.weight.payload.residence.host, []
+    for _ in range(6):
+        run(x).square().mean().backward()
+        taken.append(host.use.payload)
+    assert taken[1] == taken[-1]
+
+
 def test_tied_and_clipped():
     class Tied(nn.Module):
         def __init__(self):

@@ -14,7 +14,8 @@ import vbcompile
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 HEAD = """# Public names of vbcompile
 
-Made from the code by `python tests/test_public_api.py`; a test holds the page to it. Everything else is internal.
+Made from the code by `python tests/test_public_api.py`; a test holds the page to it. Other pages name a few more
+(checkpoints, counters, kernels, passes); everything else is internal.
 """
 
 

@@ -226,7 +226,12 @@ def _sample(every: int, start: int):
 
 
 @pytest.mark.parametrize(
-    ("case", "mode"), [*_sample(24, 3), pytest.param(CASES["DropoutModule"], TRAINING, id="dropout")]
+    ("case", "mode"),
+    [
+        *_sample(24, 3),
+        pytest.param(CASES["DropoutModule"], TRAINING, id="dropout"),
+        pytest.param(CASES["fill_low_then_raised"], TRAINING, id="scores of a thousand"),
+    ],
 )
 def test_corpus_on_ascend(case, mode):
     found = run("npu", case, mode)

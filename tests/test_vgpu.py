@@ -338,9 +338,8 @@ def test_a_real_cards_links_are_measured(monkeypatch, tmp_path):
     forget_devices()
     stack = create_vgpu_stack(path=tmp_path)
     found = stack.calibrate()
-    assert found.h2d and found.d2h and found.duplex_h2d and found.duplex_d2h and found.latency_ns
+    assert found.h2d and found.d2h and found.latency_ns
     assert 10**9 < found.h2d < 10**12 and found.memory > found.h2d
-    assert found.duplex_h2d <= 1.1 * found.h2d and found.duplex_d2h <= 1.1 * found.d2h
     assert found.latency_ns < 100_000 and found.matmul > 10**12
     assert set(found.peers) == {level.device for level in stack.levels if level.kind == "peer"}
     assert all(level.source == "measured" for level in stack.levels)

@@ -169,6 +169,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     _check_settings(arguments.mode)
     path, _, name = arguments.target.rpartition(":")
+    if path and arguments.rest:
+        raise UsageError(f"unrecognized arguments: {' '.join(arguments.rest)}")
     explanation, status = (_explain_call(path, name, arguments), 0) if path else _explain_script(arguments)
     if arguments.html:
         Path(arguments.html).write_text(explanation.to_html(arguments.target), encoding="utf-8")

@@ -71,7 +71,7 @@ def _host_class(kind: type[Optimizer]) -> type[Optimizer]:
             super().step()
             for handle, mirror in self._mirrors:
                 if mirror.grad is not None:
-                    handle.payload.version += 1
+                    handle.payload.written()
                 mirror.grad = None
             return loss
 

@@ -43,6 +43,10 @@ class Residence(Protocol):
         """Wait until what was written on the device has reached the masters."""
         ...
 
+    def lend(self, payload: "Payload", master: Tensor) -> None:
+        """Somebody gets a tensor on the master's memory, and may write to it; its version counter tells."""
+        ...
+
 
 class Payload:
     """One tensor's master copy.
@@ -53,7 +57,6 @@ class Payload:
         size, stride, dtype: Of the tensor; the bytes are its memory in storage order.
         device: Where the tensor is used.
         source: Where the bytes are.
-        version: Counts writes.
         residence: The runtime that streams it; None before the first compile.
     """
 
@@ -64,7 +67,8 @@ class Payload:
         self.dtype, self.device = like.dtype, device
         self.nbytes = like.numel() * like.element_size()
         self.source = source
-        self.version = 0
+        self._writes = 0
+        self._lent: Tensor | None = None
         self.residence: Residence | None = None
         if source.nbytes != self.nbytes:
             raise ValueError(f"{name}: {source.nbytes} bytes given for a tensor of {self.nbytes}")
@@ -80,6 +84,15 @@ class Payload:
             return "ssd"
         return "cpu" if isinstance(self.source, HostBytes) else str(self.source.memory.device)
 
+    @property
+    def version(self) -> int:
+        """Counts writes, also those to tensors that :meth:`on_host` has given away."""
+        return self._writes + (0 if self._lent is None else self._lent._version)
+
+    def written(self) -> None:
+        """The master's memory was written to, after :meth:`begin_write`."""
+        self._writes += 1
+
     def shaped(self, memory: Tensor) -> Tensor:
         """``memory`` (uint8, one dimension, at least :attr:`nbytes`) as a tensor of this shape; no copy."""
         return memory[: self.nbytes].view(self.dtype).as_strided(self.size, self.stride)
@@ -92,9 +105,14 @@ class Payload:
         """
         if self.residence is not None:
             self.residence.settle()
-        if isinstance(self.source, HostBytes):
-            return self.shaped(own_storage(self.source.memory))
-        return self.shaped(self.load().to("cpu"))
+        if not isinstance(self.source, HostBytes):
+            return self.shaped(self.load().to("cpu"))
+        if self._lent is None:
+            with torch.inference_mode(False):
+                self._lent = self.shaped(own_storage(self.source.memory))
+        if self.residence is not None:
+            self.residence.lend(self, self._lent)
+        return self._lent.detach()  # one version counter for all
 
     def load(self) -> Tensor:
         """The bytes, wherever they are: uint8, one dimension; a copy only where they come from a file."""
@@ -128,7 +146,7 @@ class Payload:
             self.begin_write()
             with torch.inference_mode(False), torch.no_grad():
                 self.shaped(self.source.memory).copy_(value.detach())
-            self.version += 1
+            self.written()
 
 
 class Bundle(Payload):

@@ -122,6 +122,8 @@ class WeightStore:
         self._position: int | None = None  # first operator of the graph that runs, within a step
         self._whole: dict[int, Any] | None = None
         self._past: list[dict[str, Any]] = []
+        self._lent: dict[int, Tensor] = {}  # masters that others may write to
+        self._seen = 0  # writes to them
         self._lock = threading.RLock()
         _stores[self.key] = self
 
@@ -159,7 +161,7 @@ class WeightStore:
     def fetch(self, payload: Payload) -> Tensor:
         with self._lock:
             streamer, index = self._streamer, self._index.get(payload.number)
-            if streamer is None or index is None:
+            if streamer is None or index is None or self._lent_writes() != self._seen:
                 found = payload.load().to(self.device, copy=True)
             else:
                 try:
@@ -177,6 +179,13 @@ class WeightStore:
     def settle(self) -> None:
         if self._streamer is not None:
             self._streamer.finish_stores()
+
+    def lend(self, payload: Payload, master: Tensor) -> None:
+        with self._lock:
+            self._lent[payload.number] = master
+
+    def _lent_writes(self) -> int:
+        return sum(master._version for master in self._lent.values())
 
     # graphs
 
@@ -285,6 +294,9 @@ class WeightStore:
 
     def begin(self, first: int) -> None:
         """A graph begins whose first operator is ``first``."""
+        if (writes := self._lent_writes()) != self._seen:
+            self._seen = writes
+            self.stop()  # copies on the device are those of before
         streamer = self._streamer or self.start()
         if self._position is not None and first <= self._position:
             streamer.step_end()

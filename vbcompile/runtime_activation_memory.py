@@ -66,10 +66,10 @@ class BufferPool:
             self._collect()
             found = self._free[size]
             buffer = found.pop() if found else self._new(size)
-        lease = _lease_type(nbytes).from_address(buffer.memory.data_ptr())
+        lease = _lease_type(max(nbytes, 1)).from_address(buffer.memory.data_ptr())
         # the finalizer may run inside of any statement, this class's own too: it takes no lock
         weakref.finalize(lease, self._returned.append, buffer).atexit = False
-        return buffer, torch.frombuffer(lease, dtype=torch.uint8)
+        return buffer, torch.frombuffer(lease, dtype=torch.uint8)[:nbytes]
 
     @property
     def free_bytes(self) -> int:

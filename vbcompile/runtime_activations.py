@@ -53,6 +53,14 @@ class MovedBytes:
 
 
 @dataclass(eq=False)
+class _Copy:
+    """A copy under way: the event behind it, and the device's memory that it reads or writes, until it is over."""
+
+    event: Any
+    memory: Tensor | None
+
+
+@dataclass(eq=False)
 class _Traffic:
     """One device's queues, and the copies whose end nobody has waited for; keys are addresses."""
 
@@ -61,8 +69,8 @@ class _Traffic:
     link: AcceleratorDevice | None = None
     away: CopyQueue | None = None
     back: CopyQueue | None = None
-    departures: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
-    arrivals: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
+    departures: dict[int, _Copy] = field(default_factory=dict)
+    arrivals: dict[int, _Copy] = field(default_factory=dict)
     buffers: weakref.WeakValueDictionary[int, HostBuffer] = field(default_factory=weakref.WeakValueDictionary)
     moved: MovedBytes = field(default_factory=MovedBytes)
 
@@ -140,15 +148,15 @@ def _offload(source: Tensor) -> Tensor:
     if buffer.read is not None:
         traffic.link.wait(traffic.away, buffer.read)
     traffic.link.copy(traffic.away, host, dense)
-    traffic.departures[host.data_ptr()] = traffic.link.record(traffic.away), dense
+    traffic.departures[host.data_ptr()] = _Copy(traffic.link.record(traffic.away), dense)
     return host
 
 
 def _departed(host: Tensor, source: Tensor) -> None:
     traffic = _traffic_of(source.device)
-    event, _ = traffic.departures.pop(host.data_ptr(), (None, None))
-    if event is not None and traffic.link is not None:
-        traffic.link.wait(None, event)
+    copy = traffic.departures.pop(host.data_ptr(), None)
+    if copy is not None and traffic.link is not None:
+        traffic.link.wait(None, copy.event)
 
 
 def _reload(host: Tensor, device: torch.device) -> Tensor:
@@ -162,7 +170,7 @@ def _reload(host: Tensor, device: torch.device) -> Tensor:
     traffic.link.wait(traffic.back, traffic.link.record())  # whoever had this memory before is done with it
     traffic.link.copy(traffic.back, restored, host)
     event = traffic.link.record(traffic.back)
-    traffic.arrivals[restored.data_ptr()] = event, restored
+    traffic.arrivals[restored.data_ptr()] = _Copy(event, restored)
     buffer = traffic.buffers.get(host.data_ptr())
     if buffer is not None:
         buffer.read = event
@@ -171,17 +179,16 @@ def _reload(host: Tensor, device: torch.device) -> Tensor:
 
 def _arrived(restored: Tensor, host: Tensor) -> None:
     traffic = _traffic_of(restored.device)
-    event, _ = traffic.arrivals.pop(restored.data_ptr(), (None, None))
-    if event is not None and traffic.link is not None:
-        traffic.link.wait(None, event)
+    copy = traffic.arrivals.pop(restored.data_ptr(), None)
+    if copy is not None and traffic.link is not None:
+        traffic.link.wait(None, copy.event)
 
 
 def _forget_finished(traffic: _Traffic) -> None:
     """Memory of copies that are over need not be held; a step that ended in an exception left nobody to wait."""
-    for pending in (traffic.departures, traffic.arrivals):
-        for address, (event, memory) in list(pending.items()):
-            if memory is not None and event.query():
-                pending[address] = event, None
+    for copy in (*traffic.departures.values(), *traffic.arrivals.values()):  # other threads may begin and end some
+        if copy.memory is not None and copy.event.query():
+            copy.memory = None
 
 
 def _offload_fake(source: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ class Calibration:
         memory: The device's own memory, reading and writing counted.
         matmul: Matrix products, bfloat16 on accelerators and float32 on the CPU.
         h2d: Pinned host memory to the device; ``d2h`` back.
-        duplex_h2d: The same while the other direction is busy; ``duplex_d2h`` likewise.
         latency_ns: Time between the ends of small copies that follow one another.
         peers: From each other card to the device.
         host: One host buffer to another.
@@ -53,8 +52,6 @@ class Calibration:
     matmul: int | None = None
     h2d: int | None = None
     d2h: int | None = None
-    duplex_h2d: int | None = None
-    duplex_d2h: int | None = None
     latency_ns: int | None = None
     peers: dict[str, int] = field(default_factory=dict)
     host: int | None = None
@@ -110,7 +107,7 @@ def calibrate(
     _measure(found, "memory", lambda: _memory_rate(target, nbytes, wait))
     _measure(found, "matmul", lambda: _matmul_rate(target, wait))
     if target.type == "cpu":
-        found.reasons |= dict.fromkeys(("h2d", "d2h", "duplex_h2d", "duplex_d2h"), "there is no accelerator")
+        found.reasons |= dict.fromkeys(("h2d", "d2h"), "there is no accelerator")
     else:
         _measure_link(found, target, nbytes, wait)
         for peer in peers:
@@ -175,58 +172,26 @@ def _matmul_rate(device: torch.device, wait: Callable[[], None]) -> int:
 
 def _measure_link(found: Calibration, device: torch.device, nbytes: int, wait: Callable[[], None]) -> None:
     try:
-        hosts = [torch.ones(nbytes, dtype=torch.uint8).pin_memory() for _ in range(2)]
-        cards = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        streams = [torch.Stream(device), torch.Stream(device)]
+        host = torch.ones(nbytes, dtype=torch.uint8).pin_memory()
+        card = torch.empty(nbytes, dtype=torch.uint8, device=device)
     except (RuntimeError, NotImplementedError) as error:
-        found.reasons["h2d"] = found.reasons["d2h"] = f"no pinned buffers or streams: {error}"
+        found.reasons["h2d"] = found.reasons["d2h"] = f"no pinned buffers: {error}"
         log.warning("the link of %s was not measured: %s", device, error)
         return
 
     def there() -> None:
-        cards[0].copy_(hosts[0], non_blocking=True)
+        card.copy_(host, non_blocking=True)
 
     def back() -> None:
-        hosts[1].copy_(cards[1], non_blocking=True)
+        host.copy_(card, non_blocking=True)
 
     def small() -> None:
         for _ in range(_SMALL_COPIES):
-            cards[0][:4096].copy_(hosts[0][:4096], non_blocking=True)
+            card[:4096].copy_(host[:4096], non_blocking=True)
 
     _measure(found, "h2d", lambda: _rate(nbytes, there, wait, device))
     _measure(found, "d2h", lambda: _rate(nbytes, back, wait, device))
     _measure(found, "latency_ns", lambda: int(_best_seconds(small, wait) / _SMALL_COPIES * 1e9))
-    try:
-        found.duplex_h2d, found.duplex_d2h = _duplex(device, streams, (there, back), nbytes, wait)
-    except (RuntimeError, NotImplementedError) as error:
-        found.reasons["duplex_h2d"] = found.reasons["duplex_d2h"] = str(error)
-        log.warning("both directions at once were not measured on %s: %s", device, error)
-
-
-def _duplex(
-    device: torch.device,
-    streams: Sequence[torch.Stream],
-    copies: Sequence[Callable[[], None]],
-    nbytes: int,
-    wait: Callable[[], None],
-) -> tuple[int, int]:
-    """Rates of both directions while both are busy, each by its own stream's events."""
-    best = [0.0, 0.0]
-    for _ in range(_REPEATS):
-        wait()
-        events = []
-        for stream, copy in zip(streams, copies, strict=True):
-            begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
-            with stream:
-                begin.record(stream)
-                for _ in range(_REPEATS):
-                    copy()
-                end.record(stream)
-            events.append((begin, end))
-        wait()
-        rates = [_REPEATS * nbytes / (begin.elapsed_time(end) * 1e-3) for begin, end in events]
-        best = [max(pair) for pair in zip(best, rates, strict=True)]
-    return int(best[0]), int(best[1])
 
 
 def _measure_peer(found: Calibration, device: torch.device, peer: str, nbytes: int, wait: Callable[[], None]) -> None:

@@ -222,7 +222,6 @@ class Prediction:
         stall_ns: Part of it in which computation waits for a copy.
         roofline_ns: No plan for this budget can be faster.
         link_bytes: Bytes per step and link, by level number.
-        link_ns: Time per step that each link is busy, by level number.
         bottleneck: ``compute``, or the name of the tier whose link is busiest.
     """
 
@@ -230,7 +229,6 @@ class Prediction:
     stall_ns: int
     roofline_ns: int
     link_bytes: Mapping[int, int] = field(default_factory=dict)
-    link_ns: Mapping[int, int] = field(default_factory=dict)
     bottleneck: str = "compute"
 
     @property

@@ -207,7 +207,7 @@ class Problem:
     def declined(self) -> Plan:
         compute = self.sweep.compute_ns
         resident = tuple(DEVICE for _ in self.sweep.weights)
-        prediction = Prediction(compute, 0, compute, _per_level(self.tiers), _per_level(self.tiers))
+        prediction = Prediction(compute, 0, compute, _per_level(self.tiers))
         return Plan(self.sweep, self.budget, self.tiers, resident, (), (), 0, 0, prediction, self.alignment)
 
     def finish(self, best: Candidate) -> Plan:
@@ -224,7 +224,6 @@ class Problem:
             stall_ns=best.stall_ns,
             roofline_ns=self.bound(0),
             link_bytes=carried,
-            link_ns=busy,
             bottleneck=tier[slowest].name if link_bound and slowest is not None else "compute",
         )
         return Plan(

@@ -135,6 +135,18 @@ def sam_decomposed_positions(q, k, v, of_rows, of_columns):
     return attn.softmax(dim=-1) @ v
 
 
+@fuses("vision", lambda d: (d.normal(d.B, 12, 3 * d.H * d.D), d.normal(3, 3, d.D), d.normal(4, 4, d.D)))
+def sam_decomposed_positions_of_sdpa(qkv, rh, rw):
+    """Rows of pixels are cut into lines and columns for the bias, which is read as one tensor."""
+    b, n, _ = qkv.shape
+    q, k, v = qkv.reshape(b, n, 3, 6, -1).permute(2, 0, 3, 1, 4).reshape(3, b * 6, n, -1).unbind(0)
+    image = q.reshape(b * 6, 3, 4, -1)
+    rel_h, rel_w = torch.einsum("bhwc,hkc->bhwk", image, rh), torch.einsum("bhwc,wkc->bhwk", image, rw)
+    bias = (rel_h[:, :, :, :, None] + rel_w[:, :, :, None, :]).reshape(b, 6, n, n)
+    q, k, v = (x.view(b, 6, n, -1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
 @fuses("vision", lambda d: (d.normal(d.B, d.H, 4, 6, d.D), d.normal(d.B, d.H, 4, 6, d.D), d.normal(d.B, d.H, 4, 6, 5)))
 def axial_over_rows(q, k, v):
     """Every column by itself, along the height."""
