@@ -6,6 +6,7 @@ or transforms go straight to the function here; all others go the usual way, who
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vbcompile.compat_calls import (
     is_plain_call,
     is_watched_by_dynamo,
 )
+from vbcompile.compat_transforms import has_tangent, is_forward_differentiated
 
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its library
 
@@ -27,7 +29,16 @@ def quick_operator(name: str, device: str = "CUDA") -> Callable[[Callable[..., A
     The function must not return its arguments or views of them; the usual way checks that.
     """
 
-    def register(run: Callable[..., Any]) -> torch.library.CustomOpDef:
+    def register(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+        @wraps(function)
+        def run(*arguments: Any, **named: Any) -> Any:
+            if is_forward_differentiated() and any(has_tangent(a) for a in arguments):
+                raise NotImplementedError(
+                    f"{name} has no rule for forward-mode differentiation: torch._dynamo.reset(), then compile "
+                    "the model where tangents are carried; it keeps its own operators there"
+                )
+            return function(*arguments, **named)
+
         defined = torch.library.custom_op(name, mutates_args=())(run)
         usual = autograd_kernel(defined)
 

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
-from vbcompile.passes import activation_graph, activation_offload, activation_plan, input_views, recompute
+from vbcompile import compat
+from vbcompile.passes import activation_graph, activation_offload, activation_plan, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
 from vbcompile.passes.activation_rates import measured_rates
 from vbcompile.passes.graph_ops import describe_site
+from vbcompile.passes.saved_operands import guard_saved
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_activations import ActivationPlan
 from vbcompile.vgpu_plan import PlanError
@@ -47,6 +49,7 @@ class ActivationPartitioner:
             PlanError: the budget is too small for this step.
         """
         options["num_fwd_outputs"] = num_fwd_outputs
+        guard_saved(joint.graph, num_fwd_outputs)
         marks = {node.name: node.meta.get("recompute") for node in joint.graph.nodes}
         try:
             return self._split(joint, inputs, options)
@@ -61,7 +64,7 @@ class ActivationPartitioner:
             log.debug("the plan for activations failed", exc_info=True)
         for node in joint.graph.nodes:
             node.meta["recompute"] = marks.get(node.name)
-        return input_views.partition(joint, inputs, **options)
+        return compat.partition(joint, inputs, **options)
 
     def _split(
         self, joint: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
@@ -69,7 +72,7 @@ class ActivationPartitioner:
         outputs = options["num_fwd_outputs"]
         graph = JointGraph(joint.graph, outputs)
         if not graph.backward:
-            return input_views.partition(joint, inputs, **options)
+            return compat.partition(joint, inputs, **options)
         planner = StepPlanner(graph, self._rates, self._limits)
         plan = planner.plan()
         fates = dict(zip(planner.planned, plan.fates, strict=True))
@@ -84,7 +87,7 @@ class ActivationPartitioner:
             if fate.choice == "offload"
         }
         sizes = {node.name: node_bytes(node) for node in planner.saved}
-        forward, backward = input_views.partition(joint, inputs, **options)
+        forward, backward = compat.partition(joint, inputs, **options)
         moved = activation_offload.insert_trips(forward, backward, outputs, trips) if trips else []
         self._tell(planner, plan, fates, moved, sizes)
         return forward, backward

@@ -225,7 +225,7 @@ class Matcher:
     def check_place(self, *nodes: fx.Node) -> None:
         """Raise Refusal for nodes under a function transform, for which the operator has no rule."""
         if any(self.effects.is_transformed(node) for node in nodes):
-            raise Refusal("a function transform (vmap, grad) around the attention")
+            raise Refusal("a function transform (vmap, grad, jvp) around the attention")
 
     def autocast_at(self, node: fx.Node) -> torch.dtype | None:
         """The dtype that autocast gives products at the node, None where it is off; raises Refusal if it is unknown."""

@@ -36,7 +36,7 @@ def rewrite(plans: Sequence[Plan], effects: Effects, empty_rows: EmptyRowsOfGrap
     early = Emitter(plans[0].site.insert_before, effects.position)
     emitter = early if early.before is out else Emitter(out, effects.position)
     try:
-        result, log_sums = _emit(early, emitter, plans, empty_rows)
+        result, log_sums = _emit(early, emitter, plans, effects, empty_rows)
     except LookupError as error:
         emitter.undo()
         early.undo()
@@ -57,7 +57,7 @@ def _copy(emitter: Emitter, node: fx.Node) -> fx.Node:
 
 
 def _emit(
-    early: Emitter, emitter: Emitter, plans: Sequence[Plan], empty_rows: EmptyRowsOfGraph
+    early: Emitter, emitter: Emitter, plans: Sequence[Plan], effects: Effects, empty_rows: EmptyRowsOfGraph
 ) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
     """The result and, for each ``logsumexp`` node that is replaced, its replacement.
 
@@ -67,7 +67,7 @@ def _emit(
     result: fx.Node | None = None
     log_sums: list[tuple[fx.Node, fx.Node]] = []
     for plan in plans:
-        term, sums = _emit_call(early, plan, empty_rows)
+        term, sums = _emit_call(early, plan, effects, empty_rows)
         term = _finish(emitter, plan, term)
         log_sums += sums
         result = term if result is None else emitter.function(operator.add, result, term)
@@ -81,7 +81,7 @@ def _emit(
 
 
 def _emit_call(
-    emitter: Emitter, plan: Plan, empty_rows: EmptyRowsOfGraph
+    emitter: Emitter, plan: Plan, effects: Effects, empty_rows: EmptyRowsOfGraph
 ) -> tuple[fx.Node, list[tuple[fx.Node, fx.Node]]]:
     site, space = plan.site, plan.site.space
     lead = plan.lead or [()]
@@ -98,9 +98,10 @@ def _emit_call(
     q = _over_every_lead(emitter, plan, q)
     captured = [_captured(emitter, plan, node, dims, empty_rows) for node, dims in plan.captured]
     captured = _without_flat(emitter, plan, captured)
-    if tensor_of(site.out).requires_grad:  # what is added to scores is saved here alone
-        pairs = zip(captured, plan.captured, strict=True)
+    if tensor_of(site.out).requires_grad:
+        pairs = zip(captured, plan.captured, strict=True)  # what is added to scores is saved here alone
         captured = [_copy(emitter, x) if _is_shared(node) else x for x, (node, _) in pairs]
+        q, k, v, *captured = (_kept(emitter, x, effects, site.out) for x in (q, k, v, *captured))
     seed = None
     if site.dropout:
         device = tensor_of(q).device
@@ -199,6 +200,12 @@ def _captured(
         node = emitter.method("to", node, device)
     node, dims = emitter.spread(node, plan.site.space.resolve_all(dims), target)
     return emitter.arrange(node, dims, target)
+
+
+def _kept(emitter: Emitter, node: fx.Node, effects: Effects, out: fx.Node) -> fx.Node:
+    """A copy of what the graph writes to after the attention, which saves it; everything else as it is."""
+    is_written = effects.is_written(node, effects.position[out], len(effects.position))
+    return _copy(emitter, node) if is_written else node
 
 
 def _is_shared(node: fx.Node | EmptyRows) -> bool:

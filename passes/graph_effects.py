@@ -21,6 +21,7 @@ from vbcompile.passes.graph_ops import (
     is_tensor,
     nesting_change,
     reads_metadata_only,
+    switches_grad_mode,
     tensor_of,
     value_of,
 )
@@ -99,15 +100,6 @@ def _any_between(places: list[int], after: int, before: int) -> bool:
 def storage_of(node: Any) -> Any:
     """Identity of the storage behind a node's fake tensor; None where it is unknown."""
     return storage_of_value(value_of(node))
-
-
-def switches_grad_mode(node: fx.Node) -> bool:
-    """Whether the gradient mode changes here."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in (
-        "_set_grad_enabled",
-        "_enter_inference_mode",
-        "_exit_inference_mode",
-    )
 
 
 def cuts_gradient(node: fx.Node) -> bool:

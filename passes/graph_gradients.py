@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from vbcompile.passes.graph_effects import switches_grad_mode
-from vbcompile.passes.graph_ops import nesting_change, value_of
+from vbcompile.passes.graph_ops import nesting_change, switches_grad_mode, value_of
 
 _MAKES_LEAVES = {"requires_grad_", "Parameter"}
 

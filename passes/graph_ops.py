@@ -379,9 +379,19 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floati
 
 
 def nesting_change(node: fx.Node) -> int:
-    """+1 where a function transform begins, -1 where it ends."""
+    """+1 where a function transform begins, forward-mode differentiation included, -1 where it ends."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+    begins = name.endswith("_increment_nesting") or name == "_enter_dual_level"
+    return begins - (name.endswith("_decrement_nesting") or name == "_exit_dual_level")
+
+
+def switches_grad_mode(node: fx.Node) -> bool:
+    """Whether the gradient mode changes here."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in (
+        "_set_grad_enabled",
+        "_enter_inference_mode",
+        "_exit_inference_mode",
+    )
 
 
 def value_of(node: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.fx as fx
 
 from vbcompile.compat import copy_graph
+from vbcompile.compat_transforms import is_forward_differentiated
 from vbcompile.config import Config, ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels.registry import describe, option
@@ -132,6 +133,7 @@ PASSES = (
 )
 
 
+_WITHOUT_TANGENTS = ("attention", "fp4")  # their operators would drop them in silence
 _BEFORE_CHOICE = ("attention", "mixed_precision")  # these decide what attention is called with
 
 
@@ -148,6 +150,10 @@ def run_passes(gm: fx.GraphModule, context: PassContext, report: GraphReport, or
         refusal = pass_.refuses(context.target)
         if refusal:
             report.unavailable.append((pass_.name, refusal))
+            continue
+        if pass_.name in _WITHOUT_TANGENTS and is_forward_differentiated():
+            reason = "forward-mode differentiation, for which the operator has no rule"
+            report.decisions.append(Decision(pass_.name, "the graph", "left", reason))
             continue
         saved = backup = backup or copy_graphs(gm)
         added = len(context.example_inputs), len(context.wrappers)

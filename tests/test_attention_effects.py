@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from attention_pass_run import CAUSAL, attend, check, compiled, qkv
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from vbcompile import compat
@@ -185,6 +187,57 @@ def test_inputs_modified_ahead_of_the_backward_are_an_error(function, options, d
     assert marked and all(marked)
 
 
+@pytest.mark.parametrize("written", ["keys", "values", "bias", "a row of the bias"])
+def test_operands_that_the_graph_writes_to_afterwards(written):
+    """A cache or a buffer that is brought up to date behind the attention, which saves it."""
+
+    def function(q, k, v, bias):
+        out = attend(q, k.transpose(1, 2), v.transpose(1, 2), lambda s: s + bias)
+        tensors = {"keys": k, "values": v, "bias": bias, "a row of the bias": bias[0]}
+        tensors[written].add_(1.0)
+        return out
+
+    cached = [torch.randn(2, 7, 3, 8) for _ in "kv"]
+    check(function, torch.randn(2, 3, 6, 8, requires_grad=True), *cached, torch.randn(6, 7), capture_autograd=True)
+
+
+RETURNED = {
+    "keys": lambda q, k, v, made: k,
+    "values, a view of a product": lambda q, k, v, made: v,
+    "all three in one": lambda q, k, v, made: made.detach(),
+    "keys in two orders": lambda q, k, v, made: (k.transpose(1, 2), k),
+}
+
+
+@pytest.mark.parametrize("mode", ["balanced", "memory"])
+@pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", RETURNED)
+def test_operands_made_in_the_graph_and_modified_by_the_caller(name, downstream, mode):
+    """A cache that the model returns: an error, or the gradients that there are without the write."""
+
+    def function(x, weight):
+        made = x @ weight
+        q, k, v = (part.view(2, 6, 2, 4).transpose(1, 2) for part in made.chunk(3, -1))
+        k = k + k.flip(-1)
+        return attend(q, k, v), RETURNED[name](q, k, v, made)
+
+    torch._dynamo.reset()
+    inputs = torch.randn(2, 6, 8, requires_grad=True), torch.randn(8, 24).mul(0.2).requires_grad_()
+    wanted = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs)
+    options = {"downstream": downstream, "strict": True, "mode": mode}
+    before = counters["vblackwell"]["fuse_attention"]
+    out, returned = torch.compile(function, backend=vblackwell, options=options)(*inputs)
+    assert counters["vblackwell"]["fuse_attention"] == before + 1
+    with torch.no_grad():
+        (returned[0] if isinstance(returned, tuple) else returned).zero_()
+    try:
+        found = torch.autograd.grad(out.square().sum(), inputs)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_log_sum_of_frozen_scores_modified_by_the_caller():
     def function(q, k, v):
         scores = q @ k.mT
@@ -226,6 +279,25 @@ def test_function_transforms_around_attention():
 
     run = check(function, *qkv(grad=False), sites=0)
     assert "function transform" in run.reasons[0]
+
+
+@pytest.mark.parametrize("downstream", ["eager", "aot_eager"])
+def test_forward_mode_differentiation_keeps_the_models_operators(downstream):
+    def tangent(run, q, k, v):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(run(forward_ad.make_dual(q, q.sin()), k, v)).tangent
+
+    inputs = qkv(grad=False)
+    options = {"downstream": downstream, "strict": True}
+    run = torch.compile(attend, backend=vblackwell, options=options)
+    torch._dynamo.reset()
+    torch.testing.assert_close(tangent(run, *inputs), tangent(attend, *inputs))
+    inside = torch.compile(lambda *x: tangent(attend, *x), backend=vblackwell, options=options)
+    torch.testing.assert_close(inside(*inputs), tangent(attend, *inputs))
+    torch._dynamo.reset()
+    run(*inputs)  # compiled with the operator, which PyTorch does not compile anew for tangents
+    with pytest.raises(NotImplementedError, match="no rule for forward-mode differentiation"):
+        tangent(run, *inputs)
 
 
 def test_activation_in_place_by_position():

@@ -10,9 +10,10 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
+from torch.autograd import forward_ad
 
 from vbcompile import compat
-from vbcompile.compat_transforms import no_transform_left
+from vbcompile.compat_transforms import has_tangent, is_forward_differentiated, no_transform_left
 from vbcompile.config import INDUCTOR_MODES
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -363,3 +364,12 @@ def test_transforms_are_ended():
         raise ValueError("inside")
     assert functorch.get_dynamic_layer_stack_depth() == 0
     assert torch.vmap(torch.sin)(torch.ones(2)).shape == (2,)
+
+
+def test_tangents_are_seen():
+    x = torch.ones(2)
+    assert not is_forward_differentiated()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert is_forward_differentiated()
+        assert has_tangent(dual) and has_tangent([1, dual]) and not has_tangent(x) and not has_tangent(None)

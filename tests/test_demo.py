@@ -411,7 +411,9 @@ class TestRun:
     @pytest.mark.slow
     def test_quick_demo(self, offline, monkeypatch, capsys):
         skip_without_models()
-        monkeypatch.setattr(demo, "QUICK", replace(demo.QUICK, sentences=4, window=32, windows=2, new_tokens=4, repeats=1))
+        monkeypatch.setattr(
+            demo, "QUICK", replace(demo.QUICK, sentences=4, window=32, windows=2, new_tokens=4, repeats=1)
+        )
         code = demo.main(["--quick", "--device", "cpu", "--json"])
         result = json.loads(capsys.readouterr().out)
         assert (result["problems"], code) == ([], 0)

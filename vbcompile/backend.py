@@ -16,7 +16,7 @@ from vbcompile.config import DOWNSTREAM, Config, ConfigError, resolve_config
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import compiled_calls
 from vbcompile.kernels.registry import MODULES, as_text, check_option, forced_implementation
-from vbcompile.passes import activation_partition, attention_inlined, input_views, pipeline
+from vbcompile.passes import activation_partition, attention_inlined, pipeline, saved_operands
 from vbcompile.report import GraphReport
 from vbcompile.runtime_activation_budget import BudgetWatch
 from vbcompile.runtime_device import AcceleratorDevice
@@ -137,15 +137,15 @@ def _downstream(
         return compile_by_vendor(compiler, gm, example_inputs, config.strict)
     partitioner = activation_partition.partitioner_for(context, report)
     budget = None if partitioner is None else config.budget
+    guard = saved_operands.partition_for(gm, context.training)
     if compiler.name == "aot_eager":
-        split = partitioner or input_views.partition_for(gm, context.training)
-        return _watched(compat.compile_with_aot_eager(gm, example_inputs, split), budget, report)
+        return _watched(compat.compile_with_aot_eager(gm, example_inputs, partitioner or guard), budget, report)
     key = _cache_key(config)
     options = {**compat.inductor_mode_options(config.inductor_mode), **config.inductor_options}
     if partitioner is not None:
         options = {**compat.partitioner_options(partitioner, key), **options}
-    elif split := input_views.partition_for(gm, context.training):
-        options.setdefault("custom_partitioner_fn", compat.Partitioner(split, key))
+    elif guard is not None:
+        options.setdefault("custom_partitioner_fn", compat.Partitioner(guard, key))
     if config.fp4 and config.fp4_master != "keep":
         options.setdefault("size_asserts", False)  # weights that are given up are not read, and have other strides
     if not cudagraphs:
@@ -177,7 +177,7 @@ def _sources_hash() -> str:
 
     inlined = attention_inlined, attention_sdpa, compat_lowering
     operators = attention, attention_results, fp4_linear, fp4_straight_through
-    return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES, input_views)
+    return compat.source_hash(pipeline, *operators, *inlined, *activation_partition.MODULES, saved_operands)
 
 
 def _cache_key(config: Config) -> str:
