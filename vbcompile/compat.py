@@ -482,6 +482,16 @@ def symbol_of(value: Any) -> Any:
     return expression if expression is not None and expression.is_symbol else None
 
 
+def symbolic_operators() -> contextlib.AbstractContextManager[None]:
+    """Within it, operators made of others run their Python forms: some C++ ones of PyTorch 2.11 take no symbolic size.
+
+    ``F.linear`` of float16 on processors is one.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no data because a graph is being captured."""
     from torch._subclasses import fake_tensor
