@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vbcompile.kernels.attention_layout import with_contiguous_rows
 from vbcompile.kernels.attention_results import sum_to
 
 
@@ -18,8 +19,7 @@ def fold(t: Tensor, lead: Sequence[int], heads: int) -> Tensor:
 
     Rows come out contiguous, which all of PyTorch's kernels take for granted.
     """
-    t = t if t.stride(-1) == 1 else t.contiguous()
-    t = t.expand(*lead, *t.shape[-2:])
+    t = with_contiguous_rows(t).expand(*lead, *t.shape[-2:])
     return t.reshape(-1, heads, *t.shape[-2:])
 
 

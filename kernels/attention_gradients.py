@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_layout import broadcast_strides, pad_lead, tile_strides
+from vbcompile.kernels.attention_layout import broadcast_strides, pad_lead, tile_strides, with_contiguous_rows
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import sum_to
 from vbcompile.kernels.attention_tuning import TileConfig
@@ -44,7 +44,7 @@ def backward(
     Sums over captured tensors that several programs share use atomic additions, unless
     ``torch.use_deterministic_algorithms`` is on: then each program writes a buffer of its own.
     """
-    q, k, v, out, grad_out = map(problems.with_close_features, (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = map(with_contiguous_rows, (q, k, v, out, grad_out))  # as in the forward
     wanted = tuple(n for n, c in enumerate(captured) if needs[3 + n] and c.is_floating_point())
     problem = problems.describe(q, k, v, captured, scale, dropout_p, function, wanted)
     run = Backward(problem, q, k, v, captured, wanted, grad_out, lse, scale, dropout_p, seed, function)

@@ -32,6 +32,11 @@ def tile_strides(t: Tensor) -> tuple[int, ...]:
     return (*broadcast_strides(t)[:LEAD_AXES], int(t.stride(-2)), int(t.stride(-1)))
 
 
+def with_contiguous_rows(t: Tensor) -> Tensor:
+    """``t``, or a copy where the elements of its rows lie apart."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 @dataclass(frozen=True)
 class RowView:
     """A tensor seen as a matrix ``[rows, columns]`` of a fixed row pitch.

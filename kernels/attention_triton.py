@@ -14,7 +14,7 @@ from vbcompile.kernels import attention_hopper_few
 from vbcompile.kernels import attention_problem as problems
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_gradients import backward
-from vbcompile.kernels.attention_layout import pad_lead, tile_strides
+from vbcompile.kernels.attention_layout import pad_lead, tile_strides, with_contiguous_rows
 from vbcompile.kernels.attention_parts import Parts, split_count
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import empty_output
@@ -89,7 +89,9 @@ def forward(
         ``out [*lead, Q, Dv]`` in the dtype of q, in the memory order that the function names, and ``lse [*lead, Q]``
         in float32: natural logarithm of the sum over the keys and the sink.
     """
-    q, k, v = map(problems.with_close_features, (q, k, v))
+    if q.shape[-2] > _MOST_DECODED:
+        # on sm_90 the tiles of keys stored transposed came out wrong (Triton 3.6; head size 24, 100 keys)
+        q, k, v = map(with_contiguous_rows, (q, k, v))
     problem = problems.describe(q, k, v, captured, scale, dropout_p, function)
     out = empty_output(problem.lead, problem.q_length, problem.dv, function.rows_first, q)
     lse = q.new_empty([*problem.lead, problem.q_length], dtype=torch.float32)

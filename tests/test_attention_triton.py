@@ -164,7 +164,7 @@ def test_tiles_of_fills(fill):
 
 @pytest.mark.parametrize("size", [24, 32])
 def test_operands_stored_transposed(size):
-    """Loads that run along the rows, masked by rows and features, went wrong on sm_90 (``with_close_features``)."""
+    """On sm_90 tiles of such keys came out wrong where size and length are no multiples of 16."""
     stored = [torch.randn(2, size, 100, dtype=torch.float16, device=DEVICE) for _ in range(3)]
     q, k, v = (t.mT for t in stored)
     function = make_function()
