@@ -205,7 +205,7 @@ class Matcher:
             values=tuple(a for x in second.out_labels if x not in second.lhs_labels for a in labels[x]),
             logits=kept, sink=self._sink(lifter, softmax), dropout=_dropout(weights),
             empty_rows=empty, factors=list(reversed(weights.factors)), gates=list(weights.gates),
-            score_dtype=tensor_of(first.node).dtype,
+            score_dtype=tensor_of(first.node).dtype, logits_dtype=tensor_of(softmax.logits).dtype,
             residual=_residual(second, out_dims), alpha=second.alpha, first=begin, spread=detail is Detail.SPREAD,
         )  # fmt: skip
         site.region = {first.node, *way, *weights.region, *lifter.region}

@@ -379,10 +379,11 @@ class _ProgramBuilder:
         return emit(e.name, *(self._emit(a) for a in e.arguments))
 
     def _held(self, value: Any) -> Any:
-        """A finite number that float32, in which a function may be evaluated, holds as one: fills of float64 scores."""
-        if not isinstance(value, float) or not math.isfinite(value) or self.made.dtype == torch.float64:
+        """A number as a function may hold it that is evaluated in float32: fills of float64 scores stay finite."""
+        if not isinstance(value, float) or self.made.dtype == torch.float64 or not abs(value) > _LARGEST:
             return value
-        return min(max(value, -_LARGEST), _LARGEST)
+        is_finite = self.site.logits_dtype == torch.float64 and math.isfinite(value)
+        return math.copysign(_LARGEST if is_finite else math.inf, value)
 
     def _empty_rows(self, mask: Expression) -> EmptyRows:
         apart = _ProgramBuilder(self.made)

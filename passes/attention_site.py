@@ -50,6 +50,7 @@ class Site:
         factors: ``(operator, operand, dims)`` applied to whole rows of the result, first applied first.
         gates: factors of the weights that differ from key to key, for the values.
         region: nodes that the fused call makes superfluous.
+        score_dtype, logits_dtype: of the first product, and of what the softmax is taken of.
         log_sums: ``logsumexp`` nodes over the same logits, with their dimensions, in order.
         insert_before: where the fused call goes: at the result, or at a ``logsumexp`` of the same logits before it.
         terms: more parts of the features of queries and keys: ``(queries, keys, axis of the features)``.
@@ -77,6 +78,7 @@ class Site:
     region: set[fx.Node] = field(default_factory=set)
     log_sums: list[tuple[fx.Node, Dims]] = field(default_factory=list)
     score_dtype: torch.dtype = torch.float32
+    logits_dtype: torch.dtype = torch.float32
     residual: tuple[Any, Dims, Any] | None = None
     alpha: Any = 1
     first: int = 0

@@ -335,7 +335,9 @@ class _Aliases:
         held = tensor_of(base)
         if new.target not in _CONTIGUOUS_RESULTS or held.is_contiguous():
             return new
-        new.meta["example_value"] = torch.empty_like(held, memory_format=torch.contiguous_format)
+        new.meta["example_value"] = torch.empty_like(
+            held, memory_format=torch.contiguous_format, requires_grad=held.requires_grad
+        )
         ordered = Emitter(new.next, self.position).with_strides(new, held)
         ordered.meta = {**ordered.meta, "example_value": held}
         return ordered

@@ -517,6 +517,16 @@ def test_filled_scores_lie_in_memory_as_before():
     check(function, q, k, v, torch.rand(2, 6, 1, 7) > 0.7, sites=0)
 
 
+def test_filled_scores_that_are_transposed_are_fused_in_training():
+    def function(q, k, v):
+        scores = (k @ q.mT).mT * 0.3
+        scores.masked_fill_(torch.ones(6, 7).triu(1) == 1, -INF)
+        powers = torch.exp(scores - scores.amax(-1, keepdim=True))
+        return (powers / powers.sum(-1, keepdim=True)) @ v
+
+    check(function, *qkv())
+
+
 def test_reshape_that_is_a_view_keeps_its_strides():
     """Rows first is no order for readers whose ``reshape`` copies nothing."""
 
