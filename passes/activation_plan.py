@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch.fx as fx
 
 from vbcompile import compat
-from vbcompile.compat import size_hint
+from vbcompile.compat_symbols import size_hint
 from vbcompile.passes.activation_fusion import FusedKernels
 from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
 from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
