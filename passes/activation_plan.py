@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch.fx as fx
 
 from vbcompile import compat
+from vbcompile.compat_symbols import size_hint
 from vbcompile.passes.activation_fusion import FusedKernels
 from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
 from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
@@ -334,10 +335,10 @@ def operations(node: fx.Node) -> int:
     size = tensor_bytes(result) // result.element_size()
     if "convolution" in name:
         weight = inputs[1]
-        return 2 * size * (tensor_bytes(weight) // weight.element_size()) // max(int(weight.shape[0]), 1)
+        return 2 * size * (tensor_bytes(weight) // weight.element_size()) // max(size_hint(weight.shape[0]), 1)
     if any(part in name for part in ("attention", "flash")):
         pairs = 4 if "backward" not in name else 10
-        return pairs * size * int(inputs[1].shape[-2])
+        return pairs * size * size_hint(inputs[1].shape[-2])
     if any(part in name for part in ("mm", "linear")):
-        return 2 * size * int(inputs[-2].shape[-1])
+        return 2 * size * size_hint(inputs[-2].shape[-1])
     return 0

@@ -22,7 +22,7 @@ from vbcompile.passes.graph_ops import describe_site, value_of
 from vbcompile.passes.implementation_choice import name_implementations
 from vbcompile.passes.offload_costs import Rates, bytes_of, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
-from vbcompile.passes.offload_inputs import describe, missing_sizes, plain_fake
+from vbcompile.passes.offload_inputs import describe, fix_floats, missing_sizes, plain_fake
 from vbcompile.passes.offload_outer import Layout, Piece, emit
 from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, joined, shape_of_graph, whole
 from vbcompile.report import Decision
@@ -54,6 +54,7 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     if isinstance(store, str):
         log.warning("offload: each use fetches its weight, and nothing runs ahead: %s", store)
         return [Decision(PASS_NAME, "graph", "left", store)]
+    fix_floats(gm.graph)
     streamed = StreamedGraphs(gm, weights, store, context)
     context.around.append(streamed.around)
     return streamed.first.decisions()

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymFloat, Tensor, fx
 
 from vbcompile.compat_symbols import free_symbols_of, symbol_of
 from vbcompile.handles_payload import Payload
@@ -39,3 +39,16 @@ def describe(value: Any) -> Any:
         sizes = tuple(map(str, value.shape)), tuple(map(str, value.stride())), str(value.storage_offset())
         return (*sizes, value.dtype, str(value.device), value.requires_grad, value.is_inference(), value.is_leaf)
     return str(value)
+
+
+def fix_floats(graph: fx.Graph) -> None:
+    """Make numbers that Dynamo takes as inputs constants, in place: with ``dynamic=True`` a norm's ``eps`` is one.
+
+    Segments are traced one by one, and only the first trace knows the number in such a tensor. With another number the
+    graph is captured anew.
+    """
+    for node in graph.find_nodes(op="call_method", target="item"):
+        value = value_of(node)
+        if isinstance(value, SymFloat) and getattr(value.node, "hint", None) is not None:
+            node.replace_all_uses_with(float(value))
+            graph.erase_node(node)

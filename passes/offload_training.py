@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbcompile.compat_calls import has_gradient_hooks
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_gradients import gradients_of
 from vbcompile.handles_payload import Payload
@@ -169,10 +170,20 @@ class TrainedSegment(nn.Module):
         places = [(payload, store.weight_bytes(payload)[0]) for payload in payloads]
         for position, handle in enumerate(handles):
             if isinstance(handle, OffloadedTensor) and handle.requires_grad:
+                _refuse_hooks(handle)
                 inputs[position] = _Use.apply(handle, inputs[position], streamed.key)
         _mark_first(inputs, count, backward)
         with torch.autograd.graph.saved_tensors_hooks(_packer(places, backward), _unpack):
             return self.compiled(*inputs)
+
+
+def _refuse_hooks(handle: OffloadedTensor) -> None:
+    """Gradients go to host memory as they are made: autograd has none to call a hook with."""
+    if has_gradient_hooks(handle):
+        raise RuntimeError(
+            f"{handle.payload.name} has a hook for its gradient (register_hook), and gradients of offloaded weights "
+            "leave the device without autograd: remove it, and change parameter.grad ahead of the optimizer's step"
+        )
 
 
 def _mark_first(inputs: list[Any], count: int, backward: Backward) -> None:

@@ -98,3 +98,12 @@ def test_tracing_and_transformations_go_the_usual_way():
     torch.testing.assert_close(compiled(x), x * 2 + 1)
     torch.library.opcheck(twice, (x,))
     torch.library.opcheck(twice, (x.clone().requires_grad_(),))
+
+
+def test_hooks_of_a_tensor():
+    tensor = torch.ones(2, requires_grad=True)
+    assert not compat_calls.has_gradient_hooks(tensor)
+    hook = tensor.register_hook(lambda gradient: gradient)
+    assert compat_calls.has_gradient_hooks(tensor)
+    hook.remove()
+    assert not compat_calls.has_gradient_hooks(tensor)

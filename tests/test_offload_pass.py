@@ -150,6 +150,38 @@ def test_dynamic_shapes_share_one_plan():
     assert len(set(store._starts)) == 1 and vbcompile.stats(model)[0].runtime["misses"] == 0
 
 
+@pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
+def test_every_size_dynamic(downstream, reports):
+    """``dynamic=True`` makes inputs of the numbers in a model, such as the ``eps`` of its norms, too."""
+    model = blocks()
+    twin = copy.deepcopy(model)
+    offload(model)
+    torch._dynamo.reset()
+    options = {"mode": "memory", "strict": True, "downstream": downstream}
+    run = torch.compile(model, backend="vblackwell", options=options, dynamic=True, fullgraph=True)
+    for rows, eps in ((3, 1e-5), (9, 1e-5), (5, 0.5)):
+        x = torch.randn(rows, 32)
+        for each in (model, twin):
+            each[0].norm.eps = eps
+        torch.testing.assert_close(run(x), twin(x))
+    assert len(reports) == 2 and streamed(model) > 0
+
+
+def test_operators_in_a_frame_that_dynamo_leaves_fetch_their_weights():
+    """There our own Python code, which PyTorch calls for each operator, is no business of Dynamo's."""
+    model, x = blocks(), torch.randn(3, 32)
+
+    def function(x):
+        for layer in model[:2]:
+            torch._dynamo.graph_break()  # in a loop: the whole frame runs uncompiled
+            x = F.linear(x, layer.down.weight.t()) @ layer.down.weight.t()
+        return x
+
+    expected = function(x)
+    offload(model)
+    torch.testing.assert_close(compiled(function)(x), expected)
+
+
 def test_larger_inputs_are_planned_for():
     model = blocks()
     twin = copy.deepcopy(model)

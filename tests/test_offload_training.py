@@ -202,6 +202,18 @@ def test_backwards_through_a_retained_graph_give_their_memory_back():
         torch.testing.assert_close(one.grad.cpu(), other.grad, msg=name)
 
 
+def test_what_would_need_gradients_from_autograd_is_refused():
+    model = blocks()
+    offload(model, "130KiB")
+    hook = model[0].up.weight.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(RuntimeError, match="has a hook for its gradient"):
+        compiled(model)(torch.randn(3, 32))
+    hook.remove()
+    compiled(model)(torch.randn(3, 32)).sum().backward()
+    with pytest.raises(TypeError, match="LBFGS evaluates the model within a step"):
+        vbcompile.optimizer(torch.optim.LBFGS, model.parameters())
+
+
 def test_gradients_that_somebody_holds_stay():
     model, twin, x = blocks(), blocks(), torch.randn(3, 32)
     offload(model, "130KiB")

@@ -319,12 +319,24 @@ def test_gradients_accumulate():
     assert same(*results)
 
 
-def test_dynamic_rows():
+def test_dynamic_rows(reports):
     model = Gated(32)
     function = compiled(model, dynamic=True)
     for rows in (128, 300):
         x = torch.randn(rows, 32)
         torch.testing.assert_close(gradients(function, model, x), gradients(model, model, x))
+    assert len(reports) == 1, "compiled once for all sizes"
+
+
+def test_marked_sizes_stay_dynamic(reports):
+    """The planner looks at sizes, also those that products sum over, and must not fix them."""
+    weight = torch.randn(16, 16, requires_grad=True)
+    function = compiled(lambda x: ((x @ weight) @ x.mT).softmax(-1) @ x)
+    for rows in (5, 9):
+        x = torch.randn(3, rows, 16)
+        torch._dynamo.mark_dynamic(x, 1)
+        function(x).sum().backward()
+    assert len(reports) == 1
 
 
 def test_state_that_the_forward_writes_is_not_read_again():

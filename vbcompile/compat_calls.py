@@ -65,3 +65,8 @@ _PLAIN_KEYS = functools.reduce(
 def is_watched_by_dynamo() -> bool:
     """Whether Dynamo would compile a function that is called now."""
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Whether ``register_hook`` has given a tensor a hook that is still there."""
+    return bool(tensor._backward_hooks)

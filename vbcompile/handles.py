@@ -130,6 +130,7 @@ class OffloadedTensor(Tensor):
         return plain.__reduce_ex__(protocol)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

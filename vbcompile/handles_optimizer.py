@@ -1,5 +1,6 @@
 """Optimizers whose parameters, gradients and state are in host memory, for models whose weights are offloaded."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,10 +27,16 @@ def optimizer(kind: type[Optimizer], params: Iterable[Any], **options: Any) -> O
 
     Raises:
         ValueError: a weight lives on disk, where nothing is written to.
-        TypeError: ``kind`` is no class of optimizers.
+        TypeError: ``kind`` is no class of optimizers, or one that evaluates the model within a step (LBFGS).
     """
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise TypeError(f"expected a class of optimizers, such as torch.optim.AdamW, not {kind!r}")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"{kind.__name__} evaluates the model within a step, for which gradients and weights "
+            f"would have to travel each time: use torch.optim.{kind.__name__} itself, which works on the device"
+        )
     mirrors: list[tuple[OffloadedTensor, nn.Parameter]] = []
     groups: list[Any] = []
     for entry in params:
