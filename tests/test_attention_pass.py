@@ -318,3 +318,17 @@ def test_exported_attention_is_read_as_the_one_before_export():
         for module in (_CausalByPositions(), torch.export.export(_CausalByPositions(), tensors).module())
     ]
     assert reasons == ["attention, mask from positions, sink, no mask tensor"] * 2
+
+
+class _MappedUnderAutocast(torch.nn.Module):
+    def forward(self, q, k, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.vmap(lambda *qkv: attend(*qkv))(q, k, v)
+
+
+def test_exported_autocast_is_seen_inside_its_body():
+    tensors = tuple(torch.randn(2, 3, 7, 8) for _ in range(3))
+    exported = torch.export.export(_MappedUnderAutocast(), tensors).module()
+    ours, run = compiled(exported)
+    torch.testing.assert_close(ours(*tensors), exported(*tensors), rtol=2e-2, atol=2e-2)
+    assert run.sites == 1
