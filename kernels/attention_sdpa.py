@@ -213,9 +213,9 @@ def _odd_rows(out: Tensor, lse: Tensor, call: _CpuCall) -> Tensor:
     Its largest score of a row ignores NaN, and a row without one counts as a row without keys: zeros in place of NaN.
     Under a mask, which it adds, NaN of hidden keys spreads to rows that do not see them.
     """
-    odd, zero = ~lse.isfinite(), (lse == 0.0) & (out == 0.0).all(-1)
+    odd, zero = ~lse.isfinite(), lse == 0.0
     if is_fake(out) or bool(zero.any()):  # a graph cannot choose by values
-        odd = odd | (zero & ~_sees_a_number(call))
+        odd = odd | (zero & (out == 0.0).all(-1) & ~_sees_a_number(call))
     return odd if call.empty is None else odd & ~call.empty.reshape(lse.shape)
 
 

@@ -17,6 +17,9 @@ ACTIVATIONS = {
     "sinh": lambda s: torch.sinh(s * 0.2), "cosh": lambda s: (s * 0.2).cosh(), "clamp": lambda s: s.clamp(-2, 1),
     "exact_gelu": F.gelu, "erf": torch.erf, "erfc": torch.special.erfc, "arctan": lambda s: s.arctan() * 2,
     "logaddexp": lambda s: torch.logaddexp(s, s.new_zeros(())),
+    "tan": lambda s: torch.tan(s * 0.1), "log10": lambda s: (s.abs() + 1).log10(),
+    "nan_to_num": lambda s: (s / s).nan_to_num(0.5), "isnan": lambda s: s.masked_fill((s / s).isnan(), -3.0),
+    "isinf": lambda s: s.masked_fill((1 / s).isinf(), 2.0),
 }  # fmt: skip
 
 

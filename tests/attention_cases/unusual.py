@@ -57,6 +57,19 @@ def sum_guarded_after_a_shift(q, k, v):
     return p / (p.sum(-1, keepdim=True) + 0.01) @ v
 
 
+@fuses("softmax")
+def powers_times_a_gate_of_many_parts(q, k, v):
+    gate = (1 - k[..., 0].sigmoid()) * k[..., 1].clamp(min=0.1) / 3 + k[..., 2] ** 2 * 0.5
+    p = torch.exp(_scores(q, k)) * gate.unsqueeze(-2)
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+@fuses("softmax", plus(qkv, lambda d: d.normal(d.S, d.S)))
+def maximum_taken_off_before_factors_and_a_bias(q, k, v, bias):
+    s = _scores(q, k)
+    return torch.softmax(-(-2.0 * (s - s.amax(-1, keepdim=True)) / 3.0) + bias, -1) @ v
+
+
 @fuses("softmax", plus(qkv, lambda d: d.flags(d.S, d.S)))
 def powers_times_mask(q, k, v, keep):
     p = torch.exp(_scores(q, k)) * keep.to(q.dtype)
