@@ -52,7 +52,7 @@ def autocast_dtypes(graph: fx.Graph, device_type: str, callers: Sequence[fx.Node
 
 def _inside(caller: fx.Node, device_type: str) -> torch.dtype | None:
     """The dtype of autocast in the graph that a node runs; an exported ``with torch.autocast`` is such a node."""
-    if caller.target is torch.ops.higher_order.wrap_with_autocast and caller.args[0] == device_type:
+    if getattr(caller.target, "__name__", "") == "wrap_with_autocast" and caller.args[0] == device_type:
         _, dtype, enabled, *_ = caller.args
         return (dtype or torch.get_autocast_dtype(device_type)) if enabled else None  # type: ignore[return-value]
     return autocast_dtypes(caller.graph, device_type).get(caller)
