@@ -24,7 +24,14 @@ _KNOWN = {
     "squeeze", "sub", "sum", "t", "tanh", "transpose", "tril", "triu", "unsqueeze", "where", "arange", "full",
     "full_like", "ones", "ones_like", "zeros", "zeros_like", *_NAMES.values(),
 }  # fmt: skip
-_PARAMETERS = {"self": "input", "mat2": "other", "train": "training", "exponent": "other"}
+_PARAMETERS = {
+    "self": "input",
+    "mat2": "other",
+    "train": "training",
+    "exponent": "other",
+    "axis0": "dim0",
+    "axis1": "dim1",
+}
 _WITHOUT_MEANING = {"half_to_float", "implicit", "memory_format"}  # beside the dtypes and strides of the result
 
 
@@ -40,7 +47,25 @@ def aten_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
     readings = [found for found in (_bind(o._schema, args, kwargs) for o in overloads) if found is not None]
     if not readings or any(r != readings[0] for r in readings):
         return None
-    return name, _INDEXED[own](readings[0]) if own in _INDEXED else readings[0]
+    if own in _INDEXED:
+        return (name, _INDEXED[own](readings[0])) if _INDEXED_BY[own] <= readings[0].keys() else None
+    return name, readings[0]
+
+
+def aten_write(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Name and arguments of ATen's arithmetic in place (``aten.mul_.Tensor``), None for other targets."""
+    if not isinstance(target, torch._ops.OpOverload) or out_of_place(target) is None:
+        return None
+    given = _bind(target._schema, args, kwargs)
+    return None if given is None else (target._schema.name.removeprefix("aten::")[:-1], given)
+
+
+def out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The operator that computes what arithmetic in place writes; None for other operators."""
+    name = target._schema.name.removeprefix("aten::")
+    if target.namespace != "aten" or name not in ("add_", "sub_", "mul_", "div_"):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1]), target._overloadname, None)
 
 
 def _sliced(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +82,7 @@ def _indexed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _INDEXED = {"slice": _sliced, "index": _indexed}
+_INDEXED_BY = {"slice": {"input"}, "index": {"input", "indices"}}  # other overloads take lists and texts
 
 
 def _overloads(target: Any) -> list[torch._ops.OpOverload]:

@@ -30,7 +30,7 @@ def autocast_dtypes(graph: fx.Graph, device_type: str, callers: Sequence[fx.Node
         LookupError: the callers run it under different settings.
     """
     enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
-    around = {autocast_dtypes(caller.graph, device_type).get(caller) for caller in callers}
+    around = {_inside(caller, device_type) for caller in callers}
     around = around or {ambient_dtype(device_type)}
     if len(around) > 1:
         raise LookupError("a graph that runs both with and without autocast")
@@ -48,6 +48,14 @@ def autocast_dtypes(graph: fx.Graph, device_type: str, callers: Sequence[fx.Node
         elif stack[-1][1] is not None:
             found[node] = stack[-1][1]
     return found
+
+
+def _inside(caller: fx.Node, device_type: str) -> torch.dtype | None:
+    """The dtype of autocast in the graph that a node runs; an exported ``with torch.autocast`` is such a node."""
+    if getattr(caller.target, "__name__", "") == "wrap_with_autocast" and caller.args[0] == device_type:
+        _, dtype, enabled, *_ = caller.args
+        return (dtype or torch.get_autocast_dtype(device_type)) if enabled else None  # type: ignore[return-value]
+    return autocast_dtypes(caller.graph, device_type).get(caller)
 
 
 def autocast_at(node: fx.Node, device_type: str, callers: Sequence[fx.Node] | None) -> torch.dtype | None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vbcompile.passes.graph_aten import out_of_place
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import (
     ACTIVATIONS,
@@ -362,6 +363,8 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return graph.call_method("masked_fill", (node.args[0], _mask_of_setitem(node), value))
     call = call_of(node)
     assert isinstance(call, Call)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return graph.call_function(out_of_place(node.target), node.args, node.kwargs)  # type: ignore[arg-type]
     if call.name == "dropout":
         return graph.call_function(F.dropout, (call.input, call.get("p", 0.5), call.get("training", True)))
     if call.name in _ACTIVATIONS:

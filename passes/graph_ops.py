@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vbcompile.passes.graph_aten import aten_call
+from vbcompile.passes.graph_aten import aten_call, aten_write
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,10 @@ def _function_call(node: fx.Node) -> Call | None:
     known = _FUNCTIONS.get(target) if _is_hashable(target) else None
     if known is None:
         found = aten_call(target, node.args, node.kwargs)
-        return None if found is None or _is_bitcast(found[0], node) else Call(*found)
+        if found is not None:
+            return None if _is_bitcast(found[0], node) else Call(*found)
+        found = aten_write(target, node.args, node.kwargs)
+        return None if found is None else Call(*found, in_place=True)
     call = _bind(known, _SPECIAL_PARAMETERS.get(target, _PARAMETERS.get(known)), node, in_place=False)
     return call if call is None or call.get("inplace") is not True else Call(call.name, call.arguments, True)
 

@@ -298,7 +298,7 @@ def test_arithmetic_mapped_elsewhere_is_not_looked_into(monkeypatch):
 
 
 class _CausalByPositions(torch.nn.Module):
-    """Positions looked up, a cast that ``torch.export`` asserts to be one, a column that is cut off."""
+    """Positions looked up, arithmetic in place, a cast that export asserts to be one, a column that is cut off."""
 
     def forward(self, q, k, v):
         rows = torch.arange(q.shape[2], device=q.device)[None].expand(q.shape[0], -1)
@@ -306,7 +306,9 @@ class _CausalByPositions(torch.nn.Module):
         keep = rows[batch, rows[:1, None, None, :]] <= rows[batch, rows[:1, None, :, None]]
         starts = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
         keep = keep.new_ones(()) & keep & (starts[:, None, :, None] == starts[:, None, None, :])
-        scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+        scores = q @ k.swapaxes(2, 3)
+        scores /= 3
+        scores = scores.masked_fill(~keep, -INF)
         scores = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
         return F.softmax(scores, dim=-1, dtype=torch.float32)[..., :-1].to(q.dtype) @ v
 
@@ -318,3 +320,34 @@ def test_exported_attention_is_read_as_the_one_before_export():
         for module in (_CausalByPositions(), torch.export.export(_CausalByPositions(), tensors).module())
     ]
     assert reasons == ["attention, mask from positions, sink, no mask tensor"] * 2
+
+
+class _MappedUnderAutocast(torch.nn.Module):
+    def forward(self, q, k, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.vmap(lambda *qkv: attend(*qkv))(q, k, v)
+
+
+def test_exported_autocast_is_seen_inside_its_body():
+    tensors = tuple(torch.randn(2, 3, 7, 8) for _ in range(3))
+    exported = torch.export.export(_MappedUnderAutocast(), tensors).module()
+    ours, run = compiled(exported)
+    torch.testing.assert_close(ours(*tensors), exported(*tensors), rtol=2e-2, atol=2e-2)
+    assert run.sites == 1
+
+
+@pytest.mark.parametrize(
+    "write", [lambda s: s.add_(s, alpha=2), lambda s: s.view(-1).mul_(0.5), lambda s: s.sub_(1).add_(2)]
+)
+def test_exported_arithmetic_in_place_keeps_its_meaning(write):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            scores = q @ k.mT
+            before = scores.transpose(0, 1)
+            write(scores)
+            return torch.softmax(scores, -1) @ v, before
+
+    tensors = tuple(torch.randn(2, 3, 7, 8) for _ in range(3))
+    exported = torch.export.export(Module(), tensors).module()
+    ours, _ = compiled(exported)
+    torch.testing.assert_close(ours(*tensors), Module()(*tensors))
