@@ -422,7 +422,7 @@ class Recording:
         """
         names: dict[str, Any] = {"otherwise": otherwise, "generation": generation, "age": self._generation}
         changed = "generation[0] != age"
-        if any(isinstance(step, Launched) for step in self._steps):
+        if any(isinstance(step, Launched) and step.repeated.direct for step in self._steps):
             names["knobs"] = launches.runtime_knobs()
             changed += " or knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls"
 

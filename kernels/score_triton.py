@@ -240,12 +240,16 @@ def _to_float32(value: float) -> float:
 
 
 def has_unbounded_terms(program: tuple[Instruction, ...], position: int) -> bool:
-    """Whether a value may lie beyond 1e30 in normal use: ``finfo.min`` constants, captured floats (additive masks)."""
+    """Whether a value may be so large that a product with ``log2(e)`` overflows, or is rounded by whole units: fills,
+    captured floats (additive masks).
+
+    Of two equal such numbers a fused multiplication and subtraction leaves the rounding of one product: 2**30 for 1e10.
+    """
     name, *arguments = program[position]
     if name == "captured":
         return True
     if name == "const":
-        return abs(arguments[0]) > 1e30
+        return abs(arguments[0]) > 1e5
     if name in ("score", "upstream", "q_index", "k_index", "lead_index", "q_length", "k_length"):
         return False
     return any(has_unbounded_terms(program, a) for a in arguments)

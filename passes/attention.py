@@ -33,6 +33,7 @@ from vbcompile.passes.attention_rows import EmptyRowsOfGraph
 from vbcompile.passes.attention_site import Detail, Retry, Site
 from vbcompile.passes.attention_small import ask_for_quick_calls
 from vbcompile.passes.attention_weights import Carriers
+from vbcompile.passes.graph_aten import erase_proven_checks
 from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
 from vbcompile.passes.graph_gradients import correct_gradients
@@ -88,6 +89,7 @@ class _GraphPass:
         calls = self._calls()
         if not any(_may_begin(call) for call in calls.values()) and not any(map(_is_composite, self.graph.nodes)):
             return []
+        erase_proven_checks(self.graph)
         correct_gradients(self.graph, self.callers != [] or torch.is_grad_enabled())
         if make_functional(self.graph):
             self.module.recompile()

@@ -106,7 +106,8 @@ _FOLDS: Final[dict[str, Callable[..., Any]]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": abs,
     "floordiv": operator.floordiv, "mod": operator.mod, "maximum": max, "minimum": min,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "xor": lambda a, b: a != b, "not": lambda a: not a,
-    "to_float": float, "to_int": int, "to_bool": bool, "exp": math.exp, "log": math.log, "sqrt": math.sqrt,
+    "to_float": float, "to_int": int, "to_bool": bool, "exp": math.exp, "sqrt": math.sqrt,
+    "log": lambda a: math.log(a) if a else -math.inf,
     "tanh": math.tanh, "sin": math.sin, "cos": math.cos, "div": operator.truediv, "pow": operator.pow,
     "rsqrt": lambda a: 1.0 / math.sqrt(a), "log1p": math.log1p, "atan": math.atan, "erf": math.erf,
 }  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_expression import (
     FLOAT,
     INT,
@@ -29,7 +30,7 @@ from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, k
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
 POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
-_ABSORBS = 1e15  # float64 loses the logarithm of a number of keys beside this
+_FILL = 1e3  # no learned number is as large
 _DECIDES = 700.0  # no weight is left in float64 that is so far below another
 _VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
@@ -94,20 +95,21 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
     value, _ = _split(algebra, logits, float("-inf"))
     value, low = _split(algebra, value, _VANISHES)
     covered = set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value)
-    return not covered or _holds_number_beyond(value, _DECIDES)
+    return not covered or holds_number_beyond(value, _DECIDES)
 
 
-def may_absorb(logits: Logits) -> bool:
-    """Whether a row may hold nothing but finite fills beside which the logarithm of their number is lost."""
-    return _holds_number_beyond(logits.value, _ABSORBS)
+def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
+    """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
+    return holds_number_beyond(logits.value, max(_FILL, 0.1 / torch.finfo(dtype).eps))
 
 
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
-    return _holds_number_beyond(logits.value, _DECIDES)
+    return holds_number_beyond(logits.value, _DECIDES)
 
 
-def _holds_number_beyond(value: Expression, limit: float) -> bool:
+def holds_number_beyond(value: Expression, limit: float) -> bool:
+    """Whether a finite constant in the expression is larger than ``limit``, or as far below zero."""
     floats = (e.value for e in parts(value) if e.name == "const" and e.kind == FLOAT)
     return any(limit < abs(number) < float("inf") for number in floats)
 
@@ -248,24 +250,39 @@ def _split_scaled(algebra: Algebra, e: Expression, fill: float) -> tuple[Express
     return algebra.make(e.name, value, b), masked
 
 
-def _is_finite(value: Expression) -> bool:
-    """Whether no tensor in the logits can itself hold ``-inf``: a mask that is added takes keys from rows, too."""
+def _is_finite(value: Expression, activations: bool = False) -> bool:
+    """Whether no tensor in the logits can itself hold ``-inf``: a mask that is added takes keys from rows, too.
+
+    ``activations``: what matrix products give counts as finite.
+    """
     for e in parts(value):
-        if e.name == "tensor" and e.kind == FLOAT and not holds_learned_numbers(e.arguments[0]):
+        if (
+            e.name == "tensor"
+            and e.kind == FLOAT
+            and not holds_learned_numbers(e.arguments[0], activations=activations)
+        ):
             return False
         if e.name == "const" and e.value == float("-inf"):
             return False
+        if e.name == "log" and any(a.kind != FLOAT and a.name == "tensor" for a in parts(e)):
+            return False  # of counts and flags, which may be zero
     return True
+
+
+def may_hide(logits: Logits) -> bool:
+    """Whether a tensor in the logits may itself be a mask of ``-inf``, which hides keys that ``logits.mask`` shows."""
+    return not _is_finite(logits.value, activations=True)
 
 
 _BOUNDED = {"sigmoid", "tanh", "sin", "cos", "softmax", "atan", "erf"}
 _MAY_BE_INFINITE = {"log", "log2", "log1p", "logsigmoid", "log_softmax", "reciprocal", "rsqrt", "logsumexp"}
 
 
-def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL) -> bool:
+def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL, activations: bool = False) -> bool:
     """Whether a tensor is computed from parameters, integers and constants below ``largest`` alone: biases, slopes.
 
-    A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen.
+    A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen. With
+    ``activations`` what matrix products give counts too.
     """
     todo: list[Any] = [node]
     seen: set[fx.Node] = set()
@@ -282,6 +299,8 @@ def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL) -> bool:
         if n.op in ("placeholder", "get_attr"):
             if not is_parameter(n) or not tensor_of(n).requires_grad:
                 return False
+        elif activations and call is not None and (call.name == "linear" or contraction_of(call, n) is not None):
+            continue
         elif (
             len(seen) > 100
             or (call is not None and (call.in_place or call.name in _MAY_BE_INFINITE))

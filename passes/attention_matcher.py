@@ -21,7 +21,9 @@ from vbcompile.passes.attention_masks import (
     Guard,
     Logits,
     conjuncts,
+    holds_number_beyond,
     may_absorb,
+    may_hide,
     may_underflow,
     may_vanish,
     split_logits,
@@ -33,7 +35,7 @@ from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
 from vbcompile.passes.graph_autocast import autocast_at
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
-from vbcompile.passes.graph_effects import Effects, cuts_gradient
+from vbcompile.passes.graph_effects import Effects, ancestors, cuts_gradient
 from vbcompile.passes.graph_ops import (
     call_of,
     is_tensor,
@@ -173,6 +175,8 @@ class Matcher:
             if softmax.sink is not None:
                 raise Refusal("scores less a number of their row, beside a sink")
             logits, softmax = without_shifts(algebra, logits), replace(softmax, exact_logits=False, bare=False)
+        if self._averages_fills(lifter, logits, {*softmax.shifts, *lifter.shifts}):
+            raise Refusal("an average of scores and fills is subtracted from the scores")
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
@@ -185,7 +189,7 @@ class Matcher:
         readable = partial(self._readable, begin=begin, end=end)
         logits, term = split_term(space, algebra, logits, query, key, features, (rows, keys), readable)
         split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
-        if softmax.less_log_sum and may_absorb(split):
+        if softmax.less_log_sum and may_absorb(split, tensor_of(softmax.logits).dtype):
             raise Refusal("the logarithm of a sum of fills is lost beside them")
         full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
         if softmax.bare and may_underflow(full):
@@ -211,6 +215,13 @@ class Matcher:
         essential = self._dependents(lifter, readers, lifter.shifts | set(softmax.shifts))
         self._check(site, softmax, keys, essential.union(way, softmax.others))
         return site
+
+    @staticmethod
+    def _averages_fills(lifter: Lifter, logits: Expression, shifts: set[fx.Node]) -> bool:
+        """Whether low fills may be a part of what shifts a row, so that the scores are lost beside it."""
+        made = [n for n in ancestors(shifts, [lifter.score]) if lifter.depends(n)] if shifts and lifter.score else []
+        averages = any(getattr(call_of(n), "name", "") in ("mean", "sum") for n in made)
+        return averages and holds_number_beyond(logits, -POWERLESS)
 
     def guard(self, score: fx.Node) -> Guard | None:
         """How a low finite fill becomes a mask; None where it stays a number."""
@@ -300,7 +311,7 @@ class Matcher:
             if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")
             split = fitting
-        if after != set(split.mask) and not split.every_row and not weights.zero_empty:
+        if not split.every_row and not weights.zero_empty and (after != set(split.mask) or may_hide(split)):
             raise Refusal("the weights are masked by a part of the mask only")
         return split, "zero"
 
@@ -310,7 +321,7 @@ class Matcher:
         """Check that the rows set to zero are those without a key, told by ``keep.any(-1)``."""
         shown = set(conjuncts(lifter.algebra.make("to_bool", lifter.lift(*rows)))) - {lifter.algebra.true}
         for found in (split, *(split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))):
-            if shown == set(found.mask):
+            if shown == set(found.mask) and (found.every_row or not may_hide(found)):
                 return found, "zero"
         raise Refusal("rows of weights are set to zero by something else than the softmax's mask")
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from vbcompile.passes.graph_axes import Dim, Dims, permutation, product
-from vbcompile.passes.graph_ops import call_of, known_equal, reads_metadata_only, shape_of
+from vbcompile.passes.graph_ops import call_of, known_equal, reads_metadata_only, shape_of, tensor_of
 
 
 def reads_rows_first(out: fx.Node, dims: Dims, lead: Sequence[Dim], rows: Dim, values: Dim) -> bool:
@@ -35,13 +35,23 @@ def _packs(user: fx.Node, dims: Dims, wanted: list[Any]) -> bool:
         if user.op == "call_method" and user.target == "view":
             return False
         if [a for dim in dims for a in dim] == wanted:
-            return True
+            return _is_packed(user)
         regrouped = _regrouped(dims, user) if call.name == "reshape" else None
         return regrouped is not None and _lies_together(regrouped, wanted) and _all_pack(user, regrouped, wanted)
     order = permutation(call, len(dims))
     if order is None:
         return False
     return _all_pack(user, tuple(dims[d] for d in order), wanted)
+
+
+def _is_packed(node: fx.Node) -> bool:
+    """Whether a result is contiguous in the source, where ``reshape`` may give a view that is not."""
+    packed: Any = 1
+    for size, stride in reversed(list(zip(shape_of(node), tensor_of(node).stride(), strict=True))):
+        if not known_equal(size, 1) and not known_equal(stride, packed):
+            return False
+        packed = packed * size
+    return True
 
 
 def _regrouped(dims: Dims, reshape: fx.Node) -> Dims | None:

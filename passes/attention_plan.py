@@ -3,6 +3,7 @@
 Nothing in the graph changes here; a site that cannot be planned is refused.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from vbcompile.passes.graph_effects import Effects, ancestors, learned_leaves, s
 from vbcompile.passes.graph_ops import FLOATS, Call, call_of, is_tensor, known_equal, tensor_of, value_of
 
 MAX_LEADING = 4
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -363,7 +365,7 @@ class _ProgramBuilder:
         if e.name == "score":
             return emit("score")
         if e.name == "const":
-            return emit("const", e.value)
+            return emit("const", self._held(e.value))
         if e.name == "axis":
             return self._axis(e.arguments[0])
         if e.name == "size":
@@ -375,6 +377,12 @@ class _ProgramBuilder:
         if e.name == "empty_row":
             return emit("captured", self._capture(self._empty_rows(e.arguments[0]), ()))
         return emit(e.name, *(self._emit(a) for a in e.arguments))
+
+    def _held(self, value: Any) -> Any:
+        """A finite number that float32, in which a function may be evaluated, holds as one: fills of float64 scores."""
+        if not isinstance(value, float) or not math.isfinite(value) or self.made.dtype == torch.float64:
+            return value
+        return min(max(value, -_LARGEST), _LARGEST)
 
     def _empty_rows(self, mask: Expression) -> EmptyRows:
         apart = _ProgramBuilder(self.made)

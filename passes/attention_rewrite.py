@@ -264,6 +264,7 @@ def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> l
         lse = emitter.arrange(lse, dims, list(plan.site.space.resolve_all(wanted)))
         if tensor_of(lse).dtype != tensor_of(node).dtype:
             lse = emitter.method("to", lse, tensor_of(node).dtype)
+        lse = emitter.with_strides(lse, tensor_of(node))
         if cuts_gradient(node):
             lse = emitter.method("detach", lse)
         if not tensor_of(node).requires_grad and tensor_of(plan.site.out).requires_grad:

@@ -515,3 +515,28 @@ def test_filled_scores_lie_in_memory_as_before():
 
     q, k, v = torch.randn(2, 6, 3, 4), torch.randn(2, 7, 3, 4), torch.randn(6, 7, 4)
     check(function, q, k, v, torch.rand(2, 6, 1, 7) > 0.7, sites=0)
+
+
+def test_reshape_that_is_a_view_keeps_its_strides():
+    """Rows first is no order for readers whose ``reshape`` copies nothing."""
+
+    def function(q, k, v):
+        return torch.einsum("bqk,bke->eqb", torch.softmax(q @ k.mT, -1), v).reshape(4, 6, -1)
+
+    q, k, v = torch.randn(1, 6, 8), torch.randn(1, 7, 8), torch.randn(1, 7, 4)
+    check(function, q, k, v)
+
+    def other(q, k, v):
+        return torch.einsum("bhqk,bhke->qbhe", torch.softmax(q @ k.mT, -1), v).reshape(6, 3, -1)
+
+    check(other, torch.randn(3, 1, 6, 8), torch.randn(3, 1, 7, 8), torch.randn(3, 1, 7, 4))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_logarithms_of_sums_lie_in_memory_as_before(grad):
+    def function(q, k, v):
+        scores = torch.einsum("bqhd,bkhd->bqhk", q, k)
+        sums = scores.logsumexp(-1)
+        return torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), v), sums, sums.view(2, -1)
+
+    check(function, *(torch.randn(2, n, 3, 8, requires_grad=grad) for n in (6, 7, 7)))

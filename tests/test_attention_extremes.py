@@ -190,6 +190,14 @@ FILLED = {  # name: (softmax of filled scores, sites)
     "powers of a mask that is subtracted": (lambda s, m: _exponentials(s * m - 1e9 * (1 - m.to(s.dtype))), 1),
     "powers of a fill times a tensor": (lambda s, m: _exponentials(s.masked_fill(~m, -1e9) * s.new_full((1,), 2.0)), 1),
     "fills less their logarithm": (lambda s, m: _shifted_powers(s.masked_fill(~m, torch.finfo(s.dtype).min)), 0),
+    "the least number of float64": (
+        lambda s, m: s.double().masked_fill(~m, torch.finfo(torch.float64).min).softmax(-1),
+        1,
+    ),
+    "fills less their mean": (
+        lambda s, m: ((f := s.masked_fill(~m, -1e30)) - f.mean(-1, keepdim=True)).softmax(-1),
+        0,
+    ),
     "two equal fills": (
         lambda s, m: torch.where(m, torch.where(m.flip(-1), s, torch.full_like(s, -1e9)), -1e9).float().softmax(-1),
         1,
@@ -216,4 +224,40 @@ def test_rows_of_fills(name, dtype):
     got, eager = ours(q, k, v, _SHOWN_ROWS), function(q, k, v, _SHOWN_ROWS)
     truth = function(q.double(), k.double(), v.double(), _SHOWN_ROWS)
     assert not differences(*(Outcome({"out": x}) for x in (got, eager, truth)))
+    assert counters["vblackwell"]["fuse_attention"] == sites
+
+
+# ---------------------------------------------------------------- rows that another mask than the weights' has emptied
+EMPTIED = {  # name: (weights of scores, a mask of flags and one of numbers; sites)
+    "weights filled": (lambda s, m, b: (s + b).masked_fill(~m, -INF).softmax(-1).masked_fill(~m, 0.0), 0),
+    "rows chosen": (
+        lambda s, m, b: torch.where(m.any(-1, keepdim=True), (s + b).masked_fill(~m, -INF).softmax(-1), 0.0),
+        0,
+    ),
+    "rows chosen that all have keys": (
+        lambda s, m, b: torch.where(torch.ones_like(m).any(-1, True), (s + m.float().log()).softmax(-1), 0.0),
+        0,
+    ),
+    "weights multiplied": (lambda s, m, b: (s + b).masked_fill(~m, -INF).softmax(-1) * m, 1),
+    "bias from a product": (
+        lambda s, m, b: (s + s.mT @ s).masked_fill(~m, -INF).softmax(-1).masked_fill(~m, 0.0),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMPTIED)
+def test_rows_emptied_by_another_mask(name):
+    weights, sites = EMPTIED[name]
+
+    def function(q, k, v, shown, bias):
+        return weights(q @ k.mT, shown, bias) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 8, generator=generator) for _ in range(3))
+    shown, bias = torch.ones(4, 4, dtype=torch.bool).tril(-1), torch.zeros(4, 4)
+    bias[2] = -INF
+    clear()
+    ours = torch.compile(function, backend="vblackwell", options={"downstream": "eager", "strict": True})
+    torch.testing.assert_close(ours(q, k, v, shown, bias), function(q, k, v, shown, bias), equal_nan=True)
     assert counters["vblackwell"]["fuse_attention"] == sites

@@ -290,8 +290,31 @@ def test_arithmetic_mapped_elsewhere_is_not_looked_into(monkeypatch):
 
     def function(q, k, v):
         for _ in range(3):
-            v = torch.vmap(lambda x, y: x * y + x, in_dims=1, out_dims=1)(v, v)
-        return torch.vmap(lambda x: x * 2)(attend(q, k, v).relu())
+            v = torch.vmap(lambda x, y: x * 0.5 + y * 0.25, in_dims=1, out_dims=1)(v, v)
+        return torch.vmap(lambda x: x * 2)(attend(q, k, v).tanh())
 
     check(function, *qkv())
     assert not tried
+
+
+class _CausalByPositions(torch.nn.Module):
+    """Positions looked up, a cast that ``torch.export`` asserts to be one, a column that is cut off."""
+
+    def forward(self, q, k, v):
+        rows = torch.arange(q.shape[2], device=q.device)[None].expand(q.shape[0], -1)
+        batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+        keep = rows[batch, rows[:1, None, None, :]] <= rows[batch, rows[:1, None, :, None]]
+        starts = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        keep = keep.new_ones(()) & keep & (starts[:, None, :, None] == starts[:, None, None, :])
+        scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+        scores = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
+        return F.softmax(scores, dim=-1, dtype=torch.float32)[..., :-1].to(q.dtype) @ v
+
+
+def test_exported_attention_is_read_as_the_one_before_export():
+    tensors = tuple(torch.randn(2, 3, 7, 8) for _ in range(3))
+    reasons = [
+        check(module, *tensors).decisions[0].reason
+        for module in (_CausalByPositions(), torch.export.export(_CausalByPositions(), tensors).module())
+    ]
+    assert reasons == ["attention, mask from positions, sink, no mask tensor"] * 2

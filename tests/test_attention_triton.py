@@ -11,11 +11,12 @@ from attention_compare import DEVICE, compare
 from attention_forms import Form, captured_mask, make_forms, make_function
 
 from vbcompile.kernels import attention_problem, attention_triton
+from vbcompile.kernels.attention import attention_reference
 from vbcompile.kernels.attention_tiles import analyse_mask
 from vbcompile.kernels.attention_triton import forward
 from vbcompile.kernels.attention_tuning import TileConfig
-from vbcompile.kernels.score_function import evaluate
-from vbcompile.kernels.score_triton import CapturedPattern
+from vbcompile.kernels.score_function import Builder, ScoreFunction, evaluate
+from vbcompile.kernels.score_triton import CapturedPattern, has_unbounded_terms
 from vbcompile.kernels.triton_target import interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -145,3 +146,17 @@ def test_plan_of_tiles(name, summary_tiles, by_keys, monkeypatch):
             assert (column + 1) * other <= length and keep[b, h, rows, column * other : column * other + other].all()
         for column in range(max(first, sure), min(end, sure_end)):
             assert others[b, h, rows, column * other : column * other + other].all()
+
+
+@pytest.mark.parametrize("fill", [-1e10, -1e30, 1e30])
+def test_tiles_of_fills(fill):
+    """A fused multiplication and subtraction leaves the rounding of a product of equal fills."""
+    q, k, v = (torch.randn(2, n, 16, device=DEVICE) for n in (20, 150, 150))
+    b = Builder()
+    late = b.emit("ge", b.emit("k_index"), b.emit("const", 140))
+    score = b.emit("where", late, b.emit("score"), b.emit("const", fill))
+    function = ScoreFunction(b.program, score)
+    assert has_unbounded_terms(function.program, function.score)
+    out, _ = forward(q, k, v, [], 0.25, 0.0, None, function)
+    exact, _ = attention_reference(q.double(), k.double(), v.double(), [], 0.25, 0.0, None, function.dumps())
+    torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)

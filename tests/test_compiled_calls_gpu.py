@@ -1,6 +1,7 @@
 """Calls in Inductor's code that skip PyTorch's dispatcher, on a card: other data each time, streams, CUDA graphs."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,31 +11,45 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from vbcompile import compat_lowering
-from vbcompile.kernels import replay
+from vbcompile.kernels import attention, fp4_linear, replay  # noqa: F401 - operators
+from vbcompile.kernels.compiled_calls import OPERATORS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_weights")]
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    """The recordings that plain calls ran, one for each call."""
+def dispatched(monkeypatch):
+    """Names of the operators that plain calls went to, as they do until a recording is there."""
     if torch.version.hip is not None:
         pytest.skip("NVIDIA's")
-    found, as_function = [], replay.Recording.as_function
+    found = []
+    for name, known in list(OPERATORS.items()):
 
-    def counted(self, *given):
-        function = as_function(self, *given)
-        return lambda *tensors: found.append(self) or function(*tensors)
+        def run(*args, name=name, known=known, **kwargs):
+            found.append(name)
+            return known.run(*args, **kwargs)
 
-    monkeypatch.setattr(replay.Recording, "as_function", counted)
+        monkeypatch.setitem(OPERATORS, name, replace(known, run=run))
     replay.forget()
     return found
 
 
 def code(run, *inputs):
+    """The lines of what is generated at the first call."""
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         _, sources = run_and_get_code(run, *inputs)
-    return "\n".join(line for source in sources for line in source.splitlines() if not line.strip().startswith("#"))
+    return [line for source in sources for line in source.splitlines() if not line.strip().startswith("#")]
+
+
+def by_dispatcher(lines):
+    return [line for line in lines if " = torch.ops.vblackwell" in line]
+
+
+def take_all(found):
+    """What was found so far, which is forgotten."""
+    taken = list(found)
+    found.clear()
+    return taken
 
 
 def check(got, eager, exact):
@@ -42,7 +57,7 @@ def check(got, eager, exact):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 100])
-def test_linear_layers(plain, rows):
+def test_linear_layers(dispatched, rows):
     model = Feed(1024, 2048).to(device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     twin = decoded_twin(model, *FEED)
     exact = copy.deepcopy(twin).double()
@@ -50,57 +65,56 @@ def test_linear_layers(plain, rows):
     run = torch.compile(model, backend="vblackwell", options=options, dynamic=False)
     x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        source = code(run, x)
-        assert "= torch.ops.vblackwell" not in source and source.count(" = fp4_linear_") == 2
+        assert not by_dispatcher(code(run, x))
         run(x)
-        kept = []
+        assert take_all(dispatched)
         for _ in range(4):
             x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
-            kept.append((run(x), twin(x), exact(x.double())))
-        for row in kept:
-            check(*row)
-    assert len(plain) == 8
+            check(run(x), twin(x), exact(x.double()))
+    assert not dispatched
 
 
-def test_numbers_of_rows_that_vary(plain):
+def test_numbers_of_rows_that_vary(dispatched):
     model = Feed(1024, 2048).to(device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     twin = decoded_twin(model, *FEED)
     exact = copy.deepcopy(twin).double()
     run = torch.compile(model, backend="vblackwell", options={"mode": "speed", "strict": True})
     with torch.no_grad():
-        for rows in (5, 3, 40, 5, 3, 40, 3, 40, 5, 3, 5, 40):
+        x = torch.randn(5, 1024, device="cuda", dtype=torch.bfloat16)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert not by_dispatcher(code(run, x))
+        for n, rows in enumerate((3, 40, 5, 3, 40, 3, 40, 5, 3, 5, 40)):
             x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
-            torch._dynamo.mark_dynamic(x, 0)
             check(run(x), twin(x), exact(x.double()))
-    assert len(plain) in (3 * 2 * 2, 3 * 2 * 3)  # gate and up in one call or in two
+            if n == 4:  # each number of rows was there twice
+                assert take_all(dispatched)
+    assert not dispatched
 
 
-def test_the_dispatcher_gives_the_same_bits(plain, monkeypatch):
+def test_the_dispatcher_gives_the_same_bits(dispatched, monkeypatch):
     layers = [nn.Linear(4096, 4096, bias=n == 1) for n in range(3)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     model = model.to(device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-    data = [torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16) for rows in (1, 16, 128) for _ in range(5)]
 
-    def results():
+    def results(data):
         torch._dynamo.reset()
         run = torch.compile(model, backend="vblackwell", options={"mode": "speed", "strict": True}, dynamic=False)
         with torch.no_grad():
-            return [run(x) for x in data]
+            lines = code(run, data[0])
+            return lines, [run(x) for x in data]
 
-    got = results()
-    assert len(plain) == 3 * (2 * 4 + 3)  # the first and the last layer are one place
-    plain.clear()
-    monkeypatch.setattr(compat_lowering, "_is_ours", lambda: False)
-    fresh = (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    )
-    with fresh[0], fresh[1]:
-        assert all(torch.equal(a, b) for a, b in zip(got, results(), strict=True))
-    assert not plain
+    for rows in (1, 16, 128):
+        data = [torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        lines, got = results(data)
+        assert not by_dispatcher(lines) and take_all(dispatched)
+        with monkeypatch.context() as patch:
+            patch.setattr(compat_lowering, "_is_ours", lambda: False)
+            lines, want = results(data)
+        assert len(by_dispatcher(lines)) == 3 and not dispatched
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_streams_and_graphs(plain):
+def test_streams_and_graphs(dispatched):
     model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 512))
     model = model.to(device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     twin = decoded_twin(model, "0.weight", "2.weight")
@@ -108,8 +122,9 @@ def test_streams_and_graphs(plain):
     run = torch.compile(model, backend="vblackwell", options={"mode": "speed", "strict": True}, dynamic=False)
     x = torch.randn(2, 1024, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(2):
             run(x)
+        assert take_all(dispatched)
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -125,7 +140,7 @@ def test_streams_and_graphs(plain):
             x.normal_()
             graph.replay()
             check(got, twin(x), exact(x.double()))
-    assert len(plain) == 2 * 3
+    assert not dispatched
 
 
 def attend(q, k, v, bias):
@@ -134,7 +149,7 @@ def attend(q, k, v, bias):
     return torch.softmax(scores.masked_fill(~keep, -torch.inf), -1) @ v
 
 
-def test_attention_in_training(plain):
+def test_attention_in_training(dispatched):
     run = torch.compile(attend, backend="vblackwell", options={"strict": True}, dynamic=False)
 
     def results(function, tensors, upstream):
@@ -142,17 +157,19 @@ def test_attention_in_training(plain):
         out = function(*leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
-    for _ in range(5):
+    for step in range(5):
         shapes = [(2, 4, 300, 64)] * 3 + [(4, 300, 300)]
         tensors = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
         upstream = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
         wide = results(attend, [t.double() for t in tensors], upstream.double())
         for row in zip(results(run, tensors, upstream), results(attend, tensors, upstream), wide, strict=True):
             check(*row)
-    assert len(plain) == 2 * 3
+        if step == 1:
+            assert set(take_all(dispatched)) == {"attention", "attention_backward"}
+    assert not dispatched
 
 
-def test_attention_of_one_token(plain):
+def test_attention_of_one_token(dispatched):
     q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, 32, 9000, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     keep = torch.arange(9000, device="cuda")[None] < 8000
@@ -160,8 +177,10 @@ def test_attention_of_one_token(plain):
     options = {"strict": True, "implementations": {"attention": "triton"}}
     run = torch.compile(masked, backend="vblackwell", options=options, dynamic=False)
     with torch.no_grad():
-        assert " = attention_" in code(run, q, k, v, keep)
-        for _ in range(4):
+        assert not by_dispatcher(code(run, q, k, v, keep))
+        run(q, k, v, keep)
+        assert take_all(dispatched) == ["attention"] * 2
+        for _ in range(3):
             q = torch.randn_like(q)
             check(run(q, k, v, keep), masked(q, k, v, keep), masked(q.double(), k.double(), v.double(), keep))
-    assert len(plain) == 3
+    assert not dispatched

@@ -9,6 +9,7 @@ from tests.stub_driver import compare_repeats, stub_driver
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import fp4_linear as logical
 from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton, registry, replay
+from vbcompile.kernels.compiled_calls import TENSOR, place_of_call
 from vbcompile.kernels.fp4_layout import to_layout
 from vbcompile.kernels.fp4_quantize import quantize
 
@@ -61,4 +62,10 @@ def test_parameters_are_those_of_tritons_own_launch(compared, kernel, m, activat
             x = torch.randn(1, m, 512, dtype=torch.bfloat16)
             out = logical.fp4_linear(x, *w.tensors, bias, 512, "nvfp4", "fragments2t", activations, epilogue)
             assert out.shape == (1, m, 128 if epilogue == "gated_silu" else 256) and out.is_contiguous()
-    assert compared[0] == 2 * launched
+        assert compared[0] == 2 * launched
+        static = (TENSOR if bias is not None else None, 512, "nvfp4", "fragments2t", activations, epilogue)
+        place = place_of_call("fp4_linear", (*[TENSOR] * 4, *static), {})
+        for _ in range(3):
+            again = place(x, *w.tensors, *([] if bias is None else [bias]))
+            assert again.shape == out.shape and again.stride() == out.stride() and again.dtype == out.dtype
+    assert compared[0] == 5 * launched

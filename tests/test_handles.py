@@ -272,6 +272,25 @@ def test_checkpoint_errors(tmp_path):
         offloaded(empty, checkpoint=file)
 
 
+def test_folders_are_those_of_the_call_wherever_the_process_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, empty, x = make(), make().to("meta"), torch.randn(2, 32)
+    save_file(model.state_dict(), "model.safetensors")
+    expected = model(x)
+    places = {"cpu": "20KiB", "disk": "here"}
+    offloaded(model, places=places)
+    offloaded(empty, checkpoint="model.safetensors", places=places | {"disk": "~/there"})
+    unsaved = offloaded(make(), places=places | {"disk": "~/there"})
+    monkeypatch.chdir("/")
+    assert torch.equal(model(x), expected) and torch.equal(empty(x), expected)
+    assert list((tmp_path / "home" / "there").iterdir()) and list((tmp_path / "here").iterdir())
+    del unsaved, model
+    gc.collect()
+    assert not list((tmp_path / "home" / "there").iterdir()) and not list((tmp_path / "here").iterdir())
+
+
 def test_what_host_memory_has_no_room_for_goes_to_disk(tmp_path):
     model, x = make(), torch.randn(2, 32)
     expected = model(x)

@@ -18,6 +18,7 @@ from vbcompile.kernels import (
     registry,
     replay,
 )
+from vbcompile.kernels.compiled_calls import TENSOR, place_of_call
 from vbcompile.kernels.score_function import Builder, ScoreFunction
 
 pytest.importorskip("triton")
@@ -92,6 +93,19 @@ def test_parameters_are_those_of_tritons_own_launch(compared, kernel, function, 
             if grads:
                 torch.autograd.grad(out, grads, torch.randn_like(out))
     assert compared[0] == 2 * expected
+    tensors = [TENSOR] * len(captured)
+    text, before = function.dumps(), compared[0]
+    forward = place_of_call("attention", (*[TENSOR] * 3, tensors, 0.125, 0.0, None, text), {})
+    needs = [True] * 3 + [False] * len(captured)
+    backward = (TENSOR, None, *[TENSOR] * 3, tensors, *[TENSOR] * 2, 0.125, 0.0, None, text, needs)
+    backward = place_of_call("attention_backward", backward, {})
+    with registry.force(attention=kernel, attention_backward=kernel), torch.no_grad():
+        for _ in range(4):
+            given = [*(torch.empty_like(t).copy_(t) for t in (q, k, v)), *captured]
+            out, lse = forward(*given)
+            if grads:
+                assert len(backward(torch.randn_like(out), *given, out, lse)) == len(given)
+    assert compared[0] - before >= 3 * expected  # those that were not recorded before are twice
 
 
 def test_buffers_lie_together(stub):
@@ -105,6 +119,8 @@ def test_buffers_lie_together(stub):
     launched = stub.launches
     logical.attention(q, k, v, [], 0.125, 0.0, None, PLAIN.dumps())
     assert stub.launches == launched + 2
+    out, lse = recording.as_function([0, 1, 2], pytest.fail)(q, k, v)
+    assert stub.launches == launched + 4 and out.shape == q.shape and lse.shape == q.shape[:-1]
 
 
 def test_profilers_hear_of_repeated_launches(stub):

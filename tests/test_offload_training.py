@@ -173,6 +173,21 @@ def test_gradients_cross_rewritten_operators(mode, kind, frozen, budget):
         torch.testing.assert_close(ours[name], value, msg=name)
 
 
+def test_weights_packed_anew_between_forward_and_backward_are_an_error():
+    model, x = blocks(96).eval().requires_grad_(False), torch.randn(3, 96, requires_grad=True)
+    offload(model, "160KiB")
+    torch._dynamo.reset()
+    options = {"mode": "full", "strict": True, "downstream": "eager", "mixed_precision": False}
+    run = torch.compile(model, backend="vblackwell", options=options)
+    loss = run(x).sum()
+    with torch.no_grad():
+        model[1].up.weight.mul_(2)
+    loss.backward(retain_graph=True)  # the packed weight is that of the forward
+    run(x)
+    with pytest.raises(RuntimeError, match="packed was written to between the forward and the backward"):
+        loss.backward()
+
+
 def test_backwards_through_a_retained_graph_give_their_memory_back():
     model, twin, x = blocks(), blocks(), torch.randn(3, 32)
     offload(model, "96KiB")

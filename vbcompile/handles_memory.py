@@ -55,6 +55,7 @@ def refill(bundle: Bundle, parts: Sequence[Tensor]) -> None:
     """Give a bundle other contents of the same shapes."""
     if bundle.residence is not None:
         bundle.residence.before_write(bundle)
+    bundle.written()
     if isinstance(bundle.source, DiskBytes):
         begins, folder = [begin for begin, _, _ in bundle.parts], bundle.source.file.parent
         shard = Shard(folder, {bundle.name: bundle.nbytes}, lambda _: _joined(parts, begins, bundle.nbytes))

@@ -64,7 +64,7 @@ def safetensors_contents(file: str | os.PathLike[str]) -> tuple[dict[str, FileTe
     Raises:
         StorageError: missing, truncated, or a header that contradicts itself or the file's size.
     """
-    path = Path(file)
+    path = Path(file).absolute()  # the process may go to another folder
     try:
         with path.open("rb") as stream:
             identity = file_identity(os.fstat(stream.fileno()))

@@ -54,7 +54,7 @@ class Shard:
     """
 
     def __init__(self, folder: str | os.PathLike[str], sizes: Mapping[str, int], load: Callable[[str], Tensor]) -> None:
-        place = Path(folder)
+        place = Path(folder).absolute()  # the process may go to another folder
         with _storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
             _remove_orphans(place)

@@ -358,8 +358,9 @@ def _disk(limits: Any, path: str | os.PathLike[str] | None, environ: Mapping[str
     """The disk level; with ``max_memory`` only where that names it."""
     if limits is not None and limits.disk_path is None and limits.disk is None and path is None:
         return []
-    folder = Path(path or (limits.disk_path if limits is not None and limits.disk_path else _cache_folder(environ)))
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    named = path or (limits.disk_path if limits is not None and limits.disk_path else _cache_folder(environ))
+    folder = Path(named).expanduser().absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
         raise ConfigError(f"the disk level's folder {str(folder)!r} lies under {str(existing)!r}, which is a file")
     free = shutil.disk_usage(existing).free
