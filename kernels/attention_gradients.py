@@ -44,6 +44,7 @@ def backward(
     Sums over captured tensors that several programs share use atomic additions, unless
     ``torch.use_deterministic_algorithms`` is on: then each program writes a buffer of its own.
     """
+    q, k, v, out, grad_out = map(problems.with_close_features, (q, k, v, out, grad_out))
     wanted = tuple(n for n, c in enumerate(captured) if needs[3 + n] and c.is_floating_point())
     problem = problems.describe(q, k, v, captured, scale, dropout_p, function, wanted)
     run = Backward(problem, q, k, v, captured, wanted, grad_out, lse, scale, dropout_p, seed, function)

@@ -212,6 +212,15 @@ def padded(width: int) -> int:
     return power_of_two(max(16, width))
 
 
+def with_close_features(t: Tensor) -> Tensor:
+    """``t``, or a copy with contiguous rows where its features lie apart and tiles hold more of them than there are.
+
+    Such features are masked. Masked by rows too, loads that run along the rows gave wrong numbers or illegal addresses
+    on sm_90 (Triton 3.6; keys stored transposed, head size 24, 100 keys), though the PTX reads the right ones.
+    """
+    return t if t.stride(-1) == 1 or padded(t.shape[-1]) == t.shape[-1] else t.contiguous()
+
+
 def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vbcompile.compat import size_hint
+from vbcompile.compat_symbols import size_hint
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import attention as logical
 from vbcompile.kernels.attention_case import AttentionCase

@@ -89,6 +89,7 @@ def forward(
         ``out [*lead, Q, Dv]`` in the dtype of q, in the memory order that the function names, and ``lse [*lead, Q]``
         in float32: natural logarithm of the sum over the keys and the sink.
     """
+    q, k, v = map(problems.with_close_features, (q, k, v))
     problem = problems.describe(q, k, v, captured, scale, dropout_p, function)
     out = empty_output(problem.lead, problem.q_length, problem.dv, function.rows_first, q)
     lse = q.new_empty([*problem.lead, problem.q_length], dtype=torch.float32)

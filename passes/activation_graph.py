@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vbcompile.compat import OperatorKinds, size_hint
+from vbcompile.compat import OperatorKinds
+from vbcompile.compat_symbols import size_hint
 
 _SMALL_RESULT = 64
 _LONGEST_CHAIN = 64

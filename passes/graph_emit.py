@@ -10,6 +10,7 @@ from torch import SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from vbcompile.compat_symbols import symbolic_operators
 from vbcompile.passes.graph_axes import Dim, Dims, product
 from vbcompile.passes.graph_gradients import records_at, wants_gradient
 from vbcompile.passes.graph_ops import known_equal, tensor_of, value_of
@@ -72,7 +73,7 @@ class Emitter:
         node.meta = dict(self._meta)
         if self._mode is None:
             raise RuntimeError("the graph holds no fake tensors")
-        with self._mode, torch.no_grad(), self._within():
+        with self._mode, symbolic_operators(), torch.no_grad(), self._within():
             value = node.meta["example_value"] = run(args, kwargs)
         if node.target not in _CUTS and wants_gradient((args, kwargs)) and self._records:
             for tensor in pytree.tree_leaves(value):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vbcompile.compat import size_hint
+from vbcompile.compat_symbols import size_hint
 from vbcompile.device import Target
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_training import NAME as BY_OPERATORS

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
-from vbcompile.compat import size_hint
+from vbcompile.compat_symbols import size_hint
 from vbcompile.handles import is_offloaded
 from vbcompile.passes.graph_ops import call_of, value_of
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vbcompile.compat import free_symbols_of, symbol_of
+from vbcompile.compat_symbols import free_symbols_of, symbol_of
 from vbcompile.handles_payload import Payload
 from vbcompile.passes.graph_ops import value_of
 from vbcompile.passes.offload_segments import Segment

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 import vbcompile.kernels.computed_once  # noqa: F401  registers the operator
-from vbcompile.compat import size_hint
+from vbcompile.compat_symbols import size_hint
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import call_of, describe_site, is_tensor, shape_of
 from vbcompile.report import Decision

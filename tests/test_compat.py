@@ -12,7 +12,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 from torch.autograd import forward_ad
 
-from vbcompile import compat
+from vbcompile import compat, compat_symbols
 from vbcompile.compat_transforms import has_tangent, is_forward_differentiated, no_transform_left
 from vbcompile.config import INDUCTOR_MODES
 
@@ -242,9 +242,9 @@ def test_size_hint():
     gm = captured(lambda x: x + 1, torch.ones(7, 3), dynamic=True)
     shapes = [n.meta["example_value"].shape for n in gm.graph.nodes if n.op == "call_function"]
     assert not isinstance(shapes[-1][0], int)
-    assert [compat.size_hint(s) for s in shapes[-1]] == [7, 3]
+    assert [compat_symbols.size_hint(s) for s in shapes[-1]] == [7, 3]
     unbacked = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint()
-    assert compat.size_hint(unbacked) == 4096
+    assert compat_symbols.size_hint(unbacked) == 4096
 
 
 def test_compile_id():
@@ -304,15 +304,15 @@ def test_fake_mode_and_contexts_of_parts_of_a_graph():
         outer = torch._guards.TracingContext.get()
         with compat.own_tracing_context(mode):
             inner = torch._guards.TracingContext.get()
-        symbols = compat.free_symbols_of(tensor)
-        named = {compat.symbol_of(value) for value in fakes} & symbols
+        symbols = compat_symbols.free_symbols_of(tensor)
+        named = {compat_symbols.symbol_of(value) for value in fakes} & symbols
         seen.append((mode is outer.fake_mode, inner is not outer, inner.fake_mode is mode, symbols == named))
         seen.append(compat.is_fake(tensor))
         return gm.forward
 
     torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.randn(3, 5))
     assert seen == [(True, True, True, True), True]
-    assert not compat.is_fake(torch.zeros(1)) and compat.symbol_of(3) is None
+    assert not compat.is_fake(torch.zeros(1)) and compat_symbols.symbol_of(3) is None
     assert compat.fake_mode_of_compile() is not None
     compat.refuse_while_lowering("nothing is being lowered here")
 
@@ -373,3 +373,9 @@ def test_tangents_are_seen():
         dual = forward_ad.make_dual(x, x)
         assert is_forward_differentiated()
         assert has_tangent(dual) and has_tangent([1, dual]) and not has_tangent(x) and not has_tangent(None)
+
+
+def test_operators_run_in_their_python_forms():
+    assert not torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")
+    with compat_symbols.symbolic_operators():
+        assert torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")

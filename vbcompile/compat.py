@@ -236,14 +236,6 @@ def has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
-def size_hint(size: Any) -> int:
-    """A plain number for a size, without adding a guard for symbolic ones."""
-    if isinstance(size, int):
-        return size
-    hint = getattr(size.node, "hint", None)
-    return int(hint) if hint is not None else 4096
-
-
 def compile_id() -> str:
     """Dynamo's name of the compile in progress, e.g. ``0/1``; empty outside of one."""
     from torch._guards import CompileContext
@@ -467,19 +459,6 @@ def own_tracing_context(fake_mode: Any) -> Iterator[None]:
 
     with tracing(TracingContext(fake_mode)):
         yield
-
-
-def free_symbols_of(value: Any) -> set[Any]:
-    """The symbols in the sizes, strides and offset of a fake tensor, or in a symbolic number."""
-    from torch.fx.experimental.symbolic_shapes import free_symbols
-
-    return set(free_symbols(value)) if isinstance(value, (torch.Tensor, torch.SymInt)) else set()
-
-
-def symbol_of(value: Any) -> Any:
-    """The symbol that a symbolic number is; None where it is an expression or no symbolic number."""
-    expression = value.node.expr if isinstance(value, torch.SymInt) else None
-    return expression if expression is not None and expression.is_symbol else None
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

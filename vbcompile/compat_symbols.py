@@ -1,0 +1,37 @@
+"""Private parts of PyTorch for symbolic sizes; tested as those of ``compat`` are."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+def size_hint(size: Any) -> int:
+    """A plain number for a size, without adding a guard for symbolic ones."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return int(hint) if hint is not None else 4096
+
+
+def free_symbols_of(value: Any) -> set[Any]:
+    """The symbols in the sizes, strides and offset of a fake tensor, or in a symbolic number."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
+    return set(free_symbols(value)) if isinstance(value, (torch.Tensor, torch.SymInt)) else set()
+
+
+def symbol_of(value: Any) -> Any:
+    """The symbol that a symbolic number is; None where it is an expression or no symbolic number."""
+    expression = value.node.expr if isinstance(value, torch.SymInt) else None
+    return expression if expression is not None and expression.is_symbol else None
+
+
+def symbolic_operators() -> AbstractContextManager[None]:
+    """Within it, operators made of others run their Python forms: some C++ ones of PyTorch 2.11 take no symbolic size.
+
+    ``F.linear`` of float16 on processors is one.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
