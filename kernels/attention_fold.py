@@ -9,9 +9,9 @@ from vbcompile.kernels.attention_layout import with_contiguous_rows
 from vbcompile.kernels.attention_results import sum_to
 
 
-def grouped(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the last leading axis of k and v is shared by a group of query heads."""
-    return q.dim() >= 4 and k.shape[-3] == v.shape[-3] == 1 and q.shape[-3] > 1
+def shares_heads(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> bool:
+    """Whether the last leading axis of k and v is shared by a group of query heads; all by their shapes."""
+    return len(q) >= 4 and k[-3] == v[-3] == 1 and q[-3] > 1
 
 
 def fold(t: Tensor, lead: Sequence[int], heads: int) -> Tensor:
@@ -34,7 +34,7 @@ def fold_heads(lead: Sequence[int]) -> int:
 def fold_inputs(q: Tensor, k: Tensor, v: Tensor, lead: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """4-D views; grouped keys and values keep their own number of heads, which both kernels understand."""
     heads = fold_heads(lead)
-    if grouped(q, k, v):
+    if shares_heads(q.shape, k.shape, v.shape):
         shared = (*lead[:-1], 1)
         kv_heads = heads // lead[-1]
         return fold(q, lead, heads), fold(k, shared, kv_heads), fold(v, shared, kv_heads)

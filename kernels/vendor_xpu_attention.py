@@ -10,6 +10,7 @@ from vbcompile.compat import has_kernel
 from vbcompile.device import Target
 from vbcompile.kernels import vendor_operators
 from vbcompile.kernels.attention_case import AttentionCase
+from vbcompile.kernels.attention_fold import shares_heads
 from vbcompile.kernels.attention_sdpa import fused_backward, fused_forward, refuses_common, refuses_structure
 from vbcompile.kernels.registry import Implementation, operator
 
@@ -29,7 +30,7 @@ def _refuses(target: Target, case: AttentionCase | None) -> str | None:
         return None
     if case.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {case.dtype}"
-    if len(case.q) == 5 and case.q[2] > 1 and case.k[2] == 1:
+    if shares_heads(case.q, case.k, case.v):
         return "does not document shared heads of keys"
     return refuses_structure(case) or refuses_common(case) or _refuses_features(case.q[-1])
 

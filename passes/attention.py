@@ -32,7 +32,7 @@ from vbcompile.passes.attention_rewrite import rewrite
 from vbcompile.passes.attention_rows import EmptyRowsOfGraph
 from vbcompile.passes.attention_site import Detail, Retry, Site
 from vbcompile.passes.attention_small import ask_for_quick_calls
-from vbcompile.passes.attention_weights import Carriers
+from vbcompile.passes.attention_weights import Carriers, may_begin
 from vbcompile.passes.graph_aten import erase_proven_checks
 from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
@@ -87,7 +87,7 @@ class _GraphPass:
 
     def run(self) -> list[Decision]:
         calls = self._calls()
-        if not any(_may_begin(call) for call in calls.values()) and not any(map(_is_composite, self.graph.nodes)):
+        if not any(may_begin(call) for call in calls.values()) and not any(map(_is_composite, self.graph.nodes)):
             return []
         erase_proven_checks(self.graph)
         correct_gradients(self.graph, self.callers != [] or torch.is_grad_enabled())
@@ -208,10 +208,6 @@ def is_named_softmax(node: fx.Node) -> bool:
 
 def _is_composite(node: fx.Node) -> bool:
     return is_multi_head(node) or is_encoder_layer(node)
-
-
-def _may_begin(call: Call) -> bool:
-    return call.name in ("softmax", "safe_softmax", "softmin", "exp", "exp2", "pow", "sdpa")
 
 
 def _plan_all(matcher: Matcher, contraction: Contraction) -> list[Plan]:

@@ -17,7 +17,7 @@ from torch import fx
 from vbcompile.compat import copy_graph
 from vbcompile.passes.attention_contraction import contraction_of, einsum_labels
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.attention_weights import Carriers, is_on_the_way
+from vbcompile.passes.attention_weights import Carriers, is_on_the_way, may_begin
 from vbcompile.passes.graph_autocast import autocast_at, under_autocast
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import (
@@ -126,7 +126,7 @@ def _near_weights(graph: fx.Graph) -> set[fx.Node]:
     """
     calls = {node: call for node in graph.nodes if (call := call_of(node)) is not None}
     near: set[fx.Node] = set()
-    todo = [node for node, call in calls.items() if call.name in _SOFTMAXES]
+    todo = [node for node, call in calls.items() if may_begin(call)]
     while todo:
         node = todo.pop()
         if node not in near:
@@ -134,15 +134,12 @@ def _near_weights(graph: fx.Graph) -> set[fx.Node]:
             call = calls.get(node)
             if call is None or (call.name != "linear" and contraction_of(call, node) is None):
                 todo += node.all_input_nodes
-    after = {node for node, call in calls.items() if call.name in _SOFTMAXES}
+    after = {node for node, call in calls.items() if may_begin(call)}
     for node in graph.nodes:
         followed = _is_arithmetic(node) or (node in calls and is_on_the_way(calls[node]))
         if followed and any(i in after for i in node.all_input_nodes):
             after.add(node)
     return near | after
-
-
-_SOFTMAXES = {"softmax", "safe_softmax", "softmin", "log_softmax", "exp", "exp2", "pow", "sdpa"}
 
 
 def _autocast(node: fx.Node, callers: Callers) -> torch.dtype | None:

@@ -79,11 +79,6 @@ def _is_integral(e: Expression, small: int | None) -> bool:
     return e.name in plain and all(_is_integral(a, small) for a in parts)
 
 
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """A number as a tensor of ``dtype`` holds it."""
-    return value if dtype == torch.float64 else float(torch.tensor(value, dtype=dtype).item())
-
-
 def compared_in(operands: Sequence[Any]) -> torch.dtype:
     """The dtype in which PyTorch combines operands: nodes, or numbers."""
     plain = {SymInt: 0, SymFloat: 0.0}

@@ -201,11 +201,8 @@ def _split(algebra: Algebra, e: Expression, fill: float) -> tuple[Expression, li
     if e.name == "sub":
         a, masked = _split(algebra, e.arguments[0], fill)
         b, masked_b = _split(algebra, algebra.make("neg", e.arguments[1]), fill)  # ``score - 1e9 * (1 - mask)``
-        return (
-            (algebra.make("add", a, b), masked + masked_b)
-            if masked_b
-            else (algebra.make("sub", a, e.arguments[1]), masked)
-        )
+        rest = algebra.make("add", a, b) if masked_b else algebra.make("sub", a, e.arguments[1])
+        return rest, masked + masked_b
     if e.name in ("mul", "div"):
         return _split_scaled(algebra, e, fill)
     return e, []

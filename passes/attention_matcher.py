@@ -188,17 +188,7 @@ class Matcher:
         features = tuple(atom for x in first.summed for atom in dims[x])
         readable = partial(self._readable, begin=begin, end=end)
         logits, term = split_term(space, algebra, logits, query, key, features, (rows, keys), readable)
-        split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(first.node))
-        if softmax.less_log_sum and may_absorb(split, tensor_of(softmax.logits).dtype):
-            raise Refusal("the logarithm of a sum of fills is lost beside them")
-        full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
-        if softmax.bare and may_underflow(full):
-            raise Refusal("powers of low fills, which may all be zero")
-        kept, empty = self._keep(lifter, full, logits, weights, keys)
-        if kept is not split and not kept.every_row and kept.mask != split.mask:
-            softmax = replace(softmax, exact_logits=False)  # the logarithm of the sum still has the fills of such rows
-        gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]
-        kept = gated(algebra, kept, gates)
+        kept, empty, softmax = self._split(lifter, logits, softmax, keys, first.node)
         site = Site(
             space, algebra, query, key, Operand(second.rhs, second.rhs_dims(labels)), out, out_dims, rows, keys,
             features=features, terms=[] if term is None else [term],
@@ -215,6 +205,23 @@ class Matcher:
         essential = self._dependents(lifter, readers, lifter.shifts | set(softmax.shifts))
         self._check(site, softmax, keys, essential.union(way, softmax.others))
         return site
+
+    def _split(
+        self, lifter: Lifter, logits: Expression, softmax: Softmax, keys: Dim, score: fx.Node
+    ) -> tuple[Logits, str, Softmax]:
+        """Scale, logits with gates, and mask; what rows without a key give; the softmax with what that says of it."""
+        algebra, weights = lifter.algebra, softmax.weights
+        split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(score))
+        if softmax.less_log_sum and may_absorb(split, tensor_of(softmax.logits).dtype):
+            raise Refusal("the logarithm of a sum of fills is lost beside them")
+        full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
+        if softmax.bare and may_underflow(full):
+            raise Refusal("powers of low fills, which may all be zero")
+        kept, empty = self._keep(lifter, full, logits, weights, keys)
+        if kept is not split and not kept.every_row and kept.mask != split.mask:
+            softmax = replace(softmax, exact_logits=False)  # the logarithm of the sum still has the fills of such rows
+        gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]
+        return gated(algebra, kept, gates), empty, softmax
 
     @staticmethod
     def _averages_fills(lifter: Lifter, logits: Expression, shifts: set[fx.Node]) -> bool:

@@ -8,9 +8,9 @@ from torch import fx
 
 from vbcompile.passes.attention_activations import activation
 from vbcompile.passes.attention_contraction import contraction_of
-from vbcompile.passes.attention_exact import LARGEST_EXACT, compared_in, is_exact, may_be_cut, may_wrap, rounded
+from vbcompile.passes.attention_exact import LARGEST_EXACT, compared_in, is_exact, may_be_cut, may_wrap
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Coordinates, Expression, Opaque, kind_of
-from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, shape_of, tensor_of
+from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, rounded, shape_of, tensor_of
 
 if TYPE_CHECKING:
     from vbcompile.passes.attention_lift import Lifter

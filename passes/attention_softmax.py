@@ -119,7 +119,7 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
         raise Refusal("an exponential of a number")
     normalised = _already_normalised(space, logits, weights.dims, keys) if factor == 1.0 else None
     if normalised is not None:
-        return Softmax(normalised, weights.dims, weights, less_log_sum=call_of(logits).name == "sub")  # type: ignore
+        return Softmax(normalised, weights.dims, weights, less_log_sum=call_of(logits).name == "sub")  # type: ignore[union-attr]
     own = _find_own_sum(space, weights, keys)
     if own is not None:
         shift = None if own.sink is None else _shift(space, weights, keys)

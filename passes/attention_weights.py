@@ -142,6 +142,11 @@ _WAY = _CASTS | {
 }  # fmt: skip
 
 
+def may_begin(call: Call) -> bool:
+    """Whether attention may be where an operator of that name is, of which little is known yet."""
+    return call.name in ("softmax", "safe_softmax", "softmin", "exp", "exp2", "pow", "sdpa")
+
+
 def is_on_the_way(call: Call) -> bool:
     """Whether the walk from the second product may pass the operator on its way to a softmax."""
     return call.name in _WAY

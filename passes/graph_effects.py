@@ -22,6 +22,7 @@ from vbcompile.passes.graph_ops import (
     is_tensor,
     nesting_change,
     reads_metadata_only,
+    rounded,
     switches_grad_mode,
     tensor_of,
     value_of,
@@ -359,7 +360,10 @@ def _is_overlapping(t: Tensor) -> bool:
 
 def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if node.target is operator.setitem:
-        value = _held(node.args[2], tensor_of(node.args[0]).dtype)  # type: ignore[arg-type]
+        value: Any = node.args[2]
+        dtype = tensor_of(node.args[0]).dtype  # type: ignore[arg-type]
+        if dtype.is_floating_point:
+            value = rounded(value, dtype)  # infinite where it is beyond the type, for which ``masked_fill`` raises
         return graph.call_method("masked_fill", (node.args[0], _mask_of_setitem(node), value))
     call = call_of(node)
     assert isinstance(call, Call)
@@ -376,11 +380,6 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if call.name in _FUNCTIONAL and node.target is not None and not extra and len(node.args) == 2:
         return graph.call_function(_FUNCTIONAL[call.name], node.args)
     return graph.call_method(call.name, (call.input,))
-
-
-def _held(value: Any, dtype: torch.dtype) -> Any:
-    """A number as assignments store it: beyond a floating type it is infinite, where ``masked_fill`` raises."""
-    return float(torch.tensor(value, dtype=torch.float64).to(dtype)) if dtype.is_floating_point else value
 
 
 def _result_dtype(node: fx.Node) -> torch.dtype:

@@ -46,16 +46,13 @@ def _next_mode(node: fx.Node, recording: bool, before: list[bool]) -> bool:
 
 def records_at(place: fx.Node) -> bool:
     """Whether autograd records at a node of the graph that is compiled now."""
-    node = place.prev
-    while node.op != "root":
+    recording, before = torch.is_grad_enabled(), list[bool]()
+    for node in place.graph.nodes:
+        if node is place:
+            break
         if switches_grad_mode(node):
-            name = node.target.__name__  # type: ignore[union-attr]
-            if name == "_exit_inference_mode":
-                node = node.args[0]  # type: ignore[assignment]
-            elif name == "_set_grad_enabled" or node.args[0]:
-                return name == "_set_grad_enabled" and bool(node.args[0])
-        node = node.prev
-    return torch.is_grad_enabled()
+            recording = _next_mode(node, recording, before)
+    return recording
 
 
 def wants_gradient(value: Any) -> bool:

@@ -381,6 +381,11 @@ def _bind_arange(node: fx.Node) -> Call | None:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floating types that models compute in
 
 
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as a tensor of ``dtype`` holds it."""
+    return value if dtype == torch.float64 else float(torch.tensor(value, dtype=dtype).item())
+
+
 def nesting_change(node: fx.Node) -> int:
     """+1 where a function transform begins, forward-mode differentiation included, -1 where it ends."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""

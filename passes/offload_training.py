@@ -108,11 +108,13 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, handle: OffloadedTensor, weight: Tensor, key: str) -> Tensor:  # type: ignore[override]
         ctx.handle, ctx.key = handle, key
+        ctx.set_materialize_grads(False)
         return weight.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        gradients_of(store_of(ctx.key)).take(ctx.handle, gradient)
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:  # type: ignore[override]
+        if gradient is not None:
+            gradients_of(store_of(ctx.key)).take(ctx.handle, gradient)
         return None, None, None
 
 
@@ -122,10 +124,11 @@ class _After(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, backward: Backward) -> Tensor:  # type: ignore[override]
         ctx.backward_of_segment = backward
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         ctx.backward_of_segment.end()
         return gradient, None
 

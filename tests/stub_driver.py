@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,20 +66,20 @@ _BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc"
 class Stub:
     """The stub, loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         from triton.backends.nvidia import driver
 
+        self._folder = tempfile.TemporaryDirectory()
+        self.folder = folder = Path(self._folder.name)
         source, library = folder / "stub.c", folder / "libcuda.so.1"
         source.write_text(_SOURCE)
         include = os.path.join(os.path.dirname(driver.__file__), "include")
-        if not library.exists():
-            subprocess.run(
-                ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}", "-o", library, source],
-                check=True,
-            )
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}", "-o", library, source],
+            check=True,
+        )
         self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self._library.stub_take.restype = ctypes.c_long
-        self.folder = folder
 
     @property
     def launches(self) -> int:
@@ -112,14 +113,14 @@ def _sizes(kind: object) -> list[int]:
 
 
 @contextlib.contextmanager
-def stub_driver(folder: Path, monkeypatch) -> Iterator[Stub]:
-    """Within it Triton compiles for sm_90 and launches into the stub."""
+def stub_driver(monkeypatch) -> Iterator[Stub]:
+    """Within it Triton compiles for sm_90 and launches into the stub, and launches of CPU tensors are repeated."""
     from triton import knobs
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
     if not _loaded:
-        _loaded.append(Stub(folder))
+        _loaded.append(Stub())
     (stub,) = _loaded
     monkeypatch.setattr(knobs.nvidia, "libcuda_path", str(stub.folder))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(stub.folder / "cache"))  # launchers that are linked with the stub
@@ -135,12 +136,15 @@ def stub_driver(folder: Path, monkeypatch) -> Iterator[Stub]:
         def get_active_torch_device(self) -> torch.device:
             return torch.device("cpu")
 
+    monkeypatch.setattr(replay, "takes", lambda device: True)
+    replay.forget()
     before = driver._active
     driver.set_active(Driver())
     try:
         yield stub
     finally:
         driver._active = before
+        replay.forget()
 
 
 def compare_repeats(stub: Stub, monkeypatch) -> list[int]:

@@ -30,25 +30,16 @@ pytestmark = [
 BY_DISPATCHER, PLAIN = " = torch.ops.vblackwell.fp4_linear.default(", " = fp4_linear_"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One for all tests: the first stub that a process loads stays."""
-    return tmp_path_factory.mktemp("driver")
-
-
 @pytest.fixture
-def stub(folder, monkeypatch):
+def stub(monkeypatch):
     """CPU tensors are taken for those of an H200 whose driver is the stub."""
     for module in (logical, fp4_linear_few):
         monkeypatch.setattr(module, "get_target", lambda device: catalog_target("sm_90"))
-    monkeypatch.setattr(replay, "takes", lambda device: True)
     if interpreted():
         pytest.skip("these launch compiled kernels")
     registry.operator("fp4_linear").load()
-    replay.forget()
-    with stub_driver(folder, monkeypatch) as stub, registry.force(fp4_linear="triton_diagonal"):
+    with stub_driver(monkeypatch) as stub, registry.force(fp4_linear="triton_diagonal"):
         yield stub
-    replay.forget()
 
 
 @pytest.fixture

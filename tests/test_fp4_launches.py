@@ -8,7 +8,7 @@ import torch
 from tests.stub_driver import compare_repeats, stub_driver
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import fp4_linear as logical
-from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton, registry, replay
+from vbcompile.kernels import fp4_linear_few, fp4_linear_hopper, fp4_linear_triton, registry
 from vbcompile.kernels.compiled_calls import TENSOR, place_of_call
 from vbcompile.kernels.fp4_layout import to_layout
 from vbcompile.kernels.fp4_quantize import quantize
@@ -19,24 +19,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One for all tests: the first stub that a process loads stays."""
-    return tmp_path_factory.mktemp("driver")
-
-
 @pytest.fixture
-def stub(folder, monkeypatch):
+def stub(monkeypatch):
     """CPU tensors are taken for those of an H200 whose driver is the stub."""
     target = catalog_target("sm_90")
     for module in (logical, fp4_linear_few, fp4_linear_hopper, fp4_linear_triton):
         monkeypatch.setattr(module, "get_target", lambda device: target)
-    monkeypatch.setattr(replay, "takes", lambda device: True)
     registry.operator("fp4_linear").load()
-    replay.forget()
-    with stub_driver(folder, monkeypatch) as stub:
+    with stub_driver(monkeypatch) as stub:
         yield stub
-    replay.forget()
 
 
 @pytest.fixture

@@ -35,14 +35,8 @@ CAUSAL = ScoreFunction(_BUILDER.program, _SCORE, _CAUSAL, rows_first=True)
 BIASED = ScoreFunction(_BUILDER.program, _BIASED, _CAUSAL)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One for all tests: the first stub that a process loads stays."""
-    return tmp_path_factory.mktemp("driver")
-
-
 @pytest.fixture
-def stub(folder, monkeypatch):
+def stub(monkeypatch):
     """CPU tensors are taken for those of an H200 whose driver is the stub."""
     target = catalog_target("sm_90")
     monkeypatch.setattr(logical, "get_target", lambda device: target)
@@ -53,13 +47,10 @@ def stub(folder, monkeypatch):
         monkeypatch.setattr(module, "refuses", lambda *call: None)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(replay, "takes", lambda device: True)
     for name in ("attention", "attention_backward"):
         registry.operator(name).load()
-    replay.forget()
-    with stub_driver(folder, monkeypatch) as stub:
+    with stub_driver(monkeypatch) as stub:
         yield stub
-    replay.forget()
 
 
 @pytest.fixture

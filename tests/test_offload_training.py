@@ -261,3 +261,31 @@ def test_tied_and_clipped():
         torch.nn.utils.clip_grad_norm_(each.parameters(), 0.01)
     for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one.grad.cpu(), other.grad, msg=name)
+
+
+class _Gated(nn.Module):
+    """``gate`` is used where autograd does not record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = self.gate(x).sigmoid()
+            with torch.no_grad():
+                gate = self.gate(gate)
+        return x + self.down(self.up(x).relu()) * gate
+
+
+@pytest.mark.parametrize("budget", ["48KiB", "100KiB"])
+def test_weights_used_without_gradient_get_none(budget):
+    """Not zero, which an optimizer with weight decay would act on."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(_Gated() for _ in range(3))), torch.randn(3, 32)
+    expected = gradients(model, model, x)
+    offload(model, budget)
+    found = gradients(model, compiled(model), x)
+    assert found.keys() == expected.keys() and not any("gate" in name for name in found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

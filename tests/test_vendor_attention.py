@@ -244,7 +244,9 @@ def test_corpus_on_gaudi(case, mode):
     assert not found.problems, found
 
 
-@pytest.mark.parametrize(("case", "mode"), _sample(40, 7))
+@pytest.mark.parametrize(
+    ("case", "mode"), [*_sample(40, 7), pytest.param(CASES["one_key_head_by_expand"], TRAINING, id="one key head")]
+)
 def test_corpus_on_intel(case, mode):
     found = run("xpu", case, mode)
     assert not found.problems, found

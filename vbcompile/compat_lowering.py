@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vbcompile.compat import InductorAttentionOff
+
 
 @functools.cache
 def lower_to_calls(
@@ -43,8 +45,6 @@ def _is_ours() -> bool:
     """Whether Inductor compiles for our backend, and Python code."""
     from torch._inductor import config
     from torch._inductor.virtualized import V
-
-    from vbcompile.compat import InductorAttentionOff
 
     return isinstance(config.joint_custom_pre_pass, InductorAttentionOff) and not V.graph.cpp_wrapper
 
