@@ -301,7 +301,7 @@ def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL, activati
         elif (
             len(seen) > 100
             or (call is not None and (call.in_place or call.name in _MAY_BE_INFINITE))
-            or (call is not None and call.name == "div" and not isinstance(call.get("other"), (int, float)))
+            or (call is not None and call.name == "div" and is_tensor(call.get("other")))
         ):
             return False
         elif n.target is F.embedding:

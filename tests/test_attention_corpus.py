@@ -63,6 +63,11 @@ def test_dynamic_shapes(case, backend):
     _check(attempt(case, backend, mode=INFERENCE, dynamic=True))
 
 
+def test_scores_scaled_by_a_size_that_varies(backend):
+    """A tensor divided by a number of sizes is as finite as the tensor is."""
+    _check(attempt(CASES["deberta_v3_with_xsoftmax"], backend, mode=INFERENCE, dynamic=True))
+
+
 @pytest.mark.parametrize("case", _trials(TRAINING, every=20, always=2))
 def test_dynamic_shapes_in_training(case, backend):
     _check(attempt(case, backend, mode=TRAINING, dynamic=True))
