@@ -105,7 +105,27 @@ def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
 
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
-    return holds_number_beyond(logits.value, _DECIDES)
+    tensors = (e.arguments[0] for e in parts(logits.value) if e.name == "tensor" and e.kind == FLOAT)
+    return holds_number_beyond(logits.value, _DECIDES) or any(map(_is_made_of_fills, tensors))
+
+
+def _is_made_of_fills(node: fx.Node) -> bool:
+    """Whether arithmetic that makes a tensor reads a number from which no weight is left: ``1e9 * (1 - mask)``."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        n = todo.pop()
+        call = call_of(n)
+        if n in seen or call is None or contraction_of(call, n) is not None:
+            continue
+        seen.add(n)
+        numbers = [a for a in call.arguments.values() if type(a) in (int, float)]
+        if call.name in _FILLS and any(_DECIDES < abs(a) < float("inf") for a in numbers):
+            return True
+        todo += n.all_input_nodes
+    return False
+
+
+_FILLS = {"mul", "add", "sub", "rsub", "div", "where", "masked_fill", "full", "full_like"}
 
 
 def holds_number_beyond(value: Expression, limit: float) -> bool:

@@ -261,3 +261,20 @@ def test_rows_emptied_by_another_mask(name):
     ours = torch.compile(function, backend="vblackwell", options={"downstream": "eager", "strict": True})
     torch.testing.assert_close(ours(q, k, v, shown, bias), function(q, k, v, shown, bias), equal_nan=True)
     assert counters["vblackwell"]["fuse_attention"] == sites
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_powers_under_a_mask_of_numbers(dtype):
+    """A row of low fills has powers of zero, whose sum divides them: NaN, which the model clears."""
+
+    def function(q, k, v, mask):
+        keep = mask.to(q.dtype)
+        weights = torch.exp2((q @ k.mT) * keep - 1e9 * (1 - keep))
+        return (weights / weights.sum(-1, keepdim=True)).nan_to_num(nan=0.0) @ v
+
+    q, k, v = (torch.randn(2, 3, 4, 8) for _ in range(3))
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]])[:, None, None].to(dtype)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
+        torch.testing.assert_close(found, function(q, k, v, mask))
