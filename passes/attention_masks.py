@@ -29,6 +29,7 @@ from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, k
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
+COVERED_FILL = -9e3  # keys below this, their weights set to zero afterwards, take nothing from the weights of others
 POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
 _FILL = 1e3  # no learned number is as large
 _DECIDES = 700.0  # no weight is left in float64 that is so far below another

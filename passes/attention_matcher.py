@@ -15,6 +15,7 @@ from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_gates import gated
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import (
+    COVERED_FILL,
     LOW_FILL,
     LOWEST_FILL,
     POWERLESS,
@@ -313,7 +314,8 @@ class Matcher:
             if any(kept.multiplies for kept in weights.kept):
                 raise Refusal("weights that are filled and multiplied in rows that may have no key")
         if not is_fill_infinite:
-            splits = (split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))
+            fills = (LOWEST_FILL, LOW_FILL, COVERED_FILL)
+            splits = (split_logits(lifter.algebra, logits, keys, fill) for fill in fills)
             fitting = next((found for found in splits if after == set(found.mask)), None)
             if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")

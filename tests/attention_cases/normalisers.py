@@ -442,3 +442,18 @@ def weights_under_an_additive_mask_masked_by_another_mask(q, k, v, keep, other):
     bias = torch.where(keep, 0.0, -1e9).to(q.dtype)
     p = (_scores(q, k) + bias).softmax(-1) * (other & (torch.arange(k.shape[-2], device=q.device) > 0))
     return p / p.sum(-1, keepdim=True) @ v
+
+
+@fuses("normaliser", plus(cross, lambda d: d.flags_with_an_empty_row(d.B, 1, d.S, d.T)))
+def weights_under_a_low_fill_set_to_zero(q, k, v, keep):
+    """Conformers of NeMo: -10000 is lower than any score, and what is left of such weights is cleared."""
+    scores = torch.matmul(q, k.transpose(-2, -1)) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~keep, -10000.0)
+    return torch.softmax(scores, dim=-1).masked_fill(~keep, 0.0) @ v
+
+
+@either("normaliser", plus(cross, lambda d: d.flags_with_an_empty_row(d.B, 1, d.S, d.T)))
+def weights_under_a_fill_in_reach_set_to_zero(q, k, v, keep):
+    """Keys filled with -100 keep a share of scores that are as low."""
+    scores = (_scores(q, k) - 99.0).masked_fill(~keep, -100.0)
+    return torch.softmax(scores, dim=-1).masked_fill(~keep, 0.0) @ v
