@@ -162,11 +162,7 @@ def test_tiles_of_fills(fill):
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [24, 32])
-def test_operands_stored_transposed(size):
-    """On sm_90 tiles of such keys came out wrong where size and length are no multiples of 16."""
-    stored = [torch.randn(2, size, 100, dtype=torch.float16, device=DEVICE) for _ in range(3)]
-    q, k, v = (t.mT for t in stored)
+def _agrees_with_float64(q, k, v):
     function = make_function()
     out, lse = forward(q, k, v, [], 0.2, 0.0, None, function)
     wide = [t.double().requires_grad_() for t in (q, k, v)]
@@ -175,3 +171,18 @@ def test_operands_stored_transposed(size):
     exact_gradients = torch.autograd.grad(exact, wide, out.double())
     for found, wanted in zip((out, *gradients), (exact, *exact_gradients), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("queries", [3, 100])
+@pytest.mark.parametrize("size", [24, 32, 64])
+def test_operands_stored_transposed(size, queries):
+    """On sm_90 tiles of such keys are swizzled otherwise than those of the values."""
+    lengths = queries, 100, 100
+    _agrees_with_float64(*(torch.randn(2, size, n, dtype=torch.float16, device=DEVICE).mT for n in lengths))
+
+
+@pytest.mark.parametrize("sizes", [(64, 32), (64, 16), (128, 16), (16, 64), (24, 48)])
+def test_values_of_another_head_size(sizes):
+    """On sm_90 tiles of both sizes must be swizzled alike."""
+    lengths_and_sizes = (129, sizes[0]), (63, sizes[0]), (63, sizes[1])
+    _agrees_with_float64(*(torch.randn(2, n, d, dtype=torch.float16, device=DEVICE) for n, d in lengths_and_sizes))
