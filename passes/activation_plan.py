@@ -100,11 +100,11 @@ class StepPlanner:
         return node.op == "call_function" and node not in self.joint.forward
 
     def _is_light(self, node: fx.Node) -> bool:
-        return self.joint.is_view(node) or self.joint.kinds.is_cheap(node)
+        return self.joint.kinds.is_view(node) or self.joint.kinds.is_cheap(node)
 
     def nanoseconds(self, node: fx.Node) -> int:
         """Estimated time of one operator; pointwise ones are fused, so that each of them writes at most."""
-        if self.joint.is_view(node):
+        if self.joint.kinds.is_view(node):
             return 0
         written = node_bytes(node)
         if self._is_light(node):
@@ -203,7 +203,7 @@ class StepPlanner:
         index, leaders, _ = self._timeline
         planned, saved, last, kernels = set(self.planned), set(self.saved), len(leaders) - 1, self._kernels
         for node in index:
-            if node in planned or self.joint.is_view(node) or not node_bytes(node):
+            if node in planned or self.joint.kinds.is_view(node) or not node_bytes(node):
                 continue
             inside = node in self.joint.forward
             readers = self._all_readers(node)
@@ -232,7 +232,7 @@ class StepPlanner:
 
     def _is_fused(self, node: fx.Node, readers: list[fx.Node]) -> bool:
         """Whether a pointwise operator's result goes straight into those that read it."""
-        real = [u for u in readers if not self.joint.is_view(u)]
+        real = [u for u in readers if not self.joint.kinds.is_view(u)]
         return self._is_light(node) and bool(real) and all(map(self._is_light, real)) and node not in self.joint.results
 
     def _all_readers(self, node: fx.Node) -> list[fx.Node]:
@@ -242,7 +242,7 @@ class StepPlanner:
             for user in stack.pop().users:
                 if user in self._timeline[0]:
                     found.append(user)
-                    if self.joint.is_view(user):
+                    if self.joint.kinds.is_view(user):
                         stack.append(user)
         return found
 

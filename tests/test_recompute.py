@@ -106,7 +106,7 @@ def random_model(seed):
 
 def brute_force(joint):
     """Fewest bytes from which all that is needed can be made without products, by trying every set."""
-    choices = [n for n in joint.forward if not joint.is_view(n)]
+    choices = [n for n in joint.forward if not joint.kinds.is_view(n)]
 
     def makes(node, saved):
         if node not in joint.forward or node in saved:
