@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from vbcompile import compat, compat_symbols
 from vbcompile.compat_transforms import has_tangent, is_forward_differentiated, no_transform_left
@@ -375,7 +377,11 @@ def test_tangents_are_seen():
         assert has_tangent(dual) and has_tangent([1, dual]) and not has_tangent(x) and not has_tangent(None)
 
 
-def test_operators_run_in_their_python_forms():
-    assert not torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")
-    with compat_symbols.symbolic_operators():
-        assert torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")
+def test_operators_run_in_their_python_forms_with_symbolic_sizes():
+    is_on = lambda: torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    varying, fixed = mode.from_tensor(torch.ones(3)), mode.from_tensor(torch.ones(3), static_shapes=True)
+    for operand, wanted in ((varying, True), (varying.shape[0], True), (fixed, False), (3, False)):
+        with compat_symbols.symbolic_operators([None, operand]):
+            assert is_on() == wanted
+    assert not is_on()

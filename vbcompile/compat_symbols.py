@@ -1,6 +1,7 @@
 """Private parts of PyTorch for symbolic sizes; tested as those of ``compat`` are."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,11 +28,17 @@ def symbol_of(value: Any) -> Any:
     return expression if expression is not None and expression.is_symbol else None
 
 
-def symbolic_operators() -> AbstractContextManager[None]:
-    """Within it, operators made of others run their Python forms: some C++ ones of PyTorch 2.11 take no symbolic size.
+def symbolic_operators(operands: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Within it, operators made of others run their Python forms where an operand's sizes or an operand is symbolic.
 
-    ``F.linear`` of float16 on processors is one.
+    Some C++ ones of PyTorch 2.11 take no symbolic size: ``F.linear`` of float16 on processors is one.
     """
     from torch._dispatch.python import enable_python_dispatcher
 
-    return enable_python_dispatcher()
+    return enable_python_dispatcher() if any(map(_is_symbolic, operands)) else nullcontext()
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value._has_symbolic_sizes_strides
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
