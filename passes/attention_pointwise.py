@@ -10,6 +10,7 @@ from vbcompile.passes.attention_activations import activation
 from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_exact import LARGEST_EXACT, compared_in, is_exact, may_be_cut, may_wrap
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Coordinates, Expression, Opaque, kind_of
+from vbcompile.passes.attention_masks import MASK_SIZED
 from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, rounded, shape_of, tensor_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ _LOGICAL = {"and", "or", "xor"}
 _SAME_NAME = {"mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
 _FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "atan", "erf"}
 _JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # rounding may decide what they give
-_MASK_SIZED = 1e3
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
 
@@ -55,7 +55,7 @@ class _Rules:
         if is_tensor(argument) or e.name != "const" or e.kind != FLOAT or self._dtype not in LARGEST_EXACT:
             return e
         held = rounded(e.value, self._dtype)
-        return self.const(held) if _MASK_SIZED <= abs(held) < math.inf else e
+        return self.const(held) if MASK_SIZED <= abs(held) < math.inf else e
 
     def read_as(self, kind: str, parameter: str) -> Expression:
         return self.convert(kind, self.read(parameter))

@@ -6,7 +6,7 @@ to ask here first. :func:`make_functional` turns in-place operators on fresh ten
 
 import operator
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -119,13 +119,19 @@ _READS_NO_NUMBERS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_o
 
 def ancestors(nodes: Iterable[fx.Node], ends: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """The nodes and all that they are computed from, no further than ``ends``."""
-    found, todo = set(ends), list(nodes)
+    stops = set(ends)
+    return stops.union(upstream(nodes, lambda node: () if node in stops else node.all_input_nodes))
+
+
+def upstream(nodes: Iterable[fx.Node], sources: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """The nodes and all that is reached from them by ``sources``, each once; a caller may stop before the end."""
+    found, todo = set[fx.Node](), list(nodes)
     while todo:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            todo += node.all_input_nodes
-    return found
+            yield node
+            todo += sources(node)
 
 
 def learned_leaves(nodes: Iterable[fx.Node], ends: Iterable[fx.Node]) -> set[fx.Node]:
