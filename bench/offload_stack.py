@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from vbcompile.runtime import Streamer  # noqa: E402
+from vbcompile.vgpu_check import check_plan  # noqa: E402
 from vbcompile.vgpu_plan import Operator, Plan, Sweep, Tier, Weight  # noqa: E402
 from vbcompile.vgpu_planner import plan_weights  # noqa: E402
 
@@ -58,7 +59,7 @@ class Stack:
 
     def plan(self, budget: int, tiers: Sequence[Tier], operator_ns: int) -> Plan:
         plan = plan_weights(self.sweep(operator_ns), budget, tiers)
-        plan.check()
+        check_plan(plan)
         return plan
 
     def step(self, streamer: Streamer, program: Sequence[tuple[str, int]]) -> Tensor:

@@ -23,7 +23,7 @@ from importlib import import_module, metadata
 from operator import itemgetter
 from typing import Any
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels import replay
 

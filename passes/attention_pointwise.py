@@ -1,7 +1,7 @@
 """Pointwise operators of PyTorch as expressions."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,10 +11,8 @@ from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_exact import LARGEST_EXACT, compared_in, is_exact, may_be_cut, may_wrap
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Coordinates, Expression, Opaque, kind_of
 from vbcompile.passes.attention_masks import MASK_SIZED
+from vbcompile.passes.attention_reader import Reader
 from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, rounded, shape_of, tensor_of
-
-if TYPE_CHECKING:
-    from vbcompile.passes.attention_lift import Lifter
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
@@ -24,7 +22,7 @@ _JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
 
-def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
+def pointwise(lifter: Reader, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
     """The expression of a pointwise operator's result; raises Opaque for anything else."""
     rule = getattr(_Rules, call.name, None) or _RULES.get(call.name)
     if rule is None:
@@ -35,7 +33,7 @@ def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordina
 class _Rules:
     """One call in hand; a method per operator that needs more than its own name."""
 
-    def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> None:
+    def __init__(self, lifter: Reader, call: Call, node: fx.Node, coordinates: Coordinates) -> None:
         self.make = lifter.algebra.make
         self.const = lifter.algebra.const
         self.call = call

@@ -9,7 +9,8 @@ import torch.fx as fx
 
 from vbcompile.compat import copy_graph
 from vbcompile.compat_transforms import is_forward_differentiated
-from vbcompile.config import Config, ConfigError
+from vbcompile.config import Config
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels.registry import describe, option
 from vbcompile.passes.attention import fuse_attention

@@ -18,8 +18,9 @@ from rich.console import Console
 import vbcompile
 from vbcompile import device_vendors, doctor, doctor_toolchain
 from vbcompile.device import Target, forget_devices
-from vbcompile.doctor import Diagnosis, KernelReport, Problem, diagnose
-from vbcompile.doctor_toolchain import ToolCheck, check_cpp_compiler, check_triton, check_triton_launcher
+from vbcompile.doctor import diagnose
+from vbcompile.doctor_findings import Diagnosis, KernelReport, Problem, ToolCheck
+from vbcompile.doctor_toolchain import check_cpp_compiler, check_triton, check_triton_launcher
 from vbcompile.kernels import registry
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vbcompile import compat
-from vbcompile.config import ConfigError, resolve_config
+from vbcompile.config import resolve_config
+from vbcompile.config_error import ConfigError
 from vbcompile.passes import activation_partition, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner, operations

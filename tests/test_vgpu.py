@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vbcompile import vgpu_calibration
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import GIB, DeviceError, forget_devices
 from vbcompile.vgpu import VGPUStack, create_vgpu_stack
 from vbcompile.vgpu_calibration import calibrate

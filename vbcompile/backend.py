@@ -12,7 +12,8 @@ import torch.fx as fx
 from torch._dynamo.utils import counters
 
 from vbcompile import __version__, compat, compat_lowering
-from vbcompile.config import DOWNSTREAM, Config, ConfigError, resolve_config
+from vbcompile.config import DOWNSTREAM, Config, resolve_config
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import compiled_calls
 from vbcompile.kernels.registry import MODULES, as_text, check_option, forced_implementation

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import get_device, get_unified_backend
 from vbcompile.runtime_device import AcceleratorDevice, MemoryDevice
 from vbcompile.runtime_host import HostMemory
