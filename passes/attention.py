@@ -8,7 +8,6 @@ pointwise part becomes a score function (``attention_lift``, ``attention_masks``
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import fx
@@ -38,18 +37,19 @@ from vbcompile.passes.graph_axes import AxisError
 from vbcompile.passes.graph_effects import Effects, make_functional
 from vbcompile.passes.graph_gradients import correct_gradients
 from vbcompile.passes.graph_ops import Call, call_of, describe_site, module_graphs
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 PASS_NAME = "attention"
 
 
-def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
+def fuse_attention(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
     """Rewrite every provable attention site of ``gm`` (a torch-level graph, changed in place).
 
     Args:
         gm: the graph as Dynamo hands it over, with fake values in ``node.meta["example_value"]``; graphs of
             higher-order operators inside it (activation checkpointing) are rewritten too.
-        context: what a pass may know (``pipeline.PassContext``).
+        context: what a pass may know.
 
     Returns:
         A decision for every softmax that might have been attention.
@@ -195,7 +195,7 @@ class _GraphPass:
                 self._leave(matcher, node, "no matrix product sums values with these weights")
 
 
-def _skips_tiles(context: Any) -> bool:
+def _skips_tiles(context: PassContext) -> bool:
     """Whether kernels of the target leave out hidden tiles; those of CPUs read a mask as a tensor like any other."""
     return context is not None and context.target.device_type != "cpu"
 

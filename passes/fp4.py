@@ -59,6 +59,7 @@ from vbcompile.passes.fp4_weights import (
 from vbcompile.passes.graph_autocast import autocast_dtypes
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import describe_site, module_graphs, value_of
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 PASS_NAME = "fp4"
@@ -77,12 +78,12 @@ class _Packing:
     nodes: tuple[fx.Node, ...]
 
 
-def quantize_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
+def quantize_weights(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
     """Rewrite every product with a constant weight that gains by it (in place).
 
     Args:
         gm: torch-level graph as Dynamo hands it over.
-        context: what a pass may know (``pipeline.PassContext``); gets the packed tensors as example inputs, and a
+        context: what a pass may know; gets the packed tensors as example inputs, and a
             wrapper that supplies them.
 
     Returns:
@@ -92,7 +93,7 @@ def quantize_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
 
 
 class _Fp4Pass:
-    def __init__(self, gm: fx.GraphModule, context: Any) -> None:
+    def __init__(self, gm: fx.GraphModule, context: PassContext) -> None:
         self.gm, self.context, self.config = gm, context, context.config
         self.original = gm.graph
         self.graph = copy_graph(gm.graph)  # Dynamo goes through its own graph's placeholders once more afterwards
@@ -301,7 +302,7 @@ class _Fp4Pass:
                 x.meta["example_value"] = value_of(first.x).to(dtype)
             epilogue, gate = group[0].epilogue, group[0].key.gate
             bias = in_turns(self.graph, shared_bias(self.graph, sites), gate)
-            arguments = [linear.k, linear.format_name, linear.layout, self.config.fp4_activations]
+            arguments: list[Any] = [linear.k, linear.format_name, linear.layout, self.config.fp4_activations]
             arguments += [] if epilogue is None else [epilogue.name]
             new = self.graph.call_function(
                 torch.ops.vblackwell.fp4_linear.default, (x, *packing.nodes, bias, *arguments)

@@ -36,6 +36,7 @@ from vbcompile.passes.fp4_weights import PackKey, pack_key
 from vbcompile.passes.graph_autocast import autocast_dtypes
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import value_of
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Packer:
         fakes: MutableMapping[fx.Node, Tensor],
         fake_mode: Any,
         store: WeightStore,
-        context: Any,
+        context: PassContext,
     ) -> None:
         self.graph, self.weights, self.fakes, self.fake_mode = graph, weights, fakes, fake_mode
         self.store, self.context, self.config = store, context, context.config

@@ -77,7 +77,7 @@ def rewrite():
     from vbcompile.config import resolve_config
     from vbcompile.device import get_target
     from vbcompile.passes.attention import fuse_attention
-    from vbcompile.passes.pipeline import PassContext
+    from vbcompile.passes.pass_context import PassContext
 
     config, target = resolve_config(options={"downstream": "eager"}), get_target(torch.device("cpu"))
 

@@ -386,7 +386,7 @@ def test_a_budget_that_is_too_small_reaches_the_user():
 
 def test_no_partitioner_where_nothing_is_to_be_saved():
     from vbcompile.device import get_target
-    from vbcompile.passes.pipeline import PassContext
+    from vbcompile.passes.pass_context import PassContext
 
     report = GraphReport("0", 1, True, "cpu", "memory", {})
 
