@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.compat import is_fake
+from vbcompile.compat_calls import storage_identity
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
@@ -296,7 +297,7 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
     taken: set[int] = set()
     result = []
     for gradient in gradients:
-        place = gradient.untyped_storage()._cdata
+        place = storage_identity(gradient)
         result.append(gradient.clone() if place in taken else gradient)
         taken.add(place)
     return result

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vbcompile.compat_calls import storage_identity
 from vbcompile.passes.graph_aten import out_of_place
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import (
@@ -355,7 +356,7 @@ def storage_of_value(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     try:
-        return value.untyped_storage()._cdata
+        return storage_identity(value)
     except (NotImplementedError, RuntimeError):
         return None
 

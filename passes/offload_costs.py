@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from vbcompile.compat_symbols import size_hint
 from vbcompile.handles import is_offloaded
+from vbcompile.passes.graph_effects import storage_of_value
 from vbcompile.passes.graph_ops import call_of, value_of
 
 _LAUNCH_NS = 4_000
@@ -120,7 +121,5 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _memory(value: Tensor) -> Any:
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return id(value)
+    storage = storage_of_value(value)
+    return id(value) if storage is None else storage

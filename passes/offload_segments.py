@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vbcompile.passes.graph_effects import written_tensors
+from vbcompile.passes.graph_effects import storage_of_value, written_tensors
 from vbcompile.passes.graph_ops import call_of, value_of
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
@@ -98,9 +98,9 @@ class _Views:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         value = _run(node, args, kwargs)
         roots = frozenset[fx.Node]().union(*(self.roots[source] for source in sources))
-        memory = {_memory(self.values[root]) for root in roots}
+        memory = {storage_of_value(self.values[root]) for root in roots}
         parts = value if isinstance(value, (tuple, list)) else (value,)
-        if any(isinstance(part, Tensor) and _memory(part) in memory for part in parts):
+        if any(isinstance(part, Tensor) and storage_of_value(part) in memory for part in parts):
             self.roots[node], self.values[node] = roots, value
 
     def weights_of(self, node: fx.Node) -> list[fx.Node]:
@@ -137,10 +137,6 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _memory(value: Any) -> Any:
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def _fixed(graph: fx.Graph, views: _Views) -> dict[fx.Node, str]:
@@ -343,7 +339,7 @@ def shape_of_graph(module: fx.GraphModule, describe: Callable[[Any], Any]) -> An
             return None
         if node.op == "placeholder":
             value = value_of(node)
-            alias = storages.setdefault(_memory(value), index) if isinstance(value, Tensor) else index
+            alias = storages.setdefault(storage_of_value(value), index) if isinstance(value, Tensor) else index
             rows.append(("placeholder", describe(value), alias))
             continue
         arguments = fx.map_arg((node.args, node.kwargs), lambda n: f"%{place[n]}")
