@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from vbcompile.passes.graph_effects import storage_of_value, written_tensors
-from vbcompile.passes.graph_ops import call_of, value_of
+from vbcompile.passes.graph_gradients import recording_at
+from vbcompile.passes.graph_ops import call_of, nesting_change, value_of
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _LEAVE = torch.amp.autocast_mode._exit_autocast
@@ -230,20 +231,16 @@ def _is_weight(node: fx.Node, weights: Mapping[fx.Node, Tensor]) -> bool:
 def _allowed_cuts(graph: fx.Graph) -> set[fx.Node]:
     """Nodes before which the graph may be cut."""
     last_use: dict[fx.Node, int] = {}
-    nodes = list(graph.nodes)
-    for place, node in enumerate(nodes):
+    for place, node in enumerate(graph.nodes):
         for source in node.all_input_nodes:
             last_use[source] = place
-    awkward_until, depth, switched = -1, 0, 0
+    awkward_until, depth = -1, 0
     allowed = set()
-    for place, node in enumerate(nodes):
-        if place > awkward_until and depth == 0 and not switched:
+    for place, (node, recording) in enumerate(recording_at(graph)):
+        if place > awkward_until and depth == 0 and recording == torch.is_grad_enabled():
             allowed.add(node)
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
-        if name == "_set_grad_enabled":
-            switched = 0 if switched else 1
-        depth += (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
+        depth += nesting_change(node) + (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
         if node.op not in ("placeholder", "output") and node.target not in (_ENTER, _LEAVE) and not _may_cross(node):
             awkward_until = max(awkward_until, last_use.get(node, -1))
     return allowed
