@@ -19,7 +19,7 @@ import torch
 import torch.fx as fx
 
 from vbcompile.compat import OperatorKinds
-from vbcompile.compat_symbols import size_hint
+from vbcompile.compat_symbols import bytes_hint
 
 _SMALL_RESULT = 64
 _LONGEST_CHAIN = 64
@@ -150,7 +150,7 @@ class JointGraph:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or self.kinds.is_view(node):
             return math.inf
-        return tensor_bytes(value) + 1
+        return bytes_hint(value) + 1
 
     def made_from(self, node: fx.Node, saved: Sequence[fx.Node] | dict[fx.Node, None]) -> list[fx.Node]:
         """Forward operators that have to run to make ``node`` from the other saved tensors; ``node`` comes last."""
@@ -164,14 +164,9 @@ class JointGraph:
         return [n for n in self.forward if n in seen]
 
 
-def tensor_bytes(value: torch.Tensor) -> int:
-    """Size in bytes of a fake tensor; symbolic sizes by their hints."""
-    return math.prod(size_hint(size) for size in value.shape) * value.element_size()
-
-
 def node_bytes(node: fx.Node) -> int:
     """Size in bytes of a node's results."""
-    return sum(map(tensor_bytes, tensors_of(node)))
+    return sum(map(bytes_hint, tensors_of(node)))
 
 
 def tensors_of(node: fx.Node) -> Iterator[torch.Tensor]:

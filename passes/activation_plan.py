@@ -9,9 +9,9 @@ from itertools import accumulate
 import torch.fx as fx
 
 from vbcompile import compat
-from vbcompile.compat_symbols import size_hint
+from vbcompile.compat_symbols import bytes_hint, count_hint, size_hint
 from vbcompile.passes.activation_fusion import FusedKernels
-from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
+from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensors_of
 from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
 from vbcompile.vgpu_plan import Operator, PlanError, Tier, padded
 
@@ -307,7 +307,7 @@ class StepPlanner:
 
 def held_bytes(node: fx.Node) -> int:
     """Bytes that an allocator holds for a node's results: what is left of a block goes to others if it is worth it."""
-    return sum(map(_block_bytes, map(tensor_bytes, tensors_of(node))))
+    return sum(map(_block_bytes, map(bytes_hint, tensors_of(node))))
 
 
 def _block_bytes(size: int) -> int:
@@ -321,7 +321,7 @@ def scratch_bytes(node: fx.Node) -> int:
     if "attention" not in name or "backward" not in name:
         return 0
     queries = next(tensors_of(node), None)  # their gradient
-    return 0 if queries is None else 4 * (tensor_bytes(queries) // queries.element_size())
+    return 0 if queries is None else 4 * count_hint(queries)
 
 
 def operations(node: fx.Node) -> int:
@@ -332,10 +332,10 @@ def operations(node: fx.Node) -> int:
     result = next(tensors_of(node), None)
     if result is None or len(inputs) < 2:
         return 0
-    size = tensor_bytes(result) // result.element_size()
+    size = count_hint(result)
     if "convolution" in name:
         weight = inputs[1]
-        return 2 * size * (tensor_bytes(weight) // weight.element_size()) // max(size_hint(weight.shape[0]), 1)
+        return 2 * size * count_hint(weight) // max(size_hint(weight.shape[0]), 1)
     if any(part in name for part in ("attention", "flash")):
         pairs = 4 if "backward" not in name else 10
         return pairs * size * size_hint(inputs[1].shape[-2])

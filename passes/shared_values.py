@@ -4,15 +4,13 @@ Inductor computes an elementwise value anew in every kernel that reads it, which
 element costs more than reading them.
 """
 
-import math
-
 import torch
 from torch import fx
 
 import vbcompile.kernels.computed_once  # noqa: F401  registers the operator
-from vbcompile.compat_symbols import size_hint
+from vbcompile.compat_symbols import count_hint
 from vbcompile.passes.graph_effects import Effects
-from vbcompile.passes.graph_ops import call_of, describe_site, is_tensor, shape_of
+from vbcompile.passes.graph_ops import call_of, describe_site, is_tensor, shape_of, tensor_of
 from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
@@ -44,7 +42,7 @@ def compute_once(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
         if call.name not in _DEAR and not (call.name in _CHEAP and not dear.isdisjoint(node.all_input_nodes)):
             continue
         dear.add(node)
-        elements = math.prod(size_hint(size) for size in shape_of(node))
+        elements = count_hint(tensor_of(node))
         if len(node.users) < _LEAST_READERS or elements < _LEAST_ELEMENTS or effects.is_written_at_all(node):
             continue
         readers = list(node.users)

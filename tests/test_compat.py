@@ -242,9 +242,10 @@ def test_copy_graph_stands_in_for_the_original():
 
 def test_size_hint():
     gm = captured(lambda x: x + 1, torch.ones(7, 3), dynamic=True)
-    shapes = [n.meta["example_value"].shape for n in gm.graph.nodes if n.op == "call_function"]
-    assert not isinstance(shapes[-1][0], int)
-    assert [compat_symbols.size_hint(s) for s in shapes[-1]] == [7, 3]
+    *_, result = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "call_function"]
+    assert not isinstance(result.shape[0], int)
+    assert [compat_symbols.size_hint(s) for s in result.shape] == [7, 3]
+    assert (compat_symbols.count_hint(result), compat_symbols.bytes_hint(result)) == (21, 84)
     unbacked = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint()
     assert compat_symbols.size_hint(unbacked) == 4096
 

@@ -1,5 +1,6 @@
 """Private parts of PyTorch for symbolic sizes; tested as those of ``compat`` are."""
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +14,16 @@ def size_hint(size: Any) -> int:
         return size
     hint = getattr(size.node, "hint", None)
     return int(hint) if hint is not None else 4096
+
+
+def count_hint(tensor: torch.Tensor) -> int:
+    """Elements of a tensor, symbolic sizes by their hints."""
+    return math.prod(map(size_hint, tensor.shape))
+
+
+def bytes_hint(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements, symbolic sizes by their hints."""
+    return count_hint(tensor) * tensor.element_size()
 
 
 def free_symbols_of(value: Any) -> set[Any]:
