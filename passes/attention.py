@@ -62,8 +62,7 @@ def fuse_attention(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
         found = run(module)
         decisions += found
         if any(d.action == "rewritten" for d in found):
-            if context is not None:
-                ask_for_quick_calls(module.graph, context)
+            ask_for_quick_calls(module.graph, context)
             module.graph.lint()
             module.recompile()
     return decisions
@@ -197,7 +196,7 @@ class _GraphPass:
 
 def _skips_tiles(context: PassContext) -> bool:
     """Whether kernels of the target leave out hidden tiles; those of CPUs read a mask as a tensor like any other."""
-    return context is not None and context.target.device_type != "cpu"
+    return context.target.device_type != "cpu"
 
 
 def is_named_softmax(node: fx.Node) -> bool:
