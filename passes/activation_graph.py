@@ -21,8 +21,8 @@ import torch.fx as fx
 from vbcompile.compat import OperatorKinds
 from vbcompile.compat_symbols import bytes_hint
 
-_SMALL_RESULT = 64
-_LONGEST_CHAIN = 64
+_SMALL_RESULT = 64  # times smaller than what it summarises
+_LONGEST_CHAIN = 64  # cheap operators that are run again one behind the other: a tensor in between is saved
 
 
 @dataclass

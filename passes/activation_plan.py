@@ -17,11 +17,11 @@ from vbcompile.vgpu_plan import Operator, PlanError, Tier, padded
 
 log = logging.getLogger(__name__)
 
-_DEEPEST = 2
-_SMALLEST_SHARE = 1000
-_SMALLEST_MOVED = 2**20
-_TRIES = 8
-_FINE = 50
+_DEEPEST = 2  # costly operators that are run again one behind the other
+_SMALLEST_SHARE = 1000  # a tensor below this part of all that is saved is not worth a decision
+_SMALLEST_MOVED = 2**20  # bytes; a smaller copy is mostly latency
+_TRIES = 8  # halvings on the way to the smallest budget in the time that is allowed
+_FINE = 50  # which is good enough within this part of it
 _SEGMENT = 2**21  # PyTorch's allocators take memory in such steps for what is larger than half of one
 _GRAIN = 512  # and hand out what is smaller in these
 

@@ -10,7 +10,7 @@ from vbcompile.handles import is_offloaded
 from vbcompile.passes.graph_effects import storage_of_value
 from vbcompile.passes.graph_ops import call_of, value_of
 
-_LAUNCH_NS = 4_000
+_LAUNCH_NS = 4_000  # what the host takes for a launch
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
 
 
