@@ -280,7 +280,7 @@ def test_a_broken_cpp_compiler_gets_its_own_fix(monkeypatch, tmp_path, script, d
     assert not check.ok and detail in check.detail and fix in check.fix
 
 
-def test_a_compiler_that_hangs_is_given_up(monkeypatch, tmp_path):
+def test_a_compiler_that_hangs_is_given_up(monkeypatch):
     def hang(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
