@@ -20,7 +20,7 @@ from vbcompile.handles_store import Part, WeightStore, store_of
 from vbcompile.passes.fp4_sites import weight_inputs
 from vbcompile.passes.graph_ops import describe_site, value_of
 from vbcompile.passes.implementation_choice import name_implementations
-from vbcompile.passes.offload_costs import Rates, bytes_of, nanoseconds, reserve
+from vbcompile.passes.offload_costs import bytes_of, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
 from vbcompile.passes.offload_inputs import describe, fix_floats, missing_sizes, plain_fake
 from vbcompile.passes.offload_outer import Layout, Piece, emit
@@ -209,7 +209,6 @@ class StreamedGraph:
     # planning
 
     def _part(self, store: WeightStore) -> Part:
-        rates = Rates(*store.rates)
         operators = []
         rows = set[Payload]()
         for segment in self.cutting.segments:
@@ -217,7 +216,7 @@ class StreamedGraph:
             if segment.lookup is not None:
                 rows.update(payloads)
                 payloads = ()
-            ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], rates)
+            ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], store.rates)
             operators.append((_title(segment), ns, payloads))
         if self.training:
             operators += [(f"{name} backward", 2 * ns, payloads) for name, ns, payloads in reversed(operators)]

@@ -1,7 +1,7 @@
 """What a stretch of a graph takes: its time with all weights on the device, and the memory beside weights."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -9,16 +9,9 @@ from vbcompile.compat_symbols import bytes_hint, count_hint, size_hint
 from vbcompile.handles import is_offloaded
 from vbcompile.passes.graph_effects import storage_of_value
 from vbcompile.passes.graph_ops import call_of, value_of
+from vbcompile.vgpu_rates import Rates
 
-_LAUNCH_NS = 4_000  # what the host takes for a launch
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
-
-
-class Rates(NamedTuple):
-    """Bytes per second of the device's memory, and operations per second of its matrix units (None: no limit)."""
-
-    memory: int
-    flops: int | None
 
 
 def bytes_of(value: Any) -> int:
@@ -36,8 +29,7 @@ def nanoseconds(nodes: Iterable[fx.Node], weights: Sequence[Tensor], rates: Rate
             flops += work
             launches += 1
         nbytes += operands
-    by_work = flops * 10**9 // rates.flops if rates.flops else 0
-    return max(nbytes * 10**9 // rates.memory, by_work) + launches * _LAUNCH_NS
+    return rates.nanoseconds(nbytes, flops, launches)
 
 
 def _work(node: fx.Node) -> tuple[int, int]:

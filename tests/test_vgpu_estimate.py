@@ -12,6 +12,7 @@ from vbcompile.estimator import PlanError, estimate
 from vbcompile.vgpu import create_vgpu_stack
 from vbcompile.vgpu_calibration import Calibration
 from vbcompile.vgpu_check import check_plan
+from vbcompile.vgpu_rates import LAUNCH_NS
 from vbcompile.vgpu_size import MIB
 from vbcompile.vgpu_trace import trace
 
@@ -59,13 +60,13 @@ def test_a_meta_model_is_streamed_through_a_small_budget():
 def test_a_model_that_fits_is_computed_at_the_speed_of_its_memory():
     found = estimate(mlp(), stack=stack(200), tokens=1)
     assert found.fits and found.plan.declined and found.bottleneck == "compute"
-    assert found.step_ns == found.compute_ns == pytest.approx(WEIGHTS / 2000 + 16 * 5000, rel=0.01)
+    assert found.step_ns == found.compute_ns == pytest.approx(WEIGHTS / 2000 + 16 * LAUNCH_NS, rel=0.01)
     assert str(found).startswith("fits")
 
 
 def test_matrix_rates_count_where_there_is_much_to_compute():
     slow = estimate(mlp(), stack=stack(200), tokens=4096, tflops=10)
-    assert slow.compute_ns == pytest.approx(2 * 16 * 1024**2 * 4096 / 1e13 * 1e9 + 16 * 5000, rel=0.01)
+    assert slow.compute_ns == pytest.approx(2 * 16 * 1024**2 * 4096 / 1e13 * 1e9 + 16 * LAUNCH_NS, rel=0.01)
     assert not any("matrix products" in note for note in slow.assumptions)
     measured = stack(200)
     measured.calibration = Calibration("cuda:0", matmul=10**13)
