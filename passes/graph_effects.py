@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vbcompile.compat import promoted_type
 from vbcompile.compat_calls import storage_identity
 from vbcompile.passes.graph_aten import out_of_place
 from vbcompile.passes.graph_emit import Emitter
@@ -396,8 +397,7 @@ def _result_dtype(node: fx.Node) -> torch.dtype:
     call = call_of(node)
     if call is None or call.name not in _FUNCTIONAL or other is None:
         return base.dtype
-    with torch._C.DisableTorchFunctionSubclass():
-        promoted = torch.result_type(base, other)
+    promoted = promoted_type(base, other)
     if call.name == "div" and not promoted.is_floating_point:
         return torch.get_default_dtype()
     return promoted

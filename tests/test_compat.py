@@ -240,6 +240,13 @@ def test_copy_graph_stands_in_for_the_original():
     assert kept[0][1].code == kept[0][0]
 
 
+def test_types_are_promoted_as_pytorch_does():
+    half = torch.ones(2, dtype=torch.float16)
+    assert compat.promoted_type(half, 2.0) == torch.float16
+    assert compat.promoted_type(half, torch.ones(2)) == torch.float32
+    assert compat.promoted_type(FakeTensorMode().from_tensor(half), 1) == torch.float16
+
+
 def test_size_hint():
     gm = captured(lambda x: x + 1, torch.ones(7, 3), dynamic=True)
     *_, result = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "call_function"]
