@@ -126,6 +126,20 @@ def test_inductor_mode_options(mode):
     assert bool(options.get("triton.cudagraphs")) == (mode in ("reduce-overhead", "max-autotune"))
 
 
+@pytest.mark.parametrize(
+    ("mode", "options", "captured"),
+    [
+        ("default", {}, False),
+        ("reduce-overhead", {}, True),
+        ("max-autotune-no-cudagraphs", {}, False),
+        ("default", {"triton.cudagraphs": True}, True),
+        ("reduce-overhead", {"triton.cudagraphs": False}, False),
+    ],
+)
+def test_uses_cudagraphs(mode, options, captured):
+    assert compat.uses_cudagraphs(mode, options) == captured
+
+
 def test_reset_cudagraphs(monkeypatch):
     from torch._inductor import cudagraph_trees
 
@@ -325,6 +339,20 @@ def test_fake_mode_and_contexts_of_parts_of_a_graph():
     assert not compat.is_fake(torch.zeros(1)) and compat_symbols.symbol_of(3) is None
     assert compat.fake_mode_of_compile() is not None
     compat.refuse_while_lowering("nothing is being lowered here")
+
+
+def test_static_fake():
+    """Of the compile in progress, its sizes constant where others vary."""
+    weight, seen = torch.ones(3, 5), []
+
+    def backend(gm, example_inputs):
+        fake = compat.static_fake(weight)
+        seen.append((compat.is_fake(fake), fake.fake_mode is compat.fake_mode_of_compile(), fake.shape))
+        return gm.forward
+
+    torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.randn(3, 5))
+    assert seen == [(True, True, (3, 5))] and all(type(size) is int for size in seen[0][2])
+    assert compat.static_fake(weight) is weight
 
 
 def test_inputs_that_stay_where_they_are_are_known_to_cuda_graphs():
