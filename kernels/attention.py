@@ -21,13 +21,21 @@ from torch import Tensor
 
 from vbcompile.compat import is_fake
 from vbcompile.compat_calls import storage_identity
-from vbcompile.device import Target, get_target
+from vbcompile.device import get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
 from vbcompile.kernels.compiled_calls import OPERATORS, RepeatedOperator
 from vbcompile.kernels.dropout import dropout_keep
 from vbcompile.kernels.quick_operator import quick_operator
-from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator, to_be_run
+from vbcompile.kernels.registry import (
+    Implementation,
+    following,
+    forced_implementation,
+    last_resort,
+    never_refuses,
+    operator,
+    to_be_run,
+)
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -394,17 +402,9 @@ attention_backward.register_autograd(_second_backward, setup_context=_setup_seco
 
 
 # ------------------------------------------------------------------------------------- implementations
-def _never_refuses(target: Target, case: AttentionCase | None) -> None:
-    return None
-
-
-def _reference_cost(target: Target, case: AttentionCase) -> float:
-    return math.inf  # the last resort
-
-
 operator("attention").register(
-    Implementation("reference", attention_reference, _never_refuses, _reference_cost, inlines=True),
+    Implementation("reference", attention_reference, never_refuses, last_resort, inlines=True),
 )
 operator("attention_backward").register(
-    Implementation("reference", attention_backward_reference, _never_refuses, _reference_cost),
+    Implementation("reference", attention_backward_reference, never_refuses, last_resort),
 )

@@ -24,7 +24,15 @@ from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_f
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
 from vbcompile.kernels.quick_operator import quick_operator
-from vbcompile.kernels.registry import Choice, Implementation, forced_implementation, operator, to_be_run
+from vbcompile.kernels.registry import (
+    Choice,
+    Implementation,
+    forced_implementation,
+    last_resort,
+    never_refuses,
+    operator,
+    to_be_run,
+)
 from vbcompile.kernels.triton_target import interpreted, on_device, refuses_triton
 
 
@@ -224,15 +232,7 @@ fp4_linear_backward.register_autograd(_double_backward, setup_context=_backward_
 
 
 # ------------------------------------------------------------------------------------------------------ implementations
-def _never_refuses(target: Target, case: Fp4LinearCase | None) -> None:
-    return None
-
-
-def _last_resort(target: Target, case: Fp4LinearCase) -> float:
-    return math.inf
-
-
-operator("fp4_linear").register(Implementation("reference", fp4_linear_reference, _never_refuses, _last_resort))
+operator("fp4_linear").register(Implementation("reference", fp4_linear_reference, never_refuses, last_resort))
 operator("fp4_linear_backward").register(
-    Implementation("reference", fp4_linear_backward_reference, _never_refuses, _last_resort)
+    Implementation("reference", fp4_linear_backward_reference, never_refuses, last_resort)
 )

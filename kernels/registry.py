@@ -134,6 +134,16 @@ class Operator:
         return min(costs, key=_by_cost, default=None)
 
 
+def never_refuses(target: Target, case: Any) -> None:
+    """What an implementation refuses that runs everything."""
+    return None
+
+
+def last_resort(target: Target, case: Any) -> float:
+    """What an implementation costs that runs where all others refuse."""
+    return math.inf
+
+
 def to_be_run(choice: Choice) -> Implementation:
     """The implementation; a recording of the call that is under way is given up if it does not take part in that."""
     if not choice.implementation.replays:
