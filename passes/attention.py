@@ -34,7 +34,7 @@ from vbcompile.passes.attention_small import ask_for_quick_calls
 from vbcompile.passes.attention_weights import Carriers, may_begin
 from vbcompile.passes.graph_aten import erase_proven_checks
 from vbcompile.passes.graph_axes import AxisError
-from vbcompile.passes.graph_effects import Effects, make_functional
+from vbcompile.passes.graph_effects import Effects, make_functional, upstream
 from vbcompile.passes.graph_gradients import correct_gradients
 from vbcompile.passes.graph_ops import Call, call_of, describe_site, module_graphs
 from vbcompile.passes.pass_context import PassContext
@@ -220,19 +220,9 @@ def _plan_all(matcher: Matcher, contraction: Contraction) -> list[Plan]:
 
 
 def _softmaxes_behind(contraction: Contraction, carriers: Carriers) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    todo = [n for n in (contraction.lhs, contraction.rhs) if n in carriers.carrying]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in carriers.softmaxes:
-            found.add(node)
-        else:
-            todo += [i for i in node.all_input_nodes if i in carriers.carrying]
-    return found
+    carrying = lambda nodes: [n for n in nodes if n in carriers.carrying]
+    sources = lambda n: [] if n in carriers.softmaxes else carrying(n.all_input_nodes)
+    return carriers.softmaxes.intersection(upstream(carrying((contraction.lhs, contraction.rhs)), sources))
 
 
 def _callers(gm: fx.GraphModule, inner: fx.GraphModule) -> list[fx.Node] | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from vbcompile.passes.attention_contraction import contraction_of
+from vbcompile.passes.attention_contraction import contraction_of, is_product
 from vbcompile.passes.attention_expression import (
     FLOAT,
     INT,
@@ -301,7 +301,7 @@ def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL, activati
     A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen. With
     ``activations`` what matrix products give counts too.
     """
-    is_end = lambda n: not _may_hold_floats(n) or (activations and _is_product(n))
+    is_end = lambda n: not _may_hold_floats(n) or (activations and is_product(n))
     made_from = lambda n: [] if is_end(n) else pytree.tree_leaves(_made_from(n))
     nodes = upstream([node], lambda n: [a for a in made_from(n) if isinstance(a, fx.Node)])
     return all(
@@ -310,11 +310,6 @@ def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL, activati
         and all(abs(a) < largest for a in made_from(n) if isinstance(a, float))
         for count, n in enumerate(nodes)
     )
-
-
-def _is_product(node: fx.Node) -> bool:
-    call = call_of(node)
-    return call is not None and (call.name == "linear" or contraction_of(call, node) is not None)
 
 
 def _made_from(node: fx.Node) -> Any:
