@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vbcompile import compat
-from vbcompile.config import ConfigError, resolve_config
+from vbcompile.config import resolve_config
+from vbcompile.config_error import ConfigError
 from vbcompile.passes import activation_partition, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner, operations
@@ -106,7 +107,7 @@ def random_model(seed):
 
 def brute_force(joint):
     """Fewest bytes from which all that is needed can be made without products, by trying every set."""
-    choices = [n for n in joint.forward if not joint.is_view(n)]
+    choices = [n for n in joint.forward if not joint.kinds.is_view(n)]
 
     def makes(node, saved):
         if node not in joint.forward or node in saved:
@@ -385,7 +386,7 @@ def test_a_budget_that_is_too_small_reaches_the_user():
 
 def test_no_partitioner_where_nothing_is_to_be_saved():
     from vbcompile.device import get_target
-    from vbcompile.passes.pipeline import PassContext
+    from vbcompile.passes.pass_context import PassContext
 
     report = GraphReport("0", 1, True, "cpu", "memory", {})
 
