@@ -95,8 +95,9 @@ def forward(
         ``out [*lead, Q, Dv]`` in the dtype of q, in the memory order that the function names, and ``lse [*lead, Q]``
         in float32: natural logarithm of the sum over the keys and the sink.
     """
-    if q.shape[-2] > _MOST_DECODED:
-        # on sm_90 the tiles of keys stored transposed came out wrong (Triton 3.6; head size 24, 100 keys)
+    narrow = max(q.shape[-1], v.shape[-1]) * q.element_size() < problems.MOST_SWIZZLED
+    if narrow or q.shape[-2] > _MOST_DECODED:
+        # tiles of keys stored transposed are swizzled by their keys, those of values are not: see Problem
         q, k, v = map(with_contiguous_rows, (q, k, v))
     q, k, v = map(within_reach, (q, k, v))
     problem = problems.describe(q, k, v, captured, scale, dropout_p, function)
