@@ -72,8 +72,8 @@ class Problem:
     def _padded(self) -> tuple[int, int]:
         """Head sizes of tiles.
 
-        On sm_90 their rows are swizzled alike in shared memory. Where tiles of two widths took turns in one place, ptxas
-        12.8 made one's matrix descriptor from a register that it had never set.
+        On sm_90 their rows are swizzled alike in shared memory. Where tiles of two widths took turns in one place,
+        ptxas 12.8 made one's matrix descriptor from a register that it had never set.
         """
         sizes = padded(self.d), padded(self.dv)
         least = min(max(sizes), MOST_SWIZZLED // self.element_size) if self.arch == "sm_90" else 0
