@@ -14,9 +14,10 @@ from pathlib import Path
 import triton
 
 _DEEPEST = 12  # definitions that are followed
+_REGISTERS = 256  # more than there are; a function that is called may write to any
 _WRITER = re.compile(r"U(?!TMA|BLKCP|STS|CGABAR|.*SETP)|R2UR|S2UR|VOTEU|C?REDUX|LDCU")
 _LINE = re.compile(r"(\.L_x_\d+):|\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*([^;]*);")
-_JUMPS = ("BRA", "BRX", "BREAK", "CALL", "JMP")
+_JUMPS = ("BRA", "BRX", "BREAK", "JMP")
 
 
 def places_with_two_halves(ptx: str) -> dict[str, set[int]]:
@@ -52,20 +53,17 @@ def unset_registers(cubin: bytes) -> list[str]:
     matches = map(_LINE.match, text.splitlines())
     lines = [tuple(part or "" for part in found.groups()) for found in matches if found]
     labels = {label: n for n, (label, *_) in enumerate(lines) if label}
-    written: list[frozenset[int] | None] = [None] * len(lines)  # by any instruction ahead
+    written: dict[int, frozenset[int]] = {}  # by any instruction ahead
     todo = [(0, frozenset[int]())]
     while todo:
         n, ahead = todo.pop()
-        if written[n] is not None and ahead <= written[n]:
+        if n in written and ahead <= written[n]:
             continue
-        written[n] = ahead | (written[n] or frozenset())
-        after = written[n] | set(_written(*lines[n][2:]))
+        written[n] = ahead | written.get(n, frozenset())
+        after = written[n] | set(range(_REGISTERS) if lines[n][2].startswith("CALL") else _written(*lines[n][2:]))
         todo += [(place, after) for place in _next(n, lines, labels)]
-    return [
-        f"{name} {operands}"
-        for (_, _, name, operands), before in zip(lines, written, strict=True)
-        if before is not None and not before.issuperset(_read(name, operands))
-    ]
+    reading = {n: _read(*lines[n][2:]) for n in sorted(written)}
+    return [f"{lines[n][2]} {lines[n][3]}" for n, read in reading.items() if not read <= written[n]]
 
 
 def _next(n: int, lines: list[tuple[str, ...]], labels: dict[str, int]) -> list[int]:
