@@ -72,8 +72,8 @@ class Problem:
     def _padded(self) -> tuple[int, int]:
         """Head sizes of tiles.
 
-        On sm_90 their rows are swizzled alike in shared memory. Where tiles of two widths took turns in one place, ptxas
-        12.8 made one's matrix descriptor from a register that it had never set.
+        On sm_90 their rows are swizzled alike in shared memory. Where tiles of two widths took turns in one place,
+        ptxas 12.8 made one's matrix descriptor from a register that it had never set.
         """
         sizes = padded(self.d), padded(self.dv)
         least = min(max(sizes), MOST_SWIZZLED // self.element_size) if self.arch == "sm_90" else 0
@@ -164,7 +164,7 @@ class Problem:
         sizes = self.mask_sizes
         summary = torch.empty([*sizes, rows, columns], dtype=torch.uint8, device=self.device)
         launch(
-            mask_summary_kernel, (columns, rows, math.prod(sizes)),
+            mask_summary_kernel, (math.prod(sizes) * rows * columns,),
             summary, self.captured, tuple(sizes), self.captured_strides, self.q_length, self.k_length,
             self.program.mask, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=4,
         )  # fmt: skip
@@ -203,7 +203,7 @@ class Problem:
         summary, summary_strides = self.mask_summary(None if bounds else opaque, tiles)
         plan = like.new_empty([*sizes, own, 8], dtype=torch.int32)
         launch(
-            tile_plan_kernel, (own, math.prod(sizes)),
+            tile_plan_kernel, (math.prod(sizes) * own,),
             plan, summary, self.captured, tuple(sizes), self.captured_strides, summary_strides,
             self.q_length, self.k_length, ranges,
             SUMMARY=power_of_two(other) if summary is not None else None,
