@@ -83,6 +83,17 @@ def test_wrong_arguments_are_named_without_a_compiler_around_them():
         vbcompile.explain(3)
 
 
+def test_what_is_saved_for_the_backward_is_explained(monkeypatch, model_file, capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    counts = vbcompile.explain(model, torch.randn(32, 64), mode="memory").counts()
+    assert counts["activations"] == {"left": 1} and counts["recompute"]["left"] >= 1
+    with pytest.raises(vbcompile.PlanError, match="smallest budget that works"):
+        vbcompile.explain(model, torch.randn(32, 64), options={"mode": "memory", "budget": "1KB"})
+    monkeypatch.setenv("VB_HBM_BUDGET", "1KB")
+    assert main(["explain", f"{model_file}:make_module", "--mode", "memory"]) == 1
+    assert capsys.readouterr().err.startswith("vbcompile: the activation budget")
+
+
 def test_explain_a_function_from_a_file(model_file, capsys):
     assert main(["explain", f"{model_file}:make", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}

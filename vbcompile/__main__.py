@@ -171,11 +171,17 @@ def _run_script(script: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _explain(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from vbcompile.estimator import PlanError
+
     _check_settings(arguments.mode)
     path, _, name = arguments.target.rpartition(":")
     if path and arguments.rest:
         raise UsageError(f"unrecognized arguments: {' '.join(arguments.rest)}")
-    explanation, status = (_explain_call(path, name, arguments), 0) if path else _explain_script(arguments)
+    try:
+        explanation, status = (_explain_call(path, name, arguments), 0) if path else _explain_script(arguments)
+    except PlanError as error:
+        print(f"vbcompile: {error}", file=sys.stderr)
+        return 1
     if arguments.html:
         Path(arguments.html).write_text(explanation.to_html(arguments.target), encoding="utf-8")
     if arguments.json:
