@@ -202,6 +202,10 @@ FILLED = {  # name: (softmax of filled scores, sites)
         lambda s, m: torch.where(m, torch.where(m.flip(-1), s, torch.full_like(s, -1e9)), -1e9).float().softmax(-1),
         1,
     ),
+    "a bias beside fills of float32": (
+        lambda s, m: (s + torch.arange(7) / 2 + torch.where(m, 0.0, -65504.0)).softmax(-1),
+        1,
+    ),
     "shown weights that vanish": (
         lambda s, m: (w := s.masked_fill(m, -1e9).abs().softmax(-1) * ~m) / w.sum(-1, keepdim=True),
         0,
