@@ -100,13 +100,29 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
 
 def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
     """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
-    return holds_number_beyond(logits.value, max(_FILL, 0.1 / torch.finfo(dtype).eps))
+    limit = max(_FILL, 0.1 / torch.finfo(dtype).eps)
+    return holds_number_beyond(logits.value, limit) or _adds_fills(logits.value, limit)
 
 
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
-    tensors = (e.arguments[0] for e in parts(logits.value) if e.name == "tensor" and e.kind == FLOAT)
-    return holds_number_beyond(logits.value, _DECIDES) or any(map(_is_made_of_fills, tensors))
+    return holds_number_beyond(logits.value, _DECIDES) or _adds_fills(logits.value, _DECIDES)
+
+
+def _adds_fills(value: Expression, limit: float) -> bool:
+    """Whether a tensor that is added to the score, or takes its place, may hold finite fills beyond ``limit``."""
+    tensors = (x.arguments[0] for e in _addends(value) for x in parts(e) if x.name == "tensor" and x.kind == FLOAT)
+    return any(_is_made_of_fills(node) or not holds_learned_numbers(node, limit, activations=True) for node in tensors)
+
+
+def _addends(e: Expression) -> list[Expression]:
+    """What beside the score the logits are a sum, or a choice, of; what multiplies the score is left out."""
+    if "score" not in e.leaves:
+        return [e]
+    inner = e.arguments if e.name in ("add", "sub", "maximum", "minimum") else ()
+    inner = e.arguments[1:] if e.name == "where" else inner
+    inner = inner or tuple(a for a in e.arguments if e.name != "score" and "score" in a.leaves)
+    return [x for a in inner for x in _addends(a)]
 
 
 def _is_made_of_fills(node: fx.Node) -> bool:

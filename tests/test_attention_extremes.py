@@ -282,3 +282,28 @@ def test_powers_under_a_mask_of_numbers(dtype):
     with torch.no_grad():
         found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
         torch.testing.assert_close(found, function(q, k, v, mask))
+
+
+GIVEN = {  # softmax of scores that a mask was added to
+    "exp": _exponentials,
+    "exp2": lambda s: (w := torch.exp2(s)) / w.sum(-1, keepdim=True),
+    "less the logarithm of their sum": _shifted_powers,
+    "their own maximum": lambda s: _exponentials(s - s.amax(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("name", GIVEN)
+def test_powers_under_a_given_mask_of_fills(name, fill):
+    """An input that is added may be a mask, too: rows of it have powers of zero, and a sum beside which 1 is lost."""
+
+    def function(q, k, v, mask):
+        return GIVEN[name](q @ k.mT + mask).nan_to_num() @ v
+
+    q, k, v = (torch.randn(2, 3, 4, 8) for _ in range(3))
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]])[:, None, None].logical_not() * fill
+    clear()
+    with torch.no_grad():
+        found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
+        torch.testing.assert_close(found, function(q, k, v, mask), atol=1e-2 if fill == -1e4 else 1e-5, rtol=1e-5)
+    assert counters["vblackwell"]["fuse_attention"] == (name == "their own maximum")
