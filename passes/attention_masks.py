@@ -112,7 +112,12 @@ def may_underflow(logits: Logits) -> bool:
 def _adds_fills(value: Expression, limit: float) -> bool:
     """Whether a tensor that is added to the score, or takes its place, may hold finite fills beyond ``limit``."""
     tensors = (x.arguments[0] for e in _addends(value) for x in parts(e) if x.name == "tensor" and x.kind == FLOAT)
-    return any(_is_made_of_fills(node) or not holds_learned_numbers(node, limit, activations=True) for node in tensors)
+    return any(may_hold_fills(node, limit) for node in tensors)
+
+
+def may_hold_fills(node: fx.Node, limit: float) -> bool:
+    """Whether a tensor of floats may be, or be made of, a mask of numbers beyond ``limit``."""
+    return _is_made_of_fills(node) or not holds_learned_numbers(node, limit, activations=True)
 
 
 def _addends(e: Expression) -> list[Expression]:
@@ -134,11 +139,16 @@ def _is_made_of_fills(node: fx.Node) -> bool:
         if n in seen or call is None or contraction_of(call, n) is not None:
             continue
         seen.add(n)
-        numbers = [a for a in call.arguments.values() if type(a) in (int, float)]
-        if call.name in _FILLS and any(_DECIDES < abs(a) < float("inf") for a in numbers):
+        if holds_fill(call):
             return True
         todo += n.all_input_nodes
     return False
+
+
+def holds_fill(call: Call) -> bool:
+    """Whether an operator adds, or puts in place of others, a finite number of which no weight is left."""
+    numbers = [a for a in call.arguments.values() if type(a) in (int, float)]
+    return call.name in _FILLS and any(_DECIDES < abs(a) < float("inf") for a in numbers)
 
 
 _FILLS = {"mul", "add", "sub", "rsub", "div", "where", "masked_fill", "full", "full_like"}

@@ -250,6 +250,27 @@ EMPTIED = {  # name: (weights of scores, a mask of flags and one of numbers; sit
 }
 
 
+def _less(scores, statistic):
+    return (scores - statistic(scores)).softmax(-1)
+
+
+def _beside_a_sink(scores, shift):
+    powers = (scores - shift).exp()
+    return powers / (powers.sum(-1, keepdim=True) + (0.5 - shift).exp())
+
+
+EMPTIED |= {
+    "less their mean": (lambda s, m, b: _less(s + b, lambda x: x.mean(-1, keepdim=True)), 0),
+    "less their median": (lambda s, m, b: _less(s.masked_fill(~m, -INF), lambda x: x.median(-1, True).values), 0),
+    "less their minimum": (lambda s, m, b: _less(s + b, lambda x: x.amin(-1, keepdim=True)), 0),
+    "less the first": (lambda s, m, b: _less(s + m.float().log(), lambda x: x[..., :1]), 0),
+    "less their maximum": (lambda s, m, b: _less(s + b, lambda x: x.amax(-1, keepdim=True)), 1),
+    "less a mean before the mask": (lambda s, m, b: _less(s, lambda x: x.mean(-1, keepdim=True) - b), 1),
+    "a sink, less their maximum": (lambda s, m, b: _beside_a_sink(s + b, (s + b).amax(-1, keepdim=True)), 0),
+    "a sink, less a limit": (lambda s, m, b: _beside_a_sink(s + b, (s + b).amax(-1, keepdim=True).clamp(min=0.0)), 1),
+}
+
+
 @pytest.mark.parametrize("name", EMPTIED)
 def test_rows_emptied_by_another_mask(name):
     weights, sites = EMPTIED[name]
