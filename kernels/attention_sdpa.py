@@ -165,7 +165,7 @@ class _CpuCall:
         if self.causal or (function.mask is None and function.program[function.score] == ("score",)):
             return
         self.scores = DenseScores(function, captured, self.lead, q.shape[-2], k.shape[-2], q.device, q.dtype)
-        self.bias = self._fold_bias(self.scores.additive).to(q.dtype)
+        self.bias = self._fold_bias(self.scores.additive)
         self.empty = self.scores.empty
 
     def folded(self, t: Tensor) -> Tensor:
