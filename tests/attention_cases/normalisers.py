@@ -457,3 +457,38 @@ def weights_under_a_fill_in_reach_set_to_zero(q, k, v, keep):
     """Keys filled with -100 keep a share of scores that are as low."""
     scores = (_scores(q, k) - 99.0).masked_fill(~keep, -100.0)
     return torch.softmax(scores, dim=-1).masked_fill(~keep, 0.0) @ v
+
+
+_WITH_AN_EMPTY_ROW = plus(cross, lambda d: d.flags_with_an_empty_row(d.B, 1, d.S, d.T))
+
+
+@fuses("normaliser", _WITH_AN_EMPTY_ROW)
+def weights_masked_again_over_their_sum_and_a_guard(q, k, v, keep):
+    """The sum is one where a row has a key; where it has none, zero is divided by the guard."""
+    p = _scores(q, k).masked_fill(~keep, -1e9).softmax(-1) * keep.to(q.dtype)
+    return p / (p.sum(-1, keepdim=True) + 1e-3) @ v
+
+
+@fuses("normaliser", _WITH_AN_EMPTY_ROW)
+def weights_masked_again_over_their_limited_sum(q, k, v, keep):
+    p = _scores(q, k).masked_fill(~keep, -INF).softmax(-1) * keep
+    return p / p.sum(-1, keepdim=True).clamp(min=1e-5) @ v
+
+
+@fuses("normaliser", cross, sites=2)
+def softmax_over_its_sum_and_a_guard(q, k, v):
+    """Means of clusters: the weights are divided by how much each cluster got, which is one."""
+    p = torch.softmax(k @ q.mT, dim=-2).mT
+    return p @ v / 2 + (p / (p.sum(-1, keepdim=True) + 1e-2)) @ v.sin()
+
+
+@refuses(_WITH_AN_EMPTY_ROW)
+def weights_masked_only_afterwards_over_their_guarded_sum(q, k, v, keep):
+    p = _scores(q, k).softmax(-1) * keep
+    return p / (p.sum(-1, keepdim=True) + 1e-3) @ v
+
+
+@refuses(cross)
+def weights_over_a_sum_limited_above_one(q, k, v):
+    p = _scores(q, k).softmax(-1)
+    return p / p.sum(-1, keepdim=True).clamp(min=1.5) @ v
