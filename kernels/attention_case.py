@@ -48,6 +48,12 @@ class AttentionCase:
         return ScoreFunction.loads(self.function)
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """The broadcast leading sizes."""
+        shapes = (self.q, self.k, self.v, *(shape for shape, _ in self.captured))
+        return tuple(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))
+
+    @property
     def q_length(self) -> int:
         return self.q[-2]
 
