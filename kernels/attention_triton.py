@@ -12,7 +12,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import attention_hopper_few
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_case import AttentionCase
+from vbcompile.kernels.attention_case import MAX_HEAD_SIZE, AttentionCase
 from vbcompile.kernels.attention_gradients import backward
 from vbcompile.kernels.attention_layout import (
     is_within_reach,
@@ -30,7 +30,6 @@ from vbcompile.kernels.triton_target import refuses_triton
 
 __all__ = ["backward", "forward", "refuses"]
 
-MAX_HEAD_SIZE = 256
 _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
 _CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
