@@ -114,6 +114,12 @@ def _has_aligned_rows(t: Tensor) -> bool:
     return all(n == 1 or stride * itemsize % 16 == 0 for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
 
 
+def rounds_to_tf32(t: Tensor) -> bool:
+    """Whether PyTorch's own products of such tensors do, by whichever of its settings: ``allow_tf32`` is an error to
+    read where another one was used."""
+    return t.dtype == torch.float32 and t.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def lead_shape(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> torch.Size:
     """The broadcast leading axes."""
     shapes = [t.shape[:-2] for t in (q, k, v, *captured)]
