@@ -23,6 +23,7 @@ from vbcompile.passes.attention_masks import (
     conjuncts,
     may_absorb,
     may_hide,
+    may_lose_scores_of_float64,
     may_underflow,
     may_vanish,
     split_logits,
@@ -219,6 +220,9 @@ class Matcher:
         if softmax.bare and may_underflow(full):
             raise Refusal("powers of low fills, which may all be zero")
         kept, empty = self._keep(lifter, full, logits, weights, keys)
+        widened = tensor_of(softmax.logits).dtype == torch.float64 != tensor_of(score).dtype
+        if widened and not softmax.narrowed and may_lose_scores_of_float64(kept):
+            raise Refusal("fills of float64 scores, beside which the scores' own type has no digits left")
         if kept is not split and not kept.every_row and kept.mask != split.mask:
             softmax = replace(softmax, exact_logits=False)  # the logarithm of the sum still has the fills of such rows
         gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]

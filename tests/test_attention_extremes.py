@@ -328,3 +328,41 @@ def test_powers_under_a_given_mask_of_fills(name, fill):
         found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
         torch.testing.assert_close(found, function(q, k, v, mask), atol=1e-2 if fill == -1e4 else 1e-5, rtol=1e-5)
     assert counters["vblackwell"]["fuse_attention"] == (name == "their own maximum")
+
+
+LOWEST = torch.finfo(torch.float16).min
+BEYOND = {  # fills that float16 holds as -inf, so that rows of them are NaN
+    "a factor": lambda s, m: s.masked_fill(~m, LOWEST) / 0.5,
+    "a negative factor": lambda s, m: (-s).masked_fill(~m, -LOWEST) * -2,
+    "a factor that is a tensor": lambda s, m: s.masked_fill(~m, LOWEST) * torch.tensor(2.0, dtype=s.dtype),
+    "a factor of the mask": lambda s, m: s + torch.zeros(m.shape, dtype=s.dtype).masked_fill(~m, LOWEST) * 2,
+    "a converted number": lambda s, m: torch.where(m, s, torch.full([], -1e5).to(s.dtype)),
+    "converted scores": lambda s, m: s.float().masked_fill(~m, -1e9).half(),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_fills_beyond_float16(name):
+    function = lambda q, k, v, shown: BEYOND[name](q @ k.mT * 0.25, shown).float().softmax(-1).half() @ v
+    q, k, v = (torch.randn(2, n, 16, dtype=torch.float16) for n in (4, 7, 7))
+    clear()
+    found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, _SHOWN_ROWS)
+    expected = function(q, k, v, _SHOWN_ROWS)
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=5e-3, rtol=5e-3)
+    assert counters["vblackwell"]["fuse_attention"] == 1 and bool(expected.isnan().any())
+
+
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_a_given_mask_in_float64(narrowed):
+    """Scores keep their digits beside its fills, unless they are converted before the softmax."""
+
+    def function(q, k, v, mask):
+        scores = q @ k.mT + mask
+        return (scores.float() if narrowed else scores).softmax(-1).float() @ v
+
+    q, k, v = (torch.randn(2, n, 16) for n in (4, 7, 7))
+    mask = torch.zeros(4, 7, dtype=torch.float64).masked_fill(~_SHOWN_ROWS, -1e9)
+    clear()
+    found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
+    torch.testing.assert_close(found, function(q, k, v, mask))
+    assert counters["vblackwell"]["fuse_attention"] == narrowed
