@@ -23,7 +23,7 @@ from importlib import import_module, metadata
 from operator import itemgetter
 from typing import Any
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels import replay
 
@@ -134,6 +134,16 @@ class Operator:
         return min(costs, key=_by_cost, default=None)
 
 
+def never_refuses(target: Target, case: Any) -> None:
+    """What an implementation refuses that runs everything."""
+    return None
+
+
+def last_resort(target: Target, case: Any) -> float:
+    """What an implementation costs that runs where all others refuse."""
+    return math.inf
+
+
 def to_be_run(choice: Choice) -> Implementation:
     """The implementation; a recording of the call that is under way is given up if it does not take part in that."""
     if not choice.implementation.replays:
@@ -198,14 +208,23 @@ def option(implementations: Mapping[str, str]) -> Iterator[None]:
 
 
 def check_option(implementations: Mapping[str, str], target: Target) -> None:
-    """Raise ConfigError where the option names no operator, no implementation, or one that the target does not run."""
+    """Raise ConfigError where the option names no operator, no implementation, or one that the target does not run,
+    and where ``VB_IMPLEMENTATION`` names what does not exist."""
+    check_names(implementations)
+    check_names(_forced())
+    for name, implementation in implementations.items():
+        reason = _named(name, implementation).refuses(target, None)
+        if reason:
+            raise ConfigError(_refusal(name, implementation, reason))
+
+
+def check_names(implementations: Mapping[str, str]) -> None:
+    """Raise ConfigError for an operator or an implementation that does not exist; asks no device."""
     for name, implementation in implementations.items():
         if name not in _OPERATORS:
             raise ConfigError(f"option 'implementations': unknown operator {_unknown(name, [*_OPERATORS])}")
         _OPERATORS[name].load()
-        reason = _named(name, implementation).refuses(target, None)
-        if reason:
-            raise ConfigError(_refusal(name, implementation, reason))
+        _named(name, implementation)
 
 
 def as_text(implementations: Mapping[str, str]) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vbcompile.config import INDUCTOR_MODES, MODES, OPTIONS, Config, ConfigError, resolve_config
+from vbcompile.config import INDUCTOR_MODES, MODES, OPTIONS, Config, resolve_config
+from vbcompile.config_error import ConfigError
 
 
 def test_defaults_are_the_balanced_mode_without_a_named_mode():
@@ -40,6 +41,23 @@ def test_options_of_inductor_pass_through():
     config = resolve_config(options={"mode": "full", "max_autotune": False, "triton.cudagraphs": True}, environ={})
     assert config.inductor_options == {"max_autotune": False, "triton.cudagraphs": True}
     assert config.mode == "full"
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, True),
+        ({"mode": "balanced"}, True),
+        ({"mode": "reduce-overhead"}, True),
+        ({"offload": False}, False),
+        ({"mode": "speed"}, False),
+    ],
+)
+def test_the_balanced_mode_offloads_within_a_budget(options, wanted):
+    for given, environ in (({"budget": "1GiB"}, {}), ({}, {"VB_HBM_BUDGET": "1GiB"})):
+        config = resolve_config(options={**options, **given}, environ=environ)
+        assert config.offload is wanted and not config.recompute
+    assert not resolve_config(options=options, environ={}).offload
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from torch import nn
 
 import vbcompile
 from vbcompile.backend import _cache_key
-from vbcompile.config import ConfigError, resolve_config
+from vbcompile.config import resolve_config
+from vbcompile.config_error import ConfigError
 from vbcompile.kernels import registry
 from vbcompile.kernels.registry import Implementation, force, operator
 
@@ -99,6 +100,15 @@ def test_what_cannot_run_is_an_error_that_says_why(named, message):
     with pytest.raises(Exception, match=message) as raised:
         compiled(capped, **named)(*heads())
     assert isinstance(raised.value, ConfigError) or "ConfigError" in str(raised.value)
+
+
+def test_names_are_looked_at_where_no_operator_is_called():
+    with pytest.raises(ConfigError, match="did you mean 'triton'"):
+        vbcompile.enable(implementations={"attention": "tritn"})
+    assert not vbcompile.is_enabled()
+    with force(attention="tritn"), pytest.raises(Exception, match="did you mean 'triton'"):
+        torch._dynamo.reset()
+        compiled(lambda x: x.sin())(torch.ones(2))
 
 
 @pytest.mark.parametrize("wrong", ["triton", {"attention": None}, {1: "triton"}, ["attention"]])

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, get_origin
 
+from vbcompile.config_error import ConfigError
+from vbcompile.vgpu_size import parse_size
+
 MODES: Final[dict[str, dict[str, bool]]] = {
     "balanced": {"fp4": False, "recompute": False, "offload": False},
     "memory": {"fp4": False, "recompute": True, "offload": True},
@@ -19,10 +22,6 @@ MODES: Final[dict[str, dict[str, bool]]] = {
 }
 INDUCTOR_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DOWNSTREAM: Final = ("inductor", "aot_eager", "eager")
-
-
-class ConfigError(ValueError):
-    """A mode, option or value that does not exist. The message lists the valid ones."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Config:
             of the values on CPUs; ``contents``: a checksum of every weight at every call, on any device, for code that
             writes through ``weight.data``.
         recompute: recompute activations in the backward (mode).
-        offload: move weights and activations between memory tiers (mode).
+        offload: move weights and activations between memory tiers (mode; in ``balanced`` where a ``budget`` is given).
         budget: device memory that a training step may take, in bytes or as ``"20GiB"``: parameters, gradients and all
             that is alive between them. None: as little as ``slowdown`` allows.
         slowdown: share of a training step's time that less memory may cost where no budget is given.
@@ -155,13 +154,14 @@ def resolve_config(
             put("mode", environ["VB_MODE"], "environment VB_MODE")
     _validate(values, sources)
     if values.get("budget") is not None:
-        from vbcompile.vgpu_size import parse_size
-
         what = "VB_HBM_BUDGET" if sources["budget"].startswith("environment") else "option 'budget'"
         values["budget"] = parse_size(what, values["budget"])
-    for name, value in MODES[values.get("mode", "balanced")].items():
+    named = values.get("mode", "balanced")
+    if named == "balanced" and values.get("budget") is not None and "offload" not in values:
+        put("offload", True, "mode balanced with a budget")  # only where the step would not fit
+    for name, value in MODES[named].items():
         if name not in values:
-            put(name, value, f"mode {values.get('mode', 'balanced')}")
+            put(name, value, f"mode {named}")
     return Config(**values, inductor_options=inductor, sources=sources)
 
 

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from vbcompile import compat
-from vbcompile.autoload import EnableAtFirstCall
 from vbcompile.backend import add_listener, remove_listener, vblackwell
 from vbcompile.config import Config, resolve_config
 from vbcompile.device import get_device, get_target
+from vbcompile.kernels.registry import check_names
 from vbcompile.report import GraphReport, merge_counts
 
 
 class _CompiledCall:
     """Answers ``module._compiled_call_impl``: the compiled call for an outermost module, None for all others."""
+
+    is_switch = True
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._compile = functools.partial(torch.compile, backend=vblackwell, options=options or None)
@@ -91,6 +93,7 @@ def enable(mode: str | None = None, *, verbose: bool = True, **options: Any) -> 
     """
     arguments = {**options, **({} if mode is None else {"mode": mode})}
     config = resolve_config(options=arguments)
+    check_names(config.implementations)
     with _switch.lock:
         torch.nn.Module._compiled_call_impl = _CompiledCall(arguments)  # type: ignore[assignment]
         if _switch.config is None:
@@ -112,7 +115,7 @@ def disable() -> None:
 
 def is_enabled() -> bool:
     """Whether the switch is on."""
-    return isinstance(torch.nn.Module.__dict__["_compiled_call_impl"], (_CompiledCall, EnableAtFirstCall))
+    return getattr(torch.nn.Module.__dict__["_compiled_call_impl"], "is_switch", False)
 
 
 def enable_balanced_mode(**options: Any) -> None:
@@ -144,7 +147,7 @@ def print_stats() -> None:
     reasons = collections.Counter(
         f"{d.pass_name}: {d.reason}" for r in _switch.reports for d in r.decisions if d.action == "left"
     )
-    lines += [f"  left alone, {count} times: {reason}" for reason, count in reasons.most_common()]
+    lines += [f"  left alone ({count}): {reason}" for reason, count in reasons.most_common()]
     lines += [f"  failed: {name}: {reason}" for r in _switch.reports for name, reason in r.failures]
     _print("\n".join(lines))
 
