@@ -23,6 +23,7 @@ from vbcompile.passes.attention_masks import (
     conjuncts,
     may_absorb,
     may_hide,
+    may_hold_fills,
     may_lose_scores_of_float64,
     may_underflow,
     may_vanish,
@@ -217,7 +218,7 @@ class Matcher:
         if softmax.less_log_sum and may_absorb(split, tensor_of(softmax.logits).dtype):
             raise Refusal("the logarithm of a sum of fills is lost beside them")
         full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
-        if softmax.bare and may_underflow(full):
+        if softmax.bare and not _has_sink(softmax) and may_underflow(full):
             raise Refusal("powers of low fills, which may all be zero")
         kept, empty = self._keep(lifter, full, logits, weights, keys)
         widened = tensor_of(softmax.logits).dtype == torch.float64 != tensor_of(score).dtype
@@ -413,6 +414,12 @@ class Matcher:
             raise Refusal("the scores are used before the values are known")
         if self.effects.switches_grad_mode(early, place[site.out]):
             raise Refusal("the scores are used under another gradient mode")
+
+
+def _has_sink(softmax: Softmax) -> bool:
+    """Whether there is a sink that is no mask itself, so that no row's sum is zero."""
+    sink = None if softmax.sink is None else softmax.sink[0]
+    return sink is not None and not (is_tensor(sink) and may_hold_fills(sink, -POWERLESS))
 
 
 def _residual(second: Contraction, out_dims: Dims) -> tuple[Any, Dims, Any] | None:
