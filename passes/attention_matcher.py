@@ -13,6 +13,7 @@ from vbcompile.passes.attention_checks import bind_roles, check_axes, check_drop
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_gates import gated
+from vbcompile.passes.attention_infinities import may_be_nan
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import (
     LOW_FILL,
@@ -221,6 +222,8 @@ class Matcher:
         if softmax.bare and not _has_sink(softmax) and may_underflow(full):
             raise Refusal("powers of low fills, which may all be zero")
         kept, empty = self._keep(lifter, full, logits, weights, keys)
+        if weights.zero_empty and may_be_nan(kept.value):
+            raise Refusal("nan_to_num where a mask's infinity may become NaN, or more than the scores")
         widened = tensor_of(softmax.logits).dtype == torch.float64 != tensor_of(score).dtype
         if widened and not softmax.narrowed and may_lose_scores_of_float64(kept):
             raise Refusal("fills of float64 scores, beside which the scores' own type has no digits left")

@@ -255,8 +255,13 @@ class _Rules:
         return self.make("mul", e, self.convert(self.kind, self.read("alpha")))
 
     def lerp(self) -> Expression:
+        """From the nearer end, as PyTorch does: the other one may be infinite."""
+        make = self.make
         start, end, weight = (self.read_as(FLOAT, name) for name in ("input", "end", "weight"))
-        return self.make("add", start, self.make("mul", weight, self.make("sub", end, start)))
+        way = make("sub", end, start)
+        from_start = make("add", start, make("mul", weight, way))
+        from_end = make("sub", end, make("mul", make("sub", self.const(1.0), weight), way))
+        return make("where", make("lt", make("abs", weight), self.const(0.5)), from_start, from_end)
 
     def hypot(self) -> Expression:
         a, b = (self.read_as(FLOAT, name) for name in ("input", "other"))

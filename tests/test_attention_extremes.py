@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_oracle import Outcome, differences
 from attention_trial import clear
 from torch._dynamo.utils import counters
@@ -391,3 +392,35 @@ def test_a_given_mask_in_float64(narrowed):
     found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
     torch.testing.assert_close(found, function(q, k, v, mask))
     assert counters["vblackwell"]["fuse_attention"] == narrowed
+
+
+INFINITE = {  # scores that a mask of -inf makes NaN, or infinitely high; sites where the weights' NaN are cleared
+    "a factor of infinity": (lambda s, m, a: s + (1 - m.to(s.dtype)) * -INF, 0),
+    "infinity": (lambda s, m, a: s.masked_fill(~m, INF), 0),
+    "a mask that is subtracted": (lambda s, m, a: s - a, 0),
+    "a bent mask": (lambda s, m, a: F.gelu(s.masked_fill(~m, -INF)), 0),
+    "a square": (lambda s, m, a: (s + a).square(), 0),
+    "a quotient": (lambda s, m, a: s / m.to(s.dtype), 0),
+    "halfway to a mask": (lambda s, m, a: torch.lerp(s, a, 0.5), 0),
+    "a mask that is added": (lambda s, m, a: (s + a) * 0.5, 1),
+    "a bounded mask": (lambda s, m, a: torch.tanh(s.masked_fill(~m, -INF)), 1),
+    "two masks": (lambda s, m, a: torch.where(m, s * 2 + a, -INF), 1),
+    "a factor of scores": (lambda s, m, a: (s * m[:, :1]).masked_fill(~m, -INF), 1),
+}
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("name", INFINITE)
+def test_infinities_beyond_a_mask(name, cleared):
+    scores, sites = INFINITE[name]
+
+    def function(q, k, v, shown, mask):
+        weights = scores(q @ k.mT, shown, mask).softmax(-1)
+        return (weights.nan_to_num() if cleared else weights) @ v
+
+    q, k, v = (torch.randn(2, n, 16) for n in (4, 7, 7))
+    given = q, k, v, _SHOWN_ROWS, torch.zeros(4, 7).masked_fill(~_SHOWN_ROWS, -INF)
+    clear()
+    found = torch.compile(function, backend="vblackwell", options={"downstream": "eager", "strict": True})(*given)
+    torch.testing.assert_close(found, function(*given), equal_nan=True)
+    assert counters["vblackwell"]["fuse_attention"] == (sites if cleared else 1)
