@@ -120,6 +120,11 @@ def may_underflow(logits: Logits) -> bool:
     return holds_number_beyond(logits.value, _DECIDES) or _adds_fills(logits.value, _DECIDES)
 
 
+def may_share(logits: Logits) -> bool:
+    """Whether all keys that a row keeps may be filled too, by another mask, so that hidden ones share their weight."""
+    return holds_number_beyond(logits.value, -POWERLESS) or _adds_fills(logits.value, -POWERLESS)
+
+
 def _adds_fills(value: Expression, limit: float) -> bool:
     """Whether a tensor that is added to the score, or takes its place, may hold finite fills beyond ``limit``."""
     tensors = (x.arguments[0] for e in _addends(value) for x in parts(e) if x.name == "tensor" and x.kind == FLOAT)

@@ -27,6 +27,7 @@ from vbcompile.passes.attention_masks import (
     may_hide,
     may_hold_fills,
     may_lose_scores_of_float64,
+    may_share,
     may_underflow,
     may_vanish,
     split_logits,
@@ -321,6 +322,8 @@ class Matcher:
             fitting = next((found for found in splits if after == set(found.mask)), None)
             if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")
+            if may_share(fitting):
+                raise Refusal("the weights are masked by one of several masks")
             split = fitting
         if not split.every_row and not weights.zero_empty and (after != set(split.mask) or may_hide(split)):
             raise Refusal("the weights are masked by a part of the mask only")

@@ -2,6 +2,7 @@
 
 from attention_cases import (
     circumstances,
+    cleared,
     composites,
     eras,
     gates,
@@ -33,6 +34,7 @@ __all__ = [
     "CASES",
     "FAMILIES",
     "circumstances",
+    "cleared",
     "composites",
     "eras",
     "gates",
