@@ -47,11 +47,11 @@ def weights_under_a_low_fill_set_to_zero(q, k, v, keep):
     return torch.softmax(scores, dim=-1).masked_fill(~keep, 0.0) @ v
 
 
-@fuses("normaliser", plus(cross, _flags, lambda d: d.constant(d.S, d.T), lambda d: d.normal(d.B, d.H, d.S, d.D)))
-def weights_beside_relative_scores_set_to_zero(q, k, v, keep, rows, r):
+@fuses("normaliser", plus(cross, _flags, lambda d: d.normal(d.B, d.H, d.S, d.D)))
+def weights_beside_relative_scores_set_to_zero(q, k, v, keep, shifted):
     """Scores of relative positions, products as well, are no mask."""
-    scores = (torch.matmul(q, k.mT) + r @ (rows.mT @ r).mT @ k.mT) / q.shape[-1] ** 0.5
-    return torch.softmax(scores.masked_fill(~keep, -1e4), dim=-1).masked_fill(~keep, 0.0) @ v
+    scores = torch.matmul(q, k.mT) + torch.roll(torch.matmul(shifted, k.mT), 1, -1)
+    return torch.softmax((scores * 0.3).masked_fill(~keep, -1e4), dim=-1).masked_fill(~keep, 0.0) @ v
 
 
 def _two_masks(d: Draw):
