@@ -216,9 +216,14 @@ def _mean_of_product(emitter: Emitter, node: fx.Node) -> fx.Node:
     shape, dims = shape_of(call.input), call.get("dim")
     dims = range(len(shape)) if dims is None else dims if isinstance(dims, (tuple, list)) else (dims,)
     dims = [positive_dim(d, len(shape)) for d in dims]
-    count = math.prod(shape[d] for d in dims)
-    total = emitter.method("sum", call.input, dims, bool(call.get("keepdim")))
-    return emitter.function(torch.div, total, emitter.size(count))
+    count = emitter.size(math.prod(shape[d] for d in dims))
+    product, keep = call_of(call.input), bool(call.get("keepdim"))
+    assert product is not None
+    one, other = product.input, product.get("other")
+    if type(count) is not int and is_tensor(one) and tensor_of(one).dtype == tensor_of(node).dtype:
+        scaled = emitter.function(torch.mul, emitter.function(torch.div, one, count), other)
+        return emitter.method("sum", scaled, dims, keep)  # a number known at run time is no factor of scores
+    return emitter.function(torch.div, emitter.method("sum", call.input, dims, keep), count)
 
 
 def _products(emitter: Emitter, node: fx.Node) -> fx.Node:
