@@ -6,13 +6,13 @@ pointwise part becomes a score function (``attention_lift``, ``attention_masks``
 (``attention_plan``) and only then put into the graph (``attention_rewrite``). What cannot be proved is left alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 
 import torch
 from torch import fx
 
-from vbcompile.passes.attention_checks import check_region
+from vbcompile.passes.attention_checks import UsedElsewhere, check_region
 from vbcompile.passes.attention_composites import write_out
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_encoder_layer import expand_encoder_layer, is_encoder_layer
@@ -83,6 +83,7 @@ class _GraphPass:
         self.skips_tiles = skips_tiles
         self.decisions: list[tuple[int, fx.Node | None, Decision]] = []
         self.settled: set[fx.Node] = set()
+        self.shared: dict[fx.Node, UsedElsewhere] = {}
 
     def run(self) -> list[Decision]:
         calls = self._calls()
@@ -106,6 +107,7 @@ class _GraphPass:
             contraction = contraction_of(call_of(node), node)  # earlier rewrites may have changed its arguments
             if contraction is not None:
                 self._try(matcher, contraction)
+        self._try_shared(matcher)
         self._report_rest(matcher)
         kept = [(place, decision) for place, left, decision in self.decisions if left is None or not left._erased]
         return [decision for _, decision in sorted(kept, key=lambda entry: entry[0])]
@@ -113,8 +115,11 @@ class _GraphPass:
     def _calls(self) -> dict[fx.Node, Call]:
         return {node: call for node in self.graph.nodes if (call := call_of(node)) is not None}
 
-    def _try(self, matcher: Matcher, contraction: Contraction) -> None:
-        """Rewrite the site that ends at this product, whichever side its weights are on."""
+    def _try(self, matcher: Matcher, contraction: Contraction, fused: Set[fx.Node] | None = None) -> None:
+        """Rewrite the site that ends at this product, whichever side its weights are on.
+
+        ``fused``: nodes of other sites that are being rewritten; None as long as that is not known.
+        """
         carriers = matcher.carriers
         softmaxes = _softmaxes_behind(contraction, carriers)
         reason = ""
@@ -122,7 +127,13 @@ class _GraphPass:
             if side.lhs not in carriers.carrying:
                 continue
             try:
-                self._replace(matcher, _plan_all(matcher, side))
+                self._replace(matcher, _plan_all(matcher, side, fused or frozenset()))
+            except UsedElsewhere as error:
+                if fused is None:
+                    self.shared[contraction.node] = error
+                    return
+                reason = reason or str(error)
+                continue
             except (Refusal, AxisError, Retry) as error:
                 reason = reason or str(error)
                 continue
@@ -131,6 +142,20 @@ class _GraphPass:
         if any(is_named_softmax(s) for s in softmaxes):
             self.settled |= softmaxes
             self._leave(matcher, contraction.node, reason)
+
+    def _try_shared(self, matcher: Matcher) -> None:
+        """Rewrite sites that share scores or weights with each other alone: each computes its own."""
+        wanted = dict(self.shared)
+        while True:
+            fused = {node for site in wanted.values() for node in site.region}
+            kept = {product: site for product, site in wanted.items() if site.readers <= fused}
+            if len(kept) == len(wanted):
+                break
+            wanted = kept
+        for product in self.shared:
+            contraction = contraction_of(call_of(product), product)
+            if contraction is not None:
+                self._try(matcher, contraction, fused if product in wanted else frozenset())
 
     def _fused_calls(self, matcher: Matcher, calls: Mapping[fx.Node, Call]) -> None:
         for node in filter(_is_composite, list(self.graph.nodes)):
@@ -209,12 +234,12 @@ def _is_composite(node: fx.Node) -> bool:
     return is_multi_head(node) or is_encoder_layer(node)
 
 
-def _plan_all(matcher: Matcher, contraction: Contraction) -> list[Plan]:
+def _plan_all(matcher: Matcher, contraction: Contraction, fused: Set[fx.Node]) -> list[Plan]:
     plans = matcher.match(contraction, lambda site: plan(site, matcher.effects))
     sites = [made.site for made in plans]
     if len(sites) > 1 and any(site.log_sums for site in sites):
         raise Refusal("the scores of a sum of attentions are used elsewhere")
-    check_region(sites, sites[0].out)
+    check_region(sites, sites[0].out, fused)
     check_gradients(plans)
     return plans
 

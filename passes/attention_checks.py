@@ -1,7 +1,7 @@
 """Which operand plays which role, and what speaks against fusing a site."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_site import Operand, Site
 from vbcompile.passes.graph_axes import Dim, Dims, Space
+from vbcompile.passes.graph_effects import is_pure
 from vbcompile.passes.graph_ops import (
     FLOATS,
     call_of,
@@ -71,17 +72,59 @@ def check_operands(site: Site) -> None:
         raise Refusal("an empty tensor")
 
 
-def check_region(sites: Sequence[Site], out: fx.Node) -> None:
-    """Raise Refusal where a value inside the sites is used outside of them."""
+class UsedElsewhere(Refusal):
+    """Values inside a site are used outside of it, so that it would be computed twice.
+
+    Attributes:
+        region: the nodes that the fused call would make superfluous.
+        readers: the nodes outside that read them.
+    """
+
+    def __init__(self, reason: str, region: Set[fx.Node], readers: Set[fx.Node]) -> None:
+        super().__init__(reason)
+        self.region = region
+        self.readers = readers
+
+
+def check_region(sites: Sequence[Site], out: fx.Node, fused: Set[fx.Node] = frozenset()) -> None:
+    """Raise Refusal where a value inside the sites is used outside of them.
+
+    Args:
+        fused: nodes that other fused calls make superfluous. What they read is computed once more in each, but nowhere
+            in memory.
+
+    Raises:
+        UsedElsewhere: where all that stands against the sites are nodes outside that might be fused as well.
+    """
     region = set().union(*(site.region for site in sites)) | {out}
     log_sums = {node for site in sites for node, _ in site.log_sums}
-    allowed = region | log_sums
+    dropped = _dropped(sites, region)
+    readers: dict[fx.Node, str] = {}
     for node in region - log_sums - {out}:
         for user in node.users:
-            if user not in allowed and not reads_metadata_only(user) and not is_dead(user):
-                what = "the attention weights are" if node in _weights_of(sites) else "an intermediate of the scores is"
-                how = "returned" if user.op == "output" else f"used elsewhere ({user.name})"
-                raise Refusal(f"{what} {how}")
+            if user in region or user in log_sums or reads_metadata_only(user) or is_dead(user):
+                continue
+            what = "the attention weights are" if node in _weights_of(sites) else "an intermediate of the scores is"
+            if user.op == "output":
+                raise Refusal(f"{what} returned")
+            if node in dropped:  # another call would draw other random numbers
+                raise Refusal(f"{what} used elsewhere ({user.name})")
+            if user not in fused:
+                readers[user] = f"{what} used elsewhere ({user.name})"
+    if readers:
+        raise UsedElsewhere(next(iter(readers.values())), region, readers.keys())
+
+
+def _dropped(sites: Sequence[Site], region: Set[fx.Node]) -> Set[fx.Node]:
+    """Nodes of the region that hold dropped weights."""
+    todo = [n for n in region if getattr(call_of(n), "name", "") == "dropout"] if any(s.dropout for s in sites) else []
+    found: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node in region and node not in found:
+            found.add(node)
+            todo += node.users
+    return found
 
 
 def _weights_of(sites: Sequence[Site]) -> set[fx.Node]:
@@ -93,7 +136,8 @@ def _weights_of(sites: Sequence[Site]) -> set[fx.Node]:
 def is_dead(node: fx.Node) -> bool:
     """Whether the node has no effect and nobody reads it."""
     call = call_of(node)
-    return call is not None and not call.in_place and all(is_dead(user) for user in node.users)
+    has_effect = call.in_place if call is not None else not is_pure(node)
+    return not has_effect and all(is_dead(user) for user in node.users)
 
 
 def check_dropout(probability: Any) -> Any:

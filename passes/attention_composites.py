@@ -1,8 +1,8 @@
 """Operators that hide a matrix product of attention, written as the operators that the matcher reads.
 
-``cosine_similarity``, ``vecdot``, ``multi_dot``, the mean of a product, ``einsum`` of three operands and more, and
-whole ``vmap`` regions become simpler operators where that makes a site fusible. Which ones do is tried on a copy of
-the graph; the others stay as they are.
+``cosine_similarity``, ``vecdot``, ``multi_dot``, the mean of a product, ``einsum`` of three operands and more, products
+of a sum of maps (``attention_halves``) and whole ``vmap`` regions become simpler operators where that makes a site
+fusible. Which ones do is tried on a copy of the graph; the others stay as they are.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import fx
 
 from vbcompile.compat import copy_graph
 from vbcompile.passes.attention_contraction import einsum_labels, is_product
+from vbcompile.passes.attention_halves import is_product_of_maps, write_product_of_maps
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Carriers, is_on_the_way, may_begin
 from vbcompile.passes.graph_autocast import autocast_at, under_autocast
@@ -168,6 +169,8 @@ def _writer(node: fx.Node) -> Writer | None:
         return None
     if call.name == "einsum":
         return _einsum if len(call.get("operands")) > 2 else None
+    if is_product_of_maps(node):
+        return write_product_of_maps
     product = (
         call_of(call.input) if call.name == "mean" and set(call.arguments) <= {"input", "dim", "keepdim"} else None
     )

@@ -31,6 +31,7 @@ from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, k
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
+COVERED_FILL = -9e3  # keys below this, their weights set to zero afterwards, take nothing from the weights of others
 POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
 MASK_SIZED = 1e3  # no learned number is as large, and beside a larger one scores lose digits
 _ABSORBS = 1e20  # float64 too has no digit left for a score beside it
@@ -117,6 +118,11 @@ def may_lose_scores_of_float64(logits: Logits) -> bool:
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
     return holds_number_beyond(logits.value, _DECIDES) or _adds_fills(logits.value, _DECIDES)
+
+
+def may_share(logits: Logits) -> bool:
+    """Whether all keys that a row keeps may be filled too, by another mask, so that hidden ones share their weight."""
+    return holds_number_beyond(logits.value, -POWERLESS) or _adds_fills(logits.value, -POWERLESS)
 
 
 def _adds_fills(value: Expression, limit: float) -> bool:

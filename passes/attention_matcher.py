@@ -16,6 +16,7 @@ from vbcompile.passes.attention_gates import gated
 from vbcompile.passes.attention_infinities import may_be_nan
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import (
+    COVERED_FILL,
     LOW_FILL,
     LOWEST_FILL,
     POWERLESS,
@@ -26,6 +27,7 @@ from vbcompile.passes.attention_masks import (
     may_hide,
     may_hold_fills,
     may_lose_scores_of_float64,
+    may_share,
     may_underflow,
     may_vanish,
     split_logits,
@@ -315,10 +317,13 @@ class Matcher:
             if any(kept.multiplies for kept in weights.kept):
                 raise Refusal("weights that are filled and multiplied in rows that may have no key")
         if not is_fill_infinite:
-            splits = (split_logits(lifter.algebra, logits, keys, fill) for fill in (LOWEST_FILL, LOW_FILL))
+            fills = (LOWEST_FILL, LOW_FILL, COVERED_FILL)
+            splits = (split_logits(lifter.algebra, logits, keys, fill) for fill in fills)
             fitting = next((found for found in splits if after == set(found.mask)), None)
             if fitting is None:
                 raise Refusal("the weights are masked where the softmax is not")
+            if may_share(fitting):
+                raise Refusal("the weights are masked by one of several masks")
             split = fitting
         if not split.every_row and not weights.zero_empty and (after != set(split.mask) or may_hide(split)):
             raise Refusal("the weights are masked by a part of the mask only")

@@ -19,9 +19,9 @@ from vbcompile.passes.attention_plan import Plan
 from vbcompile.passes.attention_rows import EmptyRows, EmptyRowsOfGraph, emit_empty_rows
 from vbcompile.passes.attention_site import Operand
 from vbcompile.passes.graph_axes import Dim, Dims, product
-from vbcompile.passes.graph_effects import Effects, cuts_gradient
+from vbcompile.passes.graph_effects import Effects, cuts_gradient, is_pure
 from vbcompile.passes.graph_emit import Emitter
-from vbcompile.passes.graph_ops import call_of, is_tensor, known_equal, reads_metadata_only, shape_of, tensor_of
+from vbcompile.passes.graph_ops import is_tensor, known_equal, reads_metadata_only, shape_of, tensor_of
 
 _SEED_BOUND = 2**62
 
@@ -288,7 +288,7 @@ def _erase(graph: fx.Graph, region: set[fx.Node], effects: Effects) -> None:
     todo = [n for n in inputs if n not in region]
     while todo:
         node = todo.pop()
-        if node._erased or node.users or not _is_pure(node):
+        if node._erased or node.users or not is_pure(node):
             continue
         todo.extend(node.all_input_nodes)
         graph.erase_node(node)
@@ -296,14 +296,7 @@ def _erase(graph: fx.Graph, region: set[fx.Node], effects: Effects) -> None:
 
 def _erase_dead_users(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
-        if _is_pure(user) or reads_metadata_only(user):
+        if is_pure(user) or reads_metadata_only(user):
             _erase_dead_users(graph, user)
             if not user.users:
                 graph.erase_node(user)
-
-
-def _is_pure(node: fx.Node) -> bool:
-    call = call_of(node)
-    if call is None or call.in_place:
-        return False
-    return call.name != "dropout" or not call.get("training", True)

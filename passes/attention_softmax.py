@@ -61,10 +61,6 @@ class Denominator:
 
     weights: Weights
 
-    @property
-    def dims(self) -> Dims:
-        return self.weights.dims
-
 
 def read_softmax(space: Space, weights: Weights, keys: Dim) -> Softmax:
     """The softmax that the weights come from; raises Refusal unless it runs over exactly ``keys``."""
@@ -225,14 +221,20 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         divisor = _inverted(operand) if operator == "mul" else operand
         if operator not in ("div", "mul") or not is_tensor(divisor):
             continue
-        found = _denominator(space, divisor, dims, weights, keys)
+        limited = _limited(divisor) if exponential(call_of(weights.node)) is None else None
+        found = _denominator(space, divisor if limited is None else limited, dims, weights, keys)
         if found is None:
             continue
         sink, others, steps, guard = found
         masks = tuple(step for step in steps if isinstance(step, Kept))
         gates = tuple(replace(step, guard=guard) for step in steps if isinstance(step, Gate))
         _check_gates(gates)
-        if guard and (masks or len(gates) != 1):
+        if (guard or limited is not None) and not gates and not weights.zero_empty:
+            # masks of the weights are masks of the softmax or the site is refused: the sum is one, or there is no key
+            divided = (("div", 1.0 + guard, ()),) if guard else ()
+            rest = replace(weights, factors=weights.factors[:place] + divided + weights.factors[place + 1 :])
+            return _OwnSum(rest, None, (), (), ())
+        if limited is not None or (guard and (masks or len(gates) != 1)):
             raise Refusal("a number beside the sum of masked weights")
         factors = weights.factors[:place] + weights.factors[place + 1 :]
         late = min(weights.late_factors, len(factors)) if place >= weights.late_factors else weights.late_factors - 1
@@ -245,6 +247,16 @@ def _find_own_sum(space: Space, weights: Weights, keys: Dim) -> _OwnSum | None:
         )
         return _OwnSum(rest, sink, others, masks, gates)
     return None
+
+
+def _limited(node: fx.Node) -> fx.Node | None:
+    """``x`` where the node is ``x`` or a number up to one, whichever is larger."""
+    call = call_of(node)
+    if call is None or call.in_place or call.name not in ("clamp", "clamp_min"):
+        return None
+    low = call.get("min")
+    reaches = type(low) in (int, float) and 0 < low <= 1 and call.get("max") is None
+    return call.input if reaches and is_tensor(call.input) else None
 
 
 def _check_gates(gates: tuple[Gate, ...]) -> None:
@@ -276,9 +288,7 @@ def _denominator(
                 node, dims = total, broadcast_input(dims, shape_of(total))
                 break
     reduced = _reduction(space, node, dims, keys, {"sum"})
-    if reduced is None or space.resolve_all(reduced[1]) != space.resolve_all(weights.dims):
-        return None
-    steps = _steps_before(reduced[0], weights)
+    steps = None if reduced is None else _steps_before(space, *reduced, weights)
     return None if steps is None else (sink, others, steps, guard)
 
 
@@ -288,23 +298,27 @@ def _up_to(node: Any, sink: Any) -> tuple[fx.Node, ...]:
     return tuple(n for n in (node, power and power[0]) if isinstance(n, fx.Node) and n is not sink)
 
 
-def _steps_before(node: fx.Node, weights: Weights) -> tuple[Kept | Gate, ...] | None:
-    """The masks and gates between the softmax and ``node``, one of the weights; None where anything else lies there."""
+def _steps_before(space: Space, node: fx.Node, dims: Dims, weights: Weights) -> tuple[Kept | Gate, ...] | None:
+    """The masks and gates between the softmax and ``node``, one of the weights, whose axes ``dims`` may have another
+    order; None where anything else lies there."""
     steps: dict[fx.Node, Kept | Gate] = {kept.node: kept for kept in weights.kept}
     steps |= {gate.node: gate for gate in weights.gates}
     found: list[Kept | Gate] = []
     while node is not weights.node:
         call = call_of(node)
+        order = None if call is None else permutation(call, len(dims))
         if node in steps:
             found.append(steps[node])
             node = steps[node].weights
-        elif call is None or tensor_of(node).dtype not in FLOATS:
+        elif call is None or call.in_place or tensor_of(node).dtype not in FLOATS:
             return None
+        elif order is not None:
+            node, dims = call.input, tuple(dims[order.index(d)] for d in range(len(dims)))
         elif call.name in _CASTS - {"detach"} and isinstance(call.input, fx.Node):
             node = call.input
         else:
             return None
-    return tuple(found)
+    return tuple(found) if space.resolve_all(dims) == space.resolve_all(weights.dims) else None
 
 
 def _sink_of(space: Space, extra: Any, dims: Dims, weights: Weights, keys: Dim) -> tuple[Any, Dims] | None:
@@ -480,7 +494,5 @@ def _divides_by_sum(space: Space, call: Any, late: Denominator, dims: Dims, keys
     if not is_tensor(divisor) or call.get("rounding_mode") is not None or len(shape_of(divisor)) > len(dims):
         return False
     reduced = _reduction(space, divisor, broadcast_input(dims, shape_of(divisor)), keys, {"sum"})
-    steps = None if reduced is None else _steps_before(reduced[0], late.weights)
-    if reduced is None or steps is None or set(steps) != set(late.weights.gates):
-        return False
-    return space.resolve_all(reduced[1]) == space.resolve_all(late.dims)
+    steps = None if reduced is None else _steps_before(space, *reduced, late.weights)
+    return steps is not None and set(steps) == set(late.weights.gates)

@@ -119,6 +119,22 @@ def cuts_gradient(node: fx.Node) -> bool:
 _READS_NO_NUMBERS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor"}
 
 
+def is_pure(node: fx.Node) -> bool:
+    """Whether nothing but the node's value tells that it was computed: unread, it may be erased."""
+    call = call_of(node)
+    if call is not None:
+        return not call.in_place and (call.name != "dropout" or not call.get("training", True))
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _PURE and "out" not in node.kwargs
+
+
+# operators that no pass needs to know, but that models leave behind: maps of attention that nobody looks at
+_PURE = {
+    "stack", "hstack", "vstack", "dstack", "chunk", "split", "tensor_split", "unbind", "topk", "sort", "argsort",
+    "argmax", "argmin", "std", "var", "norm", "prod", "median", "cpu",
+}  # fmt: skip
+
+
 def ancestors(nodes: Iterable[fx.Node], ends: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """The nodes and all that they are computed from, no further than ``ends``."""
     stops = set(ends)

@@ -2,6 +2,7 @@
 
 from attention_cases import (
     circumstances,
+    cleared,
     composites,
     eras,
     gates,
@@ -19,6 +20,7 @@ from attention_cases import (
     repeats,
     science,
     scores,
+    shared,
     spellings,
     structures,
     tensors,
@@ -32,6 +34,7 @@ __all__ = [
     "CASES",
     "FAMILIES",
     "circumstances",
+    "cleared",
     "composites",
     "eras",
     "gates",
@@ -49,6 +52,7 @@ __all__ = [
     "repeats",
     "science",
     "scores",
+    "shared",
     "spellings",
     "structures",
     "tensors",

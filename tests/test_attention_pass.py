@@ -360,3 +360,35 @@ def test_exported_arithmetic_in_place_keeps_its_meaning(write):
     exported = torch.export.export(Module(), tensors).module()
     ours, _ = compiled(exported)
     torch.testing.assert_close(ours(*tensors), Module()(*tensors))
+
+
+# ------------------------------------------------------------------------------------------- shared scores and weights
+@pytest.mark.parametrize(("each_drops", "sites"), [(True, 2), (False, 0)])
+def test_dropped_weights_are_not_computed_twice(each_drops, sites):
+    """Two calls would draw different random numbers where the source has one map; what is shared before may be."""
+
+    def function(q, k, v):
+        weights = F.softmax(q @ k.mT, -1)
+        if each_drops:
+            return F.dropout(weights, 0.5) @ v, F.dropout(weights, 0.5) @ (v + 1)
+        weights = F.dropout(weights, 0.5)
+        return weights @ v, weights @ (v + 1)
+
+    ours, run = compiled(function)
+    one, other = ours(*qkv())
+    assert run.sites == sites
+    assert len(run.reasons) == 2 - sites
+    if not each_drops:  # the same keys are gone, so the difference is the sum of what is left: 0 or more
+        assert (other - one).min() > -1e-4
+
+
+def test_sites_that_share_with_what_is_left_stay():
+    """Of three readers of the scores one is no attention, so that the scores have to be there for all of them."""
+
+    def function(q, k, v):
+        scores = q @ k.mT
+        return scores.softmax(-1) @ v, (scores * 2).softmax(-1) @ v, scores.argmax(-1)
+
+    run = check(function, *qkv(grad=False), sites=0)
+    assert all("an intermediate of the scores is used elsewhere" in reason for reason in run.reasons)
+    assert len(run.reasons) == 2

@@ -418,27 +418,3 @@ def shift_used_elsewhere(q, k, v):
     s = _scores(q, k)
     top = s.amax(-1, keepdim=True)
     return ((s - top) * 1.5).softmax(-1) @ v + top
-
-
-# ------------------------------------------------------------------------------------- masked again, then divided again
-@either("normaliser", plus(cross, _flags))
-def weights_under_a_low_fill_masked_by_another_mask(q, k, v, keep):
-    """In rows where the second mask shows none of the first one's keys, nothing is left: 0 / 0."""
-    first = torch.arange(k.shape[-2], device=q.device) < 2
-    p = _scores(q, k).masked_fill(~first, -1e4).softmax(-1)
-    keep = keep & (first | (torch.arange(q.shape[-2], device=q.device)[:, None] > 2))
-    p = p * (keep & ~(first & (torch.arange(q.shape[-2], device=q.device)[:, None] == 4)))
-    return p / p.sum(-1, keepdim=True) @ v
-
-
-@fuses("normaliser", plus(cross, _flags))
-def weights_under_a_low_fill_masked_once_more(q, k, v, keep):
-    p = _scores(q, k).masked_fill(~keep, -1e4).softmax(-1).masked_fill(~keep, 0.0)
-    return p / p.sum(-1, keepdim=True) @ v
-
-
-@either("normaliser", plus(cross, _flags, lambda d: d.flags(d.B, 1, 1, d.T)))
-def weights_under_an_additive_mask_masked_by_another_mask(q, k, v, keep, other):
-    bias = torch.where(keep, 0.0, -1e9).to(q.dtype)
-    p = (_scores(q, k) + bias).softmax(-1) * (other & (torch.arange(k.shape[-2], device=q.device) > 0))
-    return p / p.sum(-1, keepdim=True) @ v

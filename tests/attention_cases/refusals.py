@@ -332,7 +332,7 @@ def score_depends_on_the_values(q, k, v):
     return F.softmax(_scores(q, k) + v.mean(-1)[..., None, :], dim=-1) @ v
 
 
-@either("trap", cross)
+@either("trap", cross, sites=2)
 def scores_used_twice(q, k, v):
     scores = _scores(q, k)
     return F.softmax(scores, dim=-1) @ v + F.softmax(2.0 * scores, dim=-1) @ v

@@ -320,20 +320,40 @@ def differential_and_causal(q1, k1, q2, k2, v, rate):
     return (first - torch.sigmoid(rate) * second) @ v
 
 
-@either(
-    "differential",
-    lambda d: (
-        d.normal(d.B, 2 * d.H, d.S, d.D),
-        d.normal(d.B, 2 * d.H, d.S, d.D),
-        d.normal(d.B, d.H, d.S, d.D),
-        d.normal(),
-    ),
-    sites=2,
-)
+def _double_heads(d: Draw):
+    """Queries and keys of twice as many heads as the values have."""
+    double = (d.normal(d.B, 2 * d.H, d.S, d.D), d.normal(d.B, 2 * d.H, d.S, d.D))
+    return (*double, d.normal(d.B, d.H, d.S, d.D), d.normal())
+
+
+@fuses("differential", _double_heads)
 def differential_of_one_softmax(q, k, v, rate):
     """Both maps in one tensor, split after the softmax."""
     weights = F.softmax(_scores(q, k), dim=-1).unflatten(1, (-1, 2))
     return (weights[:, :, 0] - rate * weights[:, :, 1]) @ v
+
+
+@fuses("differential", plus(_double_heads, lambda d: d.normal(d.H, 1, 1)))
+def differential_of_one_masked_softmax(q, k, v, rate, gain):
+    """As the authors write it, with rates per head and a mask; the maps are halves of the heads."""
+    weights = _scores(q, k).masked_fill(_future(q, k), -INF)
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).type_as(q)
+    weights = weights.view(q.shape[0], 2, -1, *weights.shape[2:])
+    weights = weights[:, 0] - (rate.exp() + gain) / 2 * weights.select(1, -1)
+    return torch.matmul(weights, v)
+
+
+@either("differential", plus(_double_heads, lambda d: d.normal(d.H, 1, d.S)))
+def differential_with_a_rate_per_key(q, k, v, rate, gain):
+    weights = F.softmax(_scores(q, k), dim=-1).unflatten(1, (-1, 2))
+    return (weights[:, :, 0] - rate * gain * weights[:, :, 1]) @ v
+
+
+@either("differential", _double_heads)
+def differential_of_three_parts(q, k, v, rate):
+    """The same map twice, and a place of the rows instead of a map."""
+    weights = F.softmax(_scores(q, k), dim=-1).unflatten(1, (-1, 2))
+    return (weights[:, :, 0] + weights[:, :, 0] / 2 - rate * weights[:, :, 1, :1]) @ v
 
 
 # sinks
