@@ -72,7 +72,7 @@ def own_implementations():
     before = list(op.implementations)
     yield op
     op.implementations[:] = before
-    registry._choose.cache_clear()
+    registry.forget_choices()
 
 
 def test_another_package_adds_an_implementation(own_implementations, monkeypatch):
