@@ -208,14 +208,23 @@ def option(implementations: Mapping[str, str]) -> Iterator[None]:
 
 
 def check_option(implementations: Mapping[str, str], target: Target) -> None:
-    """Raise ConfigError where the option names no operator, no implementation, or one that the target does not run."""
+    """Raise ConfigError where the option names no operator, no implementation, or one that the target does not run,
+    and where ``VB_IMPLEMENTATION`` names what does not exist."""
+    check_names(implementations)
+    check_names(_forced())
+    for name, implementation in implementations.items():
+        reason = _named(name, implementation).refuses(target, None)
+        if reason:
+            raise ConfigError(_refusal(name, implementation, reason))
+
+
+def check_names(implementations: Mapping[str, str]) -> None:
+    """Raise ConfigError for an operator or an implementation that does not exist; asks no device."""
     for name, implementation in implementations.items():
         if name not in _OPERATORS:
             raise ConfigError(f"option 'implementations': unknown operator {_unknown(name, [*_OPERATORS])}")
         _OPERATORS[name].load()
-        reason = _named(name, implementation).refuses(target, None)
-        if reason:
-            raise ConfigError(_refusal(name, implementation, reason))
+        _named(name, implementation)
 
 
 def as_text(implementations: Mapping[str, str]) -> str:

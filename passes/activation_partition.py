@@ -1,12 +1,15 @@
 """The partitioner of the modes that save memory: plan, mark, let PyTorch split the graph, move what the plan moves."""
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.fx as fx
 
 from vbcompile import compat
+from vbcompile.config import Config
 from vbcompile.passes import activation_graph, activation_offload, activation_plan, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
@@ -71,8 +74,7 @@ class ActivationPartitioner:
         graph = JointGraph(joint.graph, outputs)
         if not graph.backward:
             return compat.partition(joint, inputs, **options)
-        planner = StepPlanner(graph, self._rates, self._limits)
-        plan = planner.plan()
+        planner, plan = self._plan(graph)
         fates = dict(zip(planner.planned, plan.fates, strict=True))
         again = {node for node, fate in fates.items() if fate.choice == "recompute"}
         recompute.mark(graph, dict.fromkeys(node for node in planner.saved if node not in again))
@@ -89,6 +91,21 @@ class ActivationPartitioner:
         moved = activation_offload.insert_trips(forward, backward, outputs, trips) if trips else []
         self._tell(planner, plan, fates, moved, sizes)
         return forward, backward
+
+    def _plan(self, graph: JointGraph) -> tuple[StepPlanner, ActivationPlan]:
+        """The planner with its plan. What may be made again counts as if it were made at the soonest, so that a budget
+        that is too small that way may be kept by moving alone."""
+        planner = StepPlanner(graph, self._rates, self._limits)
+        try:
+            return planner, planner.plan()
+        except PlanError as error:
+            if not (self._limits.recompute and self._limits.offload):
+                raise
+            planner = StepPlanner(graph, self._rates, replace(self._limits, recompute=False))
+            try:
+                return planner, planner.plan()
+            except PlanError as other:
+                raise min(error, other, key=lambda e: e.minimum_budget or math.inf) from None
 
     def _tell(
         self,
@@ -130,10 +147,29 @@ def partitioner_for(context: PassContext, report: GraphReport) -> ActivationPart
     """
     config = context.config
     offload = config.offload and (context.target.device_type != "cpu" or config.sources.get("offload") == "options")
-    if not context.training or not (config.recompute or offload):
+    if not context.training:
+        return None
+    if not (config.recompute or offload):
+        if config.budget is not None:
+            _tell_of_unused_budget(config, report)
         return None
     limits = Limits(config.budget, config.slowdown, config.recompute, offload)
     return ActivationPartitioner(measured_rates(context.target.device_type), limits, report, config.strict)
+
+
+def _tell_of_unused_budget(config: Config, report: GraphReport) -> None:
+    """A limit that nothing keeps is said: in the report, and in one warning where it was given to this compile."""
+    why = "on the CPU activations are moved only by offload=True" if config.offload else "recompute and offload are off"
+    reason = f"the budget of {size_text(config.budget or 0)} is not looked at: {why}; mode 'memory' plans within it"
+    if any(decision.reason == reason for decision in report.decisions):  # a graph in segments
+        return
+    report.decisions.append(Decision("activations", "the step", "left", reason))
+    if config.sources.get("budget") == "options" and reason not in _said:
+        _said.add(reason)
+        log.warning("%s", reason)
+
+
+_said: set[str] = set()
 
 
 def _name(node: fx.Node | None) -> str | None:

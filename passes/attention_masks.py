@@ -103,26 +103,47 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
 
 def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
     """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
-    return holds_number_beyond(logits.value, max(MASK_SIZED, 0.1 / torch.finfo(dtype).eps))
+    limit = max(MASK_SIZED, 0.1 / torch.finfo(dtype).eps)
+    return holds_number_beyond(logits.value, limit) or _adds_fills(logits.value, limit)
 
 
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
-    tensors = (e.arguments[0] for e in parts(logits.value) if e.name == "tensor" and e.kind == FLOAT)
-    return holds_number_beyond(logits.value, _DECIDES) or any(map(_is_made_of_fills, tensors))
+    return holds_number_beyond(logits.value, _DECIDES) or _adds_fills(logits.value, _DECIDES)
+
+
+def _adds_fills(value: Expression, limit: float) -> bool:
+    """Whether a tensor that is added to the score, or takes its place, may hold finite fills beyond ``limit``."""
+    tensors = (x.arguments[0] for e in _addends(value) for x in parts(e) if x.name == "tensor" and x.kind == FLOAT)
+    return any(may_hold_fills(node, limit) for node in tensors)
+
+
+def may_hold_fills(node: fx.Node, limit: float) -> bool:
+    """Whether a tensor of floats may be, or be made of, a mask of numbers beyond ``limit``."""
+    return _is_made_of_fills(node) or not holds_learned_numbers(node, limit, activations=True)
+
+
+def _addends(e: Expression) -> list[Expression]:
+    """What beside the score the logits are a sum, or a choice, of; what multiplies the score is left out."""
+    if "score" not in e.leaves:
+        return [e]
+    inner = e.arguments if e.name in ("add", "sub", "maximum", "minimum") else ()
+    inner = e.arguments[1:] if e.name == "where" else inner
+    inner = inner or tuple(a for a in e.arguments if e.name != "score" and "score" in a.leaves)
+    return [x for a in inner for x in _addends(a)]
 
 
 def _is_made_of_fills(node: fx.Node) -> bool:
     """Whether arithmetic that makes a tensor reads a number from which no weight is left: ``1e9 * (1 - mask)``."""
     is_end = lambda n: call_of(n) is None or contraction_of(call_of(n), n) is not None
-    return any(map(_reads_fill, upstream([node], lambda n: () if is_end(n) else n.all_input_nodes)))
+    reached = upstream([node], lambda n: () if is_end(n) else n.all_input_nodes)
+    return any(call is not None and holds_fill(call) for call in map(call_of, reached))
 
 
-def _reads_fill(node: fx.Node) -> bool:
-    call = call_of(node)
-    if call is None or call.name not in _FILLS:
-        return False
-    return any(type(a) in (int, float) and _DECIDES < abs(a) < float("inf") for a in call.arguments.values())
+def holds_fill(call: Call) -> bool:
+    """Whether an operator adds, or puts in place of others, a finite number of which no weight is left."""
+    numbers = [a for a in call.arguments.values() if type(a) in (int, float)]
+    return call.name in _FILLS and any(_DECIDES < abs(a) < float("inf") for a in numbers)
 
 
 _FILLS = {"mul", "add", "sub", "rsub", "div", "where", "masked_fill", "full", "full_like"}

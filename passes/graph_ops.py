@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -469,12 +470,16 @@ def module_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
             yield module
 
 
+_MODEL = re.compile(r"^L\['\w+'\]\.?")  # Dynamo's name of the outermost model
+_SWITCH = f'File "{Path(__file__).parent.parent / "global_switch.py"}"'  # calls models of PyTorch's own layers
+
+
 def describe_site(node: fx.Node) -> str:
     """Where a node comes from, in the user's terms: module path and source line where known, else the node's name."""
     stack = node.meta.get("nn_module_stack")
     path = ""
     if stack:
-        path = str(list(stack.values())[-1][0]).replace("L['self'].", "").replace("L['self']", "")
+        path = _MODEL.sub("", str(list(stack.values())[-1][0]))
     line = _source_line(node.meta.get("stack_trace"))
     return " ".join(part for part in (path, f"({line})" if line else "") if part) or node.name
 
@@ -482,7 +487,8 @@ def describe_site(node: fx.Node) -> str:
 def _source_line(trace: str | None) -> str:
     if not trace:
         return ""
-    files = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    lines = (line.strip() for line in trace.splitlines())
+    files = [line for line in lines if line.startswith("File ") and not line.startswith(_SWITCH)]
     if not files:
         return ""
     parts = files[-1].split(", ")

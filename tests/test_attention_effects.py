@@ -330,6 +330,18 @@ def test_autocast():
     assert all(n.meta["example_value"].dtype == torch.bfloat16 for n in run.calls()[0].args[:3])
 
 
+def test_products_that_autocast_leaves_alone():
+    def function(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            weights = (q[:, :, :, None] * k[:, :, None]).sum(-1).tanh().softmax(-1)
+            return (weights[..., None] * v[:, :, None]).sum(-2)
+
+    ours, run = compiled(function)
+    inputs = qkv(grad=False)
+    torch.testing.assert_close(ours(*inputs), function(*inputs))
+    assert run.sites == 1
+
+
 def test_upcast_scores_keep_the_operands_precision():
     def function(q, k, v):
         weights = F.softmax(q.float() @ k.float().mT, -1)

@@ -44,6 +44,23 @@ def test_options_of_inductor_pass_through():
 
 
 @pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, True),
+        ({"mode": "balanced"}, True),
+        ({"mode": "reduce-overhead"}, True),
+        ({"offload": False}, False),
+        ({"mode": "speed"}, False),
+    ],
+)
+def test_the_balanced_mode_offloads_within_a_budget(options, wanted):
+    for given, environ in (({"budget": "1GiB"}, {}), ({}, {"VB_HBM_BUDGET": "1GiB"})):
+        config = resolve_config(options={**options, **given}, environ=environ)
+        assert config.offload is wanted and not config.recompute
+    assert not resolve_config(options=options, environ={}).offload
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"mode": "Sped"}, r"valid: balanced, memory, speed, full.*did you mean 'speed'"),

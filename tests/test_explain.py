@@ -26,6 +26,8 @@ def make_module():
     return torch.nn.Sequential(Layer(), torch.nn.Linear(64, 64), frozen), (torch.randn(1, 1, 16, 64),)
 def make():
     return attention, [torch.randn(2, 4, 16, 64) for _ in range(3)]
+def make_by_name():
+    return attention, dict(zip("qkv", make()[1]))
 def wrong():
     return 3
 if __name__ == "__main__":
@@ -81,8 +83,25 @@ def test_wrong_arguments_are_named_without_a_compiler_around_them():
         vbcompile.explain(3)
 
 
+def test_what_is_saved_for_the_backward_is_explained(monkeypatch, model_file, capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    counts = vbcompile.explain(model, torch.randn(32, 64), mode="memory").counts()
+    assert counts["activations"] == {"left": 1} and counts["recompute"]["left"] >= 1
+    with pytest.raises(vbcompile.PlanError, match="smallest budget that works"):
+        vbcompile.explain(model, torch.randn(32, 64), options={"mode": "memory", "budget": "1KB"})
+    monkeypatch.setenv("VB_HBM_BUDGET", "1KB")
+    assert main(["explain", f"{model_file}:make_module", "--mode", "memory"]) == 1
+    assert capsys.readouterr().err.startswith("vbcompile: the activation budget")
+
+
 def test_explain_a_function_from_a_file(model_file, capsys):
     assert main(["explain", f"{model_file}:make", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}
+
+
+def test_inputs_may_be_a_dictionary_alone(model_file, capsys):
+    """As tokenizers return them."""
+    assert main(["explain", f"{model_file}:make_by_name", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"attention": {"rewritten": 1}}
 
 
@@ -167,6 +186,9 @@ def number():
     return 5, (torch.randn(2, 64),)
 def narrow():
     return torch.nn.Linear(64, 64), (torch.randn(2, 3),)
+def wants(x):
+    return number()
+layer = torch.nn.Linear(64, 64)
 """
 
 
@@ -180,6 +202,9 @@ def narrow():
         ("explain f.py:make --html none/page.html", {}, "no such folder"),
         ("explain f.py:make --htlm page.html", {}, "unrecognized arguments: --htlm page.html"),
         ("explain f.py:number", {}, "must return a model first, not int"),
+        ("explain f.py:wants", {}, "wants is called without arguments: missing a required argument: 'x'"),
+        ("explain f.py:layer", {}, "layer must be a function that returns (model, inputs), not the model"),
+        ("explain f.py:make", {"VB_IMPLEMENTATION": "attention=tritn"}, "did you mean 'triton'?"),
         ("explain broken.py:make", {}, "broken.py, line 1"),
         ("explain absent.py:make", {}, "No module named 'nothing_of_this_name'"),
         ("run f.py", {"VB_MODE": "fast"}, "unknown mode 'fast'"),
@@ -209,6 +234,12 @@ def test_wrong_usage_is_one_line(command, variables, message, tmp_path, monkeypa
     assert main(command.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vbcompile: ") and message in line
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"vbcompile {vbcompile.__version__}\n"
 
 
 def test_no_command_is_a_usage_error():

@@ -155,6 +155,14 @@ def test_an_error_leaves_the_model_as_it_was():
         calibrate(model, (tokens,), format_name="fp4")
 
 
+def test_wrong_inputs_are_the_layers_own_error_and_named_ones_are_seen():
+    layer = nn.Linear(192, 192)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        calibrate(layer, torch.randn(4, 3))
+    (found,) = calibrate(layer, {"input": torch.randn(64, 192)}).layers
+    assert found.method == "gptq"
+
+
 class Words:
     """A tokenizer: one token a word."""
 
@@ -203,7 +211,7 @@ def test_the_command(tmp_path, capsys):
     assert "0 [192x192]: gptq, output error 0.0" in said and f"2 layers packed to {out}" in said
     assert isinstance(load_checkpoint(out)["0.weight"], PackedWeight)
     assert command_line.main(["calibrate", f"{tmp_path}/model.py:wrong", "--out", str(out)]) == 1
-    assert "the second moment of the inputs must be finite" in capsys.readouterr().err
+    assert "that reach this layer hold NaN or infinity" in capsys.readouterr().err
     assert command_line.main(["calibrate", f"{tmp_path}/model.py:small", "--out", str(out)]) == 1
     assert capsys.readouterr().out.splitlines()[1].startswith("no layer packed; the weights are in")
     assert command_line.main(["calibrate", str(tmp_path / "none"), "--out", str(out)]) == 2

@@ -143,7 +143,7 @@ def test_entries_that_cannot_be_saved(entries, reason, tmp_path):
 def test_other_file_names_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
         save_checkpoint(tmp_path / "x.bin", {"a": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match=r"no such folder: .*no folder"):
         save_checkpoint(tmp_path / "no folder" / "x.safetensors", {"a": torch.ones(1)})
 
 

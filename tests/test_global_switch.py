@@ -212,3 +212,9 @@ def test_a_wrong_variable_is_an_error_that_names_it():
     done = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("vbcompile: environment variable ENABLE_VIRTUAL_BLACKWELL='maybe'")
+
+
+def test_sites_of_pytorchs_own_layers_are_named_by_module():
+    enable()
+    nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)(torch.randn(1, 4, 16))
+    assert [d.site for d in _switch.reports[-1].decisions] == ["self_attn"]

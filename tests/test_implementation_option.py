@@ -102,6 +102,15 @@ def test_what_cannot_run_is_an_error_that_says_why(named, message):
     assert isinstance(raised.value, ConfigError) or "ConfigError" in str(raised.value)
 
 
+def test_names_are_looked_at_where_no_operator_is_called():
+    with pytest.raises(ConfigError, match="did you mean 'triton'"):
+        vbcompile.enable(implementations={"attention": "tritn"})
+    assert not vbcompile.is_enabled()
+    with force(attention="tritn"), pytest.raises(Exception, match="did you mean 'triton'"):
+        torch._dynamo.reset()
+        compiled(lambda x: x.sin())(torch.ones(2))
+
+
 @pytest.mark.parametrize("wrong", ["triton", {"attention": None}, {1: "triton"}, ["attention"]])
 def test_not_a_mapping(wrong):
     with pytest.raises(ConfigError, match="'implementations' must map operators to implementations"):

@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from vbcompile import compat
 from vbcompile.config import resolve_config
 from vbcompile.config_error import ConfigError
+from vbcompile.device import get_target
 from vbcompile.passes import activation_partition, recompute
 from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner, operations
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import GraphReport
 from vbcompile.vgpu_plan import PlanError
 
@@ -385,9 +387,6 @@ def test_a_budget_that_is_too_small_reaches_the_user():
 
 
 def test_no_partitioner_where_nothing_is_to_be_saved():
-    from vbcompile.device import get_target
-    from vbcompile.passes.pass_context import PassContext
-
     report = GraphReport("0", 1, True, "cpu", "memory", {})
 
     def chosen(training=True, **options):
@@ -400,6 +399,38 @@ def test_no_partitioner_where_nothing_is_to_be_saved():
     assert not chosen(mode="memory")._limits.offload
     assert chosen(mode="memory", offload=True)._limits.offload
     assert chosen(mode="memory", recompute=False) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({}, "only by offload=True"), ({"mode": "speed"}, "recompute and offload are off")]
+)
+def test_a_budget_that_nothing_keeps_is_said(options, reason, caplog):
+    report = GraphReport("0", 1, True, "cpu", "balanced", {})
+    for budget, environ in (({"budget": "1GiB"}, {}), ({}, {"VB_HBM_BUDGET": "1GiB"})):
+        config = resolve_config(options={**options, **budget}, environ=environ)
+        for training in (True, True, False):
+            context = PassContext(config, get_target("cpu"), training)
+            assert activation_partition.partitioner_for(context, report) is None
+    (decision,) = report.decisions
+    assert decision.action == "left" and reason in decision.reason and "mode 'memory' plans" in decision.reason
+    assert [record.getMessage() for record in caplog.records] == [decision.reason]  # not for the environment's
+
+
+def test_a_budget_that_moving_alone_keeps_is_kept():
+    layers = [layer for _ in range(3) for layer in (nn.Linear(256, 256), nn.GELU())]
+    joint = joint_graph(nn.Sequential(*layers), torch.randn(4096, 256))
+    least = {}
+    for again in (True, False):
+        with pytest.raises(PlanError) as caught:
+            StepPlanner(joint, RATES, Limits(1, recompute=again)).plan()
+        least[again] = caught.value.minimum_budget
+    assert least[False] < least[True]
+    report = GraphReport("0", 1, True, "cpu", "memory", {})
+    _, plan = activation_partition.ActivationPartitioner(RATES, Limits(least[False]), report)._plan(joint)
+    assert plan.peak_bytes <= least[False] and plan.chosen("offload") and not plan.chosen("recompute")
+    with pytest.raises(PlanError) as caught:
+        activation_partition.ActivationPartitioner(RATES, Limits(1), report)._plan(joint)
+    assert caught.value.minimum_budget == least[False]
 
 
 def test_settings():

@@ -6,15 +6,18 @@ Exit status: 0 all well, 1 a problem was found, 2 wrong usage.
 import argparse
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from vbcompile import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,17 +60,18 @@ def _check_settings(mode: str | None = None) -> None:
     """Raise UsageError for a mode or an environment variable that does not exist or makes no sense."""
     from vbcompile.config import resolve_config
     from vbcompile.config_error import ConfigError
-    from vbcompile.kernels.registry import parse_forced
+    from vbcompile.kernels.registry import check_names, parse_forced
 
     try:
         resolve_config(mode)
-        parse_forced(os.environ)
+        check_names(parse_forced(os.environ))
     except ConfigError as error:
         raise UsageError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vbcompile", description="Virtual Blackwell: torch.compile backend and tools")
+    parser.add_argument("--version", action="version", version=f"vbcompile {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     commands.add_parser("demo", help="run two real models: eager, Inductor and vblackwell side by side")
@@ -81,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "target",
         help="FILE.py:NAME or package.module:NAME, a function that returns (model, inputs) or "
-        "(model, inputs, keywords); or FILE.py, a script that is run with its models compiled and with all "
-        "arguments that are not ours",
+        "(model, inputs, keywords), inputs being a tensor, a tuple or a dictionary; or FILE.py, a script that is run "
+        "with its models compiled and with all arguments that are not ours",
     )
     explain.add_argument("--mode", help="balanced, memory, speed or full")
     explain.add_argument(
@@ -169,11 +173,17 @@ def _run_script(script: str, arguments: Sequence[str]) -> dict[str, Any]:
 def _explain(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from vbcompile.estimator import PlanError
+
     _check_settings(arguments.mode)
     path, _, name = arguments.target.rpartition(":")
     if path and arguments.rest:
         raise UsageError(f"unrecognized arguments: {' '.join(arguments.rest)}")
-    explanation, status = (_explain_call(path, name, arguments), 0) if path else _explain_script(arguments)
+    try:
+        explanation, status = (_explain_call(path, name, arguments), 0) if path else _explain_script(arguments)
+    except PlanError as error:
+        print(f"vbcompile: {error}", file=sys.stderr)
+        return 1
     if arguments.html:
         Path(arguments.html).write_text(explanation.to_html(arguments.target), encoding="utf-8")
     if arguments.json:
@@ -196,12 +206,23 @@ def _explain_call(path: str, name: str, arguments: argparse.Namespace) -> Any:
 
 def _make(path: str, name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
     """Model, inputs and keyword inputs from the user's function."""
-    made = _load(path, name)()
+    make = _load(path, name)
+    if hasattr(make, "forward"):
+        raise UsageError(f"{name} must be a function that returns (model, inputs), not the model")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise UsageError(f"{name} is called without arguments: {error}") from error
+    except ValueError:  # a built-in that does not tell
+        pass
+    made = make()
     if not isinstance(made, tuple) or not 2 <= len(made) <= 3:
         raise UsageError(f"{name} must return (model, inputs) or (model, inputs, keywords)")
     model, inputs, keywords = (*made, {})[:3]
     if not callable(model):
         raise UsageError(f"{name} must return a model first, not {type(model).__name__}")
+    if isinstance(inputs, Mapping) and len(made) == 2:  # what tokenizers and processors return
+        return model, (), dict(inputs)
     return model, inputs if isinstance(inputs, (tuple, list)) else (inputs,), keywords
 
 

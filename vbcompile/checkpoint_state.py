@@ -45,6 +45,8 @@ def save_state(path: Path, entries: Mapping[str, PackedWeight | Tensor]) -> None
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     manifest = json.dumps({"version": VERSION, "weights": weights, "aliases": aliases, "sha256": digests})
     metadata = {"format": "pt", MANIFEST: manifest, _DIGEST: hashlib.sha256(manifest.encode()).hexdigest()}
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: no such folder: {path.parent}")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)

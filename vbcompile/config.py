@@ -52,7 +52,7 @@ class Config:
             of the values on CPUs; ``contents``: a checksum of every weight at every call, on any device, for code that
             writes through ``weight.data``.
         recompute: recompute activations in the backward (mode).
-        offload: move weights and activations between memory tiers (mode).
+        offload: move weights and activations between memory tiers (mode; in ``balanced`` where a ``budget`` is given).
         budget: device memory that a training step may take, in bytes or as ``"20GiB"``: parameters, gradients and all
             that is alive between them. None: as little as ``slowdown`` allows.
         slowdown: share of a training step's time that less memory may cost where no budget is given.
@@ -156,9 +156,12 @@ def resolve_config(
     if values.get("budget") is not None:
         what = "VB_HBM_BUDGET" if sources["budget"].startswith("environment") else "option 'budget'"
         values["budget"] = parse_size(what, values["budget"])
-    for name, value in MODES[values.get("mode", "balanced")].items():
+    named = values.get("mode", "balanced")
+    if named == "balanced" and values.get("budget") is not None and "offload" not in values:
+        put("offload", True, "mode balanced with a budget")  # only where the step would not fit
+    for name, value in MODES[named].items():
         if name not in values:
-            put(name, value, f"mode {values.get('mode', 'balanced')}")
+            put(name, value, f"mode {named}")
     return Config(**values, inductor_options=inductor, sources=sources)
 
 

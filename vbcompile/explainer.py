@@ -17,6 +17,7 @@ from vbcompile.handles_model import stores_of
 from vbcompile.handles_store import all_stores
 from vbcompile.handles_timeline import movement_of, recorded
 from vbcompile.report import GraphReport, merge_counts
+from vbcompile.vgpu_plan import PlanError
 
 if TYPE_CHECKING:
     from vbcompile.report_page import Movement
@@ -135,21 +136,27 @@ def explain(
     Raises:
         ConfigError: unknown mode, option or value.
         DeviceError: unknown architecture.
+        PlanError: no plan keeps the budget.
         TypeError: the model cannot be called.
     """
     if not callable(model):
         raise TypeError(f"explain takes a torch.nn.Module or a function and its inputs, not {type(model).__name__}")
     target = None if as_device is None else catalog_target(as_device)
     arguments = {**(options or {}), "downstream": "eager", **({} if mode is None else {"mode": mode})}
-    resolve_config(options=arguments)  # an error here is not wrapped in Dynamo's
+    config = resolve_config(options=arguments)  # an error here is not wrapped in Dynamo's
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         # a new object each time: no cached graph matches it
         return vblackwell(gm, example_inputs, options=arguments, target=target)
 
     stores = stores_of(model) if isinstance(model, torch.nn.Module) else []
+    if (config.recompute or config.offload or config.budget is not None) and target is None and not stores:
+        arguments["downstream"] = "aot_eager"  # what is saved for the backward is planned on autograd's graph
     with collected_reports() as reports, torch._dynamo.config.patch(recompile_limit=64), recorded(stores):
-        torch.compile(model, backend=backend)(*inputs, **keyword_inputs)
+        try:
+            torch.compile(model, backend=backend)(*inputs, **keyword_inputs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise (error.inner_exception if isinstance(error.inner_exception, PlanError) else error) from None
         movements = [found for found in map(movement_of, stores) if found is not None]
     if movements:
         return Explanation(reports, movements, _UNCOMPILED)

@@ -129,14 +129,19 @@ class _Calibrator:
                 self.left.append((name, reason))
                 continue
             self.waiting[layer] = name
-            self.hooks.append(layer.register_forward_pre_hook(self._reached))
+            self.hooks.append(layer.register_forward_pre_hook(self._reached, with_kwargs=True))
 
-    def _reached(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _reached(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         assert isinstance(layer, nn.Linear)
+        x = args[0] if args else keywords.get("input")
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != layer.in_features:
+            return  # the layer's own error says more
         name = self.waiting.pop(layer, None)
         if name is None or id(layer.weight) in self.packed:
             return
-        weight, moment = layer.weight, self._second_moment(args[0])
+        weight, moment = layer.weight, self._second_moment(x)
+        if not bool(torch.isfinite(moment).all()):
+            raise ValueError(f"{name}: the calibration inputs that reach this layer hold NaN or infinity, or overflow")
         choices = {
             "gptq": quantize_with_inputs(weight, moment, self.format_name, damping=self.damping, name=f"{name}.weight"),
             "mse": quantize(weight, self.format_name),

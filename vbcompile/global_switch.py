@@ -19,6 +19,7 @@ from vbcompile import compat
 from vbcompile.backend import add_listener, remove_listener, vblackwell
 from vbcompile.config import Config, resolve_config
 from vbcompile.device import get_device, get_target
+from vbcompile.kernels.registry import check_names
 from vbcompile.report import GraphReport, merge_counts
 
 
@@ -92,6 +93,7 @@ def enable(mode: str | None = None, *, verbose: bool = True, **options: Any) -> 
     """
     arguments = {**options, **({} if mode is None else {"mode": mode})}
     config = resolve_config(options=arguments)
+    check_names(config.implementations)
     with _switch.lock:
         torch.nn.Module._compiled_call_impl = _CompiledCall(arguments)  # type: ignore[assignment]
         if _switch.config is None:
@@ -145,7 +147,7 @@ def print_stats() -> None:
     reasons = collections.Counter(
         f"{d.pass_name}: {d.reason}" for r in _switch.reports for d in r.decisions if d.action == "left"
     )
-    lines += [f"  left alone, {count} times: {reason}" for reason, count in reasons.most_common()]
+    lines += [f"  left alone ({count}): {reason}" for reason, count in reasons.most_common()]
     lines += [f"  failed: {name}: {reason}" for r in _switch.reports for name, reason in r.failures]
     _print("\n".join(lines))
 
