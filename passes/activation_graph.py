@@ -53,9 +53,9 @@ class JointGraph:
 
     @cached_property
     def forward(self) -> dict[fx.Node, None]:
-        """Operators that the forward's results are made from, in order."""
+        """Operators that the forward's results, and what it writes to inputs, are made from, in order."""
         results = self._output_nodes()[: self.outputs]
-        wanted = {node for node in results if node is not None}
+        wanted = {node for node in results if node is not None} | self._writes
         for node in reversed(self.graph.nodes):
             if node in wanted:
                 wanted.update(node.all_input_nodes)
@@ -117,8 +117,14 @@ class JointGraph:
         return any(source in self._written for source in node.all_input_nodes)
 
     @cached_property
+    def _writes(self) -> set[fx.Node]:
+        """What stores new values in inputs; AOTAutograd puts that at the graph's end, though the forward does it."""
+        copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        return {n for n in copies if n not in self.backward}
+
+    @cached_property
     def _written(self) -> set[fx.Node]:
-        copies = (n for n in self.graph.nodes if n.target is torch.ops.aten.copy_.default)
+        copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
         return {n.args[0] for n in copies if isinstance(n.args[0], fx.Node)}
 
     def smallest_cut(self) -> dict[fx.Node, None]:

@@ -245,6 +245,7 @@ def test_log_sum_of_frozen_scores_modified_by_the_caller():
 
     def gradient(run, q, k, v):
         out, log_sum = run(q.detach(), k.detach(), v)
+        assert not log_sum.requires_grad
         log_sum += 3.0
         return torch.autograd.grad(out.square().sum(), v)[0]
 

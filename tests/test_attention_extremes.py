@@ -142,6 +142,30 @@ def test_gradients_of_large_scores(name, factor):
     assert found == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_bias_of_more_digits_than_the_operands(dtype):
+    """PyTorch's operator on CPUs takes it in float32 too."""
+    inputs = _inputs(40, dtype)
+    bias = 20.0 * torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    b = Builder()
+    total = b.emit("add", b.emit("score"), b.emit("captured", 0))
+    biased = ScoreFunction(b.program, total)
+
+    def plain(q, k, v):
+        return torch.softmax((q @ k.mT).to(torch.promote_types(q.dtype, bias.dtype)) * 0.25 + bias, -1).to(v.dtype) @ v
+
+    def ours(q, k, v):
+        return _operator(q, k, v, biased, [bias])
+
+    def outcome(f, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = f(*leaves)
+        return Outcome(dict(zip("oqkv", (out.detach(), *torch.autograd.grad(out.sum(), leaves)), strict=True)))
+
+    found = differences(*(outcome(f, t) for f, t in ((ours, dtype), (plain, dtype), (plain, torch.float64))))
+    assert found == []
+
+
 @pytest.mark.parametrize("factor", [2.0, 10.0, 100.0, 1000.0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_as_exact_as_plain_ones(factor, masked):

@@ -353,6 +353,21 @@ def test_state_that_the_forward_writes_is_not_read_again():
     torch.testing.assert_close(model.state_dict(), after)
 
 
+def test_a_part_of_an_input_that_the_forward_writes():
+    def step(function):
+        rows, weight = torch.arange(16.0).view(4, 4), torch.ones(2, 2, requires_grad=True)
+        function(rows, weight).sum().backward()
+        return weight.grad, rows
+
+    def double_every_other_column(rows, weight):
+        part = rows[:, ::2]
+        result = part.contiguous() @ weight
+        part.mul_(2.0)
+        return result
+
+    torch.testing.assert_close(step(compiled(double_every_other_column)), step(double_every_other_column))
+
+
 def test_checkpointing_by_the_model_is_respected():
     class Checkpointed(Gated):
         def forward(self, x):
