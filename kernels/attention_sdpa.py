@@ -19,7 +19,7 @@ from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_dense import DenseScores, last_place
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.attention_results import arrange
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, always, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -283,21 +283,16 @@ def _shifted(call: _CpuCall, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------- registration
-def _cost(kernel: str):
-    costs = {"cpu_flash": 1.0, "cudnn": 1.0, "flash_attention_2": 1.7}
-    return lambda target, case: costs[kernel]
-
-
 for _operator, _cudnn, _flash, _cpu in (
     ("attention", fused_forward("cudnn"), fused_forward("flash"), _cpu_forward),
     ("attention_backward", fused_backward("cudnn"), fused_backward("flash"), _cpu_backward),
 ):
-    for _name, _run, _refuses, _replays in (
-        ("cudnn", _cudnn, _refuses_cudnn, True),
-        ("flash_attention_2", _flash, _refuses_cuda, True),
-        ("cpu_flash", _cpu, _refuses_cpu, False),
+    for _name, _run, _refuses, _cost, _replays in (
+        ("cudnn", _cudnn, _refuses_cudnn, 1.0, True),
+        ("flash_attention_2", _flash, _refuses_cuda, 1.7, True),
+        ("cpu_flash", _cpu, _refuses_cpu, 1.0, False),
     ):
         _inlines = _operator == "attention"  # graphs with gradients keep our operators
         operator(_operator).register(
-            Implementation(_name, _run, _refuses, _cost(_name), replays=_replays, inlines=_inlines)
+            Implementation(_name, _run, _refuses, always(_cost), replays=_replays, inlines=_inlines)
         )

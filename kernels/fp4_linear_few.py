@@ -17,7 +17,7 @@ from vbcompile.kernels.fp4_linear_triton import counters
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
 from vbcompile.kernels.replay import each_time
-from vbcompile.kernels.triton_target import refuses_triton
+from vbcompile.kernels.triton_target import multiprocessor_count, refuses_triton
 
 MOST_ROWS = 32
 MOST_DIAGONAL_ROWS = 4
@@ -82,7 +82,7 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "triton_few", n, k, m)) is not None:
         return FewConfig(*tuned)
-    multiprocessors, strips = target.multiprocessors or 128, -(-n // 16)
+    multiprocessors, strips = multiprocessor_count(target), -(-n // 16)
     if m > 16:
         return FewConfig(2, 4, 2, _REGISTERS)
     # about 16 warps a multiprocessor, each with several loads in flight
@@ -110,8 +110,8 @@ def diagonal_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     if (tuned := tuned_config(target, "triton_diagonal", n, k, m)) is not None:
         return FewConfig(*tuned)
     strips, chunks = -(-n // 16), k // CHUNK
-    together = 2 if strips >= 8 * (target.multiprocessors or 128) else 1
-    wanted = 10 * (target.multiprocessors or 128) * together / strips
+    together = 2 if strips >= 8 * multiprocessor_count(target) else 1
+    wanted = 10 * multiprocessor_count(target) * together / strips
     warps = 1
     while warps < min(wanted, 16) and chunks % (2 * warps) == 0:
         warps *= 2
@@ -273,7 +273,7 @@ def product_stream(
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     each_time(kernel_in_between, codes, block_scales)
     blocks, steps = -(-n // (16 * config.strips * config.warps)), k // (TILE * config.tiles)
-    programs = min(blocks * steps, (target.multiprocessors or 132) * config.blocks)
+    programs = min(blocks * steps, multiprocessor_count(target) * config.blocks)
     size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps
     partial = torch.empty(2 * programs * size, dtype=torch.float32, device=x.device)
     launch(
