@@ -145,11 +145,6 @@ def _constant(value: bool | int | float) -> str:
 class _RowBounds(RangeEmitter):
     """Ranges of columns of single rows, not of whole tiles of them."""
 
-    def __init__(self, emitter: Emitter) -> None:
-        super().__init__((), ())
-        self._emitter = emitter
-        self.lines = emitter.lines
-
     def _columns(self, constraint: Constraint) -> Interval:
         if not isinstance(constraint, Bound):
             return self._combine(constraint, [self._columns(p) for p in constraint.parts])
@@ -251,7 +246,7 @@ class SourceWriter:
     def bounds(self, constraints: list[Constraint]) -> None:
         """Define ``bounds``."""
         emitter = _RowBounds(self._emitter())
-        found = emitter._all([emitter._columns(c) for c in constraints])
+        found = emitter.columns(constraints)
         lines = ["    limit = i * 0 + k_length", *emitter.lines]
         self.source += define("bounds", _ROW, lines, f"(i * 0 + {found.hull_first}, {found.hull_last})")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import attention_hopper_few
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_case import MAX_HEAD_SIZE, AttentionCase
+from vbcompile.kernels.attention_case import FLOATS, MAX_HEAD_SIZE, AttentionCase
 from vbcompile.kernels.attention_gradients import backward
 from vbcompile.kernels.attention_layout import (
     is_within_reach,
@@ -31,7 +31,6 @@ from vbcompile.kernels.triton_target import multiprocessor_count, refuses_triton
 __all__ = ["backward", "forward", "refuses"]
 
 _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
-_CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
 _DECODE_ROWS = 64  # most rows of a tile there
 _DECODE_PROGRAMS = 2  # programs a multiprocessor
@@ -66,7 +65,7 @@ def _refuses_case(case: AttentionCase) -> str | None:
     if max(case.q_length, case.k_length) > _MAX_LENGTH:
         return f"a sequence is longer than {_MAX_LENGTH}"
     for number, (_, dtype) in enumerate(case.captured):
-        if dtype.is_complex or (dtype.is_floating_point and dtype not in _CAPTURED_FLOATS):
+        if dtype.is_complex or (dtype.is_floating_point and dtype not in FLOATS):
             return f"captured tensor {number} is {dtype}"
     return None
 
