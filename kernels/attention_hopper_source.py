@@ -121,7 +121,7 @@ class _HopperEmitter(Emitter):
             pattern = self._patterns[arguments[0]]
             if arguments[0] in self._loaded:
                 return f"rows[{self._loaded.index(arguments[0])}]"
-            if pattern.row and pattern.column:
+            if pattern.is_tile:
                 return {"bool": "(tile != 0)", "float": "tl.cast(tile, tl.float32)", "int": "tile"}[pattern.kind]
             return self._load(arguments[0]).replace("mask=j_ok", "mask=j < k_length, other=0")
         return super()._expression(position)
@@ -218,14 +218,13 @@ class SourceWriter:
         found = differentiate(self._function, self._function.score)
         emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
         values = [
-            (n, emitter.as_float(position)) for n, position in found.captured if n in wanted and not self._is_tile(n)
+            (n, emitter.as_float(position))
+            for n, position in found.captured
+            if n in wanted and not self._patterns[n].is_tile
         ]
         if values:
             body = [*emitter.lines, *(line for n, g in values for line in self._add(n, wanted.index(n), g))]
             self.source += define("captured_gradients", _CAPTURED, body, None)
-
-    def _is_tile(self, number: int) -> bool:
-        return self._patterns[number].row and self._patterns[number].column
 
     def _add(self, number: int, place: int, value: str) -> list[str]:
         """Lines that add a tile's elements to the gradient of a captured tensor, summed where it is broadcast."""

@@ -232,7 +232,7 @@ class _ProgramBuilder:
         for number in self._wanted:
             pattern = self._patterns[number]
             if number in available:
-                found[0 if pattern.row and pattern.column else 2 if pattern.column else 1].append(number)
+                found[0 if pattern.is_tile else 2 if pattern.column else 1].append(number)
         return found
 
     def _gradients(self, axis: str, stored: list[int], summed: list[int]) -> int:
