@@ -252,7 +252,7 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
         rows = call.empty.reshape(lse4.shape)
         out4, lse4 = out4.masked_fill(rows.unsqueeze(-1), 0.0), lse4.masked_fill(rows, 0.0)
-    if unit > 16 * torch.finfo(q.dtype).eps:
+    if unit > 16 * torch.finfo(q.dtype).eps:  # weights that backward computes from it would be off by as much
         out4, bias, lse4 = _shifted(call, lse4)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=bias, scale=call.scale
