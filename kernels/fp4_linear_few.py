@@ -24,6 +24,7 @@ MOST_DIAGONAL_ROWS = 4
 CHUNK = 128  # columns that the kernel for up to four rows takes at a time
 _REGISTERS = 128  # left to itself the assembler takes fewer, and loads one after the other
 _DTYPES = (torch.float16, torch.bfloat16)
+_OTHER_LAYOUT = "written for sm_90 and later, whose layout is fragments2t"
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,18 @@ class StreamConfig:
     tiles: int = 2
 
 
-def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
-    """Why the kernel for few rows cannot run a case."""
+def refuses_target(target: Target) -> str | None:
+    """Why the kernel for few rows does not run on a target."""
     if reason := refuses_triton(target):
         return reason
-    if target.vendor != "nvidia" or target.compute_capability is None:
-        return "written for NVIDIA's mma instruction"
+    known = target.vendor == "nvidia" and target.compute_capability is not None
+    return None if known else "written for NVIDIA's mma instruction"
+
+
+def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
+    """Why the kernel for few rows cannot run a case."""
+    if reason := refuses_target(target):
+        return reason
     if layout not in ("fragments2t", "fragments8t"):
         return f"reads layouts fragments2t and fragments8t, not {layout}"
     if dtype not in _DTYPES:
@@ -95,12 +102,20 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     return FewConfig(together, warps, unroll, _REGISTERS)
 
 
+def refuses_diagonal_target(target: Target) -> str | None:
+    """Why the kernels for up to four rows, and for more with x shared among warps, do not run on a target."""
+    older = (target.compute_capability or (9, 0)) < (9, 0)
+    return refuses_target(target) or (_OTHER_LAYOUT if older else None)
+
+
 def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
     """Why the kernel for up to four rows cannot run a case."""
     if m > MOST_DIAGONAL_ROWS:
         return f"takes 1 to {MOST_DIAGONAL_ROWS} rows"
-    if layout == "fragments8t" or (target.compute_capability or (9, 0)) < (9, 0):
-        return "written for sm_90 and later, whose layout is fragments2t"
+    if layout == "fragments8t":
+        return _OTHER_LAYOUT
+    if reason := refuses_diagonal_target(target):
+        return reason
     return f"takes columns in multiples of {CHUNK}" if k % CHUNK else refuses_few(target, dtype, m, k, layout)
 
 
