@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vbcompile.cache_folder import cache_folder
 from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
@@ -35,11 +36,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # their numbers in the
 
 class Unavailable(RuntimeError):
     """The kernels cannot be compiled here; the message says why."""
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vbcompile"
 
 
 def compile_flags() -> tuple[str, ...]:
