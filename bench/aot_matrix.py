@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100")
 ATTENTION = [(128, "bfloat16"), (64, "bfloat16"), (256, "bfloat16"), (64, "float32"), (128, "float32")]

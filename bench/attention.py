@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import attention_scores  # noqa: E402
-import record  # noqa: E402
+import attention_scores
+import record
 
 SHAPES = [  # B, H, S, D, causal
     (4, 16, 4096, 128, False),

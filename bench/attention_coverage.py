@@ -29,12 +29,12 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-from attention_cases.case import BOTH  # noqa: E402
-from attention_corpus import CASES  # noqa: E402
-from attention_trial import REFUSED_BY_PYTORCH, Backend, Result, attempt, inductor, inductor_patterns, vblackwell  # noqa: E402
-from model_families import FAMILIES, FamilyResult, try_family  # noqa: E402
-from parallel_trials import run_in_parallel  # noqa: E402
-from record import environment, folder  # noqa: E402
+from attention_cases.case import BOTH
+from attention_corpus import CASES
+from attention_trial import REFUSED_BY_PYTORCH, Backend, Result, attempt, inductor, inductor_patterns, vblackwell
+from model_families import FAMILIES, FamilyResult, try_family
+from parallel_trials import run_in_parallel
+from record import environment, folder
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 

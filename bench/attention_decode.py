@@ -19,7 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
 HEADS, GROUP, DIM = 8, 4, 128
 SHAPES = [(batch, keys, keys) for batch in (1, 8, 32) for keys in (512, 2048, 8192, 32768)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import record  # noqa: E402
+import record
 
 SHAPES = [  # B, H, S, D, causal, wanted forward TFLOP/s, wanted backward
     (4, 16, 4096, 128, False, 640, 480),

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
 WIDE, NARROW, LONG = (4, 16, 4096, 128), (8, 16, 2048, 64), (1, 16, 16384, 128)  # B, H, S, D
 CASES = [(shape, case) for shape in (WIDE, NARROW) for case in ("plain", "causal", "bias", "softcap", "alibi_causal")]

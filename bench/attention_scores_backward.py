@@ -25,8 +25,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import record  # noqa: E402
-from attention_scores import (  # noqa: E402
+import record
+from attention_scores import (
     LONG,
     NARROW,
     SMALL,

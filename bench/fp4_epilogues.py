@@ -18,15 +18,15 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-from vbcompile.device import get_target  # noqa: E402
-from vbcompile.kernels.fp4_epilogue import apply_epilogue  # noqa: E402
-from vbcompile.kernels.fp4_epilogue_kernels import epilogue_alone  # noqa: E402
-from vbcompile.kernels.fp4_layout import LinearWeight, dequantize_weight, to_layout  # noqa: E402
-from vbcompile.kernels.fp4_linear import fp4_linear  # noqa: E402
-from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
-from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
+from vbcompile.device import get_target
+from vbcompile.kernels.fp4_epilogue import apply_epilogue
+from vbcompile.kernels.fp4_epilogue_kernels import epilogue_alone
+from vbcompile.kernels.fp4_layout import LinearWeight, dequantize_weight, to_layout
+from vbcompile.kernels.fp4_linear import fp4_linear
+from vbcompile.kernels.fp4_linear_triton import preferred_layout
+from vbcompile.kernels.fp4_quantize import quantize
 
 N, K, TURNS = 28672, 4096, 12
 WAYS = {"none": ("none", None), "apart": ("none", "gated_silu"), "gated_silu": ("gated_silu", None),

@@ -24,17 +24,17 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-from vbcompile.device import get_target  # noqa: E402
-from vbcompile.kernels import fp4_linear_fp8, fp4_linear_gpu, fp4_linear_hopper  # noqa: E402
-from vbcompile.kernels import fp4_linear_triton as fp4_triton  # noqa: E402
-from vbcompile.kernels.fp4 import PackedWeight  # noqa: E402
-from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout  # noqa: E402
-from vbcompile.kernels.fp4_linear import choose, fp4_linear, make_case  # noqa: E402
-from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
-from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
-from vbcompile.tune import calls, copies, dense_calls, dense_copies, microseconds  # noqa: E402
+from vbcompile.device import get_target
+from vbcompile.kernels import fp4_linear_fp8, fp4_linear_gpu, fp4_linear_hopper
+from vbcompile.kernels import fp4_linear_triton as fp4_triton
+from vbcompile.kernels.fp4 import PackedWeight
+from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
+from vbcompile.kernels.fp4_linear import choose, fp4_linear, make_case
+from vbcompile.kernels.fp4_linear_triton import preferred_layout
+from vbcompile.kernels.fp4_quantize import quantize
+from vbcompile.tune import calls, copies, dense_calls, dense_copies, microseconds
 
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
 ROWS = [1, 4, 16, 64, 256, 2048]

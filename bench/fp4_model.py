@@ -26,9 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
-from fp4_models import pack_model  # noqa: E402
-from turns import await_turn, give_turn_back, hand_in, host_speed, take_turns  # noqa: E402
+import record
+from fp4_models import pack_model
+from turns import await_turn, give_turn_back, hand_in, host_speed, take_turns
 
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-from vbcompile.demo_models import (  # noqa: E402
+from vbcompile.demo_models import (
     english_paragraphs,
     english_sentences,
     load_minilm,
     load_smollm2,
     mean_embedding,
 )
-from vbcompile.fp4_calibration import calibrate, calibration_tokens  # noqa: E402
-from vbcompile.kernels.fp4 import dequantize  # noqa: E402
-from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
-from vbcompile.passes.fp4_weights import adopt  # noqa: E402
+from vbcompile.fp4_calibration import calibrate, calibration_tokens
+from vbcompile.kernels.fp4 import dequantize
+from vbcompile.kernels.fp4_quantize import quantize
+from vbcompile.passes.fp4_weights import adopt
 
 LENGTH = 512
 ROWS = [

@@ -16,13 +16,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-from vbcompile.device import get_device, get_target  # noqa: E402
-from vbcompile.kernels.fp4_layout import to_layout  # noqa: E402
-from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
-from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, choose, quantize, relative_error  # noqa: E402
-from vbcompile.kernels.registry import force  # noqa: E402
+from vbcompile.device import get_device, get_target
+from vbcompile.kernels.fp4_layout import to_layout
+from vbcompile.kernels.fp4_linear_triton import preferred_layout
+from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, choose, quantize, relative_error
+from vbcompile.kernels.registry import force
 
 SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336)]
 

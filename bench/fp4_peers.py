@@ -19,15 +19,15 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-from vbcompile.bench_peers import LINEAR  # noqa: E402
-from vbcompile.device import get_target  # noqa: E402
-from vbcompile.kernels.fp4_layout import to_layout  # noqa: E402
-from vbcompile.kernels.fp4_linear import fp4_linear  # noqa: E402
-from vbcompile.kernels.fp4_linear_triton import preferred_layout  # noqa: E402
-from vbcompile.kernels.fp4_quantize import quantize  # noqa: E402
-from vbcompile.tune import microseconds  # noqa: E402
+from vbcompile.bench_peers import LINEAR
+from vbcompile.device import get_target
+from vbcompile.kernels.fp4_layout import to_layout
+from vbcompile.kernels.fp4_linear import fp4_linear
+from vbcompile.kernels.fp4_linear_triton import preferred_layout
+from vbcompile.kernels.fp4_quantize import quantize
+from vbcompile.tune import microseconds
 
 SHAPES = [(28672, 4096), (4096, 14336)]
 _LARGEST_ERROR = 0.2  # relative to the product with the unpacked weight: 4-bit weights are at 0.08 to 0.15

@@ -20,11 +20,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-from vbcompile import tune  # noqa: E402
-from vbcompile.kernels import fp4_linear_triton  # noqa: E402
-from vbcompile.kernels.registry import operator  # noqa: E402
+from vbcompile import tune
+from vbcompile.kernels import fp4_linear_triton
+from vbcompile.kernels.registry import operator
 
 LLAMA_8B = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (14336, 4096), (1024, 4096)]
 _SHARES = 3  # processes for the candidates of one weight

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-import vbcompile  # noqa: E402, F401 - registers the backend
-from vbcompile.kernels.attention import attention, attention_backward  # noqa: E402
-from vbcompile.kernels.score_function import Builder, ScoreFunction  # noqa: E402
+import vbcompile  # noqa: F401 - registers the backend
+from vbcompile.kernels.attention import attention, attention_backward
+from vbcompile.kernels.score_function import Builder, ScoreFunction
 
 CALLS, ROUNDS, CAP = 50, 15, 30.0
 SHAPES = {"decode": (1, 8, 1, 512, 64), "prefill": (1, 8, 256, 256, 128)}

@@ -27,13 +27,13 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import record  # noqa: E402
+import record
 
-import vbcompile  # noqa: E402
-from vbcompile import handles_model  # noqa: E402
-from vbcompile.handles_model import offloaded_tensors  # noqa: E402
-from vbcompile.handles_store import WeightStore  # noqa: E402
-from vbcompile.vgpu_size import parse_size  # noqa: E402
+import vbcompile
+from vbcompile import handles_model
+from vbcompile.handles_model import offloaded_tensors
+from vbcompile.handles_store import WeightStore
+from vbcompile.vgpu_size import parse_size
 
 GIB = 1 << 30
 SHAPES: dict[str, dict[str, int]] = {

@@ -19,6 +19,7 @@ from record import write
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from vgpu_reference import llama_sweep
 
+from vbcompile.vgpu_check import check_plan
 from vbcompile.vgpu_plan import Operator, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights
 from vbcompile.vgpu_simulator import resident_prefix, simulate_lru, simulate_on_demand
@@ -56,7 +57,7 @@ def policies() -> list[dict[str, Any]]:
         start = time.perf_counter()
         plan = plan_weights(sweep, nbytes, (_RAM,))
         seconds = time.perf_counter() - start
-        plan.check()
+        check_plan(plan)
         largest = max(weight.nbytes for weight in sweep.weights)
         prefix = resident_prefix(sweep, nbytes - largest)
         rows.append(
@@ -85,7 +86,7 @@ def tiers() -> list[dict[str, Any]]:
     rows = []
     for name, places in _TIERS:
         plan = plan_weights(sweep, 20 * _GB, places)
-        plan.check()
+        check_plan(plan)
         rows.append(
             {
                 "tiers": name,

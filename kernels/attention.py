@@ -12,7 +12,7 @@ accumulation type, natural logarithm.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,22 @@ import torch
 from torch import Tensor
 
 from vbcompile.compat import is_fake
-from vbcompile.device import Target, get_target
+from vbcompile.compat_calls import storage_identity
+from vbcompile.device import get_target
 from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
 from vbcompile.kernels.compiled_calls import OPERATORS, RepeatedOperator
 from vbcompile.kernels.dropout import dropout_keep
 from vbcompile.kernels.quick_operator import quick_operator
-from vbcompile.kernels.registry import Implementation, following, forced_implementation, operator, to_be_run
-from vbcompile.kernels.replay import remembered
+from vbcompile.kernels.registry import (
+    Implementation,
+    following,
+    forced_implementation,
+    last_resort,
+    never_refuses,
+    operator,
+    to_be_run,
+)
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -228,17 +236,8 @@ def attention(
         with following(implementations):
             return _chosen("attention", q, case).run(q, k, v, captured, scale, dropout_p, seed, score_function)
 
-    given = q, k, v, captured, scale, dropout_p, seed, score_function
-    return remembered("attention", *_described(*given, implementations=implementations), run)
-
-
-def _described(
-    q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], scale: float, dropout_p: float, seed: Tensor | None,
-    score_function: str, *, implementations: str = "",
-) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
-    """What a call depends on besides its tensors, and these."""
-    static = scale, dropout_p, score_function, implementations, _settings("attention", q)
-    return static, (q, k, v, *captured, seed)
+    given = q, k, v, captured, scale, dropout_p, seed, score_function, implementations
+    return OPERATORS["attention"].remembered(run, *given)
 
 
 def _chosen(name: str, q: Tensor, case: AttentionCase) -> Implementation:
@@ -251,7 +250,7 @@ def _settings(name: str, q: Tensor) -> tuple[Any, ...]:
     return forced_implementation(name), torch.are_deterministic_algorithms_enabled(), tf32
 
 
-OPERATORS["attention"] = RepeatedOperator(attention, _described, partial(_settings, "attention"))
+OPERATORS["attention"] = RepeatedOperator("attention", attention, partial(_settings, "attention"))
 
 
 @attention.register_fake
@@ -292,22 +291,12 @@ def attention_backward(
         return _apart(found)
 
     given = grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs
-    return remembered("attention_backward", *_described_backward(*given, implementations=implementations), run)
-
-
-def _described_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], out: Tensor,
-    lse: Tensor, scale: float, dropout_p: float, seed: Tensor | None, score_function: str, needs: Sequence[bool], *,
-    implementations: str = "",
-) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
-    settings = _settings("attention_backward", q)
-    static = scale, dropout_p, score_function, tuple(needs), implementations, settings
-    return static, (q, k, v, *captured, grad_out, grad_lse, out, lse, seed)
+    return OPERATORS["attention_backward"].remembered(run, *given, implementations)
 
 
 # the gradient of the result has its dtype, which is that of q
 OPERATORS["attention_backward"] = RepeatedOperator(
-    attention_backward, _described_backward, partial(_settings, "attention_backward")
+    "attention_backward", attention_backward, partial(_settings, "attention_backward")
 )
 
 
@@ -316,7 +305,7 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
     taken: set[int] = set()
     result = []
     for gradient in gradients:
-        place = gradient.untyped_storage()._cdata
+        place = storage_identity(gradient)
         result.append(gradient.clone() if place in taken else gradient)
         taken.add(place)
     return result
@@ -413,17 +402,9 @@ attention_backward.register_autograd(_second_backward, setup_context=_setup_seco
 
 
 # ------------------------------------------------------------------------------------- implementations
-def _never_refuses(target: Target, case: AttentionCase | None) -> None:
-    return None
-
-
-def _reference_cost(target: Target, case: AttentionCase) -> float:
-    return math.inf  # the last resort
-
-
 operator("attention").register(
-    Implementation("reference", attention_reference, _never_refuses, _reference_cost, inlines=True),
+    Implementation("reference", attention_reference, never_refuses, last_resort, inlines=True),
 )
 operator("attention_backward").register(
-    Implementation("reference", attention_backward_reference, _never_refuses, _reference_cost),
+    Implementation("reference", attention_backward_reference, never_refuses, last_resort),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from vbcompile.kernels.score_function import ScoreFunction, additive_bias, causal_offset
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_SIZE = 256  # features of one head that our kernels take
 
 
 @dataclass(frozen=True)

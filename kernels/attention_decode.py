@@ -70,7 +70,7 @@ def attention_decode_kernel(
 ):  # fmt: skip
     """One program: ``BLOCK_Q`` of the ``group * q_length`` rows of one head of k and v, one of ``splits`` parts.
 
-    The grid is ``[splits, heads of k and v * tiles of rows]``.
+    The grid is ``[heads of k and v * tiles of rows * splits]``, the splits of a tile side by side.
 
     Args:
         part_out: float32 ``[splits, total_rows, DV]``, sums of values; part_rows: float32 ``[2, splits, total_rows]``,
@@ -84,10 +84,11 @@ def attention_decode_kernel(
     if EARLY:
         let_next_start()
     scale = tl.cast(scale, tl.float32)
-    split = tl.program_id(0)
+    split = tl.program_id(0) % splits
+    program = tl.program_id(0) // splits
     tiles = tl.cdiv(group * q_length, BLOCK_Q)
-    outer = split_index(tl.program_id(1) // tiles, outer_sizes)
-    packed = (tl.program_id(1) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
+    outer = split_index(program // tiles, outer_sizes)
+    packed = (program % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
     i_ok = packed < group * q_length
     packed = tl.where(i_ok, packed, 0)
     lead = add_indices(outer, split_index(packed // q_length, group_sizes))

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_layout import broadcast_strides, pad_lead, tile_strides, with_contiguous_rows
+from vbcompile.kernels.attention_layout import (
+    broadcast_strides,
+    pad_lead,
+    tile_strides,
+    with_contiguous_rows,
+    within_reach,
+)
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import sum_to
 from vbcompile.kernels.attention_tuning import TileConfig
@@ -75,7 +81,8 @@ class Backward:
         function: ScoreFunction,
     ) -> None:
         self._problem = problem
-        self._q, self._k, self._v, self._grad_out, self._lse = q, k, v, grad_out, lse.contiguous()
+        self._q, self._k, self._v, self._grad_out = map(within_reach, (q, k, v, grad_out))
+        self._lse = lse.contiguous()
         self._inputs, self._wanted = captured, wanted
         self._scale, self._dropout_p, self._seed = float(scale), float(dropout_p), seed if problem.dropout else None
         self._function = function
@@ -106,6 +113,7 @@ class Backward:
     def rows(self, grad_lse: Tensor | None, out: Tensor) -> None:
         """``delta`` and the other values per row; gradients of the sink."""
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        out = within_reach(out)
         self._problem.fitted("rows", lambda tiles: self._rows(tiles, grad_lse, out))
 
     def _rows(self, tiles: TileConfig, grad_lse: Tensor | None, out: Tensor) -> None:

@@ -267,8 +267,8 @@ def _padded(q: Tensor) -> int:
     return -(-q.shape[2] // PAD) * PAD
 
 
-def _row_grid(q: Tensor, rows: int) -> tuple[int, int]:
-    return _padded(q) // rows, q.shape[0] * q.shape[1]
+def _row_grid(q: Tensor, rows: int) -> tuple[int]:
+    return (q.shape[0] * q.shape[1] * (_padded(q) // rows),)
 
 
 def _row_buffers(q: Tensor, lines: int) -> tuple[Tensor, Tensor, Tensor]:

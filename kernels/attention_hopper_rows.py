@@ -33,12 +33,13 @@ def prepare_backward(
 
     Rows past the end get lse = inf, so that their exponentials vanish.
     """
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+    if tl.program_id(0) == 0:
         tl.store(counter, 0)
-    head = tl.program_id(1).to(tl.int64)
+    tiles = padded_queries // ROWS
+    head = (tl.program_id(0) // tiles).to(tl.int64)
     batch = head // heads
     inner = head - batch * heads
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, D)
     real = rows < queries
     o = tl.load(
@@ -67,10 +68,11 @@ def finish_backward(
     total, dq, scale, queries, padded_queries, heads, dq_batch, dq_head, dq_row, D: tl.constexpr, ROWS: tl.constexpr
 ):
     """dQ = scale * float32 sum, rounded once."""
-    head = tl.program_id(1).to(tl.int64)
+    tiles = padded_queries // ROWS
+    head = (tl.program_id(0) // tiles).to(tl.int64)
     batch = head // heads
     inner = head - batch * heads
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, D)
     value = tl.load(total + (head * padded_queries + rows)[:, None] * D + columns[None, :])
     place = dq + batch * dq_batch + inner * dq_head + rows[:, None] * dq_row + columns[None, :]
@@ -108,10 +110,11 @@ def prepare_scores(
     Rows past the end and those without keys (unless UNBOUNDED and not EMPTY_IS_ZERO) get lse = inf, so that their
     exponentials vanish.
     """
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+    if tl.program_id(0) == 0:
         tl.store(counter, 0)
-    head = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK_Q
+    tiles = padded_queries // BLOCK_Q
+    head = tl.program_id(0) // tiles
+    first_row = tl.program_id(0) % tiles * BLOCK_Q
     i = first_row + tl.arange(0, BLOCK_Q)
     real = i < queries
     place = head.to(tl.int64) * queries + i
@@ -133,8 +136,7 @@ def prepare_scores(
         tl.store(lse_out + line, value)
         low = tl.load(row_low + place, mask=real, other=0.0)
         tl.store(lse_out + line + padded_queries, low)
-        tile = head * (padded_queries // BLOCK_Q) + tl.program_id(0)
-        tl.store(low_tiles + tile, tl.max((low != 0.0).to(tl.int32), 0))
+        tl.store(low_tiles + tl.program_id(0), tl.max((low != 0.0).to(tl.int32), 0))
     else:
         tl.store(lse_out + padded, value * 1.4426950408889634)
     tl.store(delta + padded, tl.load(row_delta + place, mask=real, other=0.0))

@@ -8,10 +8,12 @@ rows, and each leading axis moves by whole rows (``[B, H, S, D]``) or by columns
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vbcompile.kernels.score_triton import LEAD_AXES
 
+_MOST_ROWS, _REACH = 128, 2**31  # of a tile: rows, and elements from its first to its last one
 _TMA_ALIGNMENT = 16  # bytes: base address and row pitch
 _TMA_MAX_ROWS = 2**31 - 1
 
@@ -35,6 +37,17 @@ def tile_strides(t: Tensor) -> tuple[int, ...]:
 def with_contiguous_rows(t: Tensor) -> Tensor:
     """``t``, or a copy where the elements of its rows lie apart."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def is_within_reach(t: Tensor) -> bool:
+    """Whether kernels, which count the elements of a tile in 32 bits, can address tiles of ``t``."""
+    rows, columns = min(int(t.shape[-2]), _MOST_ROWS), int(t.shape[-1])
+    return (rows - 1) * int(t.stride(-2)) + (columns - 1) * int(t.stride(-1)) < _REACH
+
+
+def within_reach(t: Tensor) -> Tensor:
+    """``t``, or a copy where a tile's elements lie too far apart."""
+    return t if is_within_reach(t) else t.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vbcompile.kernels.score_triton import LEAD_AXES, CapturedPattern
 
 SUMMARY_TILES = 64  # tiles of scores per head from which a pass over an opaque mask pays
 _PLAN_ELEMENTS = 16384  # positions, in whole tiles, that one step of a plan looks at
+MOST_SWIZZLED = 128  # bytes of a tile's row; wider rows are cut into such pieces
 _NO_STRIDES = (0,) * (LEAD_AXES + 2)
 _fitting: dict[tuple[Any, ...], TileConfig] = {}  # tiles made smaller because a device could not hold the table's
 
@@ -64,7 +65,19 @@ class Problem:
 
     @property
     def widths(self) -> dict[str, int]:
-        return {"D": self.d, "D_PADDED": padded(self.d), "DV": self.dv, "DV_PADDED": padded(self.dv)}
+        d_padded, dv_padded = self._padded
+        return {"D": self.d, "D_PADDED": d_padded, "DV": self.dv, "DV_PADDED": dv_padded}
+
+    @property
+    def _padded(self) -> tuple[int, int]:
+        """Head sizes of tiles.
+
+        On sm_90 their rows are swizzled alike in shared memory. Where tiles of two widths took turns in one place,
+        ptxas 12.8 made one's matrix descriptor from a register that it had never set.
+        """
+        sizes = padded(self.d), padded(self.dv)
+        least = min(max(sizes), MOST_SWIZZLED // self.element_size) if self.arch == "sm_90" else 0
+        return max(sizes[0], least), max(sizes[1], least)
 
     @property
     def wide(self) -> bool:
@@ -129,7 +142,8 @@ class Problem:
         Returns:
             operands (tensors or descriptors), strides or steps, and whether they are descriptors.
         """
-        views: list[RowView | None] = [row_view(t) if tiles.tma else None for t, _ in pairs]
+        may = tiles.tma and self._padded == (self.d, self.dv)
+        views: list[RowView | None] = [row_view(t) if may else None for t, _ in pairs]
         if None in views:
             return [t for t, _ in pairs], [tile_strides(t) for t, _ in pairs], False
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -150,7 +164,7 @@ class Problem:
         sizes = self.mask_sizes
         summary = torch.empty([*sizes, rows, columns], dtype=torch.uint8, device=self.device)
         launch(
-            mask_summary_kernel, (columns, rows, math.prod(sizes)),
+            mask_summary_kernel, (math.prod(sizes) * rows * columns,),
             summary, self.captured, tuple(sizes), self.captured_strides, self.q_length, self.k_length,
             self.program.mask, BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k, num_warps=4,
         )  # fmt: skip
@@ -189,7 +203,7 @@ class Problem:
         summary, summary_strides = self.mask_summary(None if bounds else opaque, tiles)
         plan = like.new_empty([*sizes, own, 8], dtype=torch.int32)
         launch(
-            tile_plan_kernel, (own, math.prod(sizes)),
+            tile_plan_kernel, (math.prod(sizes) * own,),
             plan, summary, self.captured, tuple(sizes), self.captured_strides, summary_strides,
             self.q_length, self.k_length, ranges,
             SUMMARY=power_of_two(other) if summary is not None else None,

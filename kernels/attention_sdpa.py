@@ -165,7 +165,8 @@ class _CpuCall:
         if self.causal or (function.mask is None and function.program[function.score] == ("score",)):
             return
         self.scores = DenseScores(function, captured, self.lead, q.shape[-2], k.shape[-2], q.device, q.dtype)
-        self.bias = self._fold_bias(self.scores.additive).to(q.dtype)
+        flags_only = self.scores.bias is None  # a bias keeps its digits: the kernel reads float32 beside 16 bits too
+        self.bias = self._fold_bias(self.scores.additive.to(q.dtype) if flags_only else self.scores.additive)
         self.empty = self.scores.empty
 
     def folded(self, t: Tensor) -> Tensor:

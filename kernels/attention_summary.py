@@ -20,20 +20,22 @@ def mask_summary_kernel(
     """Write one tile's entry of ``summary``, uint8 ``[*lead of the mask, tiles of rows, tiles of columns]``: 0 if none
     of its elements takes part, 1 if some do, 2 if all.
 
-    The grid is ``[tiles of columns, tiles of rows, heads of the mask]``. Rows beyond the last count for nothing; tiles
-    that reach beyond the last column are never full.
+    The grid is ``[entries]``. Rows beyond the last count for nothing; tiles that reach beyond the last column are never
+    full.
     """
-    lead = split_index(tl.program_id(2), lead_sizes)
-    i = (tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
-    j = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    columns = tl.cdiv(k_length, BLOCK_K)
+    rows = tl.cdiv(q_length, BLOCK_Q)
+    entry = tl.program_id(0)
+    lead = split_index(entry // columns // rows, lead_sizes)
+    i = (entry // columns % rows * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
+    j = (entry % columns * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     i_ok = i < q_length
     j_ok = j < k_length
     ok = i_ok & j_ok
     keep = MASK(0.0, i, j, i_ok, j_ok, ok, lead, q_length, k_length, captured, captured_strides)
     some = tl.max((keep & ok).to(tl.int32))
     every = tl.min(((keep & j_ok) | (i >= q_length)).to(tl.int32))
-    place = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(summary + place, (some + every * some).to(tl.uint8))
+    tl.store(summary + entry, (some + every * some).to(tl.uint8))
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def tile_plan_kernel(
     not cover hold; nothing; 0, for kernels that count. Never none to visit: rows without keys get one masked tile.
     BY_KEYS: the same with rows and keys exchanged.
 
-    The grid is ``[tiles of rows, heads of the mask]``. OPAQUE: the mask has terms that ``RANGE`` does not cover and
+    The grid is ``[heads of the mask * tiles of rows]``. OPAQUE: the mask has terms that ``RANGE`` does not cover and
     nobody summed up, so that no tile may go without it. BOUNDS: ``tile_bounds`` of the program, TILES at a time.
     EXACT: whether the caller checks all else that ``RANGE`` covers row by row. EARLY: the kernel that uses the plan may
     be started at once, and waits.
@@ -111,12 +113,13 @@ def tile_plan_kernel(
     OTHER: tl.constexpr = BLOCK_Q if BY_KEYS else BLOCK_K
     own_length = k_length if BY_KEYS else q_length
     limit = q_length if BY_KEYS else k_length
-    lead = split_index(tl.program_id(1), lead_sizes)
-    first_row = tl.program_id(0) * OWN
+    number = tl.program_id(0) % tl.cdiv(own_length, OWN)
+    lead = split_index(tl.program_id(0) // tl.cdiv(own_length, OWN), lead_sizes)
+    first_row = number * OWN
     rows = (first_row + tl.arange(0, OWN))[:, None]
     entries = summary
     if SUMMARY is not None:
-        entries += offset_of(lead, summary_strides) + tl.program_id(0) * summary_strides[5 if BY_KEYS else 4]
+        entries += offset_of(lead, summary_strides) + number * summary_strides[5 if BY_KEYS else 4]
     begin, full_begin, full_end, end = tile_range(
         RANGE, first_row, tl.minimum(first_row + OWN, own_length) - 1, limit, rows, rows < own_length,
         lead, q_length, k_length, captured, captured_strides,
@@ -142,7 +145,7 @@ def tile_plan_kernel(
         full_end = 0
         sure_first = 0
         sure_last = 0
-    place = plan + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 8
+    place = plan + tl.cast(tl.program_id(0), tl.int64) * 8
     tl.store(place, begin)
     tl.store(place + 1, full_begin)
     tl.store(place + 2, full_end)

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from vbcompile.compat_symbols import size_hint
-from vbcompile.device import Target, get_target
+from vbcompile.device import get_target
 from vbcompile.kernels import attention as logical
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.registry import Implementation, as_text, following, forced_implementation, operator
+from vbcompile.kernels.registry import (
+    Implementation,
+    as_text,
+    following,
+    forced_implementation,
+    never_refuses,
+    operator,
+)
 
 NAME = "operators"
 
@@ -81,10 +88,6 @@ def training_case(
     )
 
 
-def _never_refuses(target: Target, case: AttentionCase | None) -> None:
-    return None
-
-
 operator("attention_training").register(
-    Implementation(NAME, by_operators, _never_refuses, lambda target, case: 1.0),
+    Implementation(NAME, by_operators, never_refuses, lambda target, case: 1.0),
 )

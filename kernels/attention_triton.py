@@ -12,9 +12,15 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import attention_hopper_few
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_case import AttentionCase
+from vbcompile.kernels.attention_case import MAX_HEAD_SIZE, AttentionCase
 from vbcompile.kernels.attention_gradients import backward
-from vbcompile.kernels.attention_layout import pad_lead, tile_strides, with_contiguous_rows
+from vbcompile.kernels.attention_layout import (
+    is_within_reach,
+    pad_lead,
+    tile_strides,
+    with_contiguous_rows,
+    within_reach,
+)
 from vbcompile.kernels.attention_parts import Parts, split_count
 from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import empty_output
@@ -24,7 +30,6 @@ from vbcompile.kernels.triton_target import refuses_triton
 
 __all__ = ["backward", "forward", "refuses"]
 
-MAX_HEAD_SIZE = 256
 _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
 _CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
@@ -89,11 +94,14 @@ def forward(
         ``out [*lead, Q, Dv]`` in the dtype of q, in the memory order that the function names, and ``lse [*lead, Q]``
         in float32: natural logarithm of the sum over the keys and the sink.
     """
-    if q.shape[-2] > _MOST_DECODED:
-        # on sm_90 the tiles of keys stored transposed came out wrong (Triton 3.6; head size 24, 100 keys)
+    narrow = max(q.shape[-1], v.shape[-1]) * q.element_size() < problems.MOST_SWIZZLED
+    if narrow or q.shape[-2] > _MOST_DECODED:
+        # tiles of keys stored transposed are swizzled by their keys, those of values are not: see Problem
         q, k, v = map(with_contiguous_rows, (q, k, v))
+    q, k, v = map(within_reach, (q, k, v))
     problem = problems.describe(q, k, v, captured, scale, dropout_p, function)
-    out = empty_output(problem.lead, problem.q_length, problem.dv, function.rows_first, q)
+    promised = empty_output(problem.lead, problem.q_length, problem.dv, function.rows_first, q)
+    out = promised if is_within_reach(promised) else torch.empty(promised.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty([*problem.lead, problem.q_length], dtype=torch.float32)
     scale, dropout_p = float(scale), float(dropout_p)
     with problems.on_device(q):
@@ -103,7 +111,7 @@ def forward(
             attention_hopper_few.decode(problem, q, few, out, lse, scale)
         else:
             problem.fitted("decode", lambda tiles: _decode(problem, tiles, q, k, v, out, lse, scale))
-    return out, lse
+    return (out if out is promised else promised.copy_(out)), lse
 
 
 def _tiled(
@@ -156,7 +164,7 @@ def _decode(
     pairs = zip(problem.column_sizes, pad_lead(group), strict=True)
     looks = key_tiles >= _LOOKED_AT * splits and all(size == 1 for size, of_group in pairs if of_group > 1)
     problems.launch(
-        attention_decode_kernel, (splits, programs),
+        attention_decode_kernel, (splits * programs,),
         q, k, v, out, lse, parts.out, parts.rows, problem.captured,
         pad_lead(problem.lead), pad_lead(outer), pad_lead(group),
         tile_strides(q), tile_strides(k), tile_strides(v), tile_strides(out), problem.captured_strides,

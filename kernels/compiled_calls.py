@@ -8,13 +8,16 @@ everything else that calls depend on is as it was. Other calls, the first ones a
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vbcompile.compat_lowering import lower_to_calls
 from vbcompile.kernels import registry, replay
+
+R = TypeVar("R")
 
 TENSOR = Ellipsis  # stands for a tensor among the arguments of a place
 _MOST = 64  # shapes that a place knows; the oldest go first
@@ -25,14 +28,47 @@ class RepeatedOperator:
     """An operator whose calls are remembered.
 
     Attributes:
+        name: without its namespace.
         run: the operator.
-        described: ``(static, tensors)`` of its arguments as it gives them to :func:`replay.remembered`.
-        settings: the part of ``static`` that may change between calls, from the first tensor.
+        settings: what its calls depend on that is no argument, from the first tensor.
     """
 
+    name: str
     run: Callable[..., Any]
-    described: Callable[..., tuple[Hashable, Sequence[Tensor | None]]]
     settings: Callable[[Tensor], Hashable]
+
+    @cached_property
+    def _parameters(self) -> list[Any]:
+        schema = getattr(torch.ops.vblackwell, self.name).default._schema
+        return list(schema.arguments)
+
+    @cached_property
+    def _places(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Where among the arguments tensors are, lists of tensors, other lists, and what is neither."""
+        types = [str(p.type) for p in self._parameters]
+        single = [n for n, t in enumerate(types) if t in ("Tensor", "Optional[Tensor]")]
+        several = [n for n, t in enumerate(types) if t == "List[Tensor]"]
+        lists = [n for n, t in enumerate(types) if t.startswith("List[") and n not in several]
+        return single, several, lists, [n for n in range(len(types)) if n not in (*single, *several, *lists)]
+
+    def remembered(self, run: Callable[[], R], *arguments: Any) -> R:
+        """``run()``, or what it did before; all arguments of the operator, in its order (:func:`replay.remembered`)."""
+        return replay.remembered(self.name, *self._described(arguments), run)
+
+    def recording_of(self, *arguments: Any, **named: Any) -> tuple[replay.Recording | None, list[Tensor | None]]:
+        """What a call of the operator would do again, and the tensors that it numbers."""
+        others = self._parameters[len(arguments) :]
+        static, tensors = self._described([*arguments, *(named.get(p.name, p.default_value) for p in others)])
+        return replay.recording_of(self.name, static, tensors), tensors
+
+    def _described(self, arguments: Sequence[Any]) -> tuple[Hashable, list[Tensor | None]]:
+        """What a call depends on besides its tensors, and these."""
+        single, several, lists, others = self._places
+        tensors: list[Tensor | None] = [arguments[n] for n in single]
+        for n in several:
+            tensors += arguments[n]
+        static = [arguments[n] for n in others] + [tuple(arguments[n]) for n in lists]
+        return (self.settings(arguments[0]), *static), tensors
 
 
 OPERATORS: dict[str, RepeatedOperator] = {}
@@ -85,8 +121,7 @@ def place_of_call(
         remaining = iter(tensors)
         full, options = _filled(arguments, remaining), {key: _filled(v, remaining) for key, v in named.items()}
         result = called.run(*full, **options)
-        static, given = called.described(*full, **options)
-        recording = replay.recording_of(name, static, given)
+        recording, given = called.recording_of(*full, **options)
         if recording is None or any(t.data_ptr() & 15 for t in tensors):
             return result
         key, now = shapes(tensors), settings(tensors[0])

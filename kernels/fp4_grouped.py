@@ -8,7 +8,6 @@ layout of :mod:`vbcompile.kernels.fp4_layout`; out ``[T, N]`` in the dtype of x,
 weights are frozen: the gradient is with respect to x. No implementation for an accelerator waits for it.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from vbcompile.kernels import fp4_linear_triton
 from vbcompile.kernels.fp4 import PackedWeight, row_scales
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE, LinearWeight, check_operands, dequantize_weight, rows_of, to_layout
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, last_resort, never_refuses, operator
 from vbcompile.kernels.triton_target import on_device, refuses_triton
 
 _MOST_EXPERTS = 1024
@@ -225,5 +224,5 @@ operator("fp4_grouped_linear").register(
     Implementation("triton", grouped_product, _refuses_product, lambda target, case: 1.0)
 )
 operator("fp4_grouped_linear").register(
-    Implementation("reference", fp4_grouped_linear_reference, lambda target, case: None, lambda target, case: math.inf)
+    Implementation("reference", fp4_grouped_linear_reference, never_refuses, last_resort)
 )

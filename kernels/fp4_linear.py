@@ -10,7 +10,6 @@ kept for them; there is none through an epilogue.
 """
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,15 @@ from vbcompile.kernels.fp4_epilogue import apply_epilogue, check_epilogue, out_f
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import check_operands, dequantize_weight
 from vbcompile.kernels.quick_operator import quick_operator
-from vbcompile.kernels.registry import Choice, Implementation, forced_implementation, operator, to_be_run
-from vbcompile.kernels.replay import remembered
+from vbcompile.kernels.registry import (
+    Choice,
+    Implementation,
+    forced_implementation,
+    last_resort,
+    never_refuses,
+    operator,
+    to_be_run,
+)
 from vbcompile.kernels.triton_target import interpreted, on_device, refuses_triton
 
 
@@ -130,20 +136,11 @@ def fp4_linear(
                 return chosen.run(*arguments, epilogue=epilogue).contiguous()
             return _apply(chosen.run(*arguments).contiguous(), epilogue)
 
-    given = x, codes, block_scales, row_scale, bias, k, format_name, layout, activations, epilogue
-    return remembered("fp4_linear", *_described(*given, implementations=implementations), run)
+    given = x, codes, block_scales, row_scale, bias, k, format_name, layout, activations, epilogue, implementations
+    return OPERATORS["fp4_linear"].remembered(run, *given)
 
 
-def _described(
-    x: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, bias: Tensor | None, k: int, format_name: str,
-    layout: str, activations: str = "same", epilogue: str = "none", *, implementations: str = "",
-) -> tuple[Hashable, tuple[Tensor | None, ...]]:  # fmt: skip
-    """What a call depends on besides its tensors, and these."""
-    static = k, format_name, layout, activations, epilogue, implementations, forced_implementation("fp4_linear")
-    return static, (x, codes, block_scales, row_scale, bias)
-
-
-OPERATORS["fp4_linear"] = RepeatedOperator(fp4_linear, _described, lambda x: forced_implementation("fp4_linear"))
+OPERATORS["fp4_linear"] = RepeatedOperator("fp4_linear", fp4_linear, lambda x: forced_implementation("fp4_linear"))
 
 
 def _apply(y: Tensor, epilogue: str) -> Tensor:
@@ -178,19 +175,11 @@ def fp4_linear_backward(
             return to_be_run(choice).run(grad, codes, block_scales, row_scale, k, format_name, layout).contiguous()
 
     given = grad, codes, block_scales, row_scale, k, format_name, layout
-    return remembered("fp4_linear_backward", *_described_backward(*given, implementations=implementations), run)
-
-
-def _described_backward(
-    grad: Tensor, codes: Tensor, block_scales: Tensor, row_scale: Tensor, k: int, format_name: str, layout: str, *,
-    implementations: str = "",
-) -> tuple[Hashable, tuple[Tensor, ...]]:  # fmt: skip
-    static = k, format_name, layout, implementations, forced_implementation("fp4_linear_backward")
-    return static, (grad, codes, block_scales, row_scale)
+    return OPERATORS["fp4_linear_backward"].remembered(run, *given, implementations)
 
 
 OPERATORS["fp4_linear_backward"] = RepeatedOperator(
-    fp4_linear_backward, _described_backward, lambda grad: forced_implementation("fp4_linear_backward")
+    "fp4_linear_backward", fp4_linear_backward, lambda grad: forced_implementation("fp4_linear_backward")
 )
 
 
@@ -243,15 +232,7 @@ fp4_linear_backward.register_autograd(_double_backward, setup_context=_backward_
 
 
 # ------------------------------------------------------------------------------------------------------ implementations
-def _never_refuses(target: Target, case: Fp4LinearCase | None) -> None:
-    return None
-
-
-def _last_resort(target: Target, case: Fp4LinearCase) -> float:
-    return math.inf
-
-
-operator("fp4_linear").register(Implementation("reference", fp4_linear_reference, _never_refuses, _last_resort))
+operator("fp4_linear").register(Implementation("reference", fp4_linear_reference, never_refuses, last_resort))
 operator("fp4_linear_backward").register(
-    Implementation("reference", fp4_linear_backward_reference, _never_refuses, _last_resort)
+    Implementation("reference", fp4_linear_backward_reference, never_refuses, last_resort)
 )

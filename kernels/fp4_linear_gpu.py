@@ -5,6 +5,7 @@ weight. They are estimates for a device with about 260 bfloat16 operations a byt
 accelerators have; shapes that were measured (:mod:`vbcompile.kernels.fp4_tuning`) cost what was measured.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,47 +14,19 @@ from torch import Tensor
 
 from vbcompile.device import Target
 from vbcompile.kernels import fp4_linear_few, fp4_linear_fp8, fp4_linear_hopper, fp4_linear_triton, fp4_tuning
-from vbcompile.kernels.fp4_formats import fp4_format
+from vbcompile.kernels.fp4_costs import BALANCE, bits_per_weight, dense, roofline
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.triton_target import refuses_triton
 
-_OPERATIONS_A_BYTE = 260.0
-_MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.6  # of the limits that the fused kernel reaches
-_DIAGONAL_MEMORY_SHARE = 0.9
-_STREAM_MEMORY_SHARE, _STREAM_COMPUTE_SHARE = 0.82, 0.3
-_FEW_MEMORY_SHARE, _FEW_COMPUTE_SHARE = 0.85, 0.08
-_HOPPER_SHARE = 0.75
+# shares of a device's memory bandwidth and matrix rate that kernels reach
+_MEMORY_SHARE = 0.8
 _HOPPER_FP8_SHARE = 0.6
-_FP8_SHARE = 0.8  # of twice the rate of bfloat16
+_FP8_SHARE = 0.8  # of the vendor's product
 
 
-def bits_per_weight(format_name: str) -> float:
-    """Stored bits of a weight, its share of the block scale included."""
-    return 4 + 8 / fp4_format(format_name).block_size
-
-
-def _dense(m: int, weight_bytes: float) -> float:
-    """Time of a product per weight, in bytes of memory traffic."""
-    return max(weight_bytes, 2 * m / _OPERATIONS_A_BYTE)
-
-
-def _product_cost(target: Target, case: Fp4LinearCase) -> float:
-    stored = bits_per_weight(case.format_name) / 8
-    ours = max(stored / _MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _COMPUTE_SHARE)
-    return ours / _dense(case.m, 2)
-
-
-def _few_cost(target: Target, case: Fp4LinearCase) -> float:
-    stored = bits_per_weight(case.format_name) / 8
-    ours = max(stored / _FEW_MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _FEW_COMPUTE_SHARE)
-    return ours / _dense(case.m, 2)
-
-
-def _hopper_cost(target: Target, case: Fp4LinearCase) -> float:
-    stored = bits_per_weight(case.format_name) / 8
-    ours = max(stored / _MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _HOPPER_SHARE)
-    return ours / _dense(case.m, 2)
+def _fused(memory_share: float, compute_share: float) -> Callable[[Target, Fp4LinearCase], float]:
+    return lambda target, case: roofline(case, memory_share, compute_share)
 
 
 def _measured_or(name: str, estimate: Callable[[Target, Fp4LinearCase], float]) -> Callable[..., float]:
@@ -83,10 +56,12 @@ def _refuses_hopper_fp8(target: Target, case: Fp4LinearCase | None) -> str | Non
 
 
 def _hopper_fp8_cost(target: Target, case: Fp4LinearCase) -> float:
-    stored = bits_per_weight(case.format_name) / 8
-    quantize = 3 * case.m / case.n
-    ours = quantize + max(stored / _MEMORY_SHARE, case.m / _OPERATIONS_A_BYTE / _HOPPER_FP8_SHARE)
-    return ours / _dense(case.m, 2)
+    return roofline(case, _MEMORY_SHARE, _HOPPER_FP8_SHARE, faster=2, before=_rounding(case))
+
+
+def _rounding(case: Fp4LinearCase) -> float:
+    """Bytes per weight that rounding x to FP8 moves: reading it and writing half as much."""
+    return 3 * case.m / case.n
 
 
 def _refuses_few(target: Target, case: Fp4LinearCase | None) -> str | None:
@@ -103,32 +78,22 @@ def _refuses_diagonal(target: Target, case: Fp4LinearCase | None) -> str | None:
     return None if case is None else fp4_linear_few.refuses_diagonal(target, case.dtype, case.m, case.k, case.layout)
 
 
-def _diagonal_cost(target: Target, case: Fp4LinearCase) -> float:
-    return bits_per_weight(case.format_name) / 8 / _DIAGONAL_MEMORY_SHARE / _dense(case.m, 2)
-
-
 def _refuses_stream(target: Target, case: Fp4LinearCase | None) -> str | None:
     if reason := _refuses_few(target, case):
         return reason
     return None if case is None else fp4_linear_few.refuses_stream(target, case.dtype, case.m, case.k, case.layout)
 
 
-def _stream_cost(target: Target, case: Fp4LinearCase) -> float:
-    stored = bits_per_weight(case.format_name) / 8
-    ours = max(stored / _STREAM_MEMORY_SHARE, 2 * case.m / _OPERATIONS_A_BYTE / _STREAM_COMPUTE_SHARE)
-    return ours / _dense(case.m, 2)
-
-
 def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:
     size = case.dtype.itemsize
     decode = (bits_per_weight(case.format_name) / 8 + size) / _MEMORY_SHARE
-    return (decode + _dense(case.m, size)) / _dense(case.m, 2)
+    return (decode + dense(case.m, size)) / dense(case.m)
 
 
 def _fp8_cost(target: Target, case: Fp4LinearCase) -> float:
     decode = (bits_per_weight(case.format_name) / 8 + 1) / _MEMORY_SHARE
-    quantize = 3 * case.m / case.n  # bytes per weight: reading x and writing half as much
-    return (decode + quantize + max(1, case.m / _OPERATIONS_A_BYTE / _FP8_SHARE)) / _dense(case.m, 2)
+    product = dense(case.m, 1, 2 * BALANCE * _FP8_SHARE)
+    return (decode + _rounding(case) + product) / dense(case.m)
 
 
 def _refuses_fp8(target: Target, case: Fp4LinearCase | None) -> str | None:
@@ -177,12 +142,12 @@ def dequantize_backward(
 
 _OWN_EPILOGUE = frozenset({"epilogue"})
 for _name, _run, _refuses, _cost, _options in (
-    ("triton_diagonal", fp4_linear_few.product_diagonal, _refuses_diagonal, _diagonal_cost, _OWN_EPILOGUE),
-    ("triton_stream", fp4_linear_few.product_stream, _refuses_stream, _stream_cost, _OWN_EPILOGUE),
-    ("triton_few", fp4_linear_few.product_few, _refuses_few, _few_cost, _OWN_EPILOGUE),
-    ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _hopper_cost, _OWN_EPILOGUE),
+    ("triton_diagonal", fp4_linear_few.product_diagonal, _refuses_diagonal, _fused(0.9, math.inf), _OWN_EPILOGUE),
+    ("triton_stream", fp4_linear_few.product_stream, _refuses_stream, _fused(0.82, 0.3), _OWN_EPILOGUE),
+    ("triton_few", fp4_linear_few.product_few, _refuses_few, _fused(0.85, 0.08), _OWN_EPILOGUE),
+    ("hopper", fp4_linear_hopper.product_wide, _refuses_hopper, _fused(_MEMORY_SHARE, 0.75), _OWN_EPILOGUE),
     ("hopper_fp8", fp4_linear_hopper.product_wide_fp8, _refuses_hopper_fp8, _hopper_fp8_cost, _OWN_EPILOGUE),
-    ("triton", fp4_linear_triton.product, _refuses_product, _product_cost, _OWN_EPILOGUE),
+    ("triton", fp4_linear_triton.product, _refuses_product, _fused(_MEMORY_SHARE, 0.6), _OWN_EPILOGUE),
     ("triton_dequantize", dequantize_product, _refuses_dequantize, _dequantize_cost, frozenset()),
     ("triton_fp8", fp4_linear_fp8.product_fp8, _refuses_fp8, _fp8_cost, frozenset()),
 ):

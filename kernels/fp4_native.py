@@ -11,7 +11,6 @@
     ``VB_IMPLEMENTATION=fp4_linear=reference_fp4`` besides.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,17 +19,17 @@ from torch import Tensor
 
 from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4 import PackedWeight, dequantize
+from vbcompile.kernels.fp4_costs import roofline
 from vbcompile.kernels.fp4_epilogue import epilogue_options, out_features
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE, dequantize_weight, rows_of
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.fp4_linear_triton import TileConfig, split_columns, with_splits
 from vbcompile.kernels.fp4_quantize import rounded
-from vbcompile.kernels.registry import Implementation, forced_implementation, operator
+from vbcompile.kernels.registry import Implementation, forced_implementation, last_resort, operator
 from vbcompile.kernels.triton_target import refuses_triton
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_OPERATIONS_A_BYTE = 260.0  # of bfloat16, as in fp4_linear_gpu
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.8, 0.5  # guessed: nobody has measured
 _MOST_DECODED_ROWS = 64
 _FP4_RATE = 4.0  # of bfloat16's
@@ -180,31 +179,18 @@ def product_fp4(
 
 
 # ------------------------------------------------------------------------------------------------------ implementations
-def _dense(m: int) -> float:
-    return max(2.0, 2 * m / _OPERATIONS_A_BYTE)
-
-
-def _stored(case: Fp4LinearCase) -> float:
-    return (4 + 8 / fp4_format(case.format_name).block_size) / 8 / _MEMORY_SHARE
-
-
 def _native_cost(target: Target, case: Fp4LinearCase) -> float:
     rounding = 3 * case.m / case.n  # bytes a weight: x is read, a quarter of it written
-    compute = 2 * case.m / _OPERATIONS_A_BYTE / _FP4_RATE / _COMPUTE_SHARE
-    return (rounding + max(_stored(case), compute)) / _dense(case.m)
+    return roofline(case, _MEMORY_SHARE, _COMPUTE_SHARE, faster=_FP4_RATE, before=rounding)
 
 
 def _decode_cost(target: Target, case: Fp4LinearCase) -> float:
-    return max(_stored(case), 2 * case.m / _OPERATIONS_A_BYTE / _COMPUTE_SHARE) / _dense(case.m)
-
-
-def _last_resort(target: Target, case: Fp4LinearCase) -> float:
-    return math.inf
+    return roofline(case, _MEMORY_SHARE, _COMPUTE_SHARE)
 
 
 for _name, _run, _refuses, _cost, _options in (
     ("native", product_fp4, _refuses_native, _native_cost, frozenset({"epilogue"})),
     ("native_decode", product, _refuses_decode, _decode_cost, frozenset({"epilogue"})),
-    ("reference_fp4", product_reference, _refuses_reference, _last_resort, frozenset()),
+    ("reference_fp4", product_reference, _refuses_reference, last_resort, frozenset()),
 ):
     operator("fp4_linear").register(Implementation(_name, _run, _refuses, _cost, _options))

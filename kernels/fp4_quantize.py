@@ -33,7 +33,7 @@ from vbcompile.device import Target, get_target
 from vbcompile.kernels.fp4 import PackedWeight, decode_rows
 from vbcompile.kernels.fp4_formats import Fp4Format, fp4_format
 from vbcompile.kernels.fp4_rounding import norms, quantize_reference, row_chunks, scale_rule
-from vbcompile.kernels.registry import Choice, Implementation, operator
+from vbcompile.kernels.registry import Choice, Implementation, last_resort, never_refuses, operator
 from vbcompile.kernels.triton_target import on_device
 
 _SOURCE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -101,9 +101,7 @@ def _(weight, format_name, method="mse", per_row=False, *, implementations=""):
     return codes, weight.new_empty([*lead, blocks], dtype=torch.uint8), scale
 
 
-operator("fp4_quantize").register(
-    Implementation("reference", quantize_reference, lambda target, case: None, lambda target, case: math.inf)
-)
+operator("fp4_quantize").register(Implementation("reference", quantize_reference, never_refuses, last_resort))
 
 
 def rounded(

@@ -15,8 +15,10 @@ from vbcompile.compat_calls import (
     any_requires_grad,
     autograd_kernel,
     below_autograd,
+    is_autocast_on,
     is_plain_call,
     is_watched_by_dynamo,
+    without_autocast,
 )
 from vbcompile.compat_transforms import has_tangent, is_forward_differentiated
 
@@ -37,6 +39,9 @@ def quick_operator(name: str, device: str = "CUDA") -> Callable[[Callable[..., A
                     f"{name} has no rule for forward-mode differentiation: torch._dynamo.reset(), then compile "
                     "the model where tangents are carried; it keeps its own operators there"
                 )
+            if is_autocast_on():  # dtypes are decided where the call is made: products inside keep theirs
+                with without_autocast():
+                    return function(*arguments, **named)
             return function(*arguments, **named)
 
         defined = torch.library.custom_op(name, mutates_args=())(run)

@@ -23,7 +23,7 @@ from importlib import import_module, metadata
 from operator import itemgetter
 from typing import Any
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels import replay
 
@@ -132,6 +132,16 @@ class Operator:
         self.load()
         costs, _, _ = _sort_out([i for i in self.implementations if i.inlines], target, case)
         return min(costs, key=_by_cost, default=None)
+
+
+def never_refuses(target: Target, case: Any) -> None:
+    """What an implementation refuses that runs everything."""
+    return None
+
+
+def last_resort(target: Target, case: Any) -> float:
+    """What an implementation costs that runs where all others refuse."""
+    return math.inf
 
 
 def to_be_run(choice: Choice) -> Implementation:

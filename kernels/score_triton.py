@@ -16,7 +16,7 @@ import torch
 
 from vbcompile.kernels.score_function import Instruction
 
-LEAD_AXES: Final = 4
+LEAD_AXES: Final = 4  # that kernels index; fewer are padded
 CONTEXT: Final = "i, j, i_ok, j_ok, ok, lead, q_length, k_length, captured, strides"
 
 _COMPARE: Final = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}

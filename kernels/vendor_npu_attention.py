@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target
 from vbcompile.kernels.attention import attention_backward_reference
 from vbcompile.kernels.attention_band import UNBOUNDED, Band

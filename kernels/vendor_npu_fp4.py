@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbcompile.device import Target
+from vbcompile.kernels.fp4_costs import roofline
 from vbcompile.kernels.fp4_formats import MXFP4
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
-from vbcompile.kernels.fp4_linear_gpu import bits_per_weight
 from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, rounded
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.kernels.vendor_operators import VendorOperator
@@ -169,16 +169,14 @@ def _is_one(row_scale: Tensor) -> bool:
 
 def _cost(target: Target, case: Fp4LinearCase) -> float:
     """Time beside the bfloat16 product: bytes of the weight, or operations where there are many rows."""
-    dense = max(2.0, 2 * case.m / _OPERATIONS_A_BYTE)
-    return max(bits_per_weight(case.format_name) / 8, 2 * case.m / _OPERATIONS_A_BYTE) / dense / 0.8
+    return roofline(case, 0.8, 0.8, balance=_OPERATIONS_A_BYTE)
 
 
 def _rounded_cost(faster: float) -> Callable[[Target, Fp4LinearCase], float]:
     """Units that multiply ``faster`` times as fast as bfloat16's, behind a pass over the activations."""
 
     def cost(target: Target, case: Fp4LinearCase) -> float:
-        dense = max(2.0, 2 * case.m / _OPERATIONS_A_BYTE)
-        return max(bits_per_weight(case.format_name) / 8, 2 * case.m / _OPERATIONS_A_BYTE / faster) / dense / 0.7
+        return roofline(case, 0.7, 0.7, faster=faster, balance=_OPERATIONS_A_BYTE)
 
     return cost
 

@@ -75,7 +75,7 @@ class FusedKernels:
             for user in stack.pop().users:
                 if user not in self.index:
                     continue
-                if self.joint.is_view(user):
+                if self.joint.kinds.is_view(user):
                     stack.append(user)
                 elif not self.is_light(user) and user not in self.joint.forward:
                     found.append(user)
@@ -87,7 +87,7 @@ class FusedKernels:
         ready, needs, roots = self._traits
         written: dict[fx.Node, int] = {}
         for node in self._order:
-            readers = self._products(node) if self.is_light(node) and not self.joint.is_view(node) else []
+            readers = self._products(node) if self.is_light(node) and not self.joint.kinds.is_view(node) else []
             if readers:
                 written[node] = sum(1 << i for i in {self.index[r] for r in readers})
         births: dict[fx.Node, int] = {}

@@ -19,10 +19,10 @@ import torch
 import torch.fx as fx
 
 from vbcompile.compat import OperatorKinds
-from vbcompile.compat_symbols import size_hint
+from vbcompile.compat_symbols import bytes_hint
 
-_SMALL_RESULT = 64
-_LONGEST_CHAIN = 64
+_SMALL_RESULT = 64  # times smaller than what it summarises
+_LONGEST_CHAIN = 64  # cheap operators that are run again one behind the other: a tensor in between is saved
 
 
 @dataclass
@@ -53,9 +53,9 @@ class JointGraph:
 
     @cached_property
     def forward(self) -> dict[fx.Node, None]:
-        """Operators that the forward's results are made from, in order."""
+        """Operators that the forward's results, and what it writes to inputs, are made from, in order."""
         results = self._output_nodes()[: self.outputs]
-        wanted = {node for node in results if node is not None}
+        wanted = {node for node in results if node is not None} | self._writes
         for node in reversed(self.graph.nodes):
             if node in wanted:
                 wanted.update(node.all_input_nodes)
@@ -72,7 +72,7 @@ class JointGraph:
         """Operators whose value leaves the graph, directly or as the base of a view."""
         found = {node for node in self._output_nodes() if node is not None}
         for node in reversed(self.graph.nodes):
-            if node in found and node.op == "call_function" and self.is_view(node):
+            if node in found and node.op == "call_function" and self.kinds.is_view(node):
                 found.update(node.all_input_nodes)
         return found
 
@@ -96,10 +96,6 @@ class JointGraph:
             v if isinstance(v, fx.Node) else None for v in (values if isinstance(values, (list, tuple)) else [values])
         ]
 
-    def is_view(self, node: fx.Node) -> bool:
-        """Whether the result shares its memory with an argument."""
-        return self.kinds.is_view(node)
-
     def is_cheap(self, node: fx.Node) -> bool:
         """Whether the backward may run this forward operator again at any time."""
         if node.op != "call_function" or _is_number(node):
@@ -110,7 +106,7 @@ class JointGraph:
             return False
         if self.kinds.is_recomputed_by_user(node):
             return not self.kinds.is_random(node)
-        return self.is_view(node) or (self.kinds.is_cheap(node) and not _is_small_result(node))
+        return self.kinds.is_view(node) or (self.kinds.is_cheap(node) and not _is_small_result(node))
 
     def is_costly(self, node: fx.Node) -> bool:
         """Whether running this forward operator again gives the same result, at a price."""
@@ -121,8 +117,14 @@ class JointGraph:
         return any(source in self._written for source in node.all_input_nodes)
 
     @cached_property
+    def _writes(self) -> set[fx.Node]:
+        """What stores new values in inputs; AOTAutograd puts that at the graph's end, though the forward does it."""
+        copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        return {n for n in copies if n not in self.backward}
+
+    @cached_property
     def _written(self) -> set[fx.Node]:
-        copies = (n for n in self.graph.nodes if n.target is torch.ops.aten.copy_.default)
+        copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
         return {n.args[0] for n in copies if isinstance(n.args[0], fx.Node)}
 
     def smallest_cut(self) -> dict[fx.Node, None]:
@@ -138,7 +140,7 @@ class JointGraph:
             entry, leave = (node, 0), (node, 1)
             flow.add_edge(entry, leave, capacity=self._price(node))
             sources = [s for s in node.all_input_nodes if s in self.forward and not _is_number(s)]
-            chain[node] = max((chain[s] for s in sources), default=0) + (0 if self.is_view(node) else 1)
+            chain[node] = max((chain[s] for s in sources), default=0) + (0 if self.kinds.is_view(node) else 1)
             if not self.is_cheap(node) or chain[node] > _LONGEST_CHAIN:
                 flow.add_edge("source", entry, capacity=math.inf)
                 chain[node] = 0
@@ -152,9 +154,9 @@ class JointGraph:
     def _price(self, node: fx.Node) -> float:
         """What saving costs: bytes; views are made again, and what is no tensor cannot be saved."""
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or self.is_view(node):
+        if not isinstance(value, torch.Tensor) or self.kinds.is_view(node):
             return math.inf
-        return tensor_bytes(value) + 1
+        return bytes_hint(value) + 1
 
     def made_from(self, node: fx.Node, saved: Sequence[fx.Node] | dict[fx.Node, None]) -> list[fx.Node]:
         """Forward operators that have to run to make ``node`` from the other saved tensors; ``node`` comes last."""
@@ -168,14 +170,9 @@ class JointGraph:
         return [n for n in self.forward if n in seen]
 
 
-def tensor_bytes(value: torch.Tensor) -> int:
-    """Size in bytes of a fake tensor; symbolic sizes by their hints."""
-    return math.prod(size_hint(size) for size in value.shape) * value.element_size()
-
-
 def node_bytes(node: fx.Node) -> int:
     """Size in bytes of a node's results."""
-    return sum(map(tensor_bytes, tensors_of(node)))
+    return sum(map(bytes_hint, tensors_of(node)))
 
 
 def tensors_of(node: fx.Node) -> Iterator[torch.Tensor]:

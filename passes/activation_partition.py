@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx as fx
 
@@ -15,14 +15,12 @@ from vbcompile.passes.activation_graph import JointGraph, node_bytes
 from vbcompile.passes.activation_plan import Limits, Rates, StepPlanner
 from vbcompile.passes.activation_rates import measured_rates
 from vbcompile.passes.graph_ops import describe_site
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.passes.saved_operands import guard_saved
 from vbcompile.report import Decision, GraphReport
 from vbcompile.vgpu_activations import ActivationPlan
 from vbcompile.vgpu_plan import PlanError
 from vbcompile.vgpu_size import size_text
-
-if TYPE_CHECKING:
-    from vbcompile.passes.pipeline import PassContext
 
 MODULES = (activation_graph, activation_offload, activation_plan, recompute)
 """What a partition depends on, for the compile cache's key."""
@@ -141,7 +139,7 @@ class ActivationPartitioner:
         log.info("activations: %s", reason)
 
 
-def partitioner_for(context: "PassContext", report: GraphReport) -> ActivationPartitioner | None:
+def partitioner_for(context: PassContext, report: GraphReport) -> ActivationPartitioner | None:
     """The partitioner for a graph that is trained in a mode that saves memory; None for all others.
 
     Nothing is gained by moving tensors from main memory to main memory: on the CPU they are only recomputed, unless

@@ -9,19 +9,19 @@ from itertools import accumulate
 import torch.fx as fx
 
 from vbcompile import compat
-from vbcompile.compat_symbols import size_hint
+from vbcompile.compat_symbols import bytes_hint, count_hint, size_hint
 from vbcompile.passes.activation_fusion import FusedKernels
-from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensor_bytes, tensors_of
+from vbcompile.passes.activation_graph import JointGraph, node_bytes, tensors_of
 from vbcompile.vgpu_activations import Activation, ActivationPlan, plan_activations
 from vbcompile.vgpu_plan import Operator, PlanError, Tier, padded
 
 log = logging.getLogger(__name__)
 
-_DEEPEST = 2
-_SMALLEST_SHARE = 1000
-_SMALLEST_MOVED = 2**20
-_TRIES = 8
-_FINE = 50
+_DEEPEST = 2  # costly operators that are run again one behind the other
+_SMALLEST_SHARE = 1000  # a tensor below this part of all that is saved is not worth a decision
+_SMALLEST_MOVED = 2**20  # bytes; a smaller copy is mostly latency
+_TRIES = 8  # halvings on the way to the smallest budget in the time that is allowed
+_FINE = 50  # which is good enough within this part of it
 _SEGMENT = 2**21  # PyTorch's allocators take memory in such steps for what is larger than half of one
 _GRAIN = 512  # and hand out what is smaller in these
 
@@ -100,11 +100,11 @@ class StepPlanner:
         return node.op == "call_function" and node not in self.joint.forward
 
     def _is_light(self, node: fx.Node) -> bool:
-        return self.joint.is_view(node) or self.joint.kinds.is_cheap(node)
+        return self.joint.kinds.is_view(node) or self.joint.kinds.is_cheap(node)
 
     def nanoseconds(self, node: fx.Node) -> int:
         """Estimated time of one operator; pointwise ones are fused, so that each of them writes at most."""
-        if self.joint.is_view(node):
+        if self.joint.kinds.is_view(node):
             return 0
         written = node_bytes(node)
         if self._is_light(node):
@@ -203,7 +203,7 @@ class StepPlanner:
         index, leaders, _ = self._timeline
         planned, saved, last, kernels = set(self.planned), set(self.saved), len(leaders) - 1, self._kernels
         for node in index:
-            if node in planned or self.joint.is_view(node) or not node_bytes(node):
+            if node in planned or self.joint.kinds.is_view(node) or not node_bytes(node):
                 continue
             inside = node in self.joint.forward
             readers = self._all_readers(node)
@@ -232,7 +232,7 @@ class StepPlanner:
 
     def _is_fused(self, node: fx.Node, readers: list[fx.Node]) -> bool:
         """Whether a pointwise operator's result goes straight into those that read it."""
-        real = [u for u in readers if not self.joint.is_view(u)]
+        real = [u for u in readers if not self.joint.kinds.is_view(u)]
         return self._is_light(node) and bool(real) and all(map(self._is_light, real)) and node not in self.joint.results
 
     def _all_readers(self, node: fx.Node) -> list[fx.Node]:
@@ -242,7 +242,7 @@ class StepPlanner:
             for user in stack.pop().users:
                 if user in self._timeline[0]:
                     found.append(user)
-                    if self.joint.is_view(user):
+                    if self.joint.kinds.is_view(user):
                         stack.append(user)
         return found
 
@@ -307,7 +307,7 @@ class StepPlanner:
 
 def held_bytes(node: fx.Node) -> int:
     """Bytes that an allocator holds for a node's results: what is left of a block goes to others if it is worth it."""
-    return sum(map(_block_bytes, map(tensor_bytes, tensors_of(node))))
+    return sum(map(_block_bytes, map(bytes_hint, tensors_of(node))))
 
 
 def _block_bytes(size: int) -> int:
@@ -321,7 +321,7 @@ def scratch_bytes(node: fx.Node) -> int:
     if "attention" not in name or "backward" not in name:
         return 0
     queries = next(tensors_of(node), None)  # their gradient
-    return 0 if queries is None else 4 * (tensor_bytes(queries) // queries.element_size())
+    return 0 if queries is None else 4 * count_hint(queries)
 
 
 def operations(node: fx.Node) -> int:
@@ -332,10 +332,10 @@ def operations(node: fx.Node) -> int:
     result = next(tensors_of(node), None)
     if result is None or len(inputs) < 2:
         return 0
-    size = tensor_bytes(result) // result.element_size()
+    size = count_hint(result)
     if "convolution" in name:
         weight = inputs[1]
-        return 2 * size * (tensor_bytes(weight) // weight.element_size()) // max(size_hint(weight.shape[0]), 1)
+        return 2 * size * count_hint(weight) // max(size_hint(weight.shape[0]), 1)
     if any(part in name for part in ("attention", "flash")):
         pairs = 4 if "backward" not in name else 10
         return pairs * size * size_hint(inputs[1].shape[-2])

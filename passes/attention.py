@@ -8,7 +8,6 @@ pointwise part becomes a score function (``attention_lift``, ``attention_masks``
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import fx
@@ -35,21 +34,22 @@ from vbcompile.passes.attention_small import ask_for_quick_calls
 from vbcompile.passes.attention_weights import Carriers, may_begin
 from vbcompile.passes.graph_aten import erase_proven_checks
 from vbcompile.passes.graph_axes import AxisError
-from vbcompile.passes.graph_effects import Effects, make_functional
+from vbcompile.passes.graph_effects import Effects, make_functional, upstream
 from vbcompile.passes.graph_gradients import correct_gradients
 from vbcompile.passes.graph_ops import Call, call_of, describe_site, module_graphs
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 PASS_NAME = "attention"
 
 
-def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
+def fuse_attention(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
     """Rewrite every provable attention site of ``gm`` (a torch-level graph, changed in place).
 
     Args:
         gm: the graph as Dynamo hands it over, with fake values in ``node.meta["example_value"]``; graphs of
             higher-order operators inside it (activation checkpointing) are rewritten too.
-        context: what a pass may know (``pipeline.PassContext``).
+        context: what a pass may know.
 
     Returns:
         A decision for every softmax that might have been attention.
@@ -62,8 +62,7 @@ def fuse_attention(gm: fx.GraphModule, context: Any) -> list[Decision]:
         found = run(module)
         decisions += found
         if any(d.action == "rewritten" for d in found):
-            if context is not None:
-                ask_for_quick_calls(module.graph, context)
+            ask_for_quick_calls(module.graph, context)
             module.graph.lint()
             module.recompile()
     return decisions
@@ -195,9 +194,9 @@ class _GraphPass:
                 self._leave(matcher, node, "no matrix product sums values with these weights")
 
 
-def _skips_tiles(context: Any) -> bool:
+def _skips_tiles(context: PassContext) -> bool:
     """Whether kernels of the target leave out hidden tiles; those of CPUs read a mask as a tensor like any other."""
-    return context is not None and context.target.device_type != "cpu"
+    return context.target.device_type != "cpu"
 
 
 def is_named_softmax(node: fx.Node) -> bool:
@@ -221,19 +220,9 @@ def _plan_all(matcher: Matcher, contraction: Contraction) -> list[Plan]:
 
 
 def _softmaxes_behind(contraction: Contraction, carriers: Carriers) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    todo = [n for n in (contraction.lhs, contraction.rhs) if n in carriers.carrying]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in carriers.softmaxes:
-            found.add(node)
-        else:
-            todo += [i for i in node.all_input_nodes if i in carriers.carrying]
-    return found
+    carrying = lambda nodes: [n for n in nodes if n in carriers.carrying]
+    sources = lambda n: [] if n in carriers.softmaxes else carrying(n.all_input_nodes)
+    return carriers.softmaxes.intersection(upstream(carrying((contraction.lhs, contraction.rhs)), sources))
 
 
 def _callers(gm: fx.GraphModule, inner: fx.GraphModule) -> list[fx.Node] | None:

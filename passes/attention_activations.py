@@ -6,15 +6,13 @@ function has a kink, the choice between its pieces is the one whose gradient PyT
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vbcompile.passes.attention_expression import Algebra, Expression
+from vbcompile.passes.attention_reader import Reader
 from vbcompile.passes.graph_ops import ACTIVATIONS, value_of
-
-if TYPE_CHECKING:
-    from vbcompile.passes.attention_lift import Lifter
 
 Number = Expression | float
 _SELU = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717  # scale, alpha
@@ -161,7 +159,7 @@ class Activations:
 
 
 def activation(
-    lifter: "Lifter", name: str, x: Expression, dtype: torch.dtype, given: dict[str, Any]
+    lifter: Reader, name: str, x: Expression, dtype: torch.dtype, given: dict[str, Any]
 ) -> Expression | None:
     """The expression of ``name(x)`` with other arguments ``given``; None where it is not known or not of numbers."""
     options = {k: v for k, v in given.items() if k in ACTIVATIONS[name] and k != "inplace"}

@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from vbcompile.compat import copy_graph
-from vbcompile.passes.attention_contraction import contraction_of, einsum_labels
+from vbcompile.passes.attention_contraction import einsum_labels, is_product
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Carriers, is_on_the_way, may_begin
 from vbcompile.passes.graph_autocast import autocast_at, under_autocast
+from vbcompile.passes.graph_effects import upstream
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import (
     call_of,
@@ -125,16 +126,8 @@ def _near_weights(graph: fx.Graph) -> set[fx.Node]:
     Arithmetic elsewhere is no part of attention: an associative scan maps it over slices, hundreds of times in a model.
     """
     calls = {node: call for node in graph.nodes if (call := call_of(node)) is not None}
-    near: set[fx.Node] = set()
-    todo = [node for node, call in calls.items() if may_begin(call)]
-    while todo:
-        node = todo.pop()
-        if node not in near:
-            near.add(node)
-            call = calls.get(node)
-            if call is None or (call.name != "linear" and contraction_of(call, node) is None):
-                todo += node.all_input_nodes
     after = {node for node, call in calls.items() if may_begin(call)}
+    near = set(upstream(after, lambda n: [] if is_product(n) else n.all_input_nodes))
     for node in graph.nodes:
         followed = _is_arithmetic(node) or (node in calls and is_on_the_way(calls[node]))
         if followed and any(i in after for i in node.all_input_nodes):

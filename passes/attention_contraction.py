@@ -78,6 +78,12 @@ def contraction_of(call: Call | None, node: fx.Node) -> Contraction | None:
     return found
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether a node is a matrix product: a contraction, or a layer with its bias."""
+    call = call_of(node)
+    return call is not None and (call.name == "linear" or contraction_of(call, node) is not None)
+
+
 def _broad_labels(node: fx.Node, labels: Labels) -> set[Label]:
     return {label for label, size in zip(labels, shape_of(node), strict=True) if not known_equal(size, 1)}
 

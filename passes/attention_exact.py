@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import SymFloat, SymInt
 
+from vbcompile.compat import promoted_type
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Algebra, Expression, bounds
 from vbcompile.passes.graph_ops import known, tensor_of, value_of
 
@@ -83,8 +84,7 @@ def compared_in(operands: Sequence[Any]) -> torch.dtype:
     """The dtype in which PyTorch combines operands: nodes, or numbers."""
     plain = {SymInt: 0, SymFloat: 0.0}
     values = [plain.get(type(v), v) for v in map(value_of, operands)]
-    with torch._C.DisableTorchFunctionSubclass():
-        return values[0].dtype if len(values) == 1 else torch.result_type(*values)
+    return values[0].dtype if len(values) == 1 else promoted_type(*values)
 
 
 # ------------------------------------------------------------------------------------------------------- integers

@@ -12,10 +12,9 @@ from torch import fx
 
 from vbcompile.passes.attention_expression import FLOAT, Algebra, Expression, parts
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.attention_masks import Logits, holds_learned_numbers
+from vbcompile.passes.attention_masks import MASK_SIZED, Logits, holds_learned_numbers
 from vbcompile.passes.graph_ops import Call, call_of, is_tensor, tensor_of
 
-_LARGE = 1e3  # a logarithm beside it is as exact as the scores are
 _NOT_NEGATIVE = {"sigmoid", "exp", "exp2", "softmax", "softplus", "relu", "abs", "square"}
 _SAME = {
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "reshape", "flatten", "unflatten", "unsqueeze",
@@ -87,5 +86,5 @@ def _is_moderate(e: Expression) -> bool:
 
 def _may_be_large(x: Expression) -> bool:
     if x.name == "const":
-        return _LARGE <= abs(x.value) < math.inf
-    return x.name == "tensor" and x.kind == FLOAT and not holds_learned_numbers(x.arguments[0], largest=_LARGE)
+        return MASK_SIZED <= abs(x.value) < math.inf
+    return x.name == "tensor" and x.kind == FLOAT and not holds_learned_numbers(x.arguments[0], largest=MASK_SIZED)

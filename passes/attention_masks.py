@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from vbcompile.passes.attention_contraction import contraction_of
+from vbcompile.passes.attention_contraction import contraction_of, is_product
 from vbcompile.passes.attention_expression import (
     FLOAT,
     INT,
@@ -25,15 +26,17 @@ from vbcompile.passes.attention_expression import (
     parts,
 )
 from vbcompile.passes.graph_axes import Dim
+from vbcompile.passes.graph_effects import upstream
 from vbcompile.passes.graph_ops import Call, call_of, is_parameter, is_tensor, known, tensor_of, value_of
 
 LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every logit that a model computes
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
 POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
-_FILL = 1e3  # no learned number is as large
+MASK_SIZED = 1e3  # no learned number is as large, and beside a larger one scores lose digits
 _DECIDES = 700.0  # no weight is left in float64 that is so far below another
 _VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
+_MOST_READ = 200  # nodes that are looked at for where a tensor comes from
 
 
 @dataclass
@@ -100,29 +103,47 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
 
 def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
     """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
-    return holds_number_beyond(logits.value, max(_FILL, 0.1 / torch.finfo(dtype).eps))
+    limit = max(MASK_SIZED, 0.1 / torch.finfo(dtype).eps)
+    return holds_number_beyond(logits.value, limit) or _adds_fills(logits.value, limit)
 
 
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
-    tensors = (e.arguments[0] for e in parts(logits.value) if e.name == "tensor" and e.kind == FLOAT)
-    return holds_number_beyond(logits.value, _DECIDES) or any(map(_is_made_of_fills, tensors))
+    return holds_number_beyond(logits.value, _DECIDES) or _adds_fills(logits.value, _DECIDES)
+
+
+def _adds_fills(value: Expression, limit: float) -> bool:
+    """Whether a tensor that is added to the score, or takes its place, may hold finite fills beyond ``limit``."""
+    tensors = (x.arguments[0] for e in _addends(value) for x in parts(e) if x.name == "tensor" and x.kind == FLOAT)
+    return any(may_hold_fills(node, limit) for node in tensors)
+
+
+def may_hold_fills(node: fx.Node, limit: float) -> bool:
+    """Whether a tensor of floats may be, or be made of, a mask of numbers beyond ``limit``."""
+    return _is_made_of_fills(node) or not holds_learned_numbers(node, limit, activations=True)
+
+
+def _addends(e: Expression) -> list[Expression]:
+    """What beside the score the logits are a sum, or a choice, of; what multiplies the score is left out."""
+    if "score" not in e.leaves:
+        return [e]
+    inner = e.arguments if e.name in ("add", "sub", "maximum", "minimum") else ()
+    inner = e.arguments[1:] if e.name == "where" else inner
+    inner = inner or tuple(a for a in e.arguments if e.name != "score" and "score" in a.leaves)
+    return [x for a in inner for x in _addends(a)]
 
 
 def _is_made_of_fills(node: fx.Node) -> bool:
     """Whether arithmetic that makes a tensor reads a number from which no weight is left: ``1e9 * (1 - mask)``."""
-    todo, seen = [node], set[fx.Node]()
-    while todo:
-        n = todo.pop()
-        call = call_of(n)
-        if n in seen or call is None or contraction_of(call, n) is not None:
-            continue
-        seen.add(n)
-        numbers = [a for a in call.arguments.values() if type(a) in (int, float)]
-        if call.name in _FILLS and any(_DECIDES < abs(a) < float("inf") for a in numbers):
-            return True
-        todo += n.all_input_nodes
-    return False
+    is_end = lambda n: call_of(n) is None or contraction_of(call_of(n), n) is not None
+    reached = upstream([node], lambda n: () if is_end(n) else n.all_input_nodes)
+    return any(call is not None and holds_fill(call) for call in map(call_of, reached))
+
+
+def holds_fill(call: Call) -> bool:
+    """Whether an operator adds, or puts in place of others, a finite number of which no weight is left."""
+    numbers = [a for a in call.arguments.values() if type(a) in (int, float)]
+    return call.name in _FILLS and any(_DECIDES < abs(a) < float("inf") for a in numbers)
 
 
 _FILLS = {"mul", "add", "sub", "rsub", "div", "where", "masked_fill", "full", "full_like"}
@@ -301,36 +322,37 @@ def holds_learned_numbers(node: fx.Node, largest: float = -LOWEST_FILL, activati
     A parameter that wants no gradient may be a mask; one that is looked up in, or a layer's weight, is frozen. With
     ``activations`` what matrix products give counts too.
     """
-    todo: list[Any] = [node]
-    seen: set[fx.Node] = set()
-    while todo:
-        n = todo.pop()
-        if isinstance(n, (tuple, list)):
-            todo.extend(n)
-        elif isinstance(n, float) and not abs(n) < largest:
-            return False
-        if not isinstance(n, fx.Node) or n in seen or not _may_hold_floats(n):
-            continue
-        seen.add(n)
-        call = call_of(n)
-        if n.op in ("placeholder", "get_attr"):
-            if not is_parameter(n) or not tensor_of(n).requires_grad:
-                return False
-        elif activations and call is not None and (call.name == "linear" or contraction_of(call, n) is not None):
-            continue
-        elif (
-            len(seen) > 100
-            or (call is not None and (call.in_place or call.name in _MAY_BE_INFINITE))
-            or (call is not None and call.name == "div" and is_tensor(call.get("other")))
-        ):
-            return False
-        elif n.target is F.embedding:
-            todo += _unless_parameters(n.args[1:2])  # the table alone gives elements
-        elif call is not None and (call.name == "linear" or _is_lookup(call)):
-            todo += _unless_parameters(call.arguments.values())
-        elif call is None or call.name not in _BOUNDED:
-            todo += [*n.args, *n.kwargs.values()]
-    return True
+    is_end = lambda n: not _may_hold_floats(n) or (activations and is_product(n))
+    made_from = lambda n: [] if is_end(n) else pytree.tree_leaves(_made_from(n))
+    nodes = upstream([node], lambda n: [a for a in made_from(n) if isinstance(a, fx.Node)])
+    return all(
+        count < _MOST_READ
+        and (is_end(n) or _is_learned(n))
+        and all(abs(a) < largest for a in made_from(n) if isinstance(a, float))
+        for count, n in enumerate(nodes)
+    )
+
+
+def _made_from(node: fx.Node) -> Any:
+    """The arguments that decide how large the numbers of the result are."""
+    call = call_of(node)
+    if call is not None and call.name in _BOUNDED:
+        return []
+    if node.target is F.embedding:
+        return _unless_parameters(node.args[1:2])  # the table alone gives elements
+    if call is not None and (call.name == "linear" or _is_lookup(call)):
+        return _unless_parameters(call.arguments.values())
+    return [node.args, *node.kwargs.values()]
+
+
+def _is_learned(node: fx.Node) -> bool:
+    """Whether finite numbers give finite ones here, and a leaf is a parameter that is trained."""
+    if node.op in ("placeholder", "get_attr"):
+        return is_parameter(node) and tensor_of(node).requires_grad
+    call = call_of(node)
+    return call is None or not (
+        call.in_place or call.name in _MAY_BE_INFINITE or (call.name == "div" and is_tensor(call.get("other")))
+    )
 
 
 def _unless_parameters(arguments: Iterable[Any]) -> list[Any]:

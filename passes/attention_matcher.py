@@ -21,21 +21,20 @@ from vbcompile.passes.attention_masks import (
     Guard,
     Logits,
     conjuncts,
-    holds_number_beyond,
     may_absorb,
     may_hide,
     may_underflow,
     may_vanish,
     split_logits,
 )
-from vbcompile.passes.attention_shifts import without_shifts
+from vbcompile.passes.attention_shifts import may_lose_scores, without_shifts
 from vbcompile.passes.attention_site import Detail, Operand, Retry, Site
 from vbcompile.passes.attention_softmax import Softmax, find_late_division, is_float_cast, read_softmax
 from vbcompile.passes.attention_terms import split_term
 from vbcompile.passes.attention_weights import Carriers, Weights, walk_back
 from vbcompile.passes.graph_autocast import autocast_at
 from vbcompile.passes.graph_axes import AxisError, Dim, Dims, Space, broadcast_input
-from vbcompile.passes.graph_effects import Effects, ancestors, cuts_gradient
+from vbcompile.passes.graph_effects import Effects, cuts_gradient
 from vbcompile.passes.graph_ops import (
     call_of,
     is_tensor,
@@ -175,8 +174,8 @@ class Matcher:
             if softmax.sink is not None:
                 raise Refusal("scores less a number of their row, beside a sink")
             logits, softmax = without_shifts(algebra, logits), replace(softmax, exact_logits=False, bare=False)
-        if self._averages_fills(lifter, logits, {*softmax.shifts, *lifter.shifts}):
-            raise Refusal("an average of scores and fills is subtracted from the scores")
+        if may_lose_scores({*softmax.shifts, *lifter.shifts}, first.node, lifter.depends):
+            raise Refusal("an average or a minimum of scores and fills is subtracted from the scores")
         if lifter.score_dims is None:
             raise Refusal("the softmax does not depend on the matrix product behind it")
         weights = softmax.weights
@@ -212,6 +211,8 @@ class Matcher:
         """Scale, logits with gates, and mask; what rows without a key give; the softmax with what that says of it."""
         algebra, weights = lifter.algebra, softmax.weights
         split = split_logits(algebra, logits, keys, guard=None if weights.kept else self.guard(score))
+        if softmax.needs_a_key and not split_logits(algebra, logits, keys).every_row:
+            raise Refusal("a sink beside scores less their own maximum, which is infinite in rows that have no key")
         if softmax.less_log_sum and may_absorb(split, tensor_of(softmax.logits).dtype):
             raise Refusal("the logarithm of a sum of fills is lost beside them")
         full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
@@ -222,13 +223,6 @@ class Matcher:
             softmax = replace(softmax, exact_logits=False)  # the logarithm of the sum still has the fills of such rows
         gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]
         return gated(algebra, kept, gates), empty, softmax
-
-    @staticmethod
-    def _averages_fills(lifter: Lifter, logits: Expression, shifts: set[fx.Node]) -> bool:
-        """Whether low fills may be a part of what shifts a row, so that the scores are lost beside it."""
-        made = [n for n in ancestors(shifts, [lifter.score]) if lifter.depends(n)] if shifts and lifter.score else []
-        averages = any(getattr(call_of(n), "name", "") in ("mean", "sum") for n in made)
-        return averages and holds_number_beyond(logits, -POWERLESS)
 
     def guard(self, score: fx.Node) -> Guard | None:
         """How a low finite fill becomes a mask; None where it stays a number."""

@@ -12,6 +12,7 @@ import torch
 from torch import SymInt, fx
 
 from vbcompile.kernels.score_function import Builder, Instruction, ScoreFunction
+from vbcompile.kernels.score_triton import LEAD_AXES
 from vbcompile.passes.attention_expression import Expression, parts
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import conjunction
@@ -22,7 +23,6 @@ from vbcompile.passes.graph_axes import AxisError, Dim, Dims, product, view_inpu
 from vbcompile.passes.graph_effects import Effects, ancestors, learned_leaves, storage_of
 from vbcompile.passes.graph_ops import FLOATS, Call, call_of, is_tensor, known_equal, tensor_of, value_of
 
-MAX_LEADING = 4
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -192,7 +192,7 @@ class _Peeler:
     def _too_many(self) -> bool:
         site = self.site
         taken = {*site.space.resolve(site.rows), *site.space.resolve(site.values)}
-        return sum(a not in taken for dim in site.space.resolve_all(site.out_dims) for a in dim) > MAX_LEADING
+        return sum(a not in taken for dim in site.space.resolve_all(site.out_dims) for a in dim) > LEAD_AXES
 
     def _step(self, here: Operand, may_scale: bool) -> tuple[Operand, bool, float] | None:
         """One operator back: the input, whether leaving the operator out saves work, the factor left out."""
@@ -297,14 +297,14 @@ def _leading(site: Site, captured: list[Dims]) -> list[Dim]:
     operands = [site.q, site.k, site.v, *(x for q, k, _ in site.terms for x in (q, k))]
     holders = [_set(space.resolve_all(o.dims)) for o in operands]
     holders += [_set(space.resolve_all(dims)) for dims in captured]
-    while len(lead) > MAX_LEADING:
+    while len(lead) > LEAD_AXES:
         for place in range(len(lead) - 1):
             joint = lead[place] + lead[place + 1]
             if all(set(joint) <= h or not set(joint) & h for h in holders):
                 lead[place : place + 2] = [joint]
                 break
         else:
-            raise Retry(f"more than {MAX_LEADING} leading axes")
+            raise Retry(f"more than {LEAD_AXES} leading axes")
     return lead
 
 
@@ -315,7 +315,7 @@ def _with_batch_of_one(made: Plan, lead: list[Dim], captured: list[Dims]) -> lis
     """
     site, space = made.site, made.site.space
     scores = any(_set(space.resolve_all(dims)) >= {*made.rows, *made.keys} for dims in captured)
-    if not made.rows or scores or len(lead) >= MAX_LEADING:
+    if not made.rows or scores or len(lead) >= LEAD_AXES:
         return lead
     longer: list[Dim] = [(), *lead]
     dims = space.resolve_all(site.out_dims)

@@ -1,7 +1,7 @@
 """Pointwise operators of PyTorch as expressions."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,21 +10,19 @@ from vbcompile.passes.attention_activations import activation
 from vbcompile.passes.attention_contraction import contraction_of
 from vbcompile.passes.attention_exact import LARGEST_EXACT, compared_in, is_exact, may_be_cut, may_wrap
 from vbcompile.passes.attention_expression import BOOL, FLOAT, INT, Coordinates, Expression, Opaque, kind_of
+from vbcompile.passes.attention_masks import MASK_SIZED
+from vbcompile.passes.attention_reader import Reader
 from vbcompile.passes.graph_ops import ACTIVATIONS, Call, call_of, is_tensor, known_equal, rounded, shape_of, tensor_of
-
-if TYPE_CHECKING:
-    from vbcompile.passes.attention_lift import Lifter
 
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 _LOGICAL = {"and", "or", "xor"}
 _SAME_NAME = {"mul", "maximum", "minimum", "neg", "abs", "relu", "mod"}
 _FLOAT_ONLY = {"exp", "log", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "atan", "erf"}
 _JUMPS = {"sign", "isnan", "isinf", "nan_to_num", "hardshrink", "threshold"}  # rounding may decide what they give
-_MASK_SIZED = 1e3
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "cpu", "cuda"}
 
 
-def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
+def pointwise(lifter: Reader, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:
     """The expression of a pointwise operator's result; raises Opaque for anything else."""
     rule = getattr(_Rules, call.name, None) or _RULES.get(call.name)
     if rule is None:
@@ -35,7 +33,7 @@ def pointwise(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordina
 class _Rules:
     """One call in hand; a method per operator that needs more than its own name."""
 
-    def __init__(self, lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> None:
+    def __init__(self, lifter: Reader, call: Call, node: fx.Node, coordinates: Coordinates) -> None:
         self.make = lifter.algebra.make
         self.const = lifter.algebra.const
         self.call = call
@@ -55,7 +53,7 @@ class _Rules:
         if is_tensor(argument) or e.name != "const" or e.kind != FLOAT or self._dtype not in LARGEST_EXACT:
             return e
         held = rounded(e.value, self._dtype)
-        return self.const(held) if _MASK_SIZED <= abs(held) < math.inf else e
+        return self.const(held) if MASK_SIZED <= abs(held) < math.inf else e
 
     def read_as(self, kind: str, parameter: str) -> Expression:
         return self.convert(kind, self.read(parameter))

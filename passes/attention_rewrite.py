@@ -265,9 +265,10 @@ def _emit_log_sums(emitter: Emitter, plan: Plan, call: fx.Node, dims: Dims) -> l
         if tensor_of(lse).dtype != tensor_of(node).dtype:
             lse = emitter.method("to", lse, tensor_of(node).dtype)
         lse = emitter.with_strides(lse, tensor_of(node))
-        if cuts_gradient(node):
+        only_the_result_learns = tensor_of(plan.site.out).requires_grad and not tensor_of(node).requires_grad
+        if only_the_result_learns or cuts_gradient(node):
             lse = emitter.method("detach", lse)
-        if not tensor_of(node).requires_grad and tensor_of(plan.site.out).requires_grad:
+        if only_the_result_learns:
             lse = _copy(emitter, lse)  # may be written to, and is saved for the backward
         lse.meta["example_value"] = tensor_of(node)
         found.append((node, lse))

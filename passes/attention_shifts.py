@@ -5,9 +5,54 @@ lifter reads such a number as a leaf of its own, and :func:`without_shifts` take
 one number for all keys of a row.
 """
 
+import math
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_lift import Refusal
-from vbcompile.passes.attention_masks import LOW_FILL
+from vbcompile.passes.attention_masks import LOW_FILL, POWERLESS, holds_fill, may_hold_fills
+from vbcompile.passes.graph_axes import index_items, is_full_slice
+from vbcompile.passes.graph_effects import ancestors
+from vbcompile.passes.graph_ops import call_of, is_tensor, shape_of, tensor_of
+
+_AS_LARGE = {
+    "amax", "max", "maximum", "logsumexp", "getitem", "masked_fill", "where", "tril", "triu", "clamp", "clamp_min",
+    "clamp_max", "tanh", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "double", "type", "type_as",
+    "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "mT", "permute", "expand", "contiguous",
+    "clone", "cat", "pad",
+}  # fmt: skip
+
+
+def may_lose_scores(shifts: Iterable[fx.Node], score: fx.Node, depends: Callable[[fx.Node], bool]) -> bool:
+    """Whether a number that shifts a row may be one beside which the row's scores are lost, or infinite.
+
+    A row's maximum is a score that is seen. An average, a minimum or a median of scores and of a mask's fills is not.
+    """
+    made = {n for n in ancestors(shifts, [score]) if depends(n)} - {score}
+    added = {score} if getattr(call_of(score), "name", "") in ("baddbmm", "addmm") else set[fx.Node]()
+    return not all(map(_is_as_large, made)) and any(_reads_fills(n, depends) for n in made | added)
+
+
+def _is_as_large(node: fx.Node) -> bool:
+    """Whether an operator keeps a row's largest score, or computes with it."""
+    call = call_of(node)
+    if call is None or call.name not in _AS_LARGE:
+        return False
+    if call.name != "getitem" or not is_tensor(call.input):  # of the pair that ``max`` gives
+        return True
+    shape = shape_of(call.input)
+    items = [item for item in index_items(call.get("index"), len(shape)) if item is not None]
+    return all(map(is_full_slice, items, shape))
+
+
+def _reads_fills(node: fx.Node, depends: Callable[[fx.Node], bool]) -> bool:
+    call = call_of(node)
+    if call is None or holds_fill(call) or any(type(a) is float and math.isinf(a) for a in call.arguments.values()):
+        return True
+    tensors = [i for i in node.all_input_nodes if is_tensor(i) and tensor_of(i).is_floating_point() and not depends(i)]
+    return any(may_hold_fills(t, -POWERLESS) for t in tensors)
 
 
 def without_shifts(algebra: Algebra, e: Expression) -> Expression:

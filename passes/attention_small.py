@@ -16,12 +16,13 @@ from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.registry import Implementation, operator
 from vbcompile.passes.attention_inlined import has_fixed_layout
 from vbcompile.passes.implementation_choice import case_of
+from vbcompile.passes.pass_context import PassContext
 
 _OPERATIONS, _BYTES = 2e9, 8e6  # 2 to 4 microseconds of a card that the host cannot keep busy otherwise
 _PLAIN_OPERATIONS = 1e7  # up to here the products in float32, keys repeated for each head, take 10 microseconds
 
 
-def ask_for_quick_calls(graph: fx.Graph, context: Any) -> None:
+def ask_for_quick_calls(graph: fx.Graph, context: PassContext) -> None:
     """Name PyTorch's operator in the small calls of a torch-level graph, in place; nothing where the user named one."""
     if context.training or context.elsewhere:
         return

@@ -9,7 +9,7 @@ from torch import fx
 from vbcompile.passes.attention_gates import is_gate
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_weights import Gate, Kept, Weights
-from vbcompile.passes.graph_axes import Dim, Dims, Space, broadcast_input, permutation, view_input
+from vbcompile.passes.graph_axes import RESHAPES, Dim, Dims, Space, broadcast_input, permutation, view_input
 from vbcompile.passes.graph_effects import ancestors, cuts_gradient, learned_leaves
 from vbcompile.passes.graph_ops import FLOATS, Call, call_of, is_tensor, known_equal, positive_dim, shape_of, tensor_of
 
@@ -31,6 +31,7 @@ class Softmax:
         weights: the walk to the second product, without what belonged to the softmax.
         exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
         bare: whether powers are taken of logits from which nothing is subtracted, so that those of low fills are zero.
+        needs_a_key: whether rows whose logits are all ``-inf`` are NaN although there is a sink.
         less_log_sum: whether the logarithm of the sum is subtracted from the logits, which loses it beside low fills.
         late_sum: for weights that are divided by their sum only after the second product, the node that was summed.
     """
@@ -47,6 +48,7 @@ class Softmax:
     others: tuple[fx.Node, ...] = ()
     gates: tuple[Gate, ...] = ()
     bare: bool = False
+    needs_a_key: bool = False
     less_log_sum: bool = False
 
 
@@ -126,7 +128,7 @@ def _handwritten(space: Space, weights: Weights, keys: Dim) -> Softmax:
         exact = not (own.masks or own.gates)
         found = Softmax(
             logits, weights.dims, own.rest, own.sink, exact_logits=exact, factor=factor, masks=own.masks,
-            others=own.others, gates=own.gates, bare=True,
+            others=own.others, gates=own.gates, bare=True, needs_a_key=shift is not None and not _is_bounded(shift),
         )  # fmt: skip
         return found if shift is None else _without_shift(found, call_of(logits).input, shift)  # type: ignore[union-attr]
     if weights.kept or weights.zero_empty:
@@ -332,6 +334,18 @@ def _shift(space: Space, weights: Weights, keys: Dim) -> fx.Node | None:
     if call is None or call.name != "sub" or not _is_row_constant(space, call, weights.dims, keys):
         return None
     return call.get("other")
+
+
+def _is_bounded(shift: fx.Node) -> bool:
+    """Whether what is subtracted from a row is finite where all of the row's logits are ``-inf``."""
+    call = call_of(shift)
+    while call is not None and call.name in _CASTS | RESHAPES | {"getitem"} and isinstance(call.input, fx.Node):
+        call = call_of(call.input)
+    if call is None or call.in_place:
+        return False
+    limits = [call.get("min")] if call.name in ("clamp", "clamp_min") else []
+    of_two = call.name == "maximum" or (call.name == "max" and is_tensor(call.get("dim")))
+    return of_two or any(isinstance(x, (int, float)) and x > -math.inf for x in limits)
 
 
 def _is_row_constant(space: Space, call: Any, dims: Dims, keys: Dim) -> bool:

@@ -1,7 +1,7 @@
 """Where elements come from: indexing, and tensors made in the graph (``arange``, ``tril``, ``full``, ``cumsum``)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import SymInt, fx
@@ -16,14 +16,12 @@ from vbcompile.passes.attention_expression import (
     Opaque,
     kind_of,
 )
+from vbcompile.passes.attention_reader import Reader
 from vbcompile.passes.graph_axes import broadcast_input, index_items, view_input
 from vbcompile.passes.graph_ops import Call, is_tensor, known, known_equal, positive_dim, shape_of, tensor_of, value_of
 
-if TYPE_CHECKING:
-    from vbcompile.passes.attention_lift import Lifter
 
-
-def read_source(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordinates) -> Expression | None:
+def read_source(lifter: Reader, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression | None:
     """The element at ``coordinates``; None for operators that are not read here, raises Opaque where one cannot be."""
     rule = None if call.name.startswith("_") else getattr(_Source, call.name, None)
     return None if rule is None else rule(_Source(lifter), call, node, coordinates)
@@ -32,7 +30,7 @@ def read_source(lifter: "Lifter", call: Call, node: fx.Node, coordinates: Coordi
 class _Source:
     """A method per operator, named as the operator."""
 
-    def __init__(self, lifter: "Lifter") -> None:
+    def __init__(self, lifter: Reader) -> None:
         self.lifter = lifter
 
     def getitem(self, call: Call, node: fx.Node, coordinates: Coordinates) -> Expression:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from vbcompile.kernels.attention_case import MAX_HEAD_SIZE
 from vbcompile.passes.attention_checks import atoms_of
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
@@ -15,9 +16,6 @@ from vbcompile.passes.attention_masks import parents_of_score, substitute
 from vbcompile.passes.attention_site import Operand
 from vbcompile.passes.graph_axes import Dim, Space, product
 from vbcompile.passes.graph_ops import call_of, tensor_of
-
-_WIDEST = 256  # features that the kernels take
-
 
 Term = tuple[Operand, Operand, Dim]  # one more part of the features: queries, keys, the axis
 
@@ -72,4 +70,4 @@ def _fits(space: Space, term: Term, features: Dim, nodes: tuple[fx.Node, fx.Node
     q, k, added = term
     width = product(space.resolve(features)) + product(space.resolve(added))
     dtypes = {tensor_of(n).dtype for n in (*nodes, q.node, k.node)}
-    return type(width) is int and width <= _WIDEST and len(dtypes) == 1 and bool(added)
+    return type(width) is int and width <= MAX_HEAD_SIZE and len(dtypes) == 1 and bool(added)

@@ -305,7 +305,7 @@ class _Walk:
 
     def _narrow(self, call: Call, dims: Dims, here: Weights) -> list[Weights]:
         items: list[Any] = [slice(None)] * len(dims)
-        start, length = call.get("start"), call.get("length")
+        start, length = call.get("start"), value_of(call.get("length"))
         if type(start) is not int:
             raise Refusal("a part of the attention weights is used")
         items[call.get("dim")] = slice(start, start + length)

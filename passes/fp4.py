@@ -28,10 +28,7 @@ from vbcompile.passes.fp4_experts import ExpertSite, expert_sites, rewrite_exper
 from vbcompile.passes.fp4_feed import FedWeight, WeightFeed
 from vbcompile.passes.fp4_groups import (
     Candidate,
-    in_turns,
-    put_in_place,
-    shared_bias,
-    split_result,
+    rewrite_products,
     with_epilogues,
     with_shared_inputs,
 )
@@ -56,9 +53,10 @@ from vbcompile.passes.fp4_weights import (
     pack_key,
     state_of,
 )
-from vbcompile.passes.graph_autocast import autocast_dtypes
+from vbcompile.passes.graph_autocast import autocast_dtypes, operand_dtype
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import describe_site, module_graphs, value_of
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 PASS_NAME = "fp4"
@@ -77,12 +75,12 @@ class _Packing:
     nodes: tuple[fx.Node, ...]
 
 
-def quantize_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
+def quantize_weights(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
     """Rewrite every product with a constant weight that gains by it (in place).
 
     Args:
         gm: torch-level graph as Dynamo hands it over.
-        context: what a pass may know (``pipeline.PassContext``); gets the packed tensors as example inputs, and a
+        context: what a pass may know; gets the packed tensors as example inputs, and a
             wrapper that supplies them.
 
     Returns:
@@ -92,7 +90,7 @@ def quantize_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
 
 
 class _Fp4Pass:
-    def __init__(self, gm: fx.GraphModule, context: Any) -> None:
+    def __init__(self, gm: fx.GraphModule, context: PassContext) -> None:
         self.gm, self.context, self.config = gm, context, context.config
         self.original = gm.graph
         self.graph = copy_graph(gm.graph)  # Dynamo goes through its own graph's placeholders once more afterwards
@@ -224,9 +222,8 @@ class _Fp4Pass:
 
     def _dtype(self, site: LinearSite | ExpertSite) -> torch.dtype:
         """The dtype that the product computes in."""
-        own = value_of(site.x).dtype
         cast = None if getattr(site, "form", "") == "grouped" else self.autocast.get(site.node)
-        return own if cast is None or own == torch.float64 else cast
+        return operand_dtype(value_of(site.x).dtype, cast)
 
     # ---------------------------------------------------------------------------------------------------------- packing
     def _packed(self, group: list[Candidate]) -> list[tuple[list[Candidate], _Packing]]:
@@ -293,33 +290,11 @@ class _Fp4Pass:
     # -------------------------------------------------------------------------------------------------------- rewriting
     def _rewrite(self, group: list[Candidate], packing: _Packing) -> None:
         sites = [rematch(c.site, self.weights) for c in group]  # their inputs may have been rewritten
-        linear, first = packing.fed.packed.linear, sites[0]
-        with self.graph.inserting_before(first.node):
-            x, dtype = first.x, group[0].dtype
-            if first.node in self.autocast:
-                x = self.graph.call_method("to", (x, dtype))
-                x.meta["example_value"] = value_of(first.x).to(dtype)
-            epilogue, gate = group[0].epilogue, group[0].key.gate
-            bias = in_turns(self.graph, shared_bias(self.graph, sites), gate)
-            arguments = [linear.k, linear.format_name, linear.layout, self.config.fp4_activations]
-            arguments += [] if epilogue is None else [epilogue.name]
-            new = self.graph.call_function(
-                torch.ops.vblackwell.fp4_linear.default, (x, *packing.nodes, bias, *arguments)
-            )
-        new.meta = dict(first.node.meta)
+        linear = packing.fed.packed.linear
         for candidate, error in zip(group, packing.fed.packed.errors, strict=True):
             self.decisions[candidate.site.node] = self._rewritten(candidate, error, group, packing)
-        if epilogue is not None:
-            put_in_place(self.graph, new, epilogue)
-            return
-        if len(group) == 1:
-            first.node.replace_all_uses_with(new)
-            self.graph.erase_node(first.node)
-            return
-        value = value_of(first.node)
-        fused = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
-        new.meta["example_value"] = fused.requires_grad_(value.requires_grad)
-        split_result(self.graph, new, sites, [c.n for c in group])
+        settings = linear.k, linear.format_name, linear.layout, self.config.fp4_activations
+        rewrite_products(self.graph, group, sites, packing.nodes, settings, sites[0].node in self.autocast)
 
     def _rewrite_experts(self, candidate: Candidate, packing: _Packing) -> None:
         site = candidate.site

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vbcompile.passes.fp4_sites import is_transpose
 from vbcompile.passes.fp4_weights import Packed
 from vbcompile.passes.graph_emit import Emitter
-from vbcompile.passes.graph_ops import Call, call_of, describe_site, known_equal, positive_dim, value_of
+from vbcompile.passes.graph_ops import Call, call_of, describe_site, known_equal, value_of
 
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
@@ -129,7 +130,7 @@ def _stack(node: Any) -> tuple[fx.Node | None, bool, Any]:
         rank = getattr(value_of(call.input), "ndim", 0) if call is not None else 0
         if call is None or call.in_place or rank not in (2, 3):
             return None, False, None
-        if _is_transpose(call, rank):
+        if is_transpose(call):
             flipped = not flipped
         elif rank == 3 and index is None and (expert := _expert(call)) is not None:
             index = expert
@@ -139,17 +140,6 @@ def _stack(node: Any) -> tuple[fx.Node | None, bool, Any]:
     if not isinstance(node, fx.Node) or getattr(value_of(node), "ndim", 0) != 3:
         return None, False, None
     return node, flipped, index
-
-
-def _is_transpose(call: Call, rank: int) -> bool:
-    """Whether a call swaps the last two dimensions and does nothing else."""
-    arguments, last = call.arguments, {rank - 2, rank - 1}
-    if call.name == "transpose":
-        dims = [arguments.get(d) for d in ("dim0", "dim1")]
-        return {positive_dim(d, rank) for d in dims if isinstance(d, int)} == last
-    if call.name == "permute":
-        return [positive_dim(d, rank) for d in arguments.get("dims", ())] == [*range(rank - 2), rank - 1, rank - 2]
-    return call.name == "mT" or (rank == 2 and call.name in ("t", "T"))
 
 
 def _expert(call: Call) -> Any:

@@ -114,7 +114,45 @@ def _can_join(candidate: Candidate, group: list[Candidate], effects: Effects) ->
     )
 
 
-def shared_bias(graph: fx.Graph, sites: Sequence[LinearSite]) -> fx.Node | None:
+def rewrite_products(
+    graph: fx.Graph,
+    group: Sequence[Candidate],
+    sites: Sequence[LinearSite],
+    packed: Sequence[fx.Node],
+    settings: tuple[int, str, str, str],
+    cast: bool,
+) -> None:
+    """Let one ``vblackwell::fp4_linear`` take the place of the products of a group, in place.
+
+    Args:
+        sites: of the group, as they are now.
+        packed: the nodes of the packed tensors.
+        settings: columns of the weight, format, layout, kind of activations.
+        cast: whether autocast casts what the products read.
+    """
+    first, epilogue = sites[0], group[0].epilogue
+    with graph.inserting_before(first.node):
+        x = first.x
+        if cast:
+            x = graph.call_method("to", (x, group[0].dtype))
+            x.meta["example_value"] = value_of(first.x).to(group[0].dtype)
+        bias = _in_turns(graph, _shared_bias(graph, sites), group[0].key.gate)
+        then = () if epilogue is None else (epilogue.name,)
+        new = graph.call_function(torch.ops.vblackwell.fp4_linear.default, (x, *packed, bias, *settings, *then))
+    new.meta = dict(first.node.meta)
+    if epilogue is not None:
+        _put_in_place(graph, new, epilogue)
+    elif len(group) == 1:
+        first.node.replace_all_uses_with(new)
+        graph.erase_node(first.node)
+    else:
+        value = value_of(first.node)
+        fused = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
+        new.meta["example_value"] = fused.requires_grad_(value.requires_grad)
+        _split_result(graph, new, sites, [c.n for c in group])
+
+
+def _shared_bias(graph: fx.Graph, sites: Sequence[LinearSite]) -> fx.Node | None:
     """The biases of a group behind one another; emits at the graph's insertion point."""
     biases = [site.bias for site in sites if site.bias is not None]
     if len(biases) < 2:
@@ -124,7 +162,7 @@ def shared_bias(graph: fx.Graph, sites: Sequence[LinearSite]) -> fx.Node | None:
     return node
 
 
-def in_turns(graph: fx.Graph, bias: fx.Node | None, gate: str) -> fx.Node | None:
+def _in_turns(graph: fx.Graph, bias: fx.Node | None, gate: str) -> fx.Node | None:
     """A bias in the order of the rows of a gated weight; emits at the graph's insertion point."""
     if bias is None or not gate:
         return bias
@@ -140,7 +178,7 @@ def in_turns(graph: fx.Graph, bias: fx.Node | None, gate: str) -> fx.Node | None
     return node
 
 
-def put_in_place(graph: fx.Graph, fused: fx.Node, epilogue: Epilogue) -> None:
+def _put_in_place(graph: fx.Graph, fused: fx.Node, epilogue: Epilogue) -> None:
     """Let ``fused`` take the place of an epilogue's result, and erase what led there."""
     fused.meta = dict(epilogue.result.meta)
     epilogue.result.replace_all_uses_with(fused)
@@ -148,7 +186,7 @@ def put_in_place(graph: fx.Graph, fused: fx.Node, epilogue: Epilogue) -> None:
         graph.erase_node(node)
 
 
-def split_result(graph: fx.Graph, fused: fx.Node, sites: Sequence[LinearSite], sizes: Sequence[int]) -> None:
+def _split_result(graph: fx.Graph, fused: fx.Node, sites: Sequence[LinearSite], sizes: Sequence[int]) -> None:
     """Let the parts of ``fused [..., sum(sizes)]`` take the place of the sites' results."""
     whole = value_of(fused)
     with graph.inserting_after(fused):

@@ -5,21 +5,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from tqdm import tqdm
+
 Item = TypeVar("Item")
 
 
 @contextmanager
 def progress(items: Sequence[Item], what: str, wanted: bool) -> Iterator[Iterable[Item]]:
-    """``items``, with a bar on standard error where that is a terminal and ``tqdm`` is installed.
+    """``items``, with a bar on standard error where that is a terminal.
 
     ``TQDM_DISABLE=1`` in the environment switches it off.
     """
     if not wanted or not sys.stderr.isatty():
-        yield items
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
         yield items
         return
     with tqdm(items, desc=what, unit="weight", leave=False) as bar:

@@ -115,7 +115,7 @@ def _source(node: Any) -> tuple[fx.Node | None, bool]:
     flipped = False
     while isinstance(node, fx.Node) and node.op != "placeholder":
         call = call_of(node)
-        if call is None or call.in_place or not is_transpose(call):
+        if call is None or call.in_place or getattr(value_of(call.input), "ndim", 0) != 2 or not is_transpose(call):
             return None, False
         node, flipped = call.input, not flipped
     return (node, flipped) if isinstance(node, fx.Node) else (None, False)
@@ -138,15 +138,15 @@ def is_view(call: Call) -> bool:
 
 
 def is_transpose(call: Call) -> bool:
-    """Whether a call does nothing but transpose a matrix."""
-    name, arguments = call.name, call.arguments
-    if getattr(value_of(arguments.get("input")), "ndim", 0) != 2:
-        return False
-    if name == "transpose":
-        return {positive_dim(arguments[d], 2) for d in ("dim0", "dim1") if isinstance(arguments.get(d), int)} == {0, 1}
-    if name == "permute":
-        return [positive_dim(d, 2) for d in arguments.get("dims", ())] == [1, 0]
-    return name in ("t", "T", "mT")
+    """Whether a call does nothing but swap the last two dimensions of a matrix, or of a stack of them."""
+    rank, arguments = getattr(value_of(call.input), "ndim", 0), call.arguments
+    if call.name == "transpose":
+        swapped = {positive_dim(arguments[d], rank) for d in ("dim0", "dim1") if isinstance(arguments.get(d), int)}
+        return rank >= 2 and swapped == {rank - 2, rank - 1}
+    if call.name == "permute":
+        order = [positive_dim(d, rank) for d in arguments.get("dims", ())]
+        return rank >= 2 and order == [*range(rank - 2), rank - 1, rank - 2]
+    return (rank >= 2 and call.name == "mT") or (rank == 2 and call.name in ("t", "T"))
 
 
 _VIEWS = {

@@ -14,7 +14,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from vbcompile.kernels.fp4_linear_triton import preferred_layout
 from vbcompile.kernels.fp4_native import native_layout
 from vbcompile.kernels.fp4_quantize import quantize, relative_error
 from vbcompile.kernels.registry import as_text
+from vbcompile.passes.pass_context import PassContext
 
 _SAMPLED = 4  # rows, and columns, of a weight that are looked at
 
@@ -55,12 +55,12 @@ class PackKey:
 
 
 def pack_key(
-    context: Any, format_name: str, transposed: bool, dtype: torch.dtype, rows: int | None, linear: bool = True
+    context: PassContext, format_name: str, transposed: bool, dtype: torch.dtype, rows: int | None, linear: bool = True
 ) -> PackKey:
     """How a weight is packed for the products that it will get under the options.
 
     Args:
-        context: what a pass may know (``pipeline.PassContext``).
+        context: what a pass may know.
         dtype, rows: of the activation; None for rows that are not known.
         linear: whether the weight is of a linear layer, not a stack of experts.
     """

@@ -20,6 +20,11 @@ def under_autocast(device_type: str, dtype: torch.dtype | None) -> AbstractConte
     return torch.autocast(device_type, dtype, dtype is not None)
 
 
+def operand_dtype(own: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
+    """What a product reads an operand as, under autocast to ``cast`` (None: off); it leaves float64 alone."""
+    return own if cast is None or own == torch.float64 else cast
+
+
 def autocast_dtypes(graph: fx.Graph, device_type: str, callers: Sequence[fx.Node] = ()) -> dict[fx.Node, torch.dtype]:
     """The dtype that autocast gives the products, for nodes where it is on.
 

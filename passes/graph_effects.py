@@ -6,13 +6,15 @@ to ask here first. :func:`make_functional` turns in-place operators on fresh ten
 
 import operator
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from vbcompile.compat import promoted_type
+from vbcompile.compat_calls import storage_identity
 from vbcompile.passes.graph_aten import out_of_place
 from vbcompile.passes.graph_emit import Emitter
 from vbcompile.passes.graph_ops import (
@@ -119,13 +121,19 @@ _READS_NO_NUMBERS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_o
 
 def ancestors(nodes: Iterable[fx.Node], ends: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """The nodes and all that they are computed from, no further than ``ends``."""
-    found, todo = set(ends), list(nodes)
+    stops = set(ends)
+    return stops.union(upstream(nodes, lambda node: () if node in stops else node.all_input_nodes))
+
+
+def upstream(nodes: Iterable[fx.Node], sources: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """The nodes and all that is reached from them by ``sources``, each once; a caller may stop before the end."""
+    found, todo = set[fx.Node](), list(nodes)
     while todo:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            todo += node.all_input_nodes
-    return found
+            yield node
+            todo += sources(node)
 
 
 def learned_leaves(nodes: Iterable[fx.Node], ends: Iterable[fx.Node]) -> set[fx.Node]:
@@ -349,7 +357,7 @@ def storage_of_value(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     try:
-        return value.untyped_storage()._cdata
+        return storage_identity(value)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -389,8 +397,7 @@ def _result_dtype(node: fx.Node) -> torch.dtype:
     call = call_of(node)
     if call is None or call.name not in _FUNCTIONAL or other is None:
         return base.dtype
-    with torch._C.DisableTorchFunctionSubclass():
-        promoted = torch.result_type(base, other)
+    promoted = promoted_type(base, other)
     if call.name == "div" and not promoted.is_floating_point:
         return torch.get_default_dtype()
     return promoted

@@ -73,9 +73,10 @@ class Emitter:
         node.meta = dict(self._meta)
         if self._mode is None:
             raise RuntimeError("the graph holds no fake tensors")
-        with self._mode, symbolic_operators(), torch.no_grad(), self._within():
+        operands = pytree.tree_leaves((args, kwargs))
+        with self._mode, symbolic_operators(operands), torch.no_grad(), self._within():
             value = node.meta["example_value"] = run(args, kwargs)
-        if node.target not in _CUTS and wants_gradient((args, kwargs)) and self._records:
+        if node.target not in _CUTS and wants_gradient(operands) and self._records:
             for tensor in pytree.tree_leaves(value):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     tensor.requires_grad_()

@@ -3,6 +3,7 @@
 A fake view that is made under ``torch.no_grad`` claims the gradient of what it is a view of; a real one wants none.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,15 +45,18 @@ def _next_mode(node: fx.Node, recording: bool, before: list[bool]) -> bool:
     return bool(node.args[0])
 
 
-def records_at(place: fx.Node) -> bool:
-    """Whether autograd records at a node of the graph that is compiled now."""
+def recording_at(graph: fx.Graph) -> Iterator[tuple[fx.Node, bool]]:
+    """The nodes of a graph that is compiled now, each with whether autograd records there."""
     recording, before = torch.is_grad_enabled(), list[bool]()
-    for node in place.graph.nodes:
-        if node is place:
-            break
+    for node in graph.nodes:
+        yield node, recording
         if switches_grad_mode(node):
             recording = _next_mode(node, recording, before)
-    return recording
+
+
+def records_at(place: fx.Node) -> bool:
+    """Whether autograd records at a node of the graph that is compiled now."""
+    return next((recording for node, recording in recording_at(place.graph) if node is place), torch.is_grad_enabled())
 
 
 def wants_gradient(value: Any) -> bool:

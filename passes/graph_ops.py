@@ -447,7 +447,7 @@ def positive_dim(dim: int, rank: int) -> int:
 
 
 _METADATA_METHODS = {"size", "dim", "stride", "numel", "element_size", "is_contiguous", "ndimension", "storage_offset"}
-_METADATA_METHODS |= {"get_device", "is_floating_point", "data_ptr"} - {"data_ptr"}
+_METADATA_METHODS |= {"get_device", "is_floating_point"}
 _METADATA_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout"}
 
 

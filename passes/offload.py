@@ -20,11 +20,12 @@ from vbcompile.handles_store import Part, WeightStore, store_of
 from vbcompile.passes.fp4_sites import weight_inputs
 from vbcompile.passes.graph_ops import describe_site, value_of
 from vbcompile.passes.implementation_choice import name_implementations
-from vbcompile.passes.offload_costs import Rates, bytes_of, nanoseconds, reserve
+from vbcompile.passes.offload_costs import bytes_of, nanoseconds, reserve
 from vbcompile.passes.offload_fp4 import Packer
 from vbcompile.passes.offload_inputs import describe, fix_floats, missing_sizes, plain_fake
 from vbcompile.passes.offload_outer import Layout, Piece, emit
 from vbcompile.passes.offload_segments import WRITTEN, Cutting, Segment, build, cut, joined, shape_of_graph, whole
+from vbcompile.passes.pass_context import Compile, PassContext
 from vbcompile.report import Decision
 from vbcompile.vgpu_plan import DEVICE, Plan
 from vbcompile.vgpu_size import size_text
@@ -34,15 +35,14 @@ log = logging.getLogger(__name__)
 PASS_NAME = "offload"
 _HEADROOM = 1.25  # times the inputs' size that a graph with symbolic sizes is planned for
 _NAMED = 4  # weights per tier that a report names in its text
-Compile = Callable[..., Callable[..., Any]]
 
 
-def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
+def stream_weights(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
     """Plan the transfers of a graph's offloaded weights, and have the graph compiled in segments around them.
 
     Args:
         gm: torch-level graph as Dynamo hands it over; stays as it is.
-        context: what a pass may know (``pipeline.PassContext``).
+        context: what a pass may know.
 
     Raises:
         PlanError: no plan keeps within the budget.
@@ -60,7 +60,7 @@ def stream_weights(gm: fx.GraphModule, context: Any) -> list[Decision]:
     return streamed.first.decisions()
 
 
-def _store(payloads: Iterable[Payload], context: Any) -> WeightStore | str:
+def _store(payloads: Iterable[Payload], context: PassContext) -> WeightStore | str:
     """The store that holds all of these, with the budget of this compile; why there is none."""
     stores = {id(payload.residence): payload.residence for payload in payloads}
     if len(stores) > 1:
@@ -73,7 +73,7 @@ def _store(payloads: Iterable[Payload], context: Any) -> WeightStore | str:
     return store
 
 
-def _ordinary(graph: fx.Graph, context: Any) -> list[Decision]:
+def _ordinary(graph: fx.Graph, context: PassContext) -> list[Decision]:
     """What to say of a graph all of whose weights are on the device."""
     budget = context.config.budget
     if budget is None or context.training:  # in training the budget is that of the whole step, and planned with it
@@ -107,7 +107,7 @@ class StreamedGraphs:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, weights: Mapping[fx.Node, Payload], store: WeightStore, context: Any
+        self, gm: fx.GraphModule, weights: Mapping[fx.Node, Payload], store: WeightStore, context: PassContext
     ) -> None:
         self.gm, self.context = fx.GraphModule(gm, copy_graph(gm.graph)), replace(context, example_inputs=[])
         self.compiled: dict[Any, Callable[..., Any]] = {}
@@ -176,7 +176,7 @@ class StreamedGraph:
         gm: fx.GraphModule,
         weights: Mapping[fx.Node, Payload],
         store: WeightStore,
-        context: Any,
+        context: PassContext,
         known: dict[Any, Callable[..., Any]],
     ) -> None:
         self.known = known
@@ -209,7 +209,6 @@ class StreamedGraph:
     # planning
 
     def _part(self, store: WeightStore) -> Part:
-        rates = Rates(*store.rates)
         operators = []
         rows = set[Payload]()
         for segment in self.cutting.segments:
@@ -217,7 +216,7 @@ class StreamedGraph:
             if segment.lookup is not None:
                 rows.update(payloads)
                 payloads = ()
-            ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], rates)
+            ns = nanoseconds(segment.nodes, [self.fakes[node] for node in segment.weights], store.rates)
             operators.append((_title(segment), ns, payloads))
         if self.training:
             operators += [(f"{name} backward", 2 * ns, payloads) for name, ns, payloads in reversed(operators)]

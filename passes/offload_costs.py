@@ -1,31 +1,22 @@
 """What a stretch of a graph takes: its time with all weights on the device, and the memory beside weights."""
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, fx
 
-from vbcompile.compat_symbols import size_hint
+from vbcompile.compat_symbols import bytes_hint, count_hint, size_hint
 from vbcompile.handles import is_offloaded
+from vbcompile.passes.graph_effects import storage_of_value
 from vbcompile.passes.graph_ops import call_of, value_of
+from vbcompile.vgpu_rates import Rates
 
-_LAUNCH_NS = 4_000
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
-
-
-class Rates(NamedTuple):
-    """Bytes per second of the device's memory, and operations per second of its matrix units (None: no limit)."""
-
-    memory: int
-    flops: int | None
 
 
 def bytes_of(value: Any) -> int:
     """Bytes of a tensor, symbolic sizes by their hints."""
-    if not isinstance(value, Tensor):
-        return 0
-    return math.prod(size_hint(size) for size in value.shape) * value.element_size()
+    return bytes_hint(value) if isinstance(value, Tensor) else 0
 
 
 def nanoseconds(nodes: Iterable[fx.Node], weights: Sequence[Tensor], rates: Rates) -> int:
@@ -38,8 +29,7 @@ def nanoseconds(nodes: Iterable[fx.Node], weights: Sequence[Tensor], rates: Rate
             flops += work
             launches += 1
         nbytes += operands
-    by_work = flops * 10**9 // rates.flops if rates.flops else 0
-    return max(nbytes * 10**9 // rates.memory, by_work) + launches * _LAUNCH_NS
+    return rates.nanoseconds(nbytes, flops, launches)
 
 
 def _work(node: fx.Node) -> tuple[int, int]:
@@ -49,7 +39,7 @@ def _work(node: fx.Node) -> tuple[int, int]:
         return 0, 0
     name = _name(node)
     sizes = [value_of(n) for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
-    count = _count(result)
+    count = count_hint(result)
     operands = bytes_of(result) + sum(bytes_of(v) for v in sizes if v.dim() > 2)
     if name in _PRODUCTS and sizes:
         first = sizes[1] if name in ("addmm", "baddbmm") and len(sizes) > 1 else sizes[0]
@@ -57,9 +47,9 @@ def _work(node: fx.Node) -> tuple[int, int]:
     if name == "fp4_linear":
         return 2 * count * size_hint(sizes[0].shape[-1]), operands
     if name in ("sdpa", "attention") and len(sizes) > 1 and sizes[0].dim() == 4:
-        return 4 * _count(sizes[0]) * size_hint(sizes[1].shape[-2]), operands
+        return 4 * count_hint(sizes[0]) * size_hint(sizes[1].shape[-2]), operands
     if "conv" in name and len(sizes) > 1:
-        return 2 * count * _count(sizes[1]) // max(size_hint(sizes[1].shape[0]), 1), operands
+        return 2 * count * count_hint(sizes[1]) // max(size_hint(sizes[1].shape[0]), 1), operands
     return 0, 0
 
 
@@ -69,10 +59,6 @@ def _name(node: fx.Node) -> str:
         return call.name
     target = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
     return str(target)
-
-
-def _count(value: Tensor) -> int:
-    return math.prod(size_hint(size) for size in value.shape)
 
 
 def reserve(graph: fx.Graph, weights: Iterable[fx.Node], training: bool = False) -> int:
@@ -120,7 +106,5 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _memory(value: Tensor) -> Any:
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return id(value)
+    storage = storage_of_value(value)
+    return id(value) if storage is None else storage

@@ -24,7 +24,7 @@ from vbcompile.kernels.fp4_layout import LinearWeight, refuses_layout, to_layout
 from vbcompile.kernels.fp4_linear import choose, make_case
 from vbcompile.kernels.fp4_linear_triton import prepare
 from vbcompile.kernels.fp4_quantize import quantize, refuse_weight, relative_error
-from vbcompile.passes.fp4_groups import Candidate, shared_bias, split_result, with_shared_inputs
+from vbcompile.passes.fp4_groups import Candidate, rewrite_products, with_shared_inputs
 from vbcompile.passes.fp4_refusals import refuses_site, rows_of, too_slow
 from vbcompile.passes.fp4_sites import (
     LinearSite,
@@ -33,9 +33,10 @@ from vbcompile.passes.fp4_sites import (
     rematch,
 )
 from vbcompile.passes.fp4_weights import PackKey, pack_key
-from vbcompile.passes.graph_autocast import autocast_dtypes
+from vbcompile.passes.graph_autocast import autocast_dtypes, operand_dtype
 from vbcompile.passes.graph_effects import Effects
 from vbcompile.passes.graph_ops import value_of
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Packer:
         fakes: MutableMapping[fx.Node, Tensor],
         fake_mode: Any,
         store: WeightStore,
-        context: Any,
+        context: PassContext,
     ) -> None:
         self.graph, self.weights, self.fakes, self.fake_mode = graph, weights, fakes, fake_mode
         self.store, self.context, self.config = store, context, context.config
@@ -166,9 +167,7 @@ class Packer:
         return (size[1], size[0]) if site.transposed else (size[0], size[1])
 
     def _dtype(self, site: LinearSite) -> torch.dtype:
-        own: torch.dtype = value_of(site.x).dtype
-        cast = self._autocast.get(site.node)
-        return own if cast is None or own == torch.float64 else cast
+        return operand_dtype(value_of(site.x).dtype, self._autocast.get(site.node))
 
     def _member(self, candidate: Candidate) -> _Member:
         return _Member(self.weights[candidate.site.weight], candidate.site.transposed)
@@ -250,28 +249,10 @@ class Packer:
     def _rewrite(self, group: Sequence[Candidate], form: _Form) -> None:
         nodes = self._placeholders(group, form)
         sites = [rematch(c.site, {c.site.weight: (0, value_of(c.site.weight))}) for c in group]
-        first = sites[0]
-        with self.graph.inserting_before(first.node):
-            x = first.x
-            if first.node in self._autocast:
-                x = self.graph.call_method("to", (x, group[0].dtype))
-                x.meta["example_value"] = value_of(first.x).to(group[0].dtype)
-            bias = shared_bias(self.graph, sites)
-            new = self.graph.call_function(
-                torch.ops.vblackwell.fp4_linear.default,
-                (x, *nodes, bias, form.k, self.config.fp4_format, form.key.layout, self.config.fp4_activations),
-            )
-        new.meta = dict(first.node.meta)
         for candidate, error in zip(group, form.errors, strict=True):
             self._decisions[candidate.site.node] = self._rewritten(candidate, error, group, form)
-        if len(group) == 1:
-            first.node.replace_all_uses_with(new)
-            self.graph.erase_node(first.node)
-        else:
-            value = value_of(first.node)
-            fused = value.new_empty([*value.shape[:-1], sum(c.n for c in group)])
-            new.meta["example_value"] = fused.requires_grad_(value.requires_grad)
-            split_result(self.graph, new, sites, [c.n for c in group])
+        settings = form.k, self.config.fp4_format, form.key.layout, self.config.fp4_activations
+        rewrite_products(self.graph, group, sites, nodes, settings, sites[0].node in self._autocast)
         for site in sites:
             for user in list(site.weight.users):  # transposes that nothing reads any more
                 if not user.users and user.op != "output":

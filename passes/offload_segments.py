@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vbcompile.passes.graph_effects import written_tensors
-from vbcompile.passes.graph_ops import call_of, value_of
+from vbcompile.passes.graph_effects import storage_of_value, written_tensors
+from vbcompile.passes.graph_gradients import recording_at
+from vbcompile.passes.graph_ops import call_of, nesting_change, value_of
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _LEAVE = torch.amp.autocast_mode._exit_autocast
@@ -98,9 +99,9 @@ class _Views:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         value = _run(node, args, kwargs)
         roots = frozenset[fx.Node]().union(*(self.roots[source] for source in sources))
-        memory = {_memory(self.values[root]) for root in roots}
+        memory = {storage_of_value(self.values[root]) for root in roots}
         parts = value if isinstance(value, (tuple, list)) else (value,)
-        if any(isinstance(part, Tensor) and _memory(part) in memory for part in parts):
+        if any(isinstance(part, Tensor) and storage_of_value(part) in memory for part in parts):
             self.roots[node], self.values[node] = roots, value
 
     def weights_of(self, node: fx.Node) -> list[fx.Node]:
@@ -137,10 +138,6 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _memory(value: Any) -> Any:
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def _fixed(graph: fx.Graph, views: _Views) -> dict[fx.Node, str]:
@@ -234,20 +231,16 @@ def _is_weight(node: fx.Node, weights: Mapping[fx.Node, Tensor]) -> bool:
 def _allowed_cuts(graph: fx.Graph) -> set[fx.Node]:
     """Nodes before which the graph may be cut."""
     last_use: dict[fx.Node, int] = {}
-    nodes = list(graph.nodes)
-    for place, node in enumerate(nodes):
+    for place, node in enumerate(graph.nodes):
         for source in node.all_input_nodes:
             last_use[source] = place
-    awkward_until, depth, switched = -1, 0, 0
+    awkward_until, depth = -1, 0
     allowed = set()
-    for place, node in enumerate(nodes):
-        if place > awkward_until and depth == 0 and not switched:
+    for place, (node, recording) in enumerate(recording_at(graph)):
+        if place > awkward_until and depth == 0 and recording == torch.is_grad_enabled():
             allowed.add(node)
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
-        if name == "_set_grad_enabled":
-            switched = 0 if switched else 1
-        depth += (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
+        depth += nesting_change(node) + (name == "_enter_inference_mode") - (name == "_exit_inference_mode")
         if node.op not in ("placeholder", "output") and node.target not in (_ENTER, _LEAVE) and not _may_cross(node):
             awkward_until = max(awkward_until, last_use.get(node, -1))
     return allowed
@@ -343,7 +336,7 @@ def shape_of_graph(module: fx.GraphModule, describe: Callable[[Any], Any]) -> An
             return None
         if node.op == "placeholder":
             value = value_of(node)
-            alias = storages.setdefault(_memory(value), index) if isinstance(value, Tensor) else index
+            alias = storages.setdefault(storage_of_value(value), index) if isinstance(value, Tensor) else index
             rows.append(("placeholder", describe(value), alias))
             continue
         arguments = fx.map_arg((node.args, node.kwargs), lambda n: f"%{place[n]}")

@@ -6,12 +6,12 @@ says; results leave the graph in the dtype that they had. A graph that already m
 
 import logging
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.fx as fx
 
 import vbcompile.kernels.attention  # noqa: F401  registers the operator
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ _LOW = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _announced: set[str] = set()
 
 
-def use_mixed_precision(gm: fx.GraphModule, context: Any) -> list[Decision]:
+def use_mixed_precision(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
     """Wrap the graph in bfloat16 autocast where the configuration asks for it and the model mixes nothing itself."""
     config, device_type = context.config, context.target.device_type
     if not config.wants_mixed_precision(device_type):

@@ -4,16 +4,14 @@ Inductor computes an elementwise value anew in every kernel that reads it, which
 element costs more than reading them.
 """
 
-import math
-from typing import Any
-
 import torch
 from torch import fx
 
 import vbcompile.kernels.computed_once  # noqa: F401  registers the operator
-from vbcompile.compat_symbols import size_hint
+from vbcompile.compat_symbols import count_hint
 from vbcompile.passes.graph_effects import Effects
-from vbcompile.passes.graph_ops import call_of, describe_site, is_tensor, shape_of
+from vbcompile.passes.graph_ops import call_of, describe_site, is_tensor, shape_of, tensor_of
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
 PASS_NAME = "shared_values"
@@ -26,12 +24,12 @@ _CHEAP = {  # what Inductor puts into the kernel of its reader, along with what 
 }  # fmt: skip
 
 
-def compute_once(gm: fx.GraphModule, context: Any) -> list[Decision]:
+def compute_once(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
     """Put ``vblackwell::computed_once`` behind every value that is dear to compute and that many nodes read.
 
     Args:
         gm: torch-level graph, changed in place.
-        context: what a pass may know (``pipeline.PassContext``).
+        context: what a pass may know.
     """
     if context.training or context.target.device_type == "cpu":
         return []
@@ -44,7 +42,7 @@ def compute_once(gm: fx.GraphModule, context: Any) -> list[Decision]:
         if call.name not in _DEAR and not (call.name in _CHEAP and not dear.isdisjoint(node.all_input_nodes)):
             continue
         dear.add(node)
-        elements = math.prod(size_hint(size) for size in shape_of(node))
+        elements = count_hint(tensor_of(node))
         if len(node.users) < _LEAST_READERS or elements < _LEAST_ELEMENTS or effects.is_written_at_all(node):
             continue
         readers = list(node.users)

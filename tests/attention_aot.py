@@ -11,10 +11,17 @@ from vbcompile.kernels import attention_problem, attention_triton
 FUNCTION = make_function(mask=causal())
 
 
-def record_launches(arch: str, head_size: int, dtype: torch.dtype, backward: bool = True) -> list[Launch]:
+def record_launches(
+    arch: str,
+    head_size: int,
+    dtype: torch.dtype,
+    backward: bool = True,
+    value_size: int | None = None,
+    length: int = 512,
+) -> list[Launch]:
     """What one forward, its backward if wanted, and decoding steps of 1 and 16 queries launch on ``arch``."""
     launches: list[Launch] = []
-    q, k, v = (torch.empty(1, 2, 512, head_size, dtype=dtype) for _ in range(3))
+    q, k, v = (torch.empty(1, 2, length, size, dtype=dtype) for size in (head_size, head_size, value_size or head_size))
     arguments = (0.1, 0.0, None, FUNCTION)
     with patch.multiple(
         attention_problem,

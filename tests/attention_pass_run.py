@@ -7,10 +7,14 @@ import torch
 from torch import fx
 from torch._dynamo.backends.debugging import aot_eager
 
+from vbcompile.config import Config
+from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.passes.attention import fuse_attention
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
 
+CPU = PassContext(Config(downstream="eager"), catalog_target("cpu"), training=False)
 OP = torch.ops.vblackwell.attention.default
 CAUSAL = (("score",), ("k_index",), ("q_index",), ("le", 1, 2))
 
@@ -47,9 +51,9 @@ def compiled(function: Any, *, capture_autograd: bool = False, **options: Any) -
     run = Run()
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        run.decisions += fuse_attention(gm, None)
+        run.decisions += fuse_attention(gm, CPU)
         run.graphs.append(gm)
-        again = fuse_attention(gm, None)
+        again = fuse_attention(gm, CPU)
         assert not any(d.action == "rewritten" for d in again), "not idempotent"
         return aot_eager(gm, inputs) if capture_autograd else gm.forward
 

@@ -13,6 +13,7 @@ from vbcompile.runtime_device import MemoryDevice
 from vbcompile.runtime_disk import safetensors_contents
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_sources import HostBytes, PeerBytes, Source
+from vbcompile.vgpu_check import check_plan
 from vbcompile.vgpu_plan import Operator, Plan, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights, smallest_budget
 
@@ -48,7 +49,7 @@ def random_case(seed: int) -> tuple[Sweep, int]:
 
 def planned(sweep: Sweep, budget: int, tiers: Sequence[Tier] = (HOST,)) -> Plan:
     plan = plan_weights(sweep, budget, tiers)
-    plan.check()
+    check_plan(plan)
     assert not plan.declined, "the case is meant to stream"
     return plan
 

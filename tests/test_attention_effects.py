@@ -245,6 +245,7 @@ def test_log_sum_of_frozen_scores_modified_by_the_caller():
 
     def gradient(run, q, k, v):
         out, log_sum = run(q.detach(), k.detach(), v)
+        assert not log_sum.requires_grad
         log_sum += 3.0
         return torch.autograd.grad(out.square().sum(), v)[0]
 
@@ -328,6 +329,18 @@ def test_autocast():
     assert run.sites == 1 and out.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     assert all(n.meta["example_value"].dtype == torch.bfloat16 for n in run.calls()[0].args[:3])
+
+
+def test_products_that_autocast_leaves_alone():
+    def function(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            weights = (q[:, :, :, None] * k[:, :, None]).sum(-1).tanh().softmax(-1)
+            return (weights[..., None] * v[:, :, None]).sum(-2)
+
+    ours, run = compiled(function)
+    inputs = qkv(grad=False)
+    torch.testing.assert_close(ours(*inputs), function(*inputs))
+    assert run.sites == 1
 
 
 def test_upcast_scores_keep_the_operands_precision():

@@ -142,6 +142,30 @@ def test_gradients_of_large_scores(name, factor):
     assert found == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_bias_of_more_digits_than_the_operands(dtype):
+    """PyTorch's operator on CPUs takes it in float32 too."""
+    inputs = _inputs(40, dtype)
+    bias = 20.0 * torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    b = Builder()
+    total = b.emit("add", b.emit("score"), b.emit("captured", 0))
+    biased = ScoreFunction(b.program, total)
+
+    def plain(q, k, v):
+        return torch.softmax((q @ k.mT).to(torch.promote_types(q.dtype, bias.dtype)) * 0.25 + bias, -1).to(v.dtype) @ v
+
+    def ours(q, k, v):
+        return _operator(q, k, v, biased, [bias])
+
+    def outcome(f, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = f(*leaves)
+        return Outcome(dict(zip("oqkv", (out.detach(), *torch.autograd.grad(out.sum(), leaves)), strict=True)))
+
+    found = differences(*(outcome(f, t) for f, t in ((ours, dtype), (plain, dtype), (plain, torch.float64))))
+    assert found == []
+
+
 @pytest.mark.parametrize("factor", [2.0, 10.0, 100.0, 1000.0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_as_exact_as_plain_ones(factor, masked):
@@ -202,6 +226,10 @@ FILLED = {  # name: (softmax of filled scores, sites)
         lambda s, m: torch.where(m, torch.where(m.flip(-1), s, torch.full_like(s, -1e9)), -1e9).float().softmax(-1),
         1,
     ),
+    "a bias beside fills of float32": (
+        lambda s, m: (s + torch.arange(7) / 2 + torch.where(m, 0.0, -65504.0)).softmax(-1),
+        1,
+    ),
     "shown weights that vanish": (
         lambda s, m: (w := s.masked_fill(m, -1e9).abs().softmax(-1) * ~m) / w.sum(-1, keepdim=True),
         0,
@@ -246,6 +274,27 @@ EMPTIED = {  # name: (weights of scores, a mask of flags and one of numbers; sit
 }
 
 
+def _less(scores, statistic):
+    return (scores - statistic(scores)).softmax(-1)
+
+
+def _beside_a_sink(scores, shift):
+    powers = (scores - shift).exp()
+    return powers / (powers.sum(-1, keepdim=True) + (0.5 - shift).exp())
+
+
+EMPTIED |= {
+    "less their mean": (lambda s, m, b: _less(s + b, lambda x: x.mean(-1, keepdim=True)), 0),
+    "less their median": (lambda s, m, b: _less(s.masked_fill(~m, -INF), lambda x: x.median(-1, True).values), 0),
+    "less their minimum": (lambda s, m, b: _less(s + b, lambda x: x.amin(-1, keepdim=True)), 0),
+    "less the first": (lambda s, m, b: _less(s + m.float().log(), lambda x: x[..., :1]), 0),
+    "less their maximum": (lambda s, m, b: _less(s + b, lambda x: x.amax(-1, keepdim=True)), 1),
+    "less a mean before the mask": (lambda s, m, b: _less(s, lambda x: x.mean(-1, keepdim=True) - b), 1),
+    "a sink, less their maximum": (lambda s, m, b: _beside_a_sink(s + b, (s + b).amax(-1, keepdim=True)), 0),
+    "a sink, less a limit": (lambda s, m, b: _beside_a_sink(s + b, (s + b).amax(-1, keepdim=True).clamp(min=0.0)), 1),
+}
+
+
 @pytest.mark.parametrize("name", EMPTIED)
 def test_rows_emptied_by_another_mask(name):
     weights, sites = EMPTIED[name]
@@ -278,3 +327,28 @@ def test_powers_under_a_mask_of_numbers(dtype):
     with torch.no_grad():
         found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
         torch.testing.assert_close(found, function(q, k, v, mask))
+
+
+GIVEN = {  # softmax of scores that a mask was added to
+    "exp": _exponentials,
+    "exp2": lambda s: (w := torch.exp2(s)) / w.sum(-1, keepdim=True),
+    "less the logarithm of their sum": _shifted_powers,
+    "their own maximum": lambda s: _exponentials(s - s.amax(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("name", GIVEN)
+def test_powers_under_a_given_mask_of_fills(name, fill):
+    """An input that is added may be a mask, too: rows of it have powers of zero, and a sum beside which 1 is lost."""
+
+    def function(q, k, v, mask):
+        return GIVEN[name](q @ k.mT + mask).nan_to_num() @ v
+
+    q, k, v = (torch.randn(2, 3, 4, 8) for _ in range(3))
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]])[:, None, None].logical_not() * fill
+    clear()
+    with torch.no_grad():
+        found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
+        torch.testing.assert_close(found, function(q, k, v, mask), atol=1e-2 if fill == -1e4 else 1e-5, rtol=1e-5)
+    assert counters["vblackwell"]["fuse_attention"] == (name == "their own maximum")

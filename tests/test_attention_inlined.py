@@ -9,9 +9,9 @@ from torch._inductor.utils import run_and_get_code
 from vbcompile.config import resolve_config
 from vbcompile.device import Target
 from vbcompile.kernels.registry import force
-from vbcompile.passes import pipeline
 from vbcompile.passes.attention import fuse_attention
 from vbcompile.passes.implementation_choice import explain_choices
+from vbcompile.passes.pass_context import PassContext
 
 OURS, THEIRS = "ops.vblackwell.attention", "_scaled_dot_product_flash_attention_for_cpu"
 THEIRS_ON_GPU = "_scaled_dot_product_cudnn_attention.default("
@@ -117,7 +117,7 @@ def implementations(rows, function=plain, **options):
 
     def backend(gm, example_inputs):
         rewritten = copy.deepcopy(gm)
-        context = pipeline.PassContext(resolve_config(None, options), target, False, False, list(example_inputs))
+        context = PassContext(resolve_config(None, options), target, False, False, list(example_inputs))
         found.extend(explain_choices(rewritten, target, False, fuse_attention(rewritten, context)))
         return gm.forward
 

@@ -313,6 +313,15 @@ class _CausalByPositions(torch.nn.Module):
         return F.softmax(scores, dim=-1, dtype=torch.float32)[..., :-1].to(q.dtype) @ v
 
 
+def test_a_column_cut_off_by_a_length_that_varies():
+    def attend_beside_a_sink(q, k, v):
+        scores = torch.cat([q @ k.mT, q.new_zeros(*q.shape[:-1], 1)], dim=-1)
+        return scores.softmax(-1).narrow(-1, 0, k.shape[2]) @ v
+
+    run = check(attend_beside_a_sink, *qkv(), dynamic=True)
+    assert "sink" in run.decisions[0].reason
+
+
 def test_exported_attention_is_read_as_the_one_before_export():
     tensors = tuple(torch.randn(2, 3, 7, 8) for _ in range(3))
     reasons = [

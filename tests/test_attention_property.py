@@ -74,16 +74,13 @@ PROGRAMS = st.builds(
 @pytest.fixture(scope="module")
 def rewrite():
     """The pass alone: ``rewrite(graph module, training)`` gives the number of rewritten sites."""
-    from vbcompile.config import resolve_config
-    from vbcompile.device import get_target
-    from vbcompile.passes.attention import fuse_attention
-    from vbcompile.passes.pipeline import PassContext
+    from attention_pass_run import CPU
 
-    config, target = resolve_config(options={"downstream": "eager"}), get_target(torch.device("cpu"))
+    from vbcompile.passes.attention import fuse_attention
 
     def apply(gm: torch.fx.GraphModule, training: bool) -> int:
         with torch.set_grad_enabled(training):
-            decisions = fuse_attention(gm, PassContext(config, target, training))
+            decisions = fuse_attention(gm, CPU)
         gm.graph.lint()
         gm.recompile()
         return sum(d.action == "rewritten" for d in decisions)

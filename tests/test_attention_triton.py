@@ -4,13 +4,14 @@ On a CPU the module needs ``TRITON_INTERPRET=1`` in the environment before Trito
 """
 
 import itertools
+import math
 
 import pytest
 import torch
 from attention_compare import DEVICE, compare
 from attention_forms import Form, captured_mask, make_forms, make_function
 
-from vbcompile.kernels import attention_problem, attention_triton
+from vbcompile.kernels import attention_layout, attention_problem, attention_triton
 from vbcompile.kernels.attention import attention_reference
 from vbcompile.kernels.attention_tiles import analyse_mask
 from vbcompile.kernels.attention_triton import backward, forward
@@ -162,11 +163,48 @@ def test_tiles_of_fills(fill):
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [24, 32])
-def test_operands_stored_transposed(size):
-    """On sm_90 tiles of such keys came out wrong where size and length are no multiples of 16."""
-    stored = [torch.randn(2, size, 100, dtype=torch.float16, device=DEVICE) for _ in range(3)]
-    q, k, v = (t.mT for t in stored)
+@pytest.mark.parametrize("queries", [5, 40])
+def test_rows_too_far_apart(queries, monkeypatch):
+    """Where tiles would reach beyond 32 bits, operands and results are copied."""
+    monkeypatch.setattr(attention_layout, "_REACH", 40)
+    form = make_forms(queries, 39, 8, 12)["rows_first"]
+    (q, k, v), _ = form.inputs(torch.float32)
+    copied = []
+    copy = attention_layout.within_reach
+    monkeypatch.setattr(attention_triton, "within_reach", lambda t: copied.append(t) or copy(t))
+    out, _ = forward(*(t.to(DEVICE) for t in (q, k, v)), [], form.scale, 0.0, None, form.function)
+    assert len(copied) == 3 and not any(map(attention_layout.is_within_reach, copied))
+    assert out.transpose(1, 2).is_contiguous()
+    check(form, torch.float32)
+
+
+@pytest.mark.parametrize("grad_lse", [False, True])
+def test_rows_of_the_hopper_backward(grad_lse):
+    """What its kernels compute before and after the one that only Hopper runs."""
+    from vbcompile.kernels.attention_hopper_rows import finish_backward, prepare_backward
+
+    out, grad = (torch.randn(2, 100, 3, 64, device=DEVICE).transpose(1, 2) for _ in range(2))
+    lse, grads = (torch.randn(2, 3, 100, device=DEVICE) for _ in range(2))
+    found = [torch.full((6, 128), 7.0, device=DEVICE) for _ in range(2)]
+    total = torch.full((6 * 128, 64), 7.0, device=DEVICE)
+    counter = torch.full((1,), 7, dtype=torch.int32, device=DEVICE)
+    prepare_backward[(6 * 2,)](
+        out, grad, lse, grads if grad_lse else None, *found, total, counter, 100, 128, 3, *out.stride()[:3],
+        *grad.stride()[:3], HAS_GRAD_LSE=grad_lse, D=64, ROWS=64,
+    )  # fmt: skip
+    delta = (out * grad).sum(-1) - (grads if grad_lse else 0.0)
+    pad = torch.nn.functional.pad
+    wanted = [pad(lse / math.log(2), (0, 28), value=math.inf), pad(delta, (0, 28))]
+    for value, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, right.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    assert not total.any() and not counter.any()
+    total = torch.randn(6, 128, 64, device=DEVICE)
+    dq = torch.empty_like(out)
+    finish_backward[(6 * 2,)](total, dq, 0.5, 100, 128, 3, *dq.stride()[:3], D=64, ROWS=64)
+    torch.testing.assert_close(dq.flatten(0, 1), total[:, :100] * 0.5)
+
+
+def _agrees_with_float64(q, k, v):
     function = make_function()
     out, lse = forward(q, k, v, [], 0.2, 0.0, None, function)
     wide = [t.double().requires_grad_() for t in (q, k, v)]
@@ -175,3 +213,18 @@ def test_operands_stored_transposed(size):
     exact_gradients = torch.autograd.grad(exact, wide, out.double())
     for found, wanted in zip((out, *gradients), (exact, *exact_gradients), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("queries", [3, 100])
+@pytest.mark.parametrize("size", [24, 32, 64])
+def test_operands_stored_transposed(size, queries):
+    """On sm_90 tiles of such keys are swizzled otherwise than those of the values."""
+    lengths = queries, 100, 100
+    _agrees_with_float64(*(torch.randn(2, size, n, dtype=torch.float16, device=DEVICE).mT for n in lengths))
+
+
+@pytest.mark.parametrize("sizes", [(64, 32), (64, 16), (128, 16), (16, 64), (24, 48)])
+def test_values_of_another_head_size(sizes):
+    """On sm_90 tiles of both sizes must be swizzled alike."""
+    lengths_and_sizes = (129, sizes[0]), (63, sizes[0]), (63, sizes[1])
+    _agrees_with_float64(*(torch.randn(2, n, d, dtype=torch.float16, device=DEVICE) for n, d in lengths_and_sizes))

@@ -225,7 +225,7 @@ def break_output(gm):
     gm.recompile()
 
 
-def test_a_rewrite_that_does_not_compile_is_undone(monkeypatch, reports, caplog):
+def test_a_rewrite_that_does_not_compile_is_undone(monkeypatch, reports):
     def break_graph(gm, context):
         break_output(gm)
         return [Decision("bad", "output", "rewritten", "nonsense")]

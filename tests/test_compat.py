@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from vbcompile import compat, compat_symbols
 from vbcompile.compat_transforms import has_tangent, is_forward_differentiated, no_transform_left
@@ -122,6 +124,20 @@ def test_inductor_mode_options(mode):
     options = compat.inductor_mode_options(mode)
     assert set(options) <= set(inductor_config.get_config_copy())
     assert bool(options.get("triton.cudagraphs")) == (mode in ("reduce-overhead", "max-autotune"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "captured"),
+    [
+        ("default", {}, False),
+        ("reduce-overhead", {}, True),
+        ("max-autotune-no-cudagraphs", {}, False),
+        ("default", {"triton.cudagraphs": True}, True),
+        ("reduce-overhead", {"triton.cudagraphs": False}, False),
+    ],
+)
+def test_uses_cudagraphs(mode, options, captured):
+    assert compat.uses_cudagraphs(mode, options) == captured
 
 
 def test_reset_cudagraphs(monkeypatch):
@@ -238,11 +254,19 @@ def test_copy_graph_stands_in_for_the_original():
     assert kept[0][1].code == kept[0][0]
 
 
+def test_types_are_promoted_as_pytorch_does():
+    half = torch.ones(2, dtype=torch.float16)
+    assert compat.promoted_type(half, 2.0) == torch.float16
+    assert compat.promoted_type(half, torch.ones(2)) == torch.float32
+    assert compat.promoted_type(FakeTensorMode().from_tensor(half), 1) == torch.float16
+
+
 def test_size_hint():
     gm = captured(lambda x: x + 1, torch.ones(7, 3), dynamic=True)
-    shapes = [n.meta["example_value"].shape for n in gm.graph.nodes if n.op == "call_function"]
-    assert not isinstance(shapes[-1][0], int)
-    assert [compat_symbols.size_hint(s) for s in shapes[-1]] == [7, 3]
+    *_, result = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "call_function"]
+    assert not isinstance(result.shape[0], int)
+    assert [compat_symbols.size_hint(s) for s in result.shape] == [7, 3]
+    assert (compat_symbols.count_hint(result), compat_symbols.bytes_hint(result)) == (21, 84)
     unbacked = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint()
     assert compat_symbols.size_hint(unbacked) == 4096
 
@@ -317,6 +341,20 @@ def test_fake_mode_and_contexts_of_parts_of_a_graph():
     compat.refuse_while_lowering("nothing is being lowered here")
 
 
+def test_static_fake():
+    """Of the compile in progress, its sizes constant where others vary."""
+    weight, seen = torch.ones(3, 5), []
+
+    def backend(gm, example_inputs):
+        fake = compat.static_fake(weight)
+        seen.append((compat.is_fake(fake), fake.fake_mode is compat.fake_mode_of_compile(), fake.shape))
+        return gm.forward
+
+    torch.compile(lambda x: x * 2, backend=backend, dynamic=True)(torch.randn(3, 5))
+    assert seen == [(True, True, (3, 5))] and all(type(size) is int for size in seen[0][2])
+    assert compat.static_fake(weight) is weight
+
+
 def test_inputs_that_stay_where_they_are_are_known_to_cuda_graphs():
     from torch._inductor.compile_fx import compile_fx
 
@@ -375,7 +413,11 @@ def test_tangents_are_seen():
         assert has_tangent(dual) and has_tangent([1, dual]) and not has_tangent(x) and not has_tangent(None)
 
 
-def test_operators_run_in_their_python_forms():
-    assert not torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")
-    with compat_symbols.symbolic_operators():
-        assert torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")
+def test_operators_run_in_their_python_forms_with_symbolic_sizes():
+    is_on = lambda: torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    varying, fixed = mode.from_tensor(torch.ones(3)), mode.from_tensor(torch.ones(3), static_shapes=True)
+    for operand, wanted in ((varying, True), (varying.shape[0], True), (fixed, False), (3, False)):
+        with compat_symbols.symbolic_operators([None, operand]):
+            assert is_on() == wanted
+    assert not is_on()

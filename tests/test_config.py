@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vbcompile.config import INDUCTOR_MODES, MODES, OPTIONS, Config, ConfigError, resolve_config
+from vbcompile.config import INDUCTOR_MODES, MODES, OPTIONS, Config, resolve_config
+from vbcompile.config_error import ConfigError
 
 
 def test_defaults_are_the_balanced_mode_without_a_named_mode():

@@ -18,8 +18,9 @@ from rich.console import Console
 import vbcompile
 from vbcompile import device_vendors, doctor, doctor_toolchain
 from vbcompile.device import Target, forget_devices
-from vbcompile.doctor import Diagnosis, KernelReport, Problem, diagnose
-from vbcompile.doctor_toolchain import ToolCheck, check_cpp_compiler, check_triton, check_triton_launcher
+from vbcompile.doctor import diagnose
+from vbcompile.doctor_findings import Diagnosis, KernelReport, Problem, ToolCheck
+from vbcompile.doctor_toolchain import check_cpp_compiler, check_triton, check_triton_launcher
 from vbcompile.kernels import registry
 
 ROOT = Path(__file__).parent.parent
@@ -279,7 +280,7 @@ def test_a_broken_cpp_compiler_gets_its_own_fix(monkeypatch, tmp_path, script, d
     assert not check.ok and detail in check.detail and fix in check.fix
 
 
-def test_a_compiler_that_hangs_is_given_up(monkeypatch, tmp_path):
+def test_a_compiler_that_hangs_is_given_up(monkeypatch):
     def hang(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 

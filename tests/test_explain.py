@@ -8,7 +8,7 @@ import torch
 
 import vbcompile
 from vbcompile.__main__ import main
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.vgpu import VGPUStack
 
 _MODEL = """

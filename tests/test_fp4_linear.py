@@ -167,7 +167,7 @@ def test_cpu_kernels_of_lesser_processors(monkeypatch, tmp_path, flags):
             test_cpu_decoding_is_exact(dtype, format_name)
 
 
-def test_cpu_kernels_say_why_they_cannot_run(monkeypatch, tmp_path):
+def test_cpu_kernels_say_why_they_cannot_run(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     case = make_case(torch.float32, 1, 64, 64, "nvfp4", "plain")
     cpu = next(i for i in operator("fp4_linear").implementations if i.name == "cpu")

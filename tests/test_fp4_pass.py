@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from fp4_compiling import FEED, Feed, compiled, decoded_twin, interpreted, reasons, rounded
 from torch import nn
 
-from vbcompile.config import ConfigError, resolve_config
+from vbcompile.config import resolve_config
+from vbcompile.config_error import ConfigError
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.passes import fp4, fp4_feed, fp4_refusals, fp4_weights, pipeline

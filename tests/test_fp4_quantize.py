@@ -103,7 +103,7 @@ def test_doctor_lists_them():
 
 # --------------------------------------------------------------------------------------------------------- packing code
 @pytest.fixture
-def runs(monkeypatch):
+def runs():
     """Calls of an implementation of a third party, which rounds as the reference does."""
     calls = []
 

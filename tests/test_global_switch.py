@@ -207,7 +207,7 @@ def test_unchanged_script(tmp_path, warm_python, command, variables, expected):
     assert done.stdout.splitlines() == ["['--epochs', '3'] (4, 8)", f"backend loaded: {expected}"]
 
 
-def test_a_wrong_variable_is_an_error_that_names_it(tmp_path):
+def test_a_wrong_variable_is_an_error_that_names_it():
     environment = {**os.environ, "ENABLE_VIRTUAL_BLACKWELL": "maybe"}
     done = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ from torch import nn
 
 import vbcompile
 from vbcompile.checkpoint_files import CheckpointError
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.handles import OffloadedTensor
 from vbcompile.handles_model import offloaded_tensors
 from vbcompile.runtime_disk import StorageError

@@ -6,7 +6,8 @@ from torch import nn
 
 import vbcompile
 from vbcompile.backend import _cache_key
-from vbcompile.config import ConfigError, resolve_config
+from vbcompile.config import resolve_config
+from vbcompile.config_error import ConfigError
 from vbcompile.kernels import registry
 from vbcompile.kernels.registry import Implementation, force, operator
 

@@ -53,7 +53,8 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{a.name}" if node.module == "vbcompile" else node.module for a in node.names}
+            packages = ("vbcompile", "vbcompile.kernels", "vbcompile.passes")
+            found |= {f"{node.module}.{a.name}" if node.module in packages else node.module for a in node.names}
     return {name for name in found if name.split(".")[0] == "vbcompile"}
 
 
@@ -61,6 +62,15 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_down(module, path):
     too_high = {name for name in imported(path) if layer(name) > layer(module)}
     assert not too_high, f"{module} (layer {layer(module)}) imports {too_high}"
+
+
+def test_no_modules_import_each_other():
+    """Wherever the import stands, inside a function too."""
+    names = {name for name, _ in modules()}
+    below = {name: imported(path) & names - {name} for name, path in modules()}
+    while leaves := {name for name, under in below.items() if not under}:
+        below = {name: under - leaves for name, under in below.items() if name not in leaves}
+    assert not below
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])

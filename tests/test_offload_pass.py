@@ -14,7 +14,7 @@ from vbcompile.compat import own_tracing_context
 from vbcompile.config import Config
 from vbcompile.device_catalog import catalog_target
 from vbcompile.passes import fp4_weights
-from vbcompile.passes.pipeline import PassContext
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.runtime_disk import StorageError
 from vbcompile.vgpu_plan import PlanError
 

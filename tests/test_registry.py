@@ -10,7 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import vbcompile
 from vbcompile.__main__ import main
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import DeviceError, get_target
 from vbcompile.device_catalog import ARCHITECTURES, catalog_target
 from vbcompile.doctor import list_kernels

@@ -91,7 +91,7 @@ def test_the_page_holds_every_fact_and_nothing_foreign():
     assert set(re.findall(r"https?://[^\s\"<]+", page)) <= {"http://www.w3.org/2000/svg"}
 
 
-def test_a_page_of_a_real_model(tmp_path):
+def test_a_page_of_a_real_model():
     def attention(q, k, v):
         return torch.softmax(q @ k.transpose(-2, -1) * 0.125, -1) @ v
 

@@ -353,7 +353,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
         Shard(tmp_path, {"a": 1}, lambda _: torch.zeros(1, dtype=torch.uint8))
 
 
-def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
+def test_an_error_while_writing_leaves_nothing(tmp_path):
     def load(name):
         if name == "b":
             raise KeyboardInterrupt

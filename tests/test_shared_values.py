@@ -7,7 +7,7 @@ from torch import nn
 from vbcompile.config import Config
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels.computed_once import computed_once
-from vbcompile.passes.pipeline import PassContext
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.passes.shared_values import compute_once
 
 

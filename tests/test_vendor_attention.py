@@ -10,7 +10,7 @@ from vendors.coverage import run
 from vendors.packages import HPU_RELEASES, NPU_RELEASES, SCHEMAS, XPU_RELEASES
 from vendors.trial import intel_gpu, pretend, results, vendor
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels.attention_band import Band, mask_band

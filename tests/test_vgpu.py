@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vbcompile import vgpu_calibration
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import GIB, DeviceError, forget_devices
 from vbcompile.vgpu import VGPUStack, create_vgpu_stack
 from vbcompile.vgpu_calibration import calibrate
@@ -126,7 +126,7 @@ def test_any_text_is_a_size_or_refused(text):
         assert "GiB" in str(error)
 
 
-def test_the_budget_comes_from_the_argument_then_the_environment(monkeypatch, caplog):
+def test_the_budget_comes_from_the_argument_then_the_environment(caplog):
     assert create_vgpu_stack(LEVELS, environ={}).budget == 20_000 * MIB
     environ = {"VB_HBM_BUDGET": "8GiB"}
     assert create_vgpu_stack(LEVELS, environ=environ).budget == 8 * GIB

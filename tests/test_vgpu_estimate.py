@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.estimator import PlanError, estimate
 from vbcompile.vgpu import create_vgpu_stack
 from vbcompile.vgpu_calibration import Calibration
+from vbcompile.vgpu_check import check_plan
+from vbcompile.vgpu_rates import LAUNCH_NS
 from vbcompile.vgpu_size import MIB
 from vbcompile.vgpu_trace import trace
 
@@ -39,7 +41,7 @@ WEIGHTS = 16 * (1024 * 1024 + 1024) * 4
 
 def test_a_meta_model_is_streamed_through_a_small_budget():
     found = estimate(mlp(), stack=stack(33, gbps=5), tokens=8)
-    found.plan.check()
+    check_plan(found.plan)
     assert not found.fits and found.weight_bytes == WEIGHTS
     assert found.peak_bytes <= found.budget == 33 * MIB
     device, host, disk = found.placements
@@ -58,13 +60,13 @@ def test_a_meta_model_is_streamed_through_a_small_budget():
 def test_a_model_that_fits_is_computed_at_the_speed_of_its_memory():
     found = estimate(mlp(), stack=stack(200), tokens=1)
     assert found.fits and found.plan.declined and found.bottleneck == "compute"
-    assert found.step_ns == found.compute_ns == pytest.approx(WEIGHTS / 2000 + 16 * 5000, rel=0.01)
+    assert found.step_ns == found.compute_ns == pytest.approx(WEIGHTS / 2000 + 16 * LAUNCH_NS, rel=0.01)
     assert str(found).startswith("fits")
 
 
 def test_matrix_rates_count_where_there_is_much_to_compute():
     slow = estimate(mlp(), stack=stack(200), tokens=4096, tflops=10)
-    assert slow.compute_ns == pytest.approx(2 * 16 * 1024**2 * 4096 / 1e13 * 1e9 + 16 * 5000, rel=0.01)
+    assert slow.compute_ns == pytest.approx(2 * 16 * 1024**2 * 4096 / 1e13 * 1e9 + 16 * LAUNCH_NS, rel=0.01)
     assert not any("matrix products" in note for note in slow.assumptions)
     measured = stack(200)
     measured.calibration = Calibration("cuda:0", matmul=10**13)
@@ -80,7 +82,7 @@ def test_shapes_stand_for_a_model():
     shapes = {f"layer{i}": ((1024, 1024), torch.bfloat16) for i in range(20)}
     shapes |= {"bias": (1024,), "table": torch.empty(10, 10, device="meta", dtype=torch.int8)}
     found = estimate(shapes, stack=stack(16))
-    found.plan.check()
+    check_plan(found.plan)
     assert found.weight_bytes == 20 * 2 * 1024**2 + 4096 + 100
     assert {weight.name for weight in found.plan.sweep.weights} == set(shapes)
 
@@ -99,7 +101,7 @@ def test_tied_weights_count_once_and_are_used_twice(inputs):
             return self.head(self.layers(self.embedding(tokens)))
 
     found = estimate(Tied(), inputs=inputs, stack=stack(0.62))
-    found.plan.check()
+    check_plan(found.plan)
     sweep = found.plan.sweep
     table = next(i for i, weight in enumerate(sweep.weights) if weight.name == "embedding.weight")
     assert sum(weight.nbytes for weight in sweep.weights) == (2000 * 64 + 6 * (64 * 64 + 64)) * 4
@@ -174,7 +176,7 @@ def test_a_transformer_is_traced_by_keyword():
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     inputs = {"input_ids": torch.empty(1, 64, dtype=torch.long, device="meta"), "use_cache": False}
     found = estimate(model, inputs=inputs, stack=stack(4), tflops=500)
-    found.plan.check()
+    check_plan(found.plan)
     weights = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     assert found.weight_bytes == weights and not found.fits
     read = {name for op in found.plan.sweep.operators for name in op.weights}
@@ -204,7 +206,7 @@ def test_training_keeps_its_state_on_the_device_where_it_can():
     assert tight.fits and tight.placements[1].other == 3 * WEIGHTS
     assert tight.step_ns >= WEIGHTS / 50 and "gradients to cpu" in tight.bottleneck
     small = estimate(mlp(), stack=stack(30), tokens=16, training=True)
-    small.plan.check()
+    check_plan(small.plan)
     assert small.placements[1].streamed > 1.5 * small.placements[1].weights
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vgpu_reference import Machine, brute_force, link, llama_sweep, random_sweep
 
 from vbcompile import vgpu_planner
+from vbcompile.vgpu_check import check_plan
 from vbcompile.vgpu_plan import Copy, Operator, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights, smallest_budget
 from vbcompile.vgpu_simulator import timeline
@@ -53,7 +54,7 @@ def test_every_plan_is_safe_and_every_refusal_is_right(sweep, tiers, share, alig
         assert error.budget == budget < error.minimum_budget
         assert plan_weights(sweep, error.minimum_budget, tiers, alignment=alignment).peak_bytes <= error.minimum_budget
         return
-    plan.check()
+    check_plan(plan)
     assert plan.peak_bytes <= budget
     assert plan.prediction.step_ns >= plan.prediction.roofline_ns
     assert plan.prediction.step_ns == sweep.compute_ns + plan.prediction.stall_ns
@@ -97,7 +98,7 @@ def test_diffusion_alone_is_close_to_the_best_of_all_sets(monkeypatch):
 )
 def test_share_of_the_roofline_for_seventy_billion_weights(tokens, bits, budget, at_least):
     plan = plan_weights(llama_sweep("70B", bits, tokens), budget * GB, [RAM])
-    plan.check()
+    check_plan(plan)
     assert plan.prediction.efficiency >= at_least
     assert plan.peak_bytes <= budget * GB
 
@@ -113,7 +114,7 @@ def test_share_of_the_roofline_for_seventy_billion_weights(tokens, bits, budget,
 )
 def test_tiers_share_the_work_and_none_idles(tiers, at_least):
     plan = plan_weights(llama_sweep("70B", 16, 1), 20 * GB, tiers)
-    plan.check()
+    check_plan(plan)
     assert plan.prediction.efficiency >= at_least
     order = [copy.level for copy in plan.copies]
     for level in {tier.level for tier in tiers}:  # each level serves each fifth of the step
@@ -124,7 +125,7 @@ def test_tiers_share_the_work_and_none_idles(tiers, at_least):
 def test_training_streams_in_both_passes_and_holds_the_turn():
     sweep = llama_sweep("8B", 16, 4096, training=True)
     plan = plan_weights(sweep, 6 * GB, [RAM])
-    plan.check()
+    check_plan(plan)
     streamed = sum(1 for level in plan.levels if level)
     assert streamed < len(plan.copies) < 2 * streamed
     assert any(c.last_use - c.first_use > 0 for c in plan.copies)
@@ -133,7 +134,7 @@ def test_training_streams_in_both_passes_and_holds_the_turn():
 def test_a_model_that_fits_is_declined():
     sweep = llama_sweep("8B", 16, 1)
     plan = plan_weights(sweep, 20 * GB, [RAM])
-    plan.check()
+    check_plan(plan)
     assert plan.declined and not plan.copies and plan.ring_bytes == 0
     assert plan.prediction.step_ns == sweep.compute_ns and plan.prediction.bottleneck == "compute"
     assert "nothing is streamed" in plan.summary()
@@ -144,7 +145,7 @@ def test_pinned_and_tiny_weights_stay():
     weights += [Weight(f"bias{i}", 100) for i in range(12)]
     operators = [Operator(f"o{i}", 1000, (i, 13 + i)) for i in range(12)] + [Operator("update", 1000, (12,))]
     plan = plan_weights(Sweep(tuple(weights), tuple(operators)), 6_000_000, [RAM])
-    plan.check()
+    check_plan(plan)
     assert plan.levels[12] == 0 and not any(plan.levels[13:])
     assert any(plan.levels[:12])
 
@@ -152,7 +153,7 @@ def test_pinned_and_tiny_weights_stay():
 def test_a_weight_that_nothing_reads_takes_no_room_on_the_device():
     weights = (Weight("a", 100), Weight("unused", 100_000), Weight("b", 100))
     plan = plan_weights(Sweep(weights, (Operator("x", 9, (0,)), Operator("y", 9, (2,)))), 1000, [link()], alignment=1)
-    plan.check()
+    check_plan(plan)
     assert plan.levels[1] == 1 and all(copy.weight != 1 for copy in plan.copies)
 
 
@@ -161,7 +162,7 @@ def test_a_tied_weight_is_kept_first():
     tied = Operator("head", 500, (0,))
     operators = (*(Operator(f"o{i}", 500, (i,)) for i in range(12)), Operator("again", 500, (1,)), tied)
     plan = plan_weights(Sweep(weights, operators), 6000, [link()], alignment=1)
-    plan.check()
+    check_plan(plan)
     assert plan.levels[0] == 0
 
 
@@ -229,7 +230,7 @@ def test_a_timeline_shows_every_lane_of_one_step():
 
 def test_the_check_finds_what_is_wrong():
     plan = plan_weights(random_sweep(5, 7), 4500, [link()], alignment=1)
-    plan.check()
+    check_plan(plan)
     first, second, *rest = plan.copies
     broken = [
         replace(plan, budget=plan.peak_bytes - 1),
@@ -242,7 +243,7 @@ def test_the_check_finds_what_is_wrong():
     ]
     for number, wrong in enumerate(broken):
         with pytest.raises(AssertionError):
-            wrong.check()
+            check_plan(wrong)
             pytest.fail(f"broken plan {number} passed")
 
 
@@ -258,7 +259,7 @@ def test_too_small_a_budget_is_refused_with_the_one_that_works():
     assert error.minimum_budget == 1_050_673_152
     for fact in ("95.37 MiB", "1050673152 bytes (1002.00 MiB)", "lm_head", "smallest budget that works", "ring"):
         assert fact in str(error)
-    plan_weights(sweep, error.minimum_budget, [RAM]).check()
+    check_plan(plan_weights(sweep, error.minimum_budget, [RAM]))
     with pytest.raises(PlanError):
         plan_weights(sweep, error.minimum_budget - 1, [RAM])
 
@@ -270,7 +271,7 @@ def test_tiers_without_room_are_refused_with_the_budget_that_works():
     with pytest.raises(PlanError) as caught:
         plan_weights(sweep, least - 1500, tiers, alignment=1)
     assert caught.value.minimum_budget == least and "cpu 2.93 KiB" in str(caught.value)
-    plan_weights(sweep, least, tiers, alignment=1).check()
+    check_plan(plan_weights(sweep, least, tiers, alignment=1))
     with pytest.raises(PlanError, match="none"):
         plan_weights(sweep, sum(w.nbytes for w in sweep.weights) // 2, [])
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vgpu_reference import link, llama_sweep, random_sweep
 
+from vbcompile.vgpu_check import check_plan
 from vbcompile.vgpu_plan import Operator, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights
 from vbcompile.vgpu_simulator import resident_prefix, simulate_lru, simulate_on_demand
@@ -44,7 +45,7 @@ def test_lru_is_not_bad_there_and_back():
     sweep = Sweep(weights, tuple(Operator(f"o{n}", 100, (i,)) for n, i in enumerate(order)))
     assert simulate_lru(sweep, 20_000, link()).misses == 120
     plan = plan_weights(sweep, 20_000, [link()], alignment=1)
-    plan.check()
+    check_plan(plan)
     assert len(plan.copies) <= 125
 
 

@@ -16,7 +16,8 @@ if not (_here / "kernels").is_dir():  # a checkout without symbolic links (Windo
 
 _HOME = {
     "backend": ("vblackwell",),
-    "config": ("Config", "ConfigError", "resolve_config"),
+    "config": ("Config", "resolve_config"),
+    "config_error": ("ConfigError",),
     "data_parallel": ("DataParallel",),
     "device": (
         "DeviceBackend",

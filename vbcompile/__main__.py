@@ -58,7 +58,8 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 def _check_settings(mode: str | None = None) -> None:
     """Raise UsageError for a mode or an environment variable that does not exist or makes no sense."""
-    from vbcompile.config import ConfigError, resolve_config
+    from vbcompile.config import resolve_config
+    from vbcompile.config_error import ConfigError
     from vbcompile.kernels.registry import check_names, parse_forced
 
     try:
@@ -143,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run a script under the switch if ``ENABLE_VIRTUAL_BLACKWELL`` is 1 or absent; 0 runs it plainly."""
-    from vbcompile.config import ConfigError, parse_flag
+    from vbcompile.config import parse_flag
+    from vbcompile.config_error import ConfigError
 
     try:
         wanted = parse_flag("ENABLE_VIRTUAL_BLACKWELL", os.environ.get("ENABLE_VIRTUAL_BLACKWELL") or "1")
@@ -289,7 +291,7 @@ def _explain_script(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def _plan(arguments: argparse.Namespace) -> int:
     import torch
 
-    from vbcompile.config import ConfigError
+    from vbcompile.config_error import ConfigError
     from vbcompile.estimator import PlanError, estimate
     from vbcompile.vgpu import create_vgpu_stack
 
@@ -411,7 +413,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
     from vbcompile.device import DeviceError
     from vbcompile.doctor import list_kernels
-    from vbcompile.doctor_view import kernel_tables
+    from vbcompile.doctor_findings import kernel_tables
 
     try:
         rows = list_kernels(arguments.device)

@@ -17,7 +17,8 @@ def autoload() -> None:
     text = os.environ.get("ENABLE_VIRTUAL_BLACKWELL", "")
     if text in ("", "0"):
         return
-    from vbcompile.config import ConfigError, parse_flag, resolve_config
+    from vbcompile.config import parse_flag, resolve_config
+    from vbcompile.config_error import ConfigError
 
     try:
         wanted = parse_flag("ENABLE_VIRTUAL_BLACKWELL", text)
@@ -33,6 +34,8 @@ def autoload() -> None:
 
 class EnableAtFirstCall:
     """Stands where the switch will be, until a model is called."""
+
+    is_switch = True  # as the switch itself says
 
     def __get__(self, module: Any, owner: type) -> Any:
         if module is None:

@@ -12,11 +12,13 @@ import torch.fx as fx
 from torch._dynamo.utils import counters
 
 from vbcompile import __version__, compat, compat_lowering
-from vbcompile.config import DOWNSTREAM, Config, ConfigError, resolve_config
+from vbcompile.config import DOWNSTREAM, Config, resolve_config
+from vbcompile.config_error import ConfigError
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import compiled_calls
 from vbcompile.kernels.registry import MODULES, as_text, check_option, forced_implementation
 from vbcompile.passes import activation_partition, attention_inlined, pipeline, saved_operands
+from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import GraphReport
 from vbcompile.runtime_activation_budget import BudgetWatch
 from vbcompile.runtime_device import AcceleratorDevice
@@ -68,7 +70,7 @@ def vblackwell(
         graph_break=compat.graph_break_reason(gm),
     )
     original = pipeline.copy_graphs(gm)
-    context = pipeline.PassContext(config, target, training, elsewhere, list(example_inputs))
+    context = PassContext(config, target, training, elsewhere, list(example_inputs))
     pipeline.run_passes(gm, context, report, original)
     _warn_of_missing_passes(config, report)
     compiled = _compile(gm, context, report, original, len(example_inputs))
@@ -87,7 +89,7 @@ def _device_of(example_inputs: Sequence[Any]) -> torch.device:
 
 def _compile(
     gm: fx.GraphModule,
-    context: pipeline.PassContext,
+    context: PassContext,
     report: GraphReport,
     original: pipeline.Backup,
     original_inputs: int,
@@ -123,7 +125,7 @@ def _compile(
 def _downstream(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    context: pipeline.PassContext,
+    context: PassContext,
     report: GraphReport,
     cudagraphs: bool = True,
 ) -> Callable[..., Any]:

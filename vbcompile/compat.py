@@ -468,6 +468,12 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return bool(fake_tensor.is_fake(tensor))
 
 
+def promoted_type(a: Any, b: Any) -> torch.dtype:
+    """The dtype in which PyTorch combines two tensors or numbers, fake ones too."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.result_type(a, b)
+
+
 def refuse_while_lowering(reason: str) -> None:
     """Raise RuntimeError(reason) while AOTAutograd lowers a graph; nothing while Dynamo captures one."""
     from torch._guards import detect_fake_mode

@@ -40,6 +40,8 @@ def storage_identity(t: torch.Tensor) -> int:
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+is_autocast_on = torch._C._is_any_autocast_enabled
+without_autocast = torch._C._DisableAutocast
 any_requires_grad = torch._C._any_requires_grad
 
 

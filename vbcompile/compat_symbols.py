@@ -1,6 +1,8 @@
 """Private parts of PyTorch for symbolic sizes; tested as those of ``compat`` are."""
 
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +14,16 @@ def size_hint(size: Any) -> int:
         return size
     hint = getattr(size.node, "hint", None)
     return int(hint) if hint is not None else 4096
+
+
+def count_hint(tensor: torch.Tensor) -> int:
+    """Elements of a tensor, symbolic sizes by their hints."""
+    return math.prod(map(size_hint, tensor.shape))
+
+
+def bytes_hint(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements, symbolic sizes by their hints."""
+    return count_hint(tensor) * tensor.element_size()
 
 
 def free_symbols_of(value: Any) -> set[Any]:
@@ -27,11 +39,17 @@ def symbol_of(value: Any) -> Any:
     return expression if expression is not None and expression.is_symbol else None
 
 
-def symbolic_operators() -> AbstractContextManager[None]:
-    """Within it, operators made of others run their Python forms: some C++ ones of PyTorch 2.11 take no symbolic size.
+def symbolic_operators(operands: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Within it, operators made of others run their Python forms where an operand's sizes or an operand is symbolic.
 
-    ``F.linear`` of float16 on processors is one.
+    Some C++ ones of PyTorch 2.11 take no symbolic size: ``F.linear`` of float16 on processors is one.
     """
     from torch._dispatch.python import enable_python_dispatcher
 
-    return enable_python_dispatcher()
+    return enable_python_dispatcher() if any(map(_is_symbolic, operands)) else nullcontext()
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value._has_symbolic_sizes_strides
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, get_origin
 
+from vbcompile.config_error import ConfigError
+from vbcompile.vgpu_size import parse_size
+
 MODES: Final[dict[str, dict[str, bool]]] = {
     "balanced": {"fp4": False, "recompute": False, "offload": False},
     "memory": {"fp4": False, "recompute": True, "offload": True},
@@ -19,10 +22,6 @@ MODES: Final[dict[str, dict[str, bool]]] = {
 }
 INDUCTOR_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DOWNSTREAM: Final = ("inductor", "aot_eager", "eager")
-
-
-class ConfigError(ValueError):
-    """A mode, option or value that does not exist. The message lists the valid ones."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,6 @@ def resolve_config(
             put("mode", environ["VB_MODE"], "environment VB_MODE")
     _validate(values, sources)
     if values.get("budget") is not None:
-        from vbcompile.vgpu_size import parse_size
-
         what = "VB_HBM_BUDGET" if sources["budget"].startswith("environment") else "option 'budget'"
         values["budget"] = parse_size(what, values["budget"])
     named = values.get("mode", "balanced")

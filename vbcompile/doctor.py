@@ -3,19 +3,13 @@
 import difflib
 import importlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    from rich.console import Console, Group
-
-    from vbcompile.doctor_toolchain import ToolCheck
+from vbcompile.doctor_findings import DeviceReport, Diagnosis, KernelReport, Problem, VariableReport, VendorReport
 
 log = logging.getLogger(__name__)
 
@@ -29,107 +23,6 @@ _VARIABLES = (
     "ENABLE_VIRTUAL_BLACKWELL",
 )  # all that this package reads
 _REINSTALL = "reinstall PyTorch: https://pytorch.org/get-started/locally"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is wrong here. An ``error`` keeps the backend from working; a ``warning`` limits it."""
-
-    what: str
-    fix: str
-    severity: Literal["error", "warning"] = "error"
-
-
-@dataclass(frozen=True)
-class DeviceReport:
-    """One usable device. ``memory_gb`` in units of 2**30 bytes; ``driver`` None where the system does not tell."""
-
-    device: str
-    vendor: str
-    arch: str
-    name: str
-    driver: str | None
-    memory_gb: float | None
-    multiprocessors: int | None
-    features: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class VendorReport:
-    """Whether one kind of accelerator can be used: ``ready``, ``missing``, ``broken`` or ``no device``."""
-
-    device_type: str
-    label: str
-    state: str
-    card_seen: bool
-    reason: str
-    fix: str
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """One implementation of an operator on one architecture; ``reason`` is why it cannot run, empty if it can."""
-
-    arch: str
-    operator: str
-    implementation: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class VariableReport:
-    """An environment variable in force; ``problem`` is empty if its value is valid."""
-
-    name: str
-    value: str
-    problem: str = ""
-
-
-@dataclass
-class Diagnosis:
-    """Everything that :func:`diagnose` found.
-
-    Attributes:
-        versions: Package or system name -> version, None where it is not installed.
-        devices: Usable devices, in order of priority.
-        vendors: Every kind of accelerator, usable or not.
-        tools: Compilers, each tried on a small program.
-        kernels: Which implementation of each operator can run on which architecture.
-        environment: Variables in force.
-        backend_visible: Whether ``torch.compile(backend="vblackwell")`` finds the backend without an import.
-        problems: What is wrong, each with its fix.
-    """
-
-    versions: dict[str, str | None] = field(default_factory=dict)
-    devices: list[DeviceReport] = field(default_factory=list)
-    vendors: list[VendorReport] = field(default_factory=list)
-    tools: list["ToolCheck"] = field(default_factory=list)
-    kernels: list[KernelReport] = field(default_factory=list)
-    environment: list[VariableReport] = field(default_factory=list)
-    backend_visible: bool = False
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def exit_status(self) -> int:
-        """For the shell: 1 if there is an error, else 0; warnings do not count."""
-        return int(any(problem.severity == "error" for problem in self.problems))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"exit_status": self.exit_status}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
-    def render(self, console: "Console | None" = None) -> None:
-        """Print as tables on a rich console; None: on standard output."""
-        from rich.console import Console
-
-        (console or Console()).print(self)
-
-    def __rich__(self) -> "Group":
-        from vbcompile.doctor_view import view
-
-        return view(self)
 
 
 def diagnose() -> Diagnosis:
@@ -357,7 +250,8 @@ def _read_environment(found: Diagnosis) -> None:
 
 def _invalid_variables(names: list[str]) -> dict[str, str]:
     """Variable -> what is wrong with it; the configuration itself judges the values that it reads."""
-    from vbcompile.config import ConfigError, parse_flag, resolve_config
+    from vbcompile.config import parse_flag, resolve_config
+    from vbcompile.config_error import ConfigError
     from vbcompile.kernels.registry import parse_forced
 
     wrong = {}

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vbcompile.device import Target
+from vbcompile.doctor_findings import ToolCheck
 
 log = logging.getLogger(__name__)
 
@@ -27,25 +27,6 @@ _INSTALL_TRITON = {
     "amd": "reinstall PyTorch's ROCm build, which brings its Triton",
     "intel": "pip install pytorch-triton-xpu --index-url https://download.pytorch.org/whl/xpu",
 }
-
-
-@dataclass(frozen=True)
-class ToolCheck:
-    """Whether one compiler works.
-
-    Attributes:
-        tool: ``triton`` or ``c++``.
-        purpose: What needs it here.
-        ok: Whether it compiled a small program.
-        detail: What was compiled, or why it failed.
-        fix: What to do; empty if ok.
-    """
-
-    tool: str
-    purpose: str
-    ok: bool
-    detail: str
-    fix: str = ""
 
 
 def check_triton(target: Target) -> ToolCheck | None:

@@ -1,6 +1,7 @@
 """Before a run, from shapes alone: what fits where, peak memory, step time, bottleneck, smallest workable budget."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vbcompile.vgpu import VGPUStack, create_vgpu_stack
 from vbcompile.vgpu_plan import Operator, Plan, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import fits_on_device, plan_weights, smallest_budget
+from vbcompile.vgpu_rates import Rates
 from vbcompile.vgpu_simulator import timeline
 from vbcompile.vgpu_size import exact_size, parse_size, size_text
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Estimate", "PlanError", "estimate"]
 
-_LAUNCH_NS = 5_000
 _STATE_PARTS = 3  # gradient, first and second moment
 _WIDEST_COPIES = 2  # outputs of the widest matrix that are alive at once, where no inputs were given
 
@@ -236,22 +237,10 @@ def _placements(plan: Plan, stack: VGPUStack, states: int) -> tuple[Placement, .
     )
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """Bytes per second of the device's memory, and operations per second of its matrix units (None: no limit)."""
-
-    memory: int
-    flops: int | None
-
-    def nanoseconds(self, nbytes: int, flops: int, launches: int = 1) -> int:
-        work = -(-flops * 10**9 // self.flops) if self.flops else 0
-        return max(-(-nbytes * 10**9 // self.memory), work) + launches * _LAUNCH_NS
-
-
 _HOW_TO_KNOW = "not measured (vbcompile plan --measure, create_vgpu_stack(measure=True))"
 
 
-def _rates(stack: VGPUStack, tflops: float | None, notes: list[str]) -> _Rates:
+def _rates(stack: VGPUStack, tflops: float | None, notes: list[str]) -> Rates:
     level = stack.levels[0]
     if level.source == "default":
         notes.append(f"{level.speed_gbps:g} GB/s for the memory of {level.device}: {_HOW_TO_KNOW}")
@@ -261,11 +250,11 @@ def _rates(stack: VGPUStack, tflops: float | None, notes: list[str]) -> _Rates:
         if lv.source == "default"
     ]
     if tflops is not None:
-        return _Rates(level.read_rate, int(tflops * 10**12))
+        return Rates(level.read_rate, int(tflops * 10**12))
     measured = stack.calibration.matmul if stack.calibration is not None else None
     if measured is None:
         notes.append(f"matrix products take no longer than reading their operands: {_HOW_TO_KNOW}")
-    return _Rates(level.read_rate, measured)
+    return Rates(level.read_rate, measured)
 
 
 def _sweep(
@@ -274,7 +263,7 @@ def _sweep(
     tokens: int,
     bits: float | None,
     training: bool,
-    rates: _Rates,
+    rates: Rates,
 ) -> tuple[Sweep, tuple[int, ...]]:
     """The step, and bytes alive beside the weights with each operator where it was traced."""
     if isinstance(model, Mapping):
@@ -321,7 +310,7 @@ def _from_shapes(
     tokens: int,
     bits: float | None,
     training: bool,
-    rates: _Rates,
+    rates: Rates,
 ) -> Sweep:
     index: dict[str, int] = {}
     weights: list[Weight] = []
@@ -337,18 +326,20 @@ def _from_shapes(
             used.append(index[full])
             nbytes += size
             if len(shape) >= 2:
-                flops += 2 * _count(shape) * tokens
-                widest = max(widest, (shape[0] + _count(shape[1:])) * dtype.itemsize)
+                flops += 2 * math.prod(shape) * tokens
+                widest = max(widest, (shape[0] + math.prod(shape[1:])) * dtype.itemsize)
         operators.append(Operator(name, rates.nanoseconds(nbytes, flops), tuple(used)))
     reserve = _WIDEST_COPIES * widest * tokens
     if training:  # the backward reads each weight once more, for twice the products
         operators += [Operator(f"{o.name} backward", 2 * o.nanoseconds, o.weights) for o in reversed(operators)]
-        reserve += tokens * sum((s[0] + _count(s[1:])) * d.itemsize for _, r in modules for _, s, d in r if len(s) >= 2)
+        reserve += tokens * sum(
+            (s[0] + math.prod(s[1:])) * d.itemsize for _, r in modules for _, s, d in r if len(s) >= 2
+        )
     return Sweep(tuple(weights), tuple(operators), reserve)
 
 
 def _from_trace(
-    model: "nn.Module", inputs: Any, bits: float | None, training: bool, rates: _Rates
+    model: "nn.Module", inputs: Any, bits: float | None, training: bool, rates: Rates
 ) -> tuple[Sweep, tuple[int, ...]]:
     import torch
 
@@ -378,15 +369,8 @@ def _from_trace(
 
 def _stored(shape: tuple[int, ...], dtype: "torch.dtype", bits: float | None) -> int:
     if bits is not None and len(shape) >= 2 and dtype.is_floating_point:
-        return -int(-_count(shape) * bits // 8)
-    return _count(shape) * dtype.itemsize
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+        return -int(-math.prod(shape) * bits // 8)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _state_bytes(sweep: Sweep, model: Any, training: bool, notes: list[str]) -> int:

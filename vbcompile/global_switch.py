@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from vbcompile import compat
-from vbcompile.autoload import EnableAtFirstCall
 from vbcompile.backend import add_listener, remove_listener, vblackwell
 from vbcompile.config import Config, resolve_config
 from vbcompile.device import get_device, get_target
@@ -26,6 +25,8 @@ from vbcompile.report import GraphReport, merge_counts
 
 class _CompiledCall:
     """Answers ``module._compiled_call_impl``: the compiled call for an outermost module, None for all others."""
+
+    is_switch = True
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._compile = functools.partial(torch.compile, backend=vblackwell, options=options or None)
@@ -114,7 +115,7 @@ def disable() -> None:
 
 def is_enabled() -> bool:
     """Whether the switch is on."""
-    return isinstance(torch.nn.Module.__dict__["_compiled_call_impl"], (_CompiledCall, EnableAtFirstCall))
+    return getattr(torch.nn.Module.__dict__["_compiled_call_impl"], "is_switch", False)
 
 
 def enable_balanced_mode(**options: Any) -> None:

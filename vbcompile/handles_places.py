@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.device import get_device, get_unified_backend
 from vbcompile.runtime_device import AcceleratorDevice, MemoryDevice
 from vbcompile.runtime_host import HostMemory
 from vbcompile.vgpu import DEFAULT_GBPS, DEFAULT_LATENCY_NS, VGPULevel, VGPUStack, create_vgpu_stack
 from vbcompile.vgpu_config import read_max_memory
 from vbcompile.vgpu_plan import Tier
+from vbcompile.vgpu_rates import Rates
 from vbcompile.vgpu_size import size_text
 
 MaxMemory = Mapping[int | str, int | str]
@@ -49,10 +50,10 @@ class Places:
         return SimulatedDevice(self.budget)
 
     @property
-    def rates(self) -> tuple[int, int | None]:
-        """Bytes per second of the device's memory, and operations per second of its matrix units (None: unknown)."""
+    def rates(self) -> Rates:
+        """Speeds of the device, as far as they are known."""
         found = self.stack.calibration
-        return self.stack.levels[0].read_rate, found.matmul if found is not None else None
+        return Rates(self.stack.levels[0].read_rate, found.matmul if found is not None else None)
 
     def tiers(self, used: bool) -> tuple[Tier, ...]:
         """The levels beyond the device, their links measured; the disk only where it is ``used``."""

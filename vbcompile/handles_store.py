@@ -27,6 +27,7 @@ from vbcompile.runtime_statistics import combined
 from vbcompile.vgpu import VGPUStack
 from vbcompile.vgpu_plan import DEVICE, Operator, Plan, PlanError, Sweep, Tier, Weight
 from vbcompile.vgpu_planner import plan_weights
+from vbcompile.vgpu_rates import Rates
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class WeightStore:
         budget: Bytes of device memory that may be used in all.
         tiers: The places beyond it.
         host: Allocates masters.
-        rates: Bytes per second of the device's memory, and operations per second of its matrix units.
+        rates: Speeds of the device.
         beside: Bytes of parameters and buffers that stay ordinary tensors on the device.
 
     Attributes:
@@ -96,7 +97,7 @@ class WeightStore:
         budget: int,
         tiers: Sequence[Tier],
         host: HostMemory,
-        rates: tuple[int, int | None],
+        rates: Rates,
         beside: int = 0,
     ) -> None:
         self.key = f"offload{next(_numbers)}"

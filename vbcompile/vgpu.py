@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.vgpu_config import LevelSpec, read_levels, read_max_memory
 from vbcompile.vgpu_plan import Tier
 from vbcompile.vgpu_size import MIB, parse_size, size_text

@@ -19,8 +19,8 @@ from vbcompile.vgpu_size import exact_size, size_text
 
 Choice = Literal["keep", "recompute", "offload"]
 
-_EXHAUSTIVE = 5
-_TRIES = 256
+_EXHAUSTIVE = 5  # most tensors of which every combination of fates is tried
+_TRIES = 256  # changes that are looked at beyond
 
 
 @dataclass(frozen=True)

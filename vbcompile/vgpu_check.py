@@ -4,7 +4,15 @@ from vbcompile.vgpu_plan import DEVICE, Plan, padded, staged
 
 
 def check_plan(plan: Plan) -> None:
-    """See :meth:`vbcompile.vgpu_plan.Plan.check`."""
+    """Prove that the plan is safe to run.
+
+    The peak keeps within the budget; the bytes of each level within its capacity; each use of a streamed weight is
+    covered by a copy that was waited for; no two weights overlap in the ring while both are in use; no copy waits for
+    an operator that itself waits for that copy.
+
+    Raises:
+        AssertionError: one of these does not hold, which is a defect of the planner.
+    """
     _require(plan.peak_bytes <= plan.budget, f"peak {plan.peak_bytes} is over the budget {plan.budget}")
     _check_capacities(plan)
     _check_copies(plan)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 from vbcompile.vgpu_size import MIB, parse_size
 
 _KEYS = ("device", "capacity_mb", "speed_gbps", "latency_us", "path")

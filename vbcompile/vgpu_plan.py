@@ -354,20 +354,6 @@ class Plan:
         """The tier of a level number. Raises KeyError for level 0 and unknown numbers."""
         return {tier.level: tier for tier in self.tiers}[level]
 
-    def check(self) -> None:
-        """Prove that the plan is safe to run.
-
-        The peak keeps within the budget; the bytes of each level within its capacity; each use of a streamed weight is
-        covered by a copy that was waited for; no two weights overlap in the ring while both are in use; no copy waits
-        for an operator that itself waits for that copy.
-
-        Raises:
-            AssertionError: one of these does not hold, which is a defect of the planner.
-        """
-        from vbcompile.vgpu_check import check_plan
-
-        check_plan(self)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything in the plan, ready for JSON."""
         return asdict(self) | {

@@ -2,7 +2,7 @@
 
 import re
 
-from vbcompile.config import ConfigError
+from vbcompile.config_error import ConfigError
 
 MIB = 2**20
 

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from vbcompile.compat_calls import storage_identity
+
 
 @dataclass
 class TracedOperator:
@@ -127,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         self._live = 0
 
     def watch(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._weights = {_storage_key(tensor): name for name, tensor in state.items()}
+        self._weights = {storage_identity(tensor): name for name, tensor in state.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -136,14 +138,16 @@ class _Recorder(TorchDispatchMode):
         for tensor in outputs:
             self._account(tensor)
         if (
-            not all(any(_storage_key(out) == _storage_key(tensor) for tensor in inputs) for out in outputs)
+            not all(any(storage_identity(out) == storage_identity(tensor) for tensor in inputs) for out in outputs)
             or not inputs
         ):
             self._record(func, args, kwargs, result, inputs, outputs)
         return result
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: Any, outputs: Any) -> None:
-        names = tuple(dict.fromkeys(self._weights[key] for key in map(_storage_key, inputs) if key in self._weights))
+        names = tuple(
+            dict.fromkeys(self._weights[key] for key in map(storage_identity, inputs) if key in self._weights)
+        )
         known = self.trace.operators
         if not known or (names and set(names) - set(known[-1].weights)):
             known.append(TracedOperator(func._overloadpacket._qualified_op_name, names))
@@ -158,7 +162,7 @@ class _Recorder(TorchDispatchMode):
         current.live_bytes = max(current.live_bytes, self._live)
 
     def _account(self, tensor: torch.Tensor) -> None:
-        key = _storage_key(tensor)
+        key = storage_identity(tensor)
         if key in self._weights or key in self._alive:
             return
         storage = tensor.untyped_storage()
@@ -172,7 +176,3 @@ class _Recorder(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage_key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
