@@ -73,6 +73,9 @@ def vblackwell(
     context = PassContext(config, target, training, elsewhere, list(example_inputs))
     pipeline.run_passes(gm, context, report, original)
     _warn_of_missing_passes(config, report)
+    for sentence in set(config.without_effect()) - _warned:
+        _warned.add(sentence)
+        log.warning("%s", sentence)
     compiled = _compile(gm, context, report, original, len(example_inputs))
     # only now: where Dynamo captures a graph anew (a float that becomes symbolic), the first attempt counts for nothing
     counters["vblackwell"]["fuse_attention"] += report.count("rewritten", "attention")
