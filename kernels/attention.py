@@ -22,7 +22,7 @@ from torch import Tensor
 from vbcompile.compat import is_fake
 from vbcompile.compat_calls import storage_identity
 from vbcompile.device import get_target
-from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case
+from vbcompile.kernels.attention_case import AttentionCase, check, lead_shape, make_case, rounds_to_tf32
 from vbcompile.kernels.attention_results import arrange, empty_output, sum_to
 from vbcompile.kernels.compiled_calls import OPERATORS, RepeatedOperator
 from vbcompile.kernels.dropout import dropout_keep
@@ -246,8 +246,7 @@ def _chosen(name: str, q: Tensor, case: AttentionCase) -> Implementation:
 
 def _settings(name: str, q: Tensor) -> tuple[Any, ...]:
     """What calls depend on besides their arguments; of ``q`` the dtype and the device count."""
-    tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return forced_implementation(name), torch.are_deterministic_algorithms_enabled(), tf32
+    return forced_implementation(name), torch.are_deterministic_algorithms_enabled(), rounds_to_tf32(q)
 
 
 OPERATORS["attention"] = RepeatedOperator("attention", attention, partial(_settings, "attention"))

@@ -49,6 +49,12 @@ class AttentionCase:
         return ScoreFunction.loads(self.function)
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """The broadcast leading sizes."""
+        shapes = (self.q, self.k, self.v, *(shape for shape, _ in self.captured))
+        return tuple(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))
+
+    @property
     def q_length(self) -> int:
         return self.q[-2]
 
@@ -106,6 +112,12 @@ def make_case(
 def _has_aligned_rows(t: Tensor) -> bool:
     itemsize = t.element_size()
     return all(n == 1 or stride * itemsize % 16 == 0 for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
+
+
+def rounds_to_tf32(t: Tensor) -> bool:
+    """Whether PyTorch's own products of such tensors do, by whichever of its settings: ``allow_tf32`` is an error to
+    read where another one was used."""
+    return t.dtype == torch.float32 and t.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def lead_shape(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> torch.Size:

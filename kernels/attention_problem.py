@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vbcompile.device import get_target
-from vbcompile.kernels.attention_case import lead_shape
+from vbcompile.kernels.attention_case import lead_shape, rounds_to_tf32
 from vbcompile.kernels.attention_layout import RowView, broadcast_strides, pad_lead, row_view, tile_strides
 from vbcompile.kernels.attention_program import TileProgram, compile_program
 from vbcompile.kernels.attention_tuning import TileConfig, tile_config
@@ -263,7 +263,7 @@ def describe(
         element_size=q.element_size(),
         empty_is_zero=function.empty_rows == "zero",
         dropout=dropout_p > 0,
-        precision="tf32" if precise and q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        precision="tf32" if rounds_to_tf32(q) else "ieee",
     )
 
 

@@ -27,6 +27,7 @@ from vbcompile.kernels.score_function import (
 )
 
 aten = torch.ops.aten
+_MOST_ALONG_AXIS = 65535  # of a grid of programs, but the first; cuDNN counts a batch in 16 bits
 
 
 # -------------------------------------------------------------------------------------------- refusals
@@ -67,7 +68,25 @@ def _refuses_cuda(target: Target | None, case: AttentionCase | None) -> str | No
         return f"head dimension {case.q[-1]} is no multiple of 8 up to 256"
     if not case.contiguous_rows:
         return "the last axis is not contiguous"
-    return refuses_common(case) or refuses_structure(case)
+    return refuses_common(case) or refuses_structure(case) or _refuses_number(case)
+
+
+def _refuses_number(case: AttentionCase) -> str | None:
+    batch, heads = case.lead[0], fold_heads(case.lead)
+    if max(batch, heads) > _MOST_ALONG_AXIS:
+        return f"a batch of {batch} with {heads} heads: takes {_MOST_ALONG_AXIS} of each"
+    return None
+
+
+def _refuses_flash(target: Target | None, case: AttentionCase | None) -> str | None:
+    reason = _refuses_cuda(target, case)
+    if reason or case is None or not case.needs:
+        return reason
+    unit = 32 if case.q[-1] <= 128 else 64
+    rows, width = -(-case.q_length // 128) * 128, -(-case.q[-1] // unit) * unit
+    if math.prod(case.lead) * rows * width > 2**31:
+        return "counts the elements of its sums for q in 32 bits"
+    return None
 
 
 def _refuses_cudnn(target: Target, case: AttentionCase | None) -> str | None:
@@ -294,7 +313,7 @@ for _operator, _cudnn, _flash, _cpu in (
 ):
     for _name, _run, _refuses, _replays in (
         ("cudnn", _cudnn, _refuses_cudnn, True),
-        ("flash_attention_2", _flash, _refuses_cuda, True),
+        ("flash_attention_2", _flash, _refuses_flash, True),
         ("cpu_flash", _cpu, _refuses_cpu, False),
     ):
         _inlines = _operator == "attention"  # graphs with gradients keep our operators

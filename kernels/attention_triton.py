@@ -95,7 +95,7 @@ def forward(
         in float32: natural logarithm of the sum over the keys and the sink.
     """
     narrow = max(q.shape[-1], v.shape[-1]) * q.element_size() < problems.MOST_SWIZZLED
-    if narrow or q.shape[-2] > _MOST_DECODED:
+    if narrow or dropout_p > 0 or q.shape[-2] > _MOST_DECODED:
         # tiles of keys stored transposed are swizzled by their keys, those of values are not: see Problem
         q, k, v = map(with_contiguous_rows, (q, k, v))
     q, k, v = map(within_reach, (q, k, v))

@@ -33,6 +33,7 @@ LOWEST_FILL = -1e30  # below this, exp(fill - largest logit) is zero for every l
 LOW_FILL = -6.5e4  # below this, the same holds for logits of a size that float16 has room for on both sides
 POWERLESS = -2e3  # exp of this is zero in float64, beside every score whose own power is finite
 MASK_SIZED = 1e3  # no learned number is as large, and beside a larger one scores lose digits
+_ABSORBS = 1e20  # float64 too has no digit left for a score beside it
 _DECIDES = 700.0  # no weight is left in float64 that is so far below another
 _VANISHES = -15.0  # float16 holds no weight of exp(-18)
 _BEYOND = 2**30  # no index is as large
@@ -105,6 +106,12 @@ def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
     """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
     limit = max(MASK_SIZED, 0.1 / torch.finfo(dtype).eps)
     return holds_number_beyond(logits.value, limit) or _adds_fills(logits.value, limit)
+
+
+def may_lose_scores_of_float64(logits: Logits) -> bool:
+    """Whether there may be finite fills beside which float64 holds the scores and float32 does not."""
+    floats = (abs(e.value) for e in parts(logits.value) if e.name == "const" and e.kind == FLOAT)
+    return any(MASK_SIZED < number < _ABSORBS for number in floats) or _adds_fills(logits.value, MASK_SIZED)
 
 
 def may_underflow(logits: Logits) -> bool:

@@ -13,6 +13,7 @@ from vbcompile.passes.attention_checks import bind_roles, check_axes, check_drop
 from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_expression import Algebra, Expression
 from vbcompile.passes.attention_gates import gated
+from vbcompile.passes.attention_infinities import may_be_nan
 from vbcompile.passes.attention_lift import Lifter, Refusal
 from vbcompile.passes.attention_masks import (
     LOW_FILL,
@@ -23,6 +24,8 @@ from vbcompile.passes.attention_masks import (
     conjuncts,
     may_absorb,
     may_hide,
+    may_hold_fills,
+    may_lose_scores_of_float64,
     may_underflow,
     may_vanish,
     split_logits,
@@ -216,9 +219,14 @@ class Matcher:
         if softmax.less_log_sum and may_absorb(split, tensor_of(softmax.logits).dtype):
             raise Refusal("the logarithm of a sum of fills is lost beside them")
         full = split_logits(algebra, logits, keys, POWERLESS) if softmax.bare else split
-        if softmax.bare and may_underflow(full):
+        if softmax.bare and not _has_sink(softmax) and may_underflow(full):
             raise Refusal("powers of low fills, which may all be zero")
         kept, empty = self._keep(lifter, full, logits, weights, keys)
+        if weights.zero_empty and may_be_nan(kept.value):
+            raise Refusal("nan_to_num where a mask's infinity may become NaN, or more than the scores")
+        widened = tensor_of(softmax.logits).dtype == torch.float64 != tensor_of(score).dtype
+        if widened and not softmax.narrowed and may_lose_scores_of_float64(kept):
+            raise Refusal("fills of float64 scores, beside which the scores' own type has no digits left")
         if kept is not split and not kept.every_row and kept.mask != split.mask:
             softmax = replace(softmax, exact_logits=False)  # the logarithm of the sum still has the fills of such rows
         gates = [(algebra.make("to_float", lifter.lift(g.factor, g.dims)), g.guard) for g in softmax.gates]
@@ -409,6 +417,12 @@ class Matcher:
             raise Refusal("the scores are used before the values are known")
         if self.effects.switches_grad_mode(early, place[site.out]):
             raise Refusal("the scores are used under another gradient mode")
+
+
+def _has_sink(softmax: Softmax) -> bool:
+    """Whether there is a sink that is no mask itself, so that no row's sum is zero."""
+    sink = None if softmax.sink is None else softmax.sink[0]
+    return sink is not None and not (is_tensor(sink) and may_hold_fills(sink, -POWERLESS))
 
 
 def _residual(second: Contraction, out_dims: Dims) -> tuple[Any, Dims, Any] | None:

@@ -27,7 +27,8 @@ def pointwise(lifter: Reader, call: Call, node: fx.Node, coordinates: Coordinate
     rule = getattr(_Rules, call.name, None) or _RULES.get(call.name)
     if rule is None:
         raise Opaque
-    return rule(_Rules(lifter, call, node, coordinates))
+    rules = _Rules(lifter, call, node, coordinates)
+    return rules.as_stored(rule(rules))
 
 
 class _Rules:
@@ -54,6 +55,15 @@ class _Rules:
             return e
         held = rounded(e.value, self._dtype)
         return self.const(held) if MASK_SIZED <= abs(held) < math.inf else e
+
+    def as_stored(self, e: Expression) -> Expression:
+        """Numbers that a result of 16 bits is chosen from, folded or converted, as the source rounded them."""
+        if self._dtype not in LARGEST_EXACT or e.kind != FLOAT:
+            return e
+        if e.name == "where":
+            return self.make("where", e.arguments[0], *map(self.as_stored, e.arguments[1:]))
+        held = rounded(e.value, self._dtype) if e.name == "const" else 0.0
+        return self.const(held) if abs(held) >= MASK_SIZED else e
 
     def read_as(self, kind: str, parameter: str) -> Expression:
         return self.convert(kind, self.read(parameter))
@@ -89,7 +99,8 @@ class _Rules:
         self.check_range(arguments)
         if self.call.name == "mod" and self.kind == FLOAT:
             self.check_decision(arguments, self._dtype)
-        return self.make(self.call.name, *arguments)
+        result = self.make(self.call.name, *arguments)
+        return self._overflown(result, 1.0) if self.call.name == "mul" else result
 
     def float_only(self) -> Expression:
         return self.make(self.call.name, self.read_as(FLOAT, "input"))
@@ -150,7 +161,7 @@ class _Rules:
         In float32 the score would survive, and rows without a key would not come out as the mean of all values. Two
         such masks are beyond float16 together: -inf.
         """
-        operands = [self.call.input, self.call.get("other")]
+        operands = self.call.input, self.call.get("other")
         if self._dtype != torch.float16 or not self._direct or not any(map(_may_be_very_low, operands)):
             return total
         shift = self.const(1.5 * 2.0**23 * 32.0)  # float32 numbers around it are 32 apart
@@ -159,13 +170,28 @@ class _Rules:
         rounded = self.make("where", lost, self.const(-math.inf), rounded)
         return self.make("where", self.make("lt", total, self.const(-(2.0**15))), rounded, total)
 
+    def _overflown(self, product: Expression, sign: float) -> Expression:
+        """A product of scores; a factor above one takes a mask of -65504 to -inf in float16, and so here."""
+        if self._dtype != torch.float16 or not self._direct:
+            return product
+        operands = self.call.input, self.call.get("other")
+        factors = [f for f in operands if isinstance(f, (int, float))]
+        scores = [x for x in operands if is_tensor(x) and self._lifter.depends(x)]
+        if any(0 <= f <= 1 if sign > 0 else f >= 1 for f in factors) or not any(map(_may_be_very_low, scores)):
+            return product
+        if any(f < 0 for f in factors):
+            high = self.make("ge", product, self.const(65520.0))
+            product = self.make("where", high, self.const(math.inf), product)
+        return self.make("where", self.make("le", product, self.const(-65520.0)), self.const(-math.inf), product)
+
     def div(self) -> Expression:
         mode = self.call.get("rounding_mode")
         if mode == "floor":
             return self.floordiv()
         if mode is not None:
             raise self.opaque()
-        return self.make("div", self.read_as(FLOAT, "input"), self.read_as(FLOAT, "other"))
+        quotient = self.make("div", self.read_as(FLOAT, "input"), self.read_as(FLOAT, "other"))
+        return self._overflown(quotient, -1.0)
 
     def floordiv(self) -> Expression:
         if self.kind == BOOL:
@@ -229,8 +255,13 @@ class _Rules:
         return self.make("mul", e, self.convert(self.kind, self.read("alpha")))
 
     def lerp(self) -> Expression:
+        """From the nearer end, as PyTorch does: the other one may be infinite."""
+        make = self.make
         start, end, weight = (self.read_as(FLOAT, name) for name in ("input", "end", "weight"))
-        return self.make("add", start, self.make("mul", weight, self.make("sub", end, start)))
+        way = make("sub", end, start)
+        from_start = make("add", start, make("mul", weight, way))
+        from_end = make("sub", end, make("mul", make("sub", self.const(1.0), weight), way))
+        return make("where", make("lt", make("abs", weight), self.const(0.5)), from_start, from_end)
 
     def hypot(self) -> Expression:
         a, b = (self.read_as(FLOAT, name) for name in ("input", "other"))
@@ -308,13 +339,14 @@ class _Rules:
 
 
 def _may_be_very_low(node: Any, limit: int = 64) -> bool:
-    """Whether a float16 operand may be a mask that holds -65504: a constant of that size is on its way, or an input."""
+    """Whether a float16 operand may be a mask that holds -65504: such a constant, or an input, is on its way."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo and len(seen) < limit:
         n = todo.pop()
         if not isinstance(n, fx.Node):
-            if isinstance(n, (int, float)) and float("-inf") < n <= -(2.0**15):
+            low = isinstance(n, (int, float)) and -math.inf < n <= -(2.0**15)
+            if low or (isinstance(n, float) and 2.0**15 <= n < math.inf):
                 return True
             continue
         if n in seen or not is_tensor(n):

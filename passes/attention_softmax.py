@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from vbcompile.passes.attention_gates import is_gate
@@ -31,6 +32,7 @@ class Softmax:
         weights: the walk to the second product, without what belonged to the softmax.
         exact_logits: whether ``logits`` is what was exponentiated (so that a ``logsumexp`` of it is the row's own).
         bare: whether powers are taken of logits from which nothing is subtracted, so that those of low fills are zero.
+        narrowed: whether float64 logits are converted to a narrower type before anything else.
         needs_a_key: whether rows whose logits are all ``-inf`` are NaN although there is a sink.
         less_log_sum: whether the logarithm of the sum is subtracted from the logits, which loses it beside low fills.
         late_sum: for weights that are divided by their sum only after the second product, the node that was summed.
@@ -48,6 +50,7 @@ class Softmax:
     others: tuple[fx.Node, ...] = ()
     gates: tuple[Gate, ...] = ()
     bare: bool = False
+    narrowed: bool = False
     needs_a_key: bool = False
     less_log_sum: bool = False
 
@@ -377,7 +380,8 @@ def _strip(space: Space, found: Softmax, keys: Dim) -> Softmax:
         if call is None or call.in_place:
             return _finish(found)
         if is_float_cast(call, found.logits):
-            found = replace(found, logits=call.input)
+            narrowed = found.narrowed or tensor_of(found.logits).dtype != torch.float64
+            found = replace(found, logits=call.input, narrowed=narrowed)
         elif call.name == "sub" and found.sink is None and _is_row_constant(space, call, found.dims, keys):
             found = _without_shift(found, call.input, call.get("other"))
         elif found.sink is None and _scales_shifted(space, call, found.dims, keys):

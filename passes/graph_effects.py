@@ -77,9 +77,9 @@ class Effects:
         if any(self.is_written_at_all(i) for i in (node, *inputs)):
             return node
         alike = {i: self.representative(i, depth - 1).name for i in inputs}
-        is_differentiated = is_tensor(node) and tensor_of(node).requires_grad
+        held = (tensor_of(node).dtype, tensor_of(node).requires_grad) if is_tensor(node) else None  # autocast, no_grad
         arguments = fx.map_arg((node.args, node.kwargs), lambda n: alike[n])
-        key = str((node.op, node.target, arguments, is_differentiated))
+        key = str((node.op, node.target, arguments, held))
         first = self._first_of.get(key)
         if first is None or first._erased or self.position.get(first, 0) > self.position.get(node, 0):
             first = self._first_of[key] = node

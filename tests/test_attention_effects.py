@@ -343,6 +343,20 @@ def test_products_that_autocast_leaves_alone():
     assert run.sites == 1
 
 
+def test_one_bias_with_and_without_autocast():
+    def function(q, k, v, weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = F.linear(q, weight, weight[:, 0])
+        exact = F.linear(q, weight, weight[:, 0])
+        return attend(q, k, v, lambda s: s + rough), attend(q, k, v, lambda s: s * 2 + exact)
+
+    ours, run = compiled(function)
+    q, k, v = qkv(grad=False)
+    inputs = q, k, v, torch.randn(k.shape[-2], q.shape[-1])
+    torch.testing.assert_close(ours(*inputs), function(*inputs))
+    assert run.sites == 2
+
+
 def test_upcast_scores_keep_the_operands_precision():
     def function(q, k, v):
         weights = F.softmax(q.float() @ k.float().mT, -1)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_oracle import Outcome, differences
 from attention_trial import clear
 from torch._dynamo.utils import counters
@@ -334,6 +335,7 @@ GIVEN = {  # softmax of scores that a mask was added to
     "exp2": lambda s: (w := torch.exp2(s)) / w.sum(-1, keepdim=True),
     "less the logarithm of their sum": _shifted_powers,
     "their own maximum": lambda s: _exponentials(s - s.amax(-1, keepdim=True)),
+    "beside one": lambda s: (w := s.exp()) / (1 + w.sum(-1, keepdim=True)),
 }
 
 
@@ -351,4 +353,74 @@ def test_powers_under_a_given_mask_of_fills(name, fill):
     with torch.no_grad():
         found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
         torch.testing.assert_close(found, function(q, k, v, mask), atol=1e-2 if fill == -1e4 else 1e-5, rtol=1e-5)
-    assert counters["vblackwell"]["fuse_attention"] == (name == "their own maximum")
+    assert counters["vblackwell"]["fuse_attention"] == (name in ("their own maximum", "beside one"))
+
+
+LOWEST = torch.finfo(torch.float16).min
+BEYOND = {  # fills that float16 holds as -inf, so that rows of them are NaN
+    "a factor": lambda s, m: s.masked_fill(~m, LOWEST) / 0.5,
+    "a negative factor": lambda s, m: (-s).masked_fill(~m, -LOWEST) * -2,
+    "a factor that is a tensor": lambda s, m: s.masked_fill(~m, LOWEST) * torch.tensor(2.0, dtype=s.dtype),
+    "a factor of the mask": lambda s, m: s + torch.zeros(m.shape, dtype=s.dtype).masked_fill(~m, LOWEST) * 2,
+    "a converted number": lambda s, m: torch.where(m, s, torch.full([], -1e5).to(s.dtype)),
+    "converted scores": lambda s, m: s.float().masked_fill(~m, -1e9).half(),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_fills_beyond_float16(name):
+    function = lambda q, k, v, shown: BEYOND[name](q @ k.mT * 0.25, shown).float().softmax(-1).half() @ v
+    q, k, v = (torch.randn(2, n, 16, dtype=torch.float16) for n in (4, 7, 7))
+    clear()
+    found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, _SHOWN_ROWS)
+    expected = function(q, k, v, _SHOWN_ROWS)
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=5e-3, rtol=5e-3)
+    assert counters["vblackwell"]["fuse_attention"] == 1 and bool(expected.isnan().any())
+
+
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_a_given_mask_in_float64(narrowed):
+    """Scores keep their digits beside its fills, unless they are converted before the softmax."""
+
+    def function(q, k, v, mask):
+        scores = q @ k.mT + mask
+        return (scores.float() if narrowed else scores).softmax(-1).float() @ v
+
+    q, k, v = (torch.randn(2, n, 16) for n in (4, 7, 7))
+    mask = torch.zeros(4, 7, dtype=torch.float64).masked_fill(~_SHOWN_ROWS, -1e9)
+    clear()
+    found = torch.compile(function, backend="vblackwell", options={"downstream": "eager"})(q, k, v, mask)
+    torch.testing.assert_close(found, function(q, k, v, mask))
+    assert counters["vblackwell"]["fuse_attention"] == narrowed
+
+
+INFINITE = {  # scores that a mask of -inf makes NaN, or infinitely high; sites where the weights' NaN are cleared
+    "a factor of infinity": (lambda s, m, a: s + (1 - m.to(s.dtype)) * -INF, 0),
+    "infinity": (lambda s, m, a: s.masked_fill(~m, INF), 0),
+    "a mask that is subtracted": (lambda s, m, a: s - a, 0),
+    "a bent mask": (lambda s, m, a: F.gelu(s.masked_fill(~m, -INF)), 0),
+    "a square": (lambda s, m, a: (s + a).square(), 0),
+    "a quotient": (lambda s, m, a: s / m.to(s.dtype), 0),
+    "halfway to a mask": (lambda s, m, a: torch.lerp(s, a, 0.5), 0),
+    "a mask that is added": (lambda s, m, a: (s + a) * 0.5, 1),
+    "a bounded mask": (lambda s, m, a: torch.tanh(s.masked_fill(~m, -INF)), 1),
+    "two masks": (lambda s, m, a: torch.where(m, s * 2 + a, -INF), 1),
+    "a factor of scores": (lambda s, m, a: (s * m[:, :1]).masked_fill(~m, -INF), 1),
+}
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("name", INFINITE)
+def test_infinities_beyond_a_mask(name, cleared):
+    scores, sites = INFINITE[name]
+
+    def function(q, k, v, shown, mask):
+        weights = scores(q @ k.mT, shown, mask).softmax(-1)
+        return (weights.nan_to_num() if cleared else weights) @ v
+
+    q, k, v = (torch.randn(2, n, 16) for n in (4, 7, 7))
+    given = q, k, v, _SHOWN_ROWS, torch.zeros(4, 7).masked_fill(~_SHOWN_ROWS, -INF)
+    clear()
+    found = torch.compile(function, backend="vblackwell", options={"downstream": "eager", "strict": True})(*given)
+    torch.testing.assert_close(found, function(*given), equal_nan=True)
+    assert counters["vblackwell"]["fuse_attention"] == (sites if cleared else 1)

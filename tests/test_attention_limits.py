@@ -9,9 +9,12 @@ import torch
 from attention_forms import captured_mask, make_function
 from torch import Tensor
 
+from vbcompile.device_catalog import catalog_target
 from vbcompile.kernels import attention_hopper_gradients, attention_problem, attention_triton
+from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_layout import is_within_reach
 from vbcompile.kernels.attention_tuning import TileConfig
+from vbcompile.kernels.registry import operator
 
 HEADS = 70000  # an axis of a grid but the first has at most 65535
 MASK = make_function(mask=captured_mask)
@@ -94,3 +97,26 @@ def test_backward_of_many_heads(monkeypatch):
 def test_reach_of_tiles(shape, strides, expected):
     t = torch.empty(1, device="meta").as_strided((1, *shape), (0, *strides))
     assert is_within_reach(t) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "needs", "cudnn", "flash"),
+    [
+        ((65535, 8, 64, 64), True, True, False),
+        ((65536, 8, 64, 64), False, False, False),
+        ((1, 65536, 64, 64), False, False, False),
+        ((400, 4, 10496, 128), False, True, True),
+        ((400, 4, 10496, 128), True, True, False),
+        ((400, 4, 10400, 128), True, True, False),
+        ((400, 4, 10240, 128), True, True, True),
+        ((2000, 16, 729, 72), True, True, False),
+    ],
+)
+def test_what_operators_of_pytorch_count(shape, needs, cudnn, flash, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    function = make_function().dumps()
+    case = AttentionCase(torch.float16, shape, shape, shape, (), False, function, needs=(True,) * 3 if needs else ())
+    backward = operator("attention_backward")
+    backward.load()
+    reasons = {i.name: i.refuses(catalog_target("sm_90"), case) for i in backward.implementations}
+    assert (reasons["cudnn"] is None, reasons["flash_attention_2"] is None) == (cudnn, flash)

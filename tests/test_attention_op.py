@@ -1,6 +1,7 @@
 """The logical operator: meaning, gradients and implementations against plain PyTorch in float64."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from vbcompile.device import Target
 from vbcompile.kernels import attention as op_module
 from vbcompile.kernels import attention_sdpa
 from vbcompile.kernels.attention import attention_backward_reference, attention_reference
-from vbcompile.kernels.attention_case import make_case
+from vbcompile.kernels.attention_case import make_case, rounds_to_tf32
 from vbcompile.kernels.registry import describe, operator
 from vbcompile.kernels.score_function import Builder, ScoreFunction, additive_bias, causal_offset
 
@@ -234,6 +235,20 @@ def test_additive_bias_refuses_what_is_not_additive():
     assert additive_bias(with_score(lambda b, s: b.emit("sub", b.emit("captured", 0), s))) is None
     assert additive_bias(with_score(lambda b, s: b.emit("add", s, s))) is None
     assert additive_bias(with_score(plus)) is not None
+
+
+def test_precision_of_products_may_be_set_either_way():
+    """``allow_tf32`` cannot be read once ``fp32_precision`` is set."""
+    q, products = SimpleNamespace(dtype=torch.float32, is_cuda=True), torch.backends.cuda.matmul
+    try:
+        for setting, expected in (("tf32", True), ("ieee", False)):
+            products.fp32_precision = setting
+            assert op_module._settings("attention", q)[2] is expected
+        for setting, expected in (("high", True), ("highest", False)):
+            torch.set_float32_matmul_precision(setting)
+            assert rounds_to_tf32(q) is expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # ------------------------------------------------------------------------------------------------------- choice
