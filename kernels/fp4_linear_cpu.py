@@ -116,10 +116,12 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the kernels cannot run here; compiles them."""
+    """Why the kernels cannot run here; compiles them. A compilation that fails is said in one warning."""
     try:
         library()
     except Unavailable as error:
+        if error.__cause__ is not None:
+            log.warning("FP4 weights keep their precision on this processor: %s", error)
         return str(error)
     return None
 

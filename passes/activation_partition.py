@@ -169,6 +169,15 @@ def _tell_of_unused_budget(config: Config, budget: int, report: GraphReport) -> 
         log.warning("%s", reason)
 
 
+def tell_that_nothing_is_planned(compiler: str, report: GraphReport) -> None:
+    """A vendor's compiler splits joint graphs by itself: said in the report, and in one warning."""
+    reason = f"{compiler} decides alone what is saved for the backward: downstream='aot_eager' keeps to mode and budget"
+    report.decisions.append(Decision("activations", "the step", "left", reason))
+    if reason not in _said:
+        _said.add(reason)
+        log.warning("%s", reason)
+
+
 _said: set[str] = set()
 
 
