@@ -2,7 +2,6 @@
 
     python bench/attention.py check [--jobs N]      every form of score function, error against eager PyTorch's
     python bench/attention.py sweep [--jobs N]      tile shapes of each kernel
-    python bench/attention.py scores                biases, caps, windows, documents: see attention_scores.py
     python bench/attention.py table [--flex]        forward and backward beside cuDNN, flash SDPA and FlexAttention
 
 Times are medians of CUDA-graph replays. TFLOP/s count 4 * B * H * Q * K * D operations forward and 2.5 times that
@@ -26,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import attention_scores
 import record
+from attention_scores import NOT_IN_HALF, verdict
 
 SHAPES = [  # B, H, S, D, causal
     (4, 16, 4096, 128, False),
@@ -44,8 +43,6 @@ CHECKS = [  # Q, K, D, Dv, dtype, only these forms
     (200, 264, 256, 256, "bfloat16", ("plain", "causal", "bias", "softcap", "grouped")),
     (256, 256, 192, 128, "float16", ("plain", "causal", "document_causal", "bias")),
 ]
-NOT_IN_HALF = ("additive_min",)  # eager PyTorch rounds float32's minimum to -inf there
-
 
 TILES = {  # block_q, block_k, warps, stages, descriptors
     ("forward", 128): [(128, 128, 8, 3, 1), (128, 64, 4, 2, 1), (64, 64, 4, 3, 1), (64, 64, 4, 2, 1)],
@@ -75,12 +72,7 @@ def check_one(job: tuple[int, str]) -> dict[str, Any]:
     number, name = job
     *sizes, dtype, _ = CHECKS[number]
     row: dict[str, Any] = {"sizes": sizes, "dtype": dtype, "form": name}
-    try:
-        found = compare(make_forms(*sizes)[name], getattr(torch, dtype), seeds=range(4))
-        wrong = [r for r in found if not r[1] <= r[2]]
-        return row | {"ok": not wrong, "wrong": wrong, "ratio": max(2 * r[1] / r[2] for r in found if r[2])}
-    except Exception as failure:  # noqa: BLE001 - reported in the table, the others go on
-        return row | {"ok": False, "wrong": f"{type(failure).__name__}: {str(failure)[-400:]}"}
+    return row | verdict(lambda: compare(make_forms(*sizes)[name], getattr(torch, dtype), seeds=range(4)))
 
 
 def check(jobs: int) -> list[dict[str, Any]]:
@@ -246,7 +238,7 @@ def table(with_flex: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("check", "sweep", "table", "scores"))
+    parser.add_argument("what", nargs="+", choices=("check", "sweep", "table"))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--flex", action="store_true")
     options = parser.parse_args()
@@ -254,12 +246,10 @@ def main() -> None:
         "check": lambda: check(options.jobs),
         "sweep": lambda: sweep(options.jobs),
         "table": lambda: table(options.flex),
-        "scores": lambda: attention_scores.measure(False, options.jobs),
     }
     for what in options.what:
         begin = time.time()
-        if (rows := actions[what]()) is not None:
-            record.write(f"attention_{what}", rows)
+        record.write(f"attention_{what}", actions[what]())
         print(f"{what}: {time.time() - begin:.0f} s", flush=True)
 
 

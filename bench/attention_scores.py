@@ -94,13 +94,13 @@ def refusal(form: Any, dtype: torch.dtype, gradients: bool | None = None) -> str
     """Why the Hopper kernels do not take a form: forward, or backward with the gradients of captured tensors or not."""
     from vbcompile.device import get_target
     from vbcompile.kernels.attention_case import make_case
-    from vbcompile.kernels.attention_gpu import _refuses_hopper
+    from vbcompile.kernels.attention_gpu import refuses_hopper
 
     (q, k, v), captured = form.inputs(dtype)
     q, k, v, *captured = (t.cuda() for t in (q, k, v, *captured))
     needs = () if gradients is None else [True] * 3 + [gradients and c.is_floating_point() for c in captured]
     case = make_case(q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
-    return _refuses_hopper(get_target(q.device), case)
+    return refuses_hopper(get_target(q.device), case)
 
 
 def verdict(compared: Callable[[], list[Any]]) -> dict[str, Any]:
@@ -121,12 +121,12 @@ def verdict(compared: Callable[[], list[Any]]) -> dict[str, Any]:
 def check_one(job: tuple[int, str]) -> dict[str, Any]:
     from attention_compare import compare_forward
 
-    from vbcompile.kernels.attention_gpu import _hopper_forward
+    from vbcompile.kernels.attention_gpu import hopper_forward
 
     form, dtype, row = form_of(job)
     if reason := refusal(form, dtype):
         return row | {"ok": True, "refused": reason}
-    return row | verdict(lambda: compare_forward(form, dtype, _hopper_forward, seeds=range(3)))
+    return row | verdict(lambda: compare_forward(form, dtype, hopper_forward, seeds=range(3)))
 
 
 def check(jobs: int) -> bool:

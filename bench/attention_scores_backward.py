@@ -60,8 +60,8 @@ def own_run(shape: tuple, case: str, kind: str, changes: dict[str, Any] | None) 
     function, captured, *_ = problem(shape, case.removesuffix("_gradient"))
     arguments = (shape[3] ** -0.5, 0.0, None, function.dumps())
     needs = [True] * 3 + [case == BIAS_GRADIENT] * len(captured)
-    out, lse = attention_gpu._hopper_forward(q, k, v, captured, *arguments)
-    backward = attention_gpu._triton_backward if kind == "general_backward" else attention_gpu._hopper_backward
+    out, lse = attention_gpu.hopper_forward(q, k, v, captured, *arguments)
+    backward = attention_gpu.triton_backward if kind == "general_backward" else attention_gpu.hopper_backward
     shipped, plain = gradients.scored_config, gradients.BACKWARD_CONFIGS
     scored = lambda *of: replace(shipped(*of), **(changes or {}))
     changed = {key: replace(config, **(changes or {})) for key, config in plain.items()}
@@ -69,7 +69,7 @@ def own_run(shape: tuple, case: str, kind: str, changes: dict[str, Any] | None) 
     def run() -> Any:
         given = (out, lse)
         if kind == "hopper_both":
-            given = attention_gpu._hopper_forward(q, k, v, captured, *arguments)
+            given = attention_gpu.hopper_forward(q, k, v, captured, *arguments)
         with patch.object(gradients, "scored_config", scored), patch.object(gradients, "BACKWARD_CONFIGS", changed):
             return backward(grad, None, q, k, v, captured, *given, *arguments, needs)
 
@@ -115,12 +115,12 @@ def checked(job: tuple[int, str]) -> dict[str, Any]:
     """Errors of the gradients of one form, captured tensors' included where the kernels give them."""
     from attention_compare import compare
 
-    from vbcompile.kernels.attention_gpu import _hopper_backward, _hopper_forward
+    from vbcompile.kernels.attention_gpu import hopper_backward, hopper_forward
 
     form, dtype, row = form_of(job)
     for gradients in (True, False):
         if not (reason := refusal(form, dtype, gradients)):
-            run = (_hopper_forward, _hopper_backward)
+            run = (hopper_forward, hopper_backward)
             return row | verdict(lambda: compare(form, dtype, range(2), run, gradients))  # noqa: B023 - called at once
     return row | {"ok": True, "refused": reason}
 

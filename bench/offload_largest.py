@@ -79,10 +79,10 @@ class Arenas(HostMemory):
 
     def _take(self, nbytes: int) -> Tensor:
         end = time.monotonic() + _PATIENCE
-        while runtime_host._available() < 2 * nbytes and time.monotonic() < end:
+        while runtime_host.available_memory() < 2 * nbytes and time.monotonic() < end:
             time.sleep(0.05)
         on_card = self._device.type != "cpu"
-        found = runtime_host._registered(nbytes, self._device) if on_card else runtime_host._mapped(nbytes)
+        found = runtime_host.registered_memory(nbytes, self._device) if on_card else runtime_host.mapped_memory(nbytes)
         self.seconds = time.perf_counter() - self._begun
         return found
 
@@ -219,7 +219,7 @@ def main() -> int:
     layer_bytes = sum(value.numel() for value in large) * 2
     clock.phase("first layer made")
     packed_bytes = int(layer_bytes / 16 * _BITS * 1.005)
-    room = int((runtime_host._available() - _SPARE) // packed_bytes)
+    room = int((runtime_host.available_memory() - _SPARE) // packed_bytes)
     if room < options.layers:
         print(f"host memory has room for the packed weights of {room} of {options.layers} layers", flush=True)
     layers = min(options.layers, room)
@@ -240,7 +240,7 @@ def main() -> int:
         offload_model.synchronize()
     clock.phase("compiled, copies made, first step")
     print(f"pinned memory was complete {arenas.seconds:.1f} s after it was asked for", flush=True)
-    print(f"host memory left: {runtime_host._available() / 1e9:.1f} GB", flush=True)
+    print(f"host memory left: {runtime_host.available_memory() / 1e9:.1f} GB", flush=True)
     found = measure(partial(compiled, tokens), store, options.steps, link)
     clock.phase("measured")
     with torch.no_grad():

@@ -52,7 +52,7 @@ class AttentionCase:
     def lead(self) -> tuple[int, ...]:
         """The broadcast leading sizes."""
         shapes = (self.q, self.k, self.v, *(shape for shape, _ in self.captured))
-        return tuple(torch.broadcast_shapes(*(shape[:-2] for shape in shapes)))
+        return _broadcast([shape[:-2] for shape in shapes])
 
     @property
     def q_length(self) -> int:
@@ -122,7 +122,10 @@ def rounds_to_tf32(t: Tensor) -> bool:
 
 def lead_shape(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor]) -> torch.Size:
     """The broadcast leading axes."""
-    shapes = [t.shape[:-2] for t in (q, k, v, *captured)]
+    return _broadcast([t.shape[:-2] for t in (q, k, v, *captured)])
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> torch.Size:
     if all(type(size) is int for shape in shapes for size in shape):  # much quicker than PyTorch's own
         sizes = [{size for size in column if size != 1} or {1} for column in zip(*shapes, strict=True)]
         if all(len(different) == 1 for different in sizes):

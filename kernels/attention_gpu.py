@@ -26,12 +26,12 @@ _HOPPER_COST = {  # by head dimension and whether the mask is causal; where equa
 _LONG, _LONG_COST = 8192, 1.05  # keys from which cuDNN's backward is faster at head size 128, and by how much
 
 
-def _triton_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
+def triton_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     function = ScoreFunction.loads(score_function)
     return attention_triton.forward(q, k, v, captured, scale, dropout_p, seed, function)
 
 
-def _triton_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+def triton_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
     return attention_triton.backward(
         grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, function, needs
@@ -49,7 +49,7 @@ def _takes_plain(function: ScoreFunction, offset: int | None) -> bool:
     return alone or (offset is not None and offset >= 0)
 
 
-def _hopper_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
+def hopper_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     function = ScoreFunction.loads(score_function)
     lead = lead_shape(q, k, v, captured)
     q4, k4, v4 = _addressable(*fold_inputs(q, k, v, lead))
@@ -63,7 +63,7 @@ def _hopper_forward(q, k, v, captured, scale, dropout_p, seed, score_function):
     return out, lse.reshape(*lead, q.shape[-2])
 
 
-def _hopper_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
+def hopper_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p, seed, score_function, needs):
     function = ScoreFunction.loads(score_function)
     lead = lead_shape(q, k, v, captured)
     heads = fold_heads(lead)
@@ -102,7 +102,7 @@ def _refuses_hopper_scores(case: AttentionCase) -> str | None:
     return refuses_call(case.captured, case.q_length, case.k_length, function, wanted if case.needs else None)
 
 
-def _refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
+def refuses_hopper(target: Target, case: AttentionCase | None) -> str | None:
     if target.vendor != "nvidia" or target.arch != "sm_90":
         return "uses the instructions of Hopper (sm_90)"
     if reason := attention_hopper.refuses_triton():
@@ -145,12 +145,12 @@ def _triton_cost(name: str) -> Callable[[Target, AttentionCase], float]:
 
 
 for _name, _hopper, _triton, _kernels in (
-    ("attention", _hopper_forward, _triton_forward, attention_triton.FORWARD_KERNELS),
-    ("attention_backward", _hopper_backward, _triton_backward, attention_triton.BACKWARD_KERNELS),
+    ("attention", hopper_forward, triton_forward, attention_triton.FORWARD_KERNELS),
+    ("attention_backward", hopper_backward, triton_backward, attention_triton.BACKWARD_KERNELS),
 ):
     _refuses_triton = partial(attention_triton.refuses, _kernels)
     for _kind, _run, _refuses, _cost in (
-        ("hopper", _hopper, _refuses_hopper, _hopper_cost(_name)),
+        ("hopper", _hopper, refuses_hopper, _hopper_cost(_name)),
         ("triton", _triton, _refuses_triton, _triton_cost(_name)),
     ):
         operator(_name).register(Implementation(_kind, _run, _refuses, _cost, replays=True))

@@ -120,7 +120,7 @@ def refuses_call(
     patterns = tuple(CapturedPattern.of(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes)
     for number in function.captured(function.score, function.mask, function.sink):
         pattern, (shape, dtype) = patterns[number], shapes[number]
-        if pattern.row and pattern.column:
+        if pattern.is_tile:
             if dtype not in _TILE_DTYPES:
                 return f"captured tensor {number} has rows and columns of {dtype}"
             if shape[-1] * dtype.itemsize % 16:

@@ -17,10 +17,10 @@ from vbcompile.kernels.attention_hopper import (
 from vbcompile.kernels.attention_layout import pad_lead, tile_strides
 from vbcompile.kernels.attention_parts import Parts, split_count
 from vbcompile.kernels.attention_problem import Problem
+from vbcompile.kernels.triton_target import multiprocessor_count
 
 MOST_ROWS = 32  # of one head of k and v
 _MOST_HEADS = 65535  # along an axis of a grid
-_TYPICAL_MULTIPROCESSORS = 132
 _LOOKED_AT, _LOOK_ELEMENTS = 4, 2048  # tiles of a program from which it looks at the mask first; elements at a time
 
 
@@ -94,7 +94,7 @@ def decode(problem: Problem, q: Tensor, operands: Operands, out: Tensor, lse: Te
 
     outer, group = operands.outer, operands.group
     members, programs = math.prod(group), math.prod(outer)
-    multiprocessors = get_target(q.device).multiprocessors or _TYPICAL_MULTIPROCESSORS
+    multiprocessors = multiprocessor_count(get_target(q.device))
     program = problem.program
     config = choose_config(problem.d, programs, multiprocessors, program.mask is not None)
     tiles = -(-problem.k_length // config.block_k)

@@ -76,7 +76,7 @@ def refuses(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> s
         return "the logits do not depend on the scores"
     if len(_tiles(function, patterns)) > 1:
         return "more than one captured tensor has rows and columns"
-    if any(_reads_tile(function, patterns, p) for p in (function.sink,)):
+    if any(patterns[n].column for n in function.captured(function.sink)):
         return "the sink reads a tensor with columns"
     weight = sum(_WEIGHTS.get(function.program[p][0], 1) for p in _per_element(function, patterns))
     if weight > _MOST_WEIGHT:
@@ -92,7 +92,7 @@ def refuses_gradients(
     """Why these kernels cannot give the gradients of the captured tensors ``wanted``, or None."""
     function = peel(function)[0]
     for number in set(wanted) - set(function.captured(function.score)):
-        if patterns[number].row and patterns[number].column:
+        if patterns[number].is_tile:
             return f"captured tensor {number} has rows and columns and takes part in no logits: its gradient is zero"
     if not set(wanted) & set(function.captured(function.score)):
         return None
@@ -100,10 +100,11 @@ def refuses_gradients(
     if found.score is None or found.function.program[found.score] != ("upstream",):
         return "gradients of captured tensors need logits that are the score and an addend"
     for number, position in found.captured:
-        is_tile = patterns[number].row and patterns[number].column
-        if number in wanted and is_tile and found.function.program[position] != ("upstream",):
+        if number not in wanted:
+            continue
+        if patterns[number].is_tile and found.function.program[position] != ("upstream",):
             return f"the gradient of captured tensor {number} is not that of the logits"
-        if number in wanted and _tile_under(found.function, patterns, position):
+        if any(patterns[n].is_tile for n in found.function.captured(position)):
             return f"the gradient of captured tensor {number} reads a tensor with rows and columns"
     return None
 
@@ -126,10 +127,6 @@ def refuses_backward(function: ScoreFunction, patterns: tuple[CapturedPattern, .
     return None
 
 
-def _tile_under(function: ScoreFunction, patterns: tuple[CapturedPattern, ...], position: int) -> bool:
-    return any(patterns[n].row and patterns[n].column for n in function.captured(position))
-
-
 def _per_element(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> set[int]:
     """Instructions of the logits that are computed for every element."""
     found: set[int] = set()
@@ -149,11 +146,7 @@ def _per_element(function: ScoreFunction, patterns: tuple[CapturedPattern, ...])
 
 def _tiles(function: ScoreFunction, patterns: tuple[CapturedPattern, ...]) -> list[int]:
     used = function.captured(function.score, function.mask, function.sink)
-    return [n for n in used if patterns[n].row and patterns[n].column]
-
-
-def _reads_tile(function: ScoreFunction, patterns: tuple[CapturedPattern, ...], position: int | None) -> bool:
-    return any(patterns[n].column for n in function.captured(position))
+    return [n for n in used if patterns[n].is_tile]
 
 
 # ------------------------------------------------------------------------------------------------- constant factors

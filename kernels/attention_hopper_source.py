@@ -121,7 +121,7 @@ class _HopperEmitter(Emitter):
             pattern = self._patterns[arguments[0]]
             if arguments[0] in self._loaded:
                 return f"rows[{self._loaded.index(arguments[0])}]"
-            if pattern.row and pattern.column:
+            if pattern.is_tile:
                 return {"bool": "(tile != 0)", "float": "tl.cast(tile, tl.float32)", "int": "tile"}[pattern.kind]
             return self._load(arguments[0]).replace("mask=j_ok", "mask=j < k_length, other=0")
         return super()._expression(position)
@@ -144,11 +144,6 @@ def _constant(value: bool | int | float) -> str:
 
 class _RowBounds(RangeEmitter):
     """Ranges of columns of single rows, not of whole tiles of them."""
-
-    def __init__(self, emitter: Emitter) -> None:
-        super().__init__((), ())
-        self._emitter = emitter
-        self.lines = emitter.lines
 
     def _columns(self, constraint: Constraint) -> Interval:
         if not isinstance(constraint, Bound):
@@ -223,14 +218,13 @@ class SourceWriter:
         found = differentiate(self._function, self._function.score)
         emitter = _HopperEmitter(found.function, self._patterns, self._fast, self._loaded)
         values = [
-            (n, emitter.as_float(position)) for n, position in found.captured if n in wanted and not self._is_tile(n)
+            (n, emitter.as_float(position))
+            for n, position in found.captured
+            if n in wanted and not self._patterns[n].is_tile
         ]
         if values:
             body = [*emitter.lines, *(line for n, g in values for line in self._add(n, wanted.index(n), g))]
             self.source += define("captured_gradients", _CAPTURED, body, None)
-
-    def _is_tile(self, number: int) -> bool:
-        return self._patterns[number].row and self._patterns[number].column
 
     def _add(self, number: int, place: int, value: str) -> list[str]:
         """Lines that add a tile's elements to the gradient of a captured tensor, summed where it is broadcast."""
@@ -251,7 +245,7 @@ class SourceWriter:
     def bounds(self, constraints: list[Constraint]) -> None:
         """Define ``bounds``."""
         emitter = _RowBounds(self._emitter())
-        found = emitter._all([emitter._columns(c) for c in constraints])
+        found = emitter.columns(constraints)
         lines = ["    limit = i * 0 + k_length", *emitter.lines]
         self.source += define("bounds", _ROW, lines, f"(i * 0 + {found.hull_first}, {found.hull_last})")
 

@@ -72,7 +72,7 @@ class IntervalEmitter:
         return self._pointwise(name, [p for p in pairs if p is not None], kinds)
 
     def _captured(self, position: int, pattern: CapturedPattern) -> Pair | None:
-        if pattern.row and pattern.column:
+        if pattern.is_tile:
             return None
         value = self._emitter.value(position)
         if not pattern.row and not pattern.column:

@@ -209,8 +209,8 @@ class _ProgramBuilder:
             self._define(name, _BOUNDS, emitter.lines, f"({found[0]}, {found[1]})")
 
     def _range(self, name: str, analysis: MaskAnalysis, rows: bool, scattered: bool = False) -> None:
-        emitter = RangeEmitter(self._function.program, self._patterns, scattered)
-        interval = emitter.rows(analysis) if rows else emitter.columns(analysis)
+        emitter = RangeEmitter(Emitter(self._function.program, self._patterns, precise=False), scattered)
+        interval = emitter.rows(analysis.constraints) if rows else emitter.columns(analysis.constraints)
         axis = "query" if rows else "key"
         self.ends |= {f"{axis}_head"} if interval.full_first != "0" else set()
         self.ends |= {f"{axis}_tail"} if interval.full_last != "limit" else set()
@@ -232,7 +232,7 @@ class _ProgramBuilder:
         for number in self._wanted:
             pattern = self._patterns[number]
             if number in available:
-                found[0 if pattern.row and pattern.column else 2 if pattern.column else 1].append(number)
+                found[0 if pattern.is_tile else 2 if pattern.column else 1].append(number)
         return found
 
     def _gradients(self, axis: str, stored: list[int], summed: list[int]) -> int:

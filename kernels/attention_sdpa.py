@@ -19,7 +19,7 @@ from vbcompile.kernels.attention_case import AttentionCase, lead_shape
 from vbcompile.kernels.attention_dense import DenseScores, last_place
 from vbcompile.kernels.attention_fold import fold, fold_heads, fold_inputs, unfold_gradients
 from vbcompile.kernels.attention_results import arrange
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, always, operator
 from vbcompile.kernels.score_function import (
     ScoreFunction,
     accumulation_dtype,
@@ -271,7 +271,7 @@ def _cpu_backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropou
     if call.empty is not None:  # such a row would spoil the kernel's sums over rows
         rows = call.empty.reshape(lse4.shape)
         out4, lse4 = out4.masked_fill(rows.unsqueeze(-1), 0.0), lse4.masked_fill(rows, 0.0)
-    if unit > 16 * torch.finfo(q.dtype).eps:
+    if unit > 16 * torch.finfo(q.dtype).eps:  # weights that backward computes from it would be off by as much
         out4, bias, lse4 = _shifted(call, lse4)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad4, *call.tensors, out4, lse4, 0.0, call.causal, attn_mask=bias, scale=call.scale
@@ -302,21 +302,16 @@ def _shifted(call: _CpuCall, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------- registration
-def _cost(kernel: str):
-    costs = {"cpu_flash": 1.0, "cudnn": 1.0, "flash_attention_2": 1.7}
-    return lambda target, case: costs[kernel]
-
-
 for _operator, _cudnn, _flash, _cpu in (
     ("attention", fused_forward("cudnn"), fused_forward("flash"), _cpu_forward),
     ("attention_backward", fused_backward("cudnn"), fused_backward("flash"), _cpu_backward),
 ):
-    for _name, _run, _refuses, _replays in (
-        ("cudnn", _cudnn, _refuses_cudnn, True),
-        ("flash_attention_2", _flash, _refuses_flash, True),
-        ("cpu_flash", _cpu, _refuses_cpu, False),
+    for _name, _run, _refuses, _cost, _replays in (
+        ("cudnn", _cudnn, _refuses_cudnn, 1.0, True),
+        ("flash_attention_2", _flash, _refuses_flash, 1.7, True),
+        ("cpu_flash", _cpu, _refuses_cpu, 1.0, False),
     ):
         _inlines = _operator == "attention"  # graphs with gradients keep our operators
         operator(_operator).register(
-            Implementation(_name, _run, _refuses, _cost(_name), replays=_replays, inlines=_inlines)
+            Implementation(_name, _run, _refuses, always(_cost), replays=_replays, inlines=_inlines)
         )

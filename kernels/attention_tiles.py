@@ -8,9 +8,10 @@ every element is masked (``hull``) and the range inside which none of them masks
 Terms whose ``U`` differs between rows (a captured position per row) still bound the columns, by its extremes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vbcompile.kernels.score_function import LEAVES, Instruction, ScoreFunction
+from vbcompile.kernels.score_function import LEAVES, ScoreFunction
 from vbcompile.kernels.score_triton import CapturedPattern, Emitter, infer_kinds
 
 
@@ -226,26 +227,24 @@ _EVERYTHING = Interval("0", "0", "limit", "limit")
 
 
 class RangeEmitter:
-    """Writes the ranges that constraints give, as Triton source.
+    """Writes the ranges that constraints give, as Triton source behind the lines of ``emitter``.
 
     ``scattered`` is for tiles whose rows are not consecutive or belong to several leading indices.
     """
 
-    def __init__(
-        self, program: tuple[Instruction, ...], patterns: tuple[CapturedPattern, ...], scattered: bool = False
-    ) -> None:
+    def __init__(self, emitter: Emitter, scattered: bool = False) -> None:
         self._scattered = scattered
-        self._emitter = Emitter(program, patterns, precise=False)
+        self._emitter = emitter
         self._count = 0
-        self.lines = self._emitter.lines
+        self.lines = emitter.lines
 
-    def columns(self, analysis: MaskAnalysis) -> Interval:
+    def columns(self, constraints: Sequence[Constraint]) -> Interval:
         """Ranges of columns for rows ``first <= i <= last`` (``i`` where ``i_ok``); ``limit`` is their number."""
-        return self._all([self._columns(c) for c in analysis.constraints])
+        return self._all([self._columns(c) for c in constraints])
 
-    def rows(self, analysis: MaskAnalysis) -> Interval:
+    def rows(self, constraints: Sequence[Constraint]) -> Interval:
         """Ranges of rows for columns ``first <= j <= last``; ``limit`` is the number of rows."""
-        return self._all([self._rows(c) for c in analysis.constraints])
+        return self._all([self._rows(c) for c in constraints])
 
     def _columns(self, constraint: Constraint) -> Interval:
         if isinstance(constraint, Combination):

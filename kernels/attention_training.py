@@ -16,6 +16,7 @@ from vbcompile.kernels import attention as logical
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.registry import (
     Implementation,
+    always,
     as_text,
     following,
     forced_implementation,
@@ -88,6 +89,4 @@ def training_case(
     )
 
 
-operator("attention_training").register(
-    Implementation(NAME, by_operators, never_refuses, lambda target, case: 1.0),
-)
+operator("attention_training").register(Implementation(NAME, by_operators, never_refuses, always(1.0)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from vbcompile.device import Target, get_target
 from vbcompile.kernels import attention_hopper_few
 from vbcompile.kernels import attention_problem as problems
-from vbcompile.kernels.attention_case import MAX_HEAD_SIZE, AttentionCase
+from vbcompile.kernels.attention_case import FLOATS, MAX_HEAD_SIZE, AttentionCase
 from vbcompile.kernels.attention_gradients import backward
 from vbcompile.kernels.attention_layout import (
     is_within_reach,
@@ -26,15 +26,14 @@ from vbcompile.kernels.attention_problem import Problem
 from vbcompile.kernels.attention_results import empty_output
 from vbcompile.kernels.attention_tuning import TileConfig, refuses_tiles
 from vbcompile.kernels.score_function import ScoreFunction
-from vbcompile.kernels.triton_target import refuses_triton
+from vbcompile.kernels.triton_target import multiprocessor_count, refuses_triton
 
 __all__ = ["backward", "forward", "refuses"]
 
 _MAX_LENGTH = 2**30  # indices and their sums fit 32 bits
-_CAPTURED_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_DECODED = 16  # queries up to which the keys are split between programs
 _DECODE_ROWS = 64  # most rows of a tile there
-_DECODE_PROGRAMS, _TYPICAL_MULTIPROCESSORS = 2, 128  # programs a multiprocessor
+_DECODE_PROGRAMS = 2  # programs a multiprocessor
 _LOOKED_AT, _LOOK_ELEMENTS = 4, 1024  # tiles of a program from which it looks at the mask first; elements at a time
 
 
@@ -66,7 +65,7 @@ def _refuses_case(case: AttentionCase) -> str | None:
     if max(case.q_length, case.k_length) > _MAX_LENGTH:
         return f"a sequence is longer than {_MAX_LENGTH}"
     for number, (_, dtype) in enumerate(case.captured):
-        if dtype.is_complex or (dtype.is_floating_point and dtype not in _CAPTURED_FLOATS):
+        if dtype.is_complex or (dtype.is_floating_point and dtype not in FLOATS):
             return f"captured tensor {number} is {dtype}"
     return None
 
@@ -158,7 +157,7 @@ def _decode(
     block_q = min(_DECODE_ROWS, max(tiles.block_q, problems.power_of_two(members * problem.q_length)))
     programs = math.prod(outer) * -(-members * problem.q_length // block_q)
     key_tiles = -(-problem.k_length // tiles.block_k)
-    slots = _DECODE_PROGRAMS * (get_target(q.device).multiprocessors or _TYPICAL_MULTIPROCESSORS)
+    slots = _DECODE_PROGRAMS * multiprocessor_count(get_target(q.device))
     splits = -(-key_tiles // -(-key_tiles // split_count(slots, programs, key_tiles)))  # no more than the longest needs
     parts, program = Parts.of(problem, q, splits), problem.program
     pairs = zip(problem.column_sizes, pad_lead(group), strict=True)

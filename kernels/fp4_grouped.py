@@ -20,7 +20,7 @@ from vbcompile.kernels import fp4_linear_triton
 from vbcompile.kernels.fp4 import PackedWeight, row_scales
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import TILE, LinearWeight, check_operands, dequantize_weight, rows_of, to_layout
-from vbcompile.kernels.registry import Implementation, last_resort, never_refuses, operator
+from vbcompile.kernels.registry import Implementation, always, last_resort, never_refuses, operator
 from vbcompile.kernels.triton_target import on_device, refuses_triton
 
 _MOST_EXPERTS = 1024
@@ -220,9 +220,7 @@ def _refuses_product(target: Target, case: Fp4GroupedCase | None) -> str | None:
     return fp4_linear_triton.refuses_product(target, case.dtype, rows, case.layout)
 
 
-operator("fp4_grouped_linear").register(
-    Implementation("triton", grouped_product, _refuses_product, lambda target, case: 1.0)
-)
+operator("fp4_grouped_linear").register(Implementation("triton", grouped_product, _refuses_product, always(1.0)))
 operator("fp4_grouped_linear").register(
     Implementation("reference", fp4_grouped_linear_reference, never_refuses, last_resort)
 )

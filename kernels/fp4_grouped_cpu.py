@@ -6,7 +6,7 @@ from torch import Tensor
 from vbcompile.device import Target
 from vbcompile.kernels.fp4_grouped import Fp4GroupedCase
 from vbcompile.kernels.fp4_linear import choose, fp4_linear, make_case
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, always, operator
 
 
 def grouped_product(
@@ -34,4 +34,4 @@ def _refuses(target: Target, case: Fp4GroupedCase | None) -> str | None:
     return choice.explain() if choice.implementation.name == "reference" else None
 
 
-operator("fp4_grouped_linear").register(Implementation("experts", grouped_product, _refuses, lambda target, case: 2.0))
+operator("fp4_grouped_linear").register(Implementation("experts", grouped_product, _refuses, always(2.0)))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vbcompile.cache_folder import cache_folder
 from vbcompile.device import Target
 from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
@@ -35,11 +36,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # their numbers in the
 
 class Unavailable(RuntimeError):
     """The kernels cannot be compiled here; the message says why."""
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vbcompile"
 
 
 def compile_flags() -> tuple[str, ...]:
@@ -120,10 +116,12 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the kernels cannot run here; compiles them."""
+    """Why the kernels cannot run here; compiles them. A compilation that fails is said in one warning."""
     try:
         library()
     except Unavailable as error:
+        if error.__cause__ is not None:
+            log.warning("FP4 weights keep their precision on this processor: %s", error)
         return str(error)
     return None
 

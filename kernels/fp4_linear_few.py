@@ -17,13 +17,14 @@ from vbcompile.kernels.fp4_linear_triton import counters
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
 from vbcompile.kernels.replay import each_time
-from vbcompile.kernels.triton_target import refuses_triton
+from vbcompile.kernels.triton_target import multiprocessor_count, refuses_triton
 
 MOST_ROWS = 32
 MOST_DIAGONAL_ROWS = 4
 CHUNK = 128  # columns that the kernel for up to four rows takes at a time
 _REGISTERS = 128  # left to itself the assembler takes fewer, and loads one after the other
 _DTYPES = (torch.float16, torch.bfloat16)
+_OTHER_LAYOUT = "written for sm_90 and later, whose layout is fragments2t"
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,18 @@ class StreamConfig:
     tiles: int = 2
 
 
-def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
-    """Why the kernel for few rows cannot run a case."""
+def refuses_target(target: Target) -> str | None:
+    """Why the kernel for few rows does not run on a target."""
     if reason := refuses_triton(target):
         return reason
-    if target.vendor != "nvidia" or target.compute_capability is None:
-        return "written for NVIDIA's mma instruction"
+    known = target.vendor == "nvidia" and target.compute_capability is not None
+    return None if known else "written for NVIDIA's mma instruction"
+
+
+def refuses_few(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
+    """Why the kernel for few rows cannot run a case."""
+    if reason := refuses_target(target):
+        return reason
     if layout not in ("fragments2t", "fragments8t"):
         return f"reads layouts fragments2t and fragments8t, not {layout}"
     if dtype not in _DTYPES:
@@ -82,7 +89,7 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "triton_few", n, k, m)) is not None:
         return FewConfig(*tuned)
-    multiprocessors, strips = target.multiprocessors or 128, -(-n // 16)
+    multiprocessors, strips = multiprocessor_count(target), -(-n // 16)
     if m > 16:
         return FewConfig(2, 4, 2, _REGISTERS)
     # about 16 warps a multiprocessor, each with several loads in flight
@@ -95,12 +102,20 @@ def few_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     return FewConfig(together, warps, unroll, _REGISTERS)
 
 
+def refuses_diagonal_target(target: Target) -> str | None:
+    """Why the kernels for up to four rows, and for more with x shared among warps, do not run on a target."""
+    older = (target.compute_capability or (9, 0)) < (9, 0)
+    return refuses_target(target) or (_OTHER_LAYOUT if older else None)
+
+
 def refuses_diagonal(target: Target, dtype: torch.dtype, m: int, k: int, layout: str) -> str | None:
     """Why the kernel for up to four rows cannot run a case."""
     if m > MOST_DIAGONAL_ROWS:
         return f"takes 1 to {MOST_DIAGONAL_ROWS} rows"
-    if layout == "fragments8t" or (target.compute_capability or (9, 0)) < (9, 0):
-        return "written for sm_90 and later, whose layout is fragments2t"
+    if layout == "fragments8t":
+        return _OTHER_LAYOUT
+    if reason := refuses_diagonal_target(target):
+        return reason
     return f"takes columns in multiples of {CHUNK}" if k % CHUNK else refuses_few(target, dtype, m, k, layout)
 
 
@@ -110,8 +125,8 @@ def diagonal_config(target: Target, m: int, n: int, k: int) -> FewConfig:
     if (tuned := tuned_config(target, "triton_diagonal", n, k, m)) is not None:
         return FewConfig(*tuned)
     strips, chunks = -(-n // 16), k // CHUNK
-    together = 2 if strips >= 8 * (target.multiprocessors or 128) else 1
-    wanted = 10 * (target.multiprocessors or 128) * together / strips
+    together = 2 if strips >= 8 * multiprocessor_count(target) else 1
+    wanted = 10 * multiprocessor_count(target) * together / strips
     warps = 1
     while warps < min(wanted, 16) and chunks % (2 * warps) == 0:
         warps *= 2
@@ -273,7 +288,7 @@ def product_stream(
     out = torch.empty(m, out_features(n, epilogue), dtype=x.dtype, device=x.device)
     each_time(kernel_in_between, codes, block_scales)
     blocks, steps = -(-n // (16 * config.strips * config.warps)), k // (TILE * config.tiles)
-    programs = min(blocks * steps, (target.multiprocessors or 132) * config.blocks)
+    programs = min(blocks * steps, multiprocessor_count(target) * config.blocks)
     size = 4 * config.strips * options["BLOCKS"] * 32 * config.warps
     partial = torch.empty(2 * programs * size, dtype=torch.float32, device=x.device)
     launch(

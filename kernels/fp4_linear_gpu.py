@@ -65,23 +65,23 @@ def _rounding(case: Fp4LinearCase) -> float:
 
 
 def _refuses_few(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := refuses_triton(target):
-        return reason
     if case is None:
-        return None if target.vendor == "nvidia" else "written for NVIDIA's mma instruction"
+        return fp4_linear_few.refuses_target(target)
     return fp4_linear_few.refuses_few(target, case.dtype, case.m, case.k, case.layout)
 
 
 def _refuses_diagonal(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := _refuses_few(target, case):
-        return reason
-    return None if case is None else fp4_linear_few.refuses_diagonal(target, case.dtype, case.m, case.k, case.layout)
+    if case is None:
+        return fp4_linear_few.refuses_diagonal_target(target)
+    known = target, case.dtype, case.m, case.k, case.layout
+    return fp4_linear_few.refuses_few(*known) or fp4_linear_few.refuses_diagonal(*known)
 
 
 def _refuses_stream(target: Target, case: Fp4LinearCase | None) -> str | None:
-    if reason := _refuses_few(target, case):
-        return reason
-    return None if case is None else fp4_linear_few.refuses_stream(target, case.dtype, case.m, case.k, case.layout)
+    if case is None:
+        return fp4_linear_few.refuses_diagonal_target(target)
+    known = target, case.dtype, case.m, case.k, case.layout
+    return fp4_linear_few.refuses_few(*known) or fp4_linear_few.refuses_stream(*known)
 
 
 def _dequantize_cost(target: Target, case: Fp4LinearCase) -> float:

@@ -18,7 +18,7 @@ from vbcompile.kernels.fp4_linear_triton import counters
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
 from vbcompile.kernels.replay import each_time
-from vbcompile.kernels.triton_target import refuses_triton
+from vbcompile.kernels.triton_target import multiprocessor_count, refuses_triton
 
 _KINDS = {  # type of x: its name in Triton, and of the assembly that decodes to it
     torch.float16: ("float16", "half"),
@@ -31,7 +31,6 @@ _SHARED_BYTES = 227 * 1024 - 1024  # of an SM, less what barriers take
 _MOST_STAGES = 10
 # of a thread of one of so many warpgroups, and of all threads before they are shared out; no others fit on the SM
 _REGISTERS = {2: (232, 168), 3: (160, 128)}
-_TYPICAL_MULTIPROCESSORS = 132
 # a step of 64 columns of one block, as measured on an H200; (block_m, tiles, warpgroups)
 _STEP_MICROSECONDS = {
     False: {
@@ -117,7 +116,7 @@ def wide_config(target: Target, m: int, n: int, k: int, fp8: bool = False) -> Wi
     """The shape of blocks for ``x [m, k]`` and a weight ``[n, k]``: measured, or by formula."""
     if (tuned := tuned_config(target, "hopper_fp8" if fp8 else "hopper", n, k, m)) is not None and tuned[4] == 1:
         return WideConfig(*tuned)
-    multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
+    multiprocessors = multiprocessor_count(target)
 
     def microseconds(config: WideConfig) -> float:
         shares = plan(m, n, k, config, multiprocessors)

@@ -22,11 +22,10 @@ from vbcompile.kernels.fp4_layout import TILE, rows_of
 from vbcompile.kernels.fp4_tuning import from_tables, tuned_config
 from vbcompile.kernels.launches import launch
 from vbcompile.kernels.replay import each_time
-from vbcompile.kernels.triton_target import refuses_triton
+from vbcompile.kernels.triton_target import multiprocessor_count, refuses_triton
 
 MOST_ROWS: int = 512  # of x; beyond, decoding once and a vendor product is always faster
 _DTYPES = (torch.float16, torch.bfloat16)
-_TYPICAL_MULTIPROCESSORS = 128
 _POOL_COUNTERS = 1 << 20
 
 
@@ -109,7 +108,7 @@ def tile_config(target: Target, m: int, n: int, k: int) -> TileConfig:
 def with_splits(config: TileConfig, target: Target, m: int, n: int, column_tiles: int) -> TileConfig:
     """The tile shape with as many splits as fill the device."""
     tiles = -(-n // (config.rows * TILE)) * -(-m // config.block_m)
-    multiprocessors = target.multiprocessors or _TYPICAL_MULTIPROCESSORS
+    multiprocessors = multiprocessor_count(target)
     return replace(config, splits=_splits(tiles, column_tiles // config.columns, multiprocessors, config))
 
 

@@ -19,8 +19,8 @@ Methods:
 A weight that was decoded from NVFP4 as NVIDIA's tools make it, or from MXFP4, comes back with the same value.
 
 Relative error ``|W - Q| / |W|`` of Gaussian weights: NVFP4 0.081 / 0.095 / 0.087 / 0.0825, MXFP4 0.1115 / 0.115; after
-rounding to E4M3 ``mse`` has 0.0835 and ``fp8`` 0.0818. With tensor
-scale 1 MXFP4 has 0.1112 to 0.1126, by the place of the standard deviation in its octave.
+rounding to E4M3 ``mse`` has 0.0835 and ``fp8`` 0.0818. With tensor scale 1 MXFP4 has 0.1112 to 0.1126, by the place of
+the standard deviation in its octave.
 """
 
 import math

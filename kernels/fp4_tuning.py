@@ -12,13 +12,13 @@ import functools
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from vbcompile.cache_folder import cache_folder
 from vbcompile.device import Target
 from vbcompile.kernels.registry import forget_choices
 
@@ -46,7 +46,7 @@ class Measured:
 
 def user_table() -> Path:
     """Where ``vbcompile tune`` writes: ``$XDG_CACHE_HOME/vbcompile/fp4_linear.json`` (``~/.cache/vbcompile``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vbcompile" / "fp4_linear.json"
+    return cache_folder() / "fp4_linear.json"
 
 
 def lookup(arch: str, format_name: str, n: int, k: int, m: int) -> Measured | None:

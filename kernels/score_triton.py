@@ -53,6 +53,11 @@ class CapturedPattern:
     column: bool
     wide: bool = False
 
+    @property
+    def is_tile(self) -> bool:
+        """Whether it has a number for each score of a tile."""
+        return self.row and self.column
+
     @staticmethod
     def of(t: torch.Tensor) -> "CapturedPattern":
         kind = "bool" if t.dtype == torch.bool else "float" if t.dtype.is_floating_point else "int"

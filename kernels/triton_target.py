@@ -8,6 +8,7 @@ import torch
 
 from vbcompile.device import Target
 
+_TYPICAL_MULTIPROCESSORS = 132  # of an H100
 _OLDEST_NVIDIA = (8, 0)  # asynchronous copies and bfloat16 products
 _NOT_ASCEND = (  # tests/vendors/triton_ascend asks the compilers
     "Ascend's Triton (triton-ascend 3.2.0) compiles none of our kernels: it knows no tuples of arguments, which "
@@ -24,6 +25,11 @@ def interpreted() -> bool:
     except ImportError:
         return False
     return bool(knobs.runtime.interpret)
+
+
+def multiprocessor_count(target: Target) -> int:
+    """How many there are to share work among; of a device that does not tell, a typical number."""
+    return target.multiprocessors or _TYPICAL_MULTIPROCESSORS
 
 
 def refuses_triton(target: Target) -> str | None:

@@ -15,7 +15,7 @@ from vbcompile.device import Target
 from vbcompile.kernels.attention import attention_backward_reference
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_dense import DenseScores, is_coarse
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, always, operator
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.vendor_attention import FoldedCall, refuses_captured_gradients, refuses_case
 from vbcompile.kernels.vendor_operators import VendorOperator
@@ -136,9 +136,5 @@ def _common(gaudi: GaudiCall, scale: float) -> dict[str, Any]:
     }
 
 
-def _cost(target: Target, case: AttentionCase) -> float:
-    return 1.0
-
-
-operator("attention").register(Implementation(NAME, _forward, _refuses, _cost))
-operator("attention_backward").register(Implementation(NAME, _backward, _refuses, _cost))
+operator("attention").register(Implementation(NAME, _forward, _refuses, always(1.0)))
+operator("attention_backward").register(Implementation(NAME, _backward, _refuses, always(1.0)))

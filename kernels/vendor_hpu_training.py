@@ -17,7 +17,7 @@ from vbcompile.device import Target
 from vbcompile.kernels import vendor_operators
 from vbcompile.kernels.attention_band import mask_band
 from vbcompile.kernels.attention_case import AttentionCase
-from vbcompile.kernels.registry import Implementation, forced_implementation, operator
+from vbcompile.kernels.registry import Implementation, always, forced_implementation, operator
 from vbcompile.kernels.score_function import ScoreFunction, additive_bias
 from vbcompile.kernels.vendor_attention import refuses_captured_gradients, refuses_case
 from vbcompile.kernels.vendor_hpu_attention import DTYPES, GaudiCall
@@ -107,4 +107,4 @@ def _run(
     return gaudi.call.finish(out, out.new_zeros(out.shape[:-1]), gaudi.scores)[:1]
 
 
-operator("attention_training").register(Implementation(NAME, _run, _refuses, lambda target, case: 0.9))
+operator("attention_training").register(Implementation(NAME, _run, _refuses, always(0.9)))

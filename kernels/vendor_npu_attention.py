@@ -19,7 +19,7 @@ from vbcompile.kernels.attention import attention_backward_reference
 from vbcompile.kernels.attention_band import UNBOUNDED, Band
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_dense import DenseScores, is_coarse
-from vbcompile.kernels.registry import Implementation, forced_implementation, operator
+from vbcompile.kernels.registry import Implementation, always, forced_implementation, operator
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.vendor_attention import (
     FoldedCall,
@@ -237,9 +237,5 @@ def _backward(grad_out, grad_lse, q, k, v, captured, out, lse, scale, dropout_p,
     return [*found, *call.sink_gradients(grad_out, out, lse, needs)]
 
 
-def _cost(target: Target, case: AttentionCase) -> float:
-    return 1.0
-
-
-operator("attention").register(Implementation(NAME, _forward, _refuses, _cost))
-operator("attention_backward").register(Implementation(NAME, _backward, _refuses, _cost))
+operator("attention").register(Implementation(NAME, _forward, _refuses, always(1.0)))
+operator("attention_backward").register(Implementation(NAME, _backward, _refuses, always(1.0)))

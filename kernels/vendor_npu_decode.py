@@ -12,7 +12,7 @@ from vbcompile.device import Target
 from vbcompile.kernels.attention_band import Band
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_dense import DenseScores, bias_fits
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, always, operator
 from vbcompile.kernels.score_function import ScoreFunction
 from vbcompile.kernels.vendor_attention import FoldedCall, refuses_case
 from vbcompile.kernels.vendor_npu_attention import band_arguments, refuses_ascend
@@ -105,8 +105,6 @@ def _arguments(call: FoldedCall, band: Band | None, scores: DenseScores | None) 
     return arguments
 
 
-def _cost(target: Target, case: AttentionCase) -> float:
-    return 0.8  # it splits the keys among the cores
+_COST = always(0.8)  # it splits the keys among the cores
 
-
-operator("attention").register(Implementation(NAME, _forward, _refuses, _cost))
+operator("attention").register(Implementation(NAME, _forward, _refuses, _COST))

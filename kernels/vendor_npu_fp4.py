@@ -20,7 +20,7 @@ from vbcompile.kernels.fp4_costs import roofline
 from vbcompile.kernels.fp4_formats import MXFP4
 from vbcompile.kernels.fp4_linear import Fp4LinearCase
 from vbcompile.kernels.fp4_quantize import Fp4QuantizeCase, rounded
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, always, operator
 from vbcompile.kernels.vendor_operators import VendorOperator
 
 WEIGHT_ONLY = VendorOperator("npu::npu_weight_quant_batchmatmul", "npu", "2.5.1")
@@ -181,9 +181,7 @@ def _rounded_cost(faster: float) -> Callable[[Target, Fp4LinearCase], float]:
     return cost
 
 
-operator("fp4_quantize").register(
-    Implementation("npu_dynamic_mx", _quantize, _refuses_quantize, lambda target, case: 1.0)
-)
+operator("fp4_quantize").register(Implementation("npu_dynamic_mx", _quantize, _refuses_quantize, always(1.0)))
 operator("fp4_linear").register(Implementation("npu_mxfp4", _weight_only, _refuses_weight_only, _cost))
 for _activations, _faster in (("fp8", 2.0), ("fp4", 4.0)):
     operator("fp4_linear").register(

@@ -12,7 +12,7 @@ from vbcompile.kernels import vendor_operators
 from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_fold import shares_heads
 from vbcompile.kernels.attention_sdpa import fused_backward, fused_forward, refuses_common, refuses_structure
-from vbcompile.kernels.registry import Implementation, operator
+from vbcompile.kernels.registry import Implementation, always, operator
 
 NAME = "xpu_flash"
 _FEATURES = (64, 96, 128, 192)
@@ -42,9 +42,5 @@ def _refuses_features(features: int) -> str | None:
     return None if features in allowed else f"{features} features per head: takes {', '.join(map(str, allowed))}"
 
 
-def _cost(target: Target, case: AttentionCase) -> float:
-    return 1.0
-
-
-operator("attention").register(Implementation(NAME, fused_forward("flash"), _refuses, _cost))
-operator("attention_backward").register(Implementation(NAME, fused_backward("flash"), _refuses, _cost))
+operator("attention").register(Implementation(NAME, fused_forward("flash"), _refuses, always(1.0)))
+operator("attention_backward").register(Implementation(NAME, fused_backward("flash"), _refuses, always(1.0)))

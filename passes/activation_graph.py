@@ -119,13 +119,15 @@ class JointGraph:
     @cached_property
     def _writes(self) -> set[fx.Node]:
         """What stores new values in inputs; AOTAutograd puts that at the graph's end, though the forward does it."""
-        copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-        return {n for n in copies if n not in self.backward}
+        return {n for n in self._copies if n not in self.backward}
 
     @cached_property
     def _written(self) -> set[fx.Node]:
-        copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-        return {n.args[0] for n in copies if isinstance(n.args[0], fx.Node)}
+        return {n.args[0] for n in self._copies if isinstance(n.args[0], fx.Node)}
+
+    @cached_property
+    def _copies(self) -> list[fx.Node]:
+        return list(self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default))
 
     def smallest_cut(self) -> dict[fx.Node, None]:
         """The tensors to save if all cheap operators, and no others, run again; in order of production."""

@@ -151,20 +151,29 @@ def partitioner_for(context: PassContext, report: GraphReport) -> ActivationPart
         return None
     if not (config.recompute or offload):
         if config.budget is not None:
-            _tell_of_unused_budget(config, report)
+            _tell_of_unused_budget(config, config.budget, report)
         return None
     limits = Limits(config.budget, config.slowdown, config.recompute, offload)
     return ActivationPartitioner(measured_rates(context.target.device_type), limits, report, config.strict)
 
 
-def _tell_of_unused_budget(config: Config, report: GraphReport) -> None:
+def _tell_of_unused_budget(config: Config, budget: int, report: GraphReport) -> None:
     """A limit that nothing keeps is said: in the report, and in one warning where it was given to this compile."""
     why = "on the CPU activations are moved only by offload=True" if config.offload else "recompute and offload are off"
-    reason = f"the budget of {size_text(config.budget or 0)} is not looked at: {why}; mode 'memory' plans within it"
+    reason = f"the budget of {size_text(budget)} is not looked at: {why}; mode 'memory' plans within it"
     if any(decision.reason == reason for decision in report.decisions):  # a graph in segments
         return
     report.decisions.append(Decision("activations", "the step", "left", reason))
     if config.sources.get("budget") == "options" and reason not in _said:
+        _said.add(reason)
+        log.warning("%s", reason)
+
+
+def tell_that_nothing_is_planned(compiler: str, report: GraphReport) -> None:
+    """A vendor's compiler splits joint graphs by itself: said in the report, and in one warning."""
+    reason = f"{compiler} decides alone what is saved for the backward: downstream='aot_eager' keeps to mode and budget"
+    report.decisions.append(Decision("activations", "the step", "left", reason))
+    if reason not in _said:
         _said.add(reason)
         log.warning("%s", reason)
 

@@ -33,7 +33,7 @@ from vbcompile.passes.fp4_groups import (
     with_shared_inputs,
 )
 from vbcompile.passes.fp4_progress import progress
-from vbcompile.passes.fp4_refusals import refuses_site, rows_of, too_slow
+from vbcompile.passes.fp4_refusals import ignored_activations, refuses_site, rows_of, too_slow
 from vbcompile.passes.fp4_sites import (
     LinearSite,
     add_placeholder,
@@ -312,6 +312,7 @@ class _Fp4Pass:
         more += [f"does {then} too"] if then else []
         if candidate.site.node in self.apart:
             more.append("the activation behind it stays apart: gradients need what it reads")
+        more += ignored_activations(self.context.target, self.config.fp4_activations)
         n, k, total = candidate.n, candidate.k, sum(c.n for c in group)
         shape = [*weight.shape[:-2], n, k]
         reason = f"{linear.format_name} weight {shape}, relative error {error:.4f}"

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vbcompile.kernels.registry import Choice
+from vbcompile.device import Target
+from vbcompile.kernels.registry import Choice, operator
 from vbcompile.passes.fp4_experts import ExpertSite
 from vbcompile.passes.fp4_sites import LinearSite, is_vocabulary_projection
 from vbcompile.passes.graph_effects import Effects
@@ -16,6 +17,8 @@ SMALLEST = 2**15
 """Fewest elements of a weight that is worth packing: below, launching the product takes longer than reading it."""
 SLOWEST = 2.0
 """Most times that a layer may take of its unpacked product's, where the number of rows is known."""
+_ROUNDING = {"fp8": ("hopper_fp8", "triton_fp8", "npu_mxfp4_fp8"), "fp4": ("native", "npu_mxfp4_fp4")}
+"""Implementations for each kind of rounded activations; one that runs on the target says itself why not a case."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,3 +66,11 @@ def rows_of(x: fx.Node) -> int | None:
     """Rows of the activation; None where they are symbolic."""
     sizes = value_of(x).shape[:-1]
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def ignored_activations(target: Target, activations: str) -> list[str]:
+    """A sentence where nothing on the target rounds activations as the option ``fp4_activations`` allows."""
+    able = (i for i in operator("fp4_linear").implementations if i.name in _ROUNDING.get(activations, ()))
+    if activations not in _ROUNDING or any(i.refuses(target, None) is None for i in able):
+        return []
+    return [f"fp4_activations={activations!r} changes nothing on {target.arch}: no kernel multiplies so there"]

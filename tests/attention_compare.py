@@ -7,7 +7,7 @@ from attention_forms import Form, eager
 from torch import Tensor
 
 from vbcompile.kernels.attention import attention_backward_reference, attention_reference
-from vbcompile.kernels.attention_gpu import _triton_backward, _triton_forward
+from vbcompile.kernels.attention_gpu import triton_backward, triton_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([0x1234_5678_9ABC], dtype=torch.int64)
@@ -17,7 +17,7 @@ def compare(
     form: Form,
     dtype: torch.dtype,
     seeds: Sequence[int] = (0,),
-    run: tuple[Callable, Callable] = (_triton_forward, _triton_backward),
+    run: tuple[Callable, Callable] = (triton_forward, triton_backward),
     captured_gradients: bool = True,
 ) -> list[tuple[str, float, float]]:
     """``(name, error, allowed error)`` of outputs and gradients: twice that of eager PyTorch in the same dtype.

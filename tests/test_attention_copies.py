@@ -24,7 +24,7 @@ def test_hopper_writes_where_the_result_is_promised(monkeypatch, lead, rows_firs
     shared = (*lead[:-1], 1) if len(lead) == 3 else lead  # grouped queries
     k, v = torch.randn(*shared, 8, 16), torch.randn(*shared, 8, 16)
     function = ScoreFunction([["score"]], 0, None, None, "nan", rows_first).dumps()
-    out, lse = attention_gpu._hopper_forward(q, k, v, [], 1.0, 0.0, None, function)
+    out, lse = attention_gpu.hopper_forward(q, k, v, [], 1.0, 0.0, None, function)
     promised = empty_output(lead, 8, 16, rows_first, q)
     assert out.data_ptr() == written[0]
     assert out.stride() == promised.stride() and lse.shape == (*lead, 8)

@@ -233,7 +233,7 @@ def test_routing(name, needs, reason):
     (q, k, v), captured = form.inputs(torch.bfloat16)
     arguments = (q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
     hopper_card = SimpleNamespace(vendor="nvidia", arch="sm_90")
-    answer = attention_gpu._refuses_hopper(hopper_card, make_case(*arguments))
+    answer = attention_gpu.refuses_hopper(hopper_card, make_case(*arguments))
     assert answer is None if reason is None else reason in answer
 
 

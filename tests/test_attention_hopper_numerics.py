@@ -76,9 +76,9 @@ def test_score_functions_match_float64(hopper_gpu, name):
     form = FORMS[name]
     (q, k, v), captured = form.inputs(torch.bfloat16)
     case = make_case(*(t.cuda() for t in (q, k, v)), captured, form.scale, form.dropout_p, form.function.dumps())
-    if attention_gpu._refuses_hopper(get_target(torch.device("cuda")), case):
+    if attention_gpu.refuses_hopper(get_target(torch.device("cuda")), case):
         pytest.skip("left to the general kernels")
-    rows = compare_forward(form, torch.bfloat16, attention_gpu._hopper_forward, seeds=range(2))
+    rows = compare_forward(form, torch.bfloat16, attention_gpu.hopper_forward, seeds=range(2))
     assert not [row for row in rows if not row[1] <= row[2]]
 
 
@@ -91,11 +91,11 @@ def test_gradients_of_score_functions_match_float64(hopper_gpu, name):
     for with_captured in (True, False):
         needs = [True] * 3 + [with_captured and c.is_floating_point() for c in captured]
         case = make_case(q, k, v, captured, form.scale, form.dropout_p, form.function.dumps(), needs)
-        if attention_gpu._refuses_hopper(get_target(q.device), case) is None:
+        if attention_gpu.refuses_hopper(get_target(q.device), case) is None:
             break
     else:
         pytest.skip("left to the general kernels")
-    run = (attention_gpu._hopper_forward, attention_gpu._hopper_backward)
+    run = (attention_gpu.hopper_forward, attention_gpu.hopper_backward)
     rows = compare(form, torch.bfloat16, range(2), run, with_captured)
     assert not [row for row in rows if not row[1] <= row[2]]
 
@@ -110,7 +110,7 @@ def test_capped_scores_of_any_size(hopper_gpu, dim, size, causal_mask):
     q = -k.abs() if size < 0 else q * size
     k = k.abs() * 4 if size < 0 else k
     function = make_function(softcap(50.0), mask=causal() if causal_mask else None)
-    out, lse = attention_gpu._hopper_forward(q, k, v, [], dim**-0.5, 0.0, None, function.dumps())
+    out, lse = attention_gpu.hopper_forward(q, k, v, [], dim**-0.5, 0.0, None, function.dumps())
 
     def reference(dtype):
         logits = 50 * torch.tanh((q.to(dtype) @ k.to(dtype).mT * dim**-0.5) / 50)
@@ -128,7 +128,7 @@ def test_nan_key_reaches_its_rows_only_under_a_cap(hopper_gpu):
     q, k, v = (torch.randn(1, 1, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     k[0, 0, 200] = math.nan
     function = make_function(softcap(30.0), mask=causal()).dumps()
-    out, _ = attention_gpu._hopper_forward(q, k, v, [], 0.125, 0.0, None, function)
+    out, _ = attention_gpu.hopper_forward(q, k, v, [], 0.125, 0.0, None, function)
     assert out[0, 0, 200:].isnan().all() and out[0, 0, :200].isfinite().all()
 
 
@@ -139,7 +139,7 @@ def test_rows_of_least_finite_scores_are_uniform(hopper_gpu):
     bias = torch.zeros(1, 1, 256, 256, device="cuda", dtype=torch.bfloat16)
     bias[:, :, :7] = torch.finfo(torch.bfloat16).min
     function = ScoreFunction((("score",), ("captured", 0), ("add", 0, 1)), score=2).dumps()
-    out, _ = attention_gpu._hopper_forward(q, k, v, [bias], 0.125, 0.0, None, function)
+    out, _ = attention_gpu.hopper_forward(q, k, v, [bias], 0.125, 0.0, None, function)
     expected = v.float().mean(2, keepdim=True).expand(-1, -1, 7, -1)
     torch.testing.assert_close(out[:, :, :7].float(), expected, atol=2e-2, rtol=0)
 

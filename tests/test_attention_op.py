@@ -117,6 +117,16 @@ def test_opcheck(name):
     q, k, v, *captured = make_inputs(shapes, torch.float32)
     arguments = (q, k, v, captured, 0.3, 0.0, None, function.dumps())
     torch.library.opcheck(torch.ops.vblackwell.attention.default, arguments)
+    inputs = [t.detach() for t in (q, k, v, *captured)]
+    out, lse = torch.ops.vblackwell.attention(*inputs[:3], inputs[3:], *arguments[4:])
+    needs = [t.is_floating_point() for t in inputs]
+    for grad_lse in (None, torch.randn_like(lse)):
+        given = (torch.randn_like(out), grad_lse, *inputs[:3], inputs[3:], out, lse, *arguments[4:], needs)
+        torch.library.opcheck(torch.ops.vblackwell.attention_backward.default, given)
+
+
+def test_opcheck_of_the_copy():
+    torch.library.opcheck(torch.ops.vblackwell.copy.default, (torch.randn(3, 4, requires_grad=True).t(),))
 
 
 @pytest.mark.parametrize("rows_first", [False, True])

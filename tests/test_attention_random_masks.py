@@ -116,8 +116,8 @@ def check_ranges(trial: Trial, by_keys: bool, scattered: bool) -> None:
     if not analysis.constraints:
         return
     keep = trial.values(analysis.positions)
-    emitter = RangeEmitter(trial.function.program, trial.patterns, scattered)
-    interval = emitter.rows(analysis) if by_keys else emitter.columns(analysis)
+    emitter = RangeEmitter(Emitter(trial.function.program, trial.patterns, precise=False), scattered)
+    interval = emitter.rows(analysis.constraints) if by_keys else emitter.columns(analysis.constraints)
     limit = trial.rows if by_keys else trial.columns
     places = np.arange(limit)
     for head, first, last in trial.tiles(by_keys):

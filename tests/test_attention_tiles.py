@@ -10,6 +10,7 @@ from vbcompile.kernels.attention_case import AttentionCase
 from vbcompile.kernels.attention_tiles import RangeEmitter, analyse_mask
 from vbcompile.kernels.attention_triton import BACKWARD_KERNELS, FORWARD_KERNELS, refuses
 from vbcompile.kernels.score_function import evaluate
+from vbcompile.kernels.score_triton import Emitter
 
 ROWS, COLUMNS, BLOCK = 45, 61, 8
 FORMS = make_forms(ROWS, COLUMNS, 8, 8)
@@ -42,8 +43,9 @@ def mask_of(name: str) -> np.ndarray:
 
 def interval(name: str, first: int, last: int, rows: bool, scattered: bool = False) -> list[int]:
     function = FORMS[name].function
-    emitter = RangeEmitter(function.program, (), scattered)
-    found = emitter.rows(analyse_mask(function, ())) if rows else emitter.columns(analyse_mask(function, ()))
+    emitter = RangeEmitter(Emitter(function.program, (), precise=False), scattered)
+    constraints = analyse_mask(function, ()).constraints
+    found = emitter.rows(constraints) if rows else emitter.columns(constraints)
     names = {
         "tl": Language, "first": first, "last": last, "limit": ROWS if rows else COLUMNS,
         "i": np.arange(first, last + 1),

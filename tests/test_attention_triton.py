@@ -66,7 +66,7 @@ def test_few_queries_split_the_keys(name):
 def test_parts_of_several_tiles(name, slots, monkeypatch):
     """One to eight tiles a program, merged or not; masks looked at ahead of the keys."""
     monkeypatch.setattr(attention_triton, "_DECODE_PROGRAMS", 1)
-    monkeypatch.setattr(attention_triton, "_TYPICAL_MULTIPROCESSORS", slots)
+    monkeypatch.setattr(attention_triton, "multiprocessor_count", lambda target: slots)
     monkeypatch.setattr(attention_triton, "_LOOKED_AT", 1)
     monkeypatch.setattr(attention_triton, "_LOOK_ELEMENTS", 64)
     form = make_forms(1, 71, 16, 24)["grouped_document"] if name == "one_query" else FEW_QUERIES[name]
@@ -76,7 +76,7 @@ def test_parts_of_several_tiles(name, slots, monkeypatch):
 def test_tiles_that_a_mask_leaves_out_are_not_read(monkeypatch):
     """Keys and values before the first and after the last tile that is needed may hold anything."""
     monkeypatch.setattr(attention_triton, "_DECODE_PROGRAMS", 1)
-    monkeypatch.setattr(attention_triton, "_TYPICAL_MULTIPROCESSORS", 4)
+    monkeypatch.setattr(attention_triton, "multiprocessor_count", lambda target: 4)
     monkeypatch.setattr(attention_triton, "_LOOKED_AT", 1)
     q, k, v = (torch.randn(1, 2, n, m, 16, device=DEVICE) for n, m in ((3, 1), (1, 512), (1, 512)))
     mask = torch.zeros(1, 1, 1, 1, 512, dtype=torch.bool, device=DEVICE)

@@ -14,7 +14,7 @@ from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
 
-from vbcompile import compat, compat_symbols
+from vbcompile import backend, compat, compat_symbols
 from vbcompile.backend import vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
@@ -156,10 +156,29 @@ def test_unknown_mode_lists_the_valid_ones():
         torch.compile(nn.Linear(2, 2), backend="vblackwell", mode="fast")(torch.randn(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fp4_format": "mxfp4", "fp4_qat": True}, ["fp4_format, fp4_qat: no effect, FP4 is off in mode balanced"]),
+        ({"slowdown": 0.2}, ["slowdown: no effect, recompute and offload are off in mode balanced"]),
+        ({"fp4_format": "mxfp4", "mode": "speed"}, []),
+        ({"fp4_format": "mxfp4", "fp4": False}, []),
+        ({"slowdown": 0.2, "mode": "memory"}, []),
+    ],
+)
+def test_options_without_effect_are_said_once(options, said, caplog, monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(lambda x: x.sin(), backend="vblackwell", options={"downstream": "eager", **options})(
+            torch.ones(2)
+        )
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("vbcompile")]
+    assert len(messages) == len(said) and all(m.startswith(s) for m, s in zip(messages, said, strict=True))
+
+
 def test_mode_without_its_passes_says_so_once(caplog, monkeypatch):
     model, x = nn.Linear(4, 4), torch.randn(2, 4)
-    from vbcompile import backend
-
     backend._warned.clear()
     absent = pipeline.Pass("dream", lambda gm, context: [], lambda c: c.mode == "full", lambda target: "no dreams here")
     monkeypatch.setattr(pipeline, "PASSES", (absent,))

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 
+import vbcompile
 from vbcompile import __main__ as command_line
 from vbcompile import calibrate, load_packed
 from vbcompile.checkpoint import load_checkpoint
@@ -238,3 +240,19 @@ def test_the_command_reads_a_folder_of_transformers(tmp_path, capsys):
     assert "7 layers packed" in said and "lm_head: left" in said
     packed = load_checkpoint(tmp_path / "out.safetensors")
     assert packed["model.layers.0.mlp.down_proj.weight"].shape == (192, 256)
+
+
+@pytest.mark.parametrize("way", ["switch", "compile", "method"])
+def test_a_compiled_model_is_calibrated_uncompiled(way):
+    layer, x = nn.Linear(192, 192), torch.randn(64, 192)
+    if way == "method":
+        layer.compile(backend="vblackwell")
+    if way == "switch":
+        vbcompile.enable(verbose=False)
+    before = counters["stats"]["unique_graphs"]
+    try:
+        result = calibrate(torch.compile(layer, backend="vblackwell") if way == "compile" else layer, x)
+    finally:
+        vbcompile.disable()
+    assert [found.method for found in result.layers] == ["gptq"] and "weight" in result.entries
+    assert counters["stats"]["unique_graphs"] == before

@@ -6,7 +6,8 @@ import torch
 from ptx_words import run_warp
 
 from vbcompile.device import Target
-from vbcompile.kernels import early_launch, replay
+from vbcompile.device_catalog import catalog_target
+from vbcompile.kernels import early_launch, registry, replay
 from vbcompile.kernels.early_launch import may_overlap
 from vbcompile.kernels.fp4_layout import dequantize_weight, to_layout
 from vbcompile.kernels.fp4_linear_decode import (
@@ -133,6 +134,11 @@ def test_kernels_for_fragments2t_name_the_reason():
             refuses, m=m, layout="fragments8t"
         )
         assert "float32" in refusal(refuses, m=m, dtype=torch.float32)
+    described = {
+        arch: {row[1]: row[2] for row in registry.describe(catalog_target(arch))} for arch in ("sm_80", "sm_90")
+    }
+    for name in ("triton_diagonal", "triton_stream"):
+        assert "sm_90" in described["sm_80"][name] and not described["sm_90"][name]
 
 
 def test_products_overlap_only_with_kernels_that_do_not_write_their_weight():

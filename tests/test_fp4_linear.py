@@ -185,6 +185,14 @@ def test_a_failing_compiler_is_reported(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(fp4_linear_cpu, "library", fp4_linear_cpu.library.__wrapped__)
+    reason = fp4_linear_cpu.unavailable.__wrapped__()
+    assert "Not a directory" in reason and f"keep their precision on this processor: {reason}" in caplog.text
+
+
 def test_interpreted_triton_kernels(interpreting_python):
     """In a process of its own: Triton decides at import whether it interprets."""
     program = """

@@ -12,6 +12,8 @@ from torch import nn
 
 from vbcompile.config import resolve_config
 from vbcompile.config_error import ConfigError
+from vbcompile.device_catalog import catalog_target
+from vbcompile.kernels import registry
 from vbcompile.kernels.fp4 import dequantize
 from vbcompile.kernels.fp4_quantize import quantize
 from vbcompile.passes import fp4, fp4_feed, fp4_refusals, fp4_weights, pipeline
@@ -408,3 +410,20 @@ def test_the_pass_is_available():
 def test_bad_options(option, message):
     with pytest.raises(ConfigError, match=message):
         resolve_config("speed", option, environ={})
+
+
+@pytest.mark.parametrize(
+    ("arch", "ignored"),
+    [("cpu", ["fp8", "fp4"]), ("sm_80", ["fp8", "fp4"]), ("sm_90", ["fp4"]), ("sm_100", []), ("gfx950", ["fp8"])],
+)
+def test_activations_that_nothing_rounds_are_said(arch, ignored):
+    registry.operator("fp4_linear").load()
+    target = catalog_target(arch)
+    found = [kind for kind in ("same", "fp8", "fp4") if fp4_refusals.ignored_activations(target, kind)]
+    assert found == ignored
+
+
+def test_the_report_says_that_activations_stay(reports):
+    with torch.no_grad():
+        compiled(Feed(), fp4_activations="fp4")(torch.randn(1, 128))
+    assert "fp4_activations='fp4' changes nothing on cpu" in reports[0].decisions[0].reason

@@ -121,7 +121,7 @@ def runs():
     )
     yield calls
     operator.implementations[:] = before
-    registry._choose.cache_clear()
+    registry.forget_choices()
 
 
 @pytest.mark.usefixtures("fresh_weights")

@@ -46,6 +46,12 @@ def test_eager_use_fetches():
     assert torch.equal(model[0].weight.t().sum(0), model[0].weight.cpu().t().sum(0))
 
 
+def test_opcheck_of_the_fetch():
+    weight = offloaded(make())[0].weight
+    given = weight.key, weight.shape, weight.stride(), weight.dtype, weight.device
+    torch.library.opcheck(torch.ops.vblackwell.fetch.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_gradients_reach_handles_in_eager():
     model, x = make(), torch.randn(4, 32)
     model(x).sum().backward()

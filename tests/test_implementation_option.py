@@ -47,7 +47,7 @@ def counted():
     yield calls
     for name, implementations in before.items():
         operator(name).implementations[:] = implementations
-    registry._choose.cache_clear()
+    registry.forget_choices()
 
 
 @pytest.mark.parametrize("downstream", ["eager", "aot_eager", "inductor"])

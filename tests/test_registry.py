@@ -15,7 +15,7 @@ from vbcompile.device import DeviceError, get_target
 from vbcompile.device_catalog import ARCHITECTURES, catalog_target
 from vbcompile.doctor import list_kernels
 from vbcompile.kernels import registry
-from vbcompile.kernels.registry import Implementation, force, operator, parse_forced
+from vbcompile.kernels.registry import Implementation, always, force, operator, parse_forced
 
 
 def attention(q, k, v):
@@ -72,14 +72,14 @@ def own_implementations():
     before = list(op.implementations)
     yield op
     op.implementations[:] = before
-    registry._choose.cache_clear()
+    registry.forget_choices()
 
 
 def test_another_package_adds_an_implementation(own_implementations, monkeypatch):
     def add():
         refuses = lambda target, case: None if target.vendor == "cpu" else "made for processors"
         run = lambda q, *rest: own_implementations.implementations[0].run(q, *rest)
-        own_implementations.register(Implementation("theirs", run, refuses, lambda target, case: 1e-9))
+        own_implementations.register(Implementation("theirs", run, refuses, always(1e-9)))
 
     def broken():
         raise OSError("no such library")

@@ -15,11 +15,12 @@ from runtime_cases import random_bytes
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vbcompile.runtime_disk import BLOCK, OpenFiles, StorageError, disk_bytes, read_bytes, safetensors_contents
+from vbcompile.runtime_disk import OpenFiles, StorageError, disk_bytes, read_bytes, safetensors_contents
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_read import PIECE, Destination, DiskReader
 from vbcompile.runtime_shards import CHECKSUM_BYTES, Shard
 from vbcompile.runtime_simulated import RaceError, SimulatedDevice
+from vbcompile.vgpu_files import BLOCK
 from vbcompile.vgpu_plan import staged
 
 

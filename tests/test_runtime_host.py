@@ -114,7 +114,7 @@ def test_no_more_is_pinned_than_is_available(monkeypatch):
     memory = HostMemory(CUDA, slab_bytes=16 * MIB)
     memory.allocate([16 * MIB])
     with pytest.raises(MemoryError, match="HOST memory"):
-        monkeypatch.setattr(runtime_host, "_available", lambda: 10 * MIB)
+        monkeypatch.setattr(runtime_host, "available_memory", lambda: 10 * MIB)
         memory.allocate([16 * MIB])
     assert len(driver.released) + len(driver.regions) == 1
 

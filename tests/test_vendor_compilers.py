@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 from vendors.trial import pretend
 
-from vbcompile import vendor_compilers
+from vbcompile import backend, vendor_compilers
 from vbcompile.config import resolve_config
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
-from vbcompile.passes import pipeline
+from vbcompile.passes import activation_partition, pipeline
 from vbcompile.vendor_compilers import Compiler, choose_compiler, compile_by_vendor
 
 
@@ -114,6 +114,25 @@ def test_a_failing_compiler_is_replaced(monkeypatch, caplog):
     assert "npu does not compile this graph (NotImplementedError: no converter for aten.relu)" in caplog.text
     with pytest.raises(NotImplementedError):
         compile_by_vendor(Compiler("npu"), graph(), [x], strict=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_mode_under_a_compiler_that_takes_no_plan(fails, monkeypatch, caplog):
+    def compile_it(gm, inputs):
+        if fails:
+            raise NotImplementedError("no converter")
+        return gm.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(activation_partition, "_said", set())
+    monkeypatch.setattr(backend, "choose_compiler", lambda *_: Compiler("npu"))
+    monkeypatch.setattr(vendor_compilers.compat, "registered_backend", lambda name: compile_it)
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with backend.collected_reports() as reports:
+        torch.compile(nn.Sequential(layer, nn.GELU(), layer), backend="vblackwell", options={"mode": "memory"})(x)
+    found = [d.reason for d in reports[0].decisions]
+    assert "npu decides alone what is saved" in found[0] and "npu decides alone" in caplog.text
+    assert any("kept for the backward" in reason for reason in found) == fails  # AOT eager follows the plan
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def vblackwell(
     context = PassContext(config, target, training, elsewhere, list(example_inputs))
     pipeline.run_passes(gm, context, report, original)
     _warn_of_missing_passes(config, report)
+    for sentence in set(config.without_effect()) - _warned:
+        _warned.add(sentence)
+        log.warning("%s", sentence)
     compiled = _compile(gm, context, report, original, len(example_inputs))
     # only now: where Dynamo captures a graph anew (a float that becomes symbolic), the first attempt counts for nothing
     counters["vblackwell"]["fuse_attention"] += report.count("rewritten", "attention")
@@ -135,11 +138,13 @@ def _downstream(
     report.compiler = str(compiler)
     if compiler.name == "eager":
         return gm.forward
-    if compiler.name not in DOWNSTREAM:
-        return compile_by_vendor(compiler, gm, example_inputs, config.strict)
     partitioner = activation_partition.partitioner_for(context, report)
-    budget = None if partitioner is None else config.budget
     guard = saved_operands.partition_for(gm, context.training)
+    if compiler.name not in DOWNSTREAM:
+        if partitioner is not None:
+            activation_partition.tell_that_nothing_is_planned(compiler.name, report)
+        return compile_by_vendor(compiler, gm, example_inputs, config.strict, partitioner or guard)
+    budget = None if partitioner is None else config.budget
     if compiler.name == "aot_eager":
         return _watched(compat.compile_with_aot_eager(gm, example_inputs, partitioner or guard), budget, report)
     key = _cache_key(config)

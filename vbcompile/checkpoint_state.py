@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vbcompile.checkpoint_files import CheckpointError, Shards
 from vbcompile.kernels.fp4 import PackedWeight, check_scales
+from vbcompile.vgpu_files import synchronise
 
 VERSION: Final = 1
 MANIFEST: Final = "vbcompile_fp4"
@@ -50,9 +51,9 @@ def save_state(path: Path, entries: Mapping[str, PackedWeight | Tensor]) -> None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
-        _synchronise(temporary)
+        synchronise(temporary)
         os.replace(temporary, path)
-        _synchronise(path.parent)
+        synchronise(path.parent)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
     finally:
@@ -113,17 +114,6 @@ def tensor_digest(tensor: Tensor) -> str:
         flat = tensor.reshape(-1).as_strided((tensor.numel(),), (1,))  # one element may have any stride
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _synchronise(path: Path) -> None:
-    """Have the system write ``path`` to disk before what follows; folders only where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_state(shards: Shards) -> bool:

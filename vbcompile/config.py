@@ -98,6 +98,17 @@ class Config:
         """Whether matrix products of float32 models run in bfloat16 on a kind of device; without one: on any."""
         return self.mode_named and device_type != "cpu" if self.mixed_precision is None else self.mixed_precision
 
+    def without_effect(self) -> list[str]:
+        """A sentence for each kind of option that was given and that nothing reads in this configuration."""
+        given = {name for name, source in self.sources.items() if source == "options"}
+        sentences = []
+        fp4 = sorted(name for name in given if name.startswith("fp4_"))
+        if fp4 and not self.fp4 and "fp4" not in given:
+            sentences.append(f"{', '.join(fp4)}: no effect, FP4 is off in mode {self.mode}; fp4=True turns it on")
+        if "slowdown" in given and not (self.recompute or self.offload or {"recompute", "offload"} & given):
+            sentences.append(f"slowdown: no effect, recompute and offload are off in mode {self.mode}")
+        return sentences
+
     def to_dict(self) -> dict[str, Any]:
         """Values by field name, each with its source: ``{"mode": {"value": ..., "source": ...}}``."""
         return {

@@ -14,7 +14,6 @@ import torch
 
 from vbcompile import device_backend, device_target, device_vendors
 from vbcompile.device_backend import (
-    GIB,
     DeviceBackend,
     DeviceChoice,
     UnifiedDeviceManager,
@@ -25,6 +24,7 @@ from vbcompile.device_backend import (
 from vbcompile.device_host import HostModule
 from vbcompile.device_target import FEATURES, Target, get_target
 from vbcompile.device_vendors import PRIORITY, DeviceError, package_version, probe
+from vbcompile.vgpu_size import GIB
 
 __all__ = [
     "FEATURES",

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from vbcompile.device_vendors import PRIORITY, Availability, DeviceError, probe
+from vbcompile.vgpu_size import GIB
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
 
 _OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", "amd": "cuda"} | {
     "gaudi": "hpu",

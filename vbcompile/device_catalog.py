@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 from vbcompile.device_target import Target, features_of
 from vbcompile.device_vendors import DeviceError
+from vbcompile.vgpu_size import GIB
 
-_GIB = 2**30
 _ASSUMED_TRITON = {"nvidia", "amd", "intel"}  # vendors whose PyTorch comes with Triton
 
 # architecture: vendor, device type, a typical product, its processors, its memory in GiB (vendors' data sheets)
@@ -51,7 +51,7 @@ def catalog_target(arch: str) -> Target:
     features = features_of(vendor, name, _properties(name, vendor))
     if vendor in _ASSUMED_TRITON:
         features |= {"triton"}
-    return Target(vendor, device_type, name, product, processors, memory * _GIB, features)
+    return Target(vendor, device_type, name, product, processors, memory * GIB, features)
 
 
 def _properties(arch: str, vendor: str) -> SimpleNamespace:

@@ -150,7 +150,8 @@ def explain(
         return vblackwell(gm, example_inputs, options=arguments, target=target)
 
     stores = stores_of(model) if isinstance(model, torch.nn.Module) else []
-    if (config.recompute or config.offload or config.budget is not None) and target is None and not stores:
+    plans = config.recompute or config.offload or config.budget is not None
+    if plans and torch.is_grad_enabled() and target is None and not stores:
         arguments["downstream"] = "aot_eager"  # what is saved for the backward is planned on autograd's graph
     with collected_reports() as reports, torch._dynamo.config.patch(recompile_limit=64), recorded(stores):
         try:

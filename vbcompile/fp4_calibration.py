@@ -85,10 +85,11 @@ def calibrate(
         ValueError: unknown format, or a weight or its inputs hold NaN or infinity; the model is then as it was.
     """
     fp4_format(format_name)
+    model = getattr(model, "_orig_mod", model)  # of a compiled model: its own names
     run = _Calibrator(model, format_name, damping, done)
     run.choose_layers(lm_head)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # of a compiled model Dynamo would trace GPTQ
             if isinstance(inputs, Mapping):
                 model(**inputs)
             else:

@@ -23,8 +23,9 @@ from vbcompile.runtime_sources import DiskBytes, HostBytes, Source
 from vbcompile.runtime_statistics import MemorySample, Recorder, Span, StackReport, Statistics
 from vbcompile.vgpu import VGPUStack
 from vbcompile.vgpu_plan import DEVICE, Plan, padded
+from vbcompile.vgpu_size import MIB
 
-_SMALL = 1 << 20  # bytes that are copied on the device rather than waited for
+_SMALL = MIB  # bytes that are copied on the device rather than waited for
 
 
 class Streamer:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vbcompile.runtime_host import HostMemory
 from vbcompile.vgpu_plan import padded
+from vbcompile.vgpu_size import MIB
 
-_SPARE_BYTES = 256 * 2**20
+_SPARE_BYTES = 256 * MIB  # of free buffers are kept even where less is in use: pinning anew is slow
 
 
 @dataclass(eq=False)

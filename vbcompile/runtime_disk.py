@@ -18,13 +18,10 @@ import torch
 from torch import Tensor
 
 from vbcompile.runtime_sources import DiskBytes
-from vbcompile.vgpu_files import open_unbuffered, read_at
+from vbcompile.vgpu_files import BLOCK, open_unbuffered, read_at
 from vbcompile.vgpu_size import MIB
 
 log = logging.getLogger(__name__)
-
-BLOCK = 4096
-"""Unbuffered reads begin and end on multiples of this, in the file and in memory."""
 
 _LARGEST_HEADER = 100 * MIB  # what the safetensors format allows
 

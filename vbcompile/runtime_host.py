@@ -78,11 +78,11 @@ class HostMemory:
             if slab is None and limit > _SMALLEST_SLAB and end - start > 1:
                 limit = max(min(limit, total) // 4, _SMALLEST_SLAB)
                 continue
-            if slab is None and total > _available():
+            if slab is None and total > available_memory():
                 raise MemoryError(f"{size_text(total)} of HOST memory are not to be had. Limits: {describe_limits()}")
             if slab is None:
                 self._warn(sum(padded(size, alignment) for size in sizes), sum(t.numel() for t in found), refused)
-                slab = _mapped(total)
+                slab = mapped_memory(total)
                 self.use.pageable += total
             found += _cut(slab, sizes[start:end], alignment)
             start = end
@@ -93,11 +93,11 @@ class HostMemory:
         """A pinned slab, or None and what the system said."""
         if not nbytes or self._device.type == "cpu":
             self.use.pinned += nbytes
-            return _mapped(nbytes), ""
-        if nbytes > _available():  # pinning takes the pages at once, and the system would end the process
+            return mapped_memory(nbytes), ""
+        if nbytes > available_memory():  # pinning takes the pages at once, and the system would end the process
             return None, "not as much is available"
         try:
-            slab = _registered(nbytes, self._device) if self._registers else _vendors(nbytes)
+            slab = registered_memory(nbytes, self._device) if self._registers else _vendors(nbytes)
         except (RuntimeError, MemoryError) as error:
             return None, str(error).strip().partition("\n")[0]
         self.use.pinned += slab.untyped_storage().nbytes()
@@ -138,11 +138,12 @@ def _mapping(nbytes: int) -> _Mapping:
     return found
 
 
-def _mapped(nbytes: int) -> Tensor:
+def mapped_memory(nbytes: int) -> Tensor:
+    """Pages of our own, pageable."""
     return torch.frombuffer(_mapping(nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
-def _registered(nbytes: int, device: torch.device) -> Tensor:
+def registered_memory(nbytes: int, device: torch.device) -> Tensor:
     """Pages of our own, registered with the driver of CUDA or ROCm. Raises RuntimeError where it refuses."""
     mapping = _mapping(padded(nbytes, mmap.PAGESIZE))
     slab = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -183,7 +184,7 @@ def _cut(slab: Tensor, sizes: Sequence[int], alignment: int) -> list[Tensor]:
     return found
 
 
-def _available() -> int:
+def available_memory() -> int:
     """Bytes of main memory that this process may still take, its container's limit included."""
     from vbcompile.device import DeviceBackend
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vbcompile.runtime_device import CopyQueue, MemoryDevice
-from vbcompile.runtime_disk import BLOCK, OpenFiles, StorageError, verify_checksums
+from vbcompile.runtime_disk import OpenFiles, StorageError, verify_checksums
 from vbcompile.runtime_host import HostMemory
 from vbcompile.runtime_sources import DiskBytes
+from vbcompile.vgpu_files import BLOCK
 from vbcompile.vgpu_plan import padded, staged
 from vbcompile.vgpu_size import MIB
 

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from vbcompile.runtime_device import CopyQueue, MemoryDevice
-from vbcompile.runtime_disk import BLOCK
 from vbcompile.runtime_feed import DiskFeed
 from vbcompile.runtime_ledger import Ledger
 from vbcompile.runtime_links import Links
 from vbcompile.runtime_read import Destination, ReadRequest
 from vbcompile.runtime_sources import DiskBytes, Source
 from vbcompile.runtime_statistics import Recorder, Statistics
+from vbcompile.vgpu_files import BLOCK
 from vbcompile.vgpu_plan import Plan, padded
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vbcompile.runtime_disk import BLOCK, StorageError, file_identity
+from vbcompile.runtime_disk import StorageError, file_identity
 from vbcompile.runtime_sources import DiskBytes
-from vbcompile.vgpu_files import create_file, write_at
+from vbcompile.vgpu_files import BLOCK, create_file, synchronise, write_at
 from vbcompile.vgpu_plan import padded
 from vbcompile.vgpu_size import MIB
 
@@ -64,7 +64,7 @@ class Shard:
             with _storage_errors(partial):
                 begin, checksums = _write(partial, sizes, load)
                 partial.rename(final)
-                _sync_folder(place)
+                synchronise(place)
                 identity = file_identity(final.stat())
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -132,17 +132,6 @@ def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while len(rest):
         count = write_at(descriptor, rest, offset)
         rest, offset = rest[count:], offset + count
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last; Windows does so by itself."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from vbcompile.kernels.fp4_formats import fp4_format
 from vbcompile.kernels.fp4_layout import LinearWeight, to_layout
 from vbcompile.kernels.fp4_linear import make_case
 from vbcompile.kernels.registry import operator
+from vbcompile.kernels.triton_target import multiprocessor_count
 
 log = logging.getLogger(__name__)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -102,7 +103,7 @@ def dense_calls(x: Tensor, weights: list[Tensor]) -> list[Callable[[], Any]]:
 
 def candidates(target: Target, m: int, n: int, k: int) -> Iterator[tuple[str, Callable[..., Tensor], Any]]:
     """``(implementation, function, configuration or None)`` of every way worth timing."""
-    for few in _diagonal_candidates(m, n, k, target.multiprocessors or 128):
+    for few in _diagonal_candidates(m, n, k, multiprocessor_count(target)):
         yield "triton_diagonal", fp4_linear_few.product_diagonal, few
     for stream in _STREAM:
         if fp4_linear_few.MOST_DIAGONAL_ROWS < m <= fp4_linear_few.MOST_ROWS:

@@ -92,11 +92,15 @@ def _holds_own_operators(gm: fx.GraphModule) -> bool:
 
 
 def compile_by_vendor(
-    compiler: Compiler, gm: fx.GraphModule, example_inputs: Sequence[Any], strict: bool
+    compiler: Compiler,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    strict: bool,
+    partition: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile by a registered backend; where it fails, AOTAutograd and the vendor's operators one by one.
 
-    With ``strict`` the failure goes on to the caller.
+    ``partition`` then splits the joint graph. With ``strict`` the failure goes on to the caller.
     """
     try:
         return compat.registered_backend(compiler.name)(gm, list(example_inputs))
@@ -106,7 +110,7 @@ def compile_by_vendor(
         log.warning(
             "%s does not compile this graph (%s: %s); AOT eager runs it", compiler.name, type(error).__name__, error
         )
-        return compat.compile_with_aot_eager(gm, example_inputs)
+        return compat.compile_with_aot_eager(gm, example_inputs, partition)
 
 
 def say_once(compiler: Compiler) -> None:

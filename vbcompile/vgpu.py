@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vbcompile.cache_folder import cache_folder
 from vbcompile.config_error import ConfigError
 from vbcompile.vgpu_config import LevelSpec, read_levels, read_max_memory
 from vbcompile.vgpu_plan import Tier
@@ -358,7 +359,7 @@ def _disk(limits: Any, path: str | os.PathLike[str] | None, environ: Mapping[str
     """The disk level; with ``max_memory`` only where that names it."""
     if limits is not None and limits.disk_path is None and limits.disk is None and path is None:
         return []
-    named = path or (limits.disk_path if limits is not None and limits.disk_path else _cache_folder(environ))
+    named = path or (limits.disk_path if limits is not None and limits.disk_path else cache_folder(environ) / "offload")
     folder = Path(named).expanduser().absolute()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
@@ -367,10 +368,6 @@ def _disk(limits: Any, path: str | os.PathLike[str] | None, environ: Mapping[str
     asked = limits.disk if limits is not None else None
     capacity = free if asked is None else min(asked, free)
     return [LevelSpec("ssd", capacity, path=str(folder))] if capacity else []
-
-
-def _cache_folder(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vbcompile" / "offload"
 
 
 def _level(number: int, spec: LevelSpec, path: str | os.PathLike[str] | None) -> VGPULevel:

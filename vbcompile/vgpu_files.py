@@ -6,6 +6,9 @@ import threading
 
 log = logging.getLogger(__name__)
 
+BLOCK = 4096
+"""Unbuffered reads begin and end on multiples of this, in the file and in memory."""
+
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends otherwise
 _seeking = threading.Lock()  # where a file has to be wound to its place first
 
@@ -13,7 +16,7 @@ _seeking = threading.Lock()  # where a file has to be wound to its place first
 def open_unbuffered(file: str | os.PathLike[str], *, direct: bool = True) -> tuple[int, bool]:
     """(descriptor for reading, whether reads pass the page cache by).
 
-    Unbuffered reads must begin and end on blocks of 4096 bytes, in the file and in memory.
+    Unbuffered reads must begin and end on whole blocks (:data:`BLOCK`).
 
     Args:
         direct: False: through the page cache.
@@ -53,3 +56,15 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> int:
     with _seeking:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.write(descriptor, data)
+
+
+def synchronise(path: str | os.PathLike[str]) -> None:
+    """Have the system write a file, or a folder's names, to disk before what follows; Windows keeps names by itself."""
+    windows = os.name == "nt"
+    if windows and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from vbcompile.vgpu_files import BLOCK
 from vbcompile.vgpu_size import size_text
 
 DEVICE = 0
@@ -18,8 +19,6 @@ DEVICE = 0
 
 ALIGNMENT = 256
 """Bytes to which each tensor's place on the device is rounded up."""
-
-_DISK_BLOCK = 4096  # unbuffered reads begin and end on such a boundary
 
 
 class PlanError(ValueError):
@@ -392,7 +391,7 @@ def padded(nbytes: int, alignment: int) -> int:
 
 def staged(nbytes: int) -> int:
     """Bytes of staging for a disk read of a tensor that may begin and end inside a block."""
-    return padded(nbytes, _DISK_BLOCK) + _DISK_BLOCK
+    return padded(nbytes, BLOCK) + BLOCK
 
 
 def _require_count(what: str, value: int) -> int:

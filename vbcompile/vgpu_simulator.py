@@ -241,8 +241,8 @@ class _Lru(_Policy):
     def after_wait(self, position: int) -> None:
         count = len(self.order)
         ahead = [self.order[(position + step) % count] for step in range(self.lookahead if count else 0)]
-        for count, weight in enumerate(ahead):
-            if weight not in self.cache and not self._fetch(weight, self.needed | set(ahead[: count + 1])):
+        for place, weight in enumerate(ahead):
+            if weight not in self.cache and not self._fetch(weight, self.needed | set(ahead[: place + 1])):
                 return
 
     def _fetch(self, weight: int, keep: frozenset[int]) -> bool:

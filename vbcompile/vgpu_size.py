@@ -5,6 +5,7 @@ import re
 from vbcompile.config_error import ConfigError
 
 MIB = 2**20
+GIB = 2**30
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power

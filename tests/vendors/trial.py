@@ -35,11 +35,11 @@ def pretend(target: Target, version: str = "") -> Iterator[None]:
             stack.enter_context(patch.object(module, "get_target", lambda device=None: target))
         stack.enter_context(patch.object(vendor_operators, "is_present", lambda kind: kind == target.device_type))
         stack.enter_context(patch.object(device_vendors, "installed_version", lambda name: version or None))
-        registry._choose.cache_clear()
+        registry.forget_choices()
         try:
             yield
         finally:
-            registry._choose.cache_clear()
+            registry.forget_choices()
 
 
 @contextmanager
