@@ -470,7 +470,7 @@ def module_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
             yield module
 
 
-_MODEL = re.compile(r"^L\['\w+'\]\.?")  # Dynamo's name of the outermost model
+_MODEL = re.compile(r"^L\['\w+'\](\.__self__)?\.?")  # Dynamo's name of the outermost model
 _SWITCH = f'File "{Path(__file__).parent.parent / "global_switch.py"}"'  # calls models of PyTorch's own layers
 
 

@@ -205,6 +205,14 @@ def test_is_tracing():
     assert seen == [False, True, True]
 
 
+def test_uncompiled():
+    def double(x):
+        return x * 2
+
+    assert compat.uncompiled(torch.compile(double, backend="eager")) is double
+    assert compat.uncompiled(double) is double
+
+
 def test_is_compiled_module():
     model = nn.Linear(2, 2)
     assert compat.is_compiled_module(torch.compile(model))

@@ -67,6 +67,17 @@ def test_explanation_gives_the_reason_of_a_refusal(functions):
     assert decision.action == "left" and decision.reason
 
 
+def test_a_model_whose_forward_was_compiled_is_explained(functions):
+    model, inputs = functions["make_module"]()
+    inner = model.forward = torch.compile(model.forward, backend="vblackwell", options={"downstream": "eager"})
+    for _ in range(2):  # before its first call, and behind it
+        (report,) = vbcompile.explain(model, *inputs, mode="speed").reports
+        assert report.mode == "speed" and report.count("rewritten", "fp4") == 1
+        assert {d.site.split(" ")[0] for d in report.decisions} == {"0", "1", "2"}
+        assert model.forward is inner
+        model(*inputs)
+
+
 def test_explaining_twice_and_while_compiled(functions):
     q, k, v = (torch.randn(2, 4, 16, 64) for _ in range(3))
     run = torch.compile(functions["attention"], backend="vblackwell")

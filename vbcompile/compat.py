@@ -191,6 +191,11 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None or torch.fx._symbolic_trace._is_fx_tracing_flag
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` was given to make ``function``; the function itself where it is not compiled."""
+    return torch._dynamo.eval_frame.innermost_fn(function)
+
+
 def is_compiled_module(module: torch.nn.Module) -> bool:
     """Whether this is what ``torch.compile(module)`` returned."""
     return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)

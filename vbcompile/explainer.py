@@ -1,7 +1,8 @@
 """``vbcompile.explain``: what the backend does to a model, as objects, text and JSON."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from vbcompile import compat
 from vbcompile.backend import collected_reports, vblackwell
 from vbcompile.config import resolve_config
 from vbcompile.device_catalog import catalog_target
@@ -155,7 +157,8 @@ def explain(
         arguments["downstream"] = "aot_eager"  # what is saved for the backward is planned on autograd's graph
     with collected_reports() as reports, torch._dynamo.config.patch(recompile_limit=64), recorded(stores):
         try:
-            torch.compile(model, backend=backend)(*inputs, **keyword_inputs)
+            with _plain_forwards(model):
+                torch.compile(model, backend=backend)(*inputs, **keyword_inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise (error.inner_exception if isinstance(error.inner_exception, PlanError) else error) from None
         movements = [found for found in map(movement_of, stores) if found is not None]
@@ -166,6 +169,20 @@ def explain(
     if not isinstance(model, torch.nn.Module):
         return Explanation(reports, note="Not planned: this is a function, not a torch.nn.Module.")
     return Explanation(reports, _planned=_planner(model, inputs, keyword_inputs))
+
+
+@contextmanager
+def _plain_forwards(model: Any) -> Iterator[None]:
+    """Undoes ``model.forward = torch.compile(model.forward)`` meanwhile: that compile would be met instead."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    compiled = {m: forward for m in modules if (forward := vars(m).get("forward")) is not None}
+    try:
+        for module, forward in compiled.items():
+            module.forward = compat.uncompiled(forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, forward in compiled.items():
+            module.forward = forward  # type: ignore[method-assign]
 
 
 def explain_script(run: Callable[[], Any]) -> Explanation:
