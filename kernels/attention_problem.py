@@ -76,7 +76,9 @@ class Problem:
         ptxas 12.8 made one's matrix descriptor from a register that it had never set.
         """
         sizes = padded(self.d), padded(self.dv)
-        least = min(max(sizes), MOST_SWIZZLED // self.element_size) if self.arch == "sm_90" else 0
+        if self.arch != "sm_90" or (self.element_size == 4 and self.precision == "ieee"):  # no such products
+            return sizes
+        least = min(max(sizes), MOST_SWIZZLED // self.element_size)
         return max(sizes[0], least), max(sizes[1], least)
 
     @property
