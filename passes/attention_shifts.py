@@ -15,13 +15,14 @@ from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_masks import LOW_FILL, POWERLESS, holds_fill, may_hold_fills
 from vbcompile.passes.graph_axes import index_items, is_full_slice
 from vbcompile.passes.graph_effects import ancestors
-from vbcompile.passes.graph_ops import call_of, is_tensor, shape_of, tensor_of
+from vbcompile.passes.graph_ops import ACTIVATIONS, call_of, is_tensor, shape_of, tensor_of
 
 _AS_LARGE = {
     "amax", "max", "maximum", "logsumexp", "getitem", "masked_fill", "where", "tril", "triu", "clamp", "clamp_min",
     "clamp_max", "tanh", "detach", "add", "sub", "mul", "div", "neg", "to", "float", "double", "type", "type_as",
     "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "mT", "permute", "expand", "contiguous",
-    "clone", "cat", "pad",
+    "clone", "cat", "pad", "relu", "sigmoid", "abs", "exp", "log", "log1p", "sqrt", "pow", "square",
+    *(ACTIVATIONS.keys() - {"nan_to_num", "isnan", "isinf", "sign", "threshold", "hardshrink"}),
 }  # fmt: skip
 
 

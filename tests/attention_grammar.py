@@ -129,8 +129,11 @@ class Program:
 
     @property
     def fuses(self) -> bool:
-        """Whether it must be fused; over a single key there is nothing to fuse."""
-        return self.trap == "none" and self.lengths[1] > 1
+        """Whether it must be fused; over one key there is nothing to fuse, and powers beside an input that is added
+        may have a sum of zero."""
+        is_added = self.bias != "none" or any(fill == "add_inf" for _, fill in self.masks)
+        powers = self.softmax in ("exp", "logsumexp") and is_added
+        return self.trap == "none" and self.lengths[1] > 1 and not powers
 
     @property
     def refuses(self) -> bool:
