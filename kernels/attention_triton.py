@@ -94,7 +94,8 @@ def forward(
         in float32: natural logarithm of the sum over the keys and the sink.
     """
     narrow = max(q.shape[-1], v.shape[-1]) * q.element_size() < problems.MOST_SWIZZLED
-    if narrow or dropout_p > 0 or q.shape[-2] > _MOST_DECODED:
+    tiled = dropout_p > 0 or q.shape[-2] > _MOST_DECODED
+    if narrow or tiled:
         # tiles of keys stored transposed are swizzled by their keys, those of values are not: see Problem
         q, k, v = map(with_contiguous_rows, (q, k, v))
     q, k, v = map(within_reach, (q, k, v))
@@ -104,7 +105,7 @@ def forward(
     lse = q.new_empty([*problem.lead, problem.q_length], dtype=torch.float32)
     scale, dropout_p = float(scale), float(dropout_p)
     with problems.on_device(q):
-        if problem.q_length > _MOST_DECODED or problem.dropout:
+        if tiled:
             problem.fitted("forward", lambda tiles: _tiled(problem, tiles, q, k, v, out, lse, scale, dropout_p, seed))
         elif not isinstance(few := attention_hopper_few.operands(problem, q, k, v), str):
             attention_hopper_few.decode(problem, q, few, out, lse, scale)

@@ -18,6 +18,7 @@ from vbcompile.passes.graph_ops import describe_site
 from vbcompile.passes.pass_context import PassContext
 from vbcompile.passes.saved_operands import guard_saved
 from vbcompile.report import Decision, GraphReport
+from vbcompile.said_once import is_first
 from vbcompile.vgpu_activations import ActivationPlan
 from vbcompile.vgpu_plan import PlanError
 from vbcompile.vgpu_size import size_text
@@ -163,22 +164,19 @@ def _tell_of_unused_budget(config: Config, budget: int, report: GraphReport) -> 
     reason = f"the budget of {size_text(budget)} is not looked at: {why}; mode 'memory' plans within it"
     if any(decision.reason == reason for decision in report.decisions):  # a graph in segments
         return
-    report.decisions.append(Decision("activations", "the step", "left", reason))
-    if config.sources.get("budget") == "options" and reason not in _said:
-        _said.add(reason)
-        log.warning("%s", reason)
+    _tell_of_no_plan(reason, report, warns=config.sources.get("budget") == "options")
 
 
 def tell_that_nothing_is_planned(compiler: str, report: GraphReport) -> None:
     """A vendor's compiler splits joint graphs by itself: said in the report, and in one warning."""
     reason = f"{compiler} decides alone what is saved for the backward: downstream='aot_eager' keeps to mode and budget"
+    _tell_of_no_plan(reason, report, warns=True)
+
+
+def _tell_of_no_plan(reason: str, report: GraphReport, warns: bool) -> None:
     report.decisions.append(Decision("activations", "the step", "left", reason))
-    if reason not in _said:
-        _said.add(reason)
+    if warns and is_first(reason):
         log.warning("%s", reason)
-
-
-_said: set[str] = set()
 
 
 def _name(node: fx.Node | None) -> str | None:

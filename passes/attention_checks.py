@@ -12,7 +12,7 @@ from vbcompile.passes.attention_contraction import Contraction, contraction_of
 from vbcompile.passes.attention_lift import Refusal
 from vbcompile.passes.attention_site import Operand, Site
 from vbcompile.passes.graph_axes import Dim, Dims, Space
-from vbcompile.passes.graph_effects import is_pure
+from vbcompile.passes.graph_effects import is_pure, upstream
 from vbcompile.passes.graph_ops import (
     FLOATS,
     call_of,
@@ -115,16 +115,12 @@ def check_region(sites: Sequence[Site], out: fx.Node, fused: Set[fx.Node] = froz
         raise UsedElsewhere(next(iter(readers.values())), region, readers.keys())
 
 
-def _dropped(sites: Sequence[Site], region: Set[fx.Node]) -> Set[fx.Node]:
+def _dropped(sites: Sequence[Site], region: set[fx.Node]) -> set[fx.Node]:
     """Nodes of the region that hold dropped weights."""
-    todo = [n for n in region if getattr(call_of(n), "name", "") == "dropout"] if any(s.dropout for s in sites) else []
-    found: set[fx.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node in region and node not in found:
-            found.add(node)
-            todo += node.users
-    return found
+    if not any(site.dropout for site in sites):
+        return set()
+    drops = [n for n in region if getattr(call_of(n), "name", "") == "dropout"]
+    return set(upstream(drops, lambda n: region.intersection(n.users)))
 
 
 def _weights_of(sites: Sequence[Site]) -> set[fx.Node]:

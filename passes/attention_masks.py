@@ -100,13 +100,12 @@ def may_vanish(algebra: Algebra, logits: Expression, shown: list[Expression]) ->
     value, _ = _split(algebra, logits, float("-inf"))
     value, low = _split(algebra, value, _VANISHES)
     covered = set(_unique(algebra, low)) <= set(_unique(algebra, shown)) and _is_finite(value)
-    return not covered or holds_number_beyond(value, _DECIDES)
+    return not covered or _holds_number_beyond(value, _DECIDES)
 
 
 def may_absorb(logits: Logits, dtype: torch.dtype) -> bool:
     """Whether a row may hold nothing but finite fills beside which ``dtype`` loses the logarithm of their number."""
-    limit = max(MASK_SIZED, 0.1 / torch.finfo(dtype).eps)
-    return holds_number_beyond(logits.value, limit) or _adds_fills(logits.value, limit)
+    return _may_be_filled(logits, max(MASK_SIZED, 0.1 / torch.finfo(dtype).eps))
 
 
 def may_lose_scores_of_float64(logits: Logits) -> bool:
@@ -117,12 +116,17 @@ def may_lose_scores_of_float64(logits: Logits) -> bool:
 
 def may_underflow(logits: Logits) -> bool:
     """Whether a row may hold nothing but finite fills, whose powers are zero."""
-    return holds_number_beyond(logits.value, _DECIDES) or _adds_fills(logits.value, _DECIDES)
+    return _may_be_filled(logits, _DECIDES)
 
 
 def may_share(logits: Logits) -> bool:
     """Whether all keys that a row keeps may be filled too, by another mask, so that hidden ones share their weight."""
-    return holds_number_beyond(logits.value, -POWERLESS) or _adds_fills(logits.value, -POWERLESS)
+    return _may_be_filled(logits, -POWERLESS)
+
+
+def _may_be_filled(logits: Logits, limit: float) -> bool:
+    """Whether logits may be finite fills beyond ``limit``: constants, or tensors that are added."""
+    return _holds_number_beyond(logits.value, limit) or _adds_fills(logits.value, limit)
 
 
 def _adds_fills(value: Expression, limit: float) -> bool:
@@ -162,7 +166,7 @@ def holds_fill(call: Call) -> bool:
 _FILLS = {"mul", "add", "sub", "rsub", "div", "where", "masked_fill", "full", "full_like"}
 
 
-def holds_number_beyond(value: Expression, limit: float) -> bool:
+def _holds_number_beyond(value: Expression, limit: float) -> bool:
     """Whether a finite constant in the expression is larger than ``limit``, or as far below zero."""
     floats = (e.value for e in parts(value) if e.name == "const" and e.kind == FLOAT)
     return any(limit < abs(number) < float("inf") for number in floats)

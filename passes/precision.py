@@ -13,10 +13,10 @@ import torch.fx as fx
 import vbcompile.kernels.attention  # noqa: F401  registers the operator
 from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import Decision
+from vbcompile.said_once import is_first
 
 log = logging.getLogger(__name__)
 _LOW = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-_announced: set[str] = set()
 
 
 def use_mixed_precision(gm: fx.GraphModule, context: PassContext) -> list[Decision]:
@@ -29,8 +29,7 @@ def use_mixed_precision(gm: fx.GraphModule, context: PassContext) -> list[Decisi
     if reason:
         return [Decision("mixed_precision", "graph", "left", reason)]
     _wrap(gm, dict.fromkeys((device_type, runs_on)))
-    if device_type not in _announced:
-        _announced.add(device_type)
+    if is_first(("mixed_precision", device_type)):
         log.warning(
             "mode %s: matrix products run in bfloat16 on %s; mixed_precision=False turns this off",
             config.mode,

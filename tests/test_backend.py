@@ -14,7 +14,7 @@ from causal_block import Block
 from torch import nn
 from torch._dynamo.utils import counters
 
-from vbcompile import backend, compat, compat_symbols
+from vbcompile import compat, compat_symbols, said_once
 from vbcompile.backend import vblackwell
 from vbcompile.passes import pipeline
 from vbcompile.report import Decision
@@ -167,7 +167,7 @@ def test_unknown_mode_lists_the_valid_ones():
     ],
 )
 def test_options_without_effect_are_said_once(options, said, caplog, monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(said_once, "_said", set())
     for _ in range(2):
         torch._dynamo.reset()
         torch.compile(lambda x: x.sin(), backend="vblackwell", options={"downstream": "eager", **options})(
@@ -179,7 +179,7 @@ def test_options_without_effect_are_said_once(options, said, caplog, monkeypatch
 
 def test_mode_without_its_passes_says_so_once(caplog, monkeypatch):
     model, x = nn.Linear(4, 4), torch.randn(2, 4)
-    backend._warned.clear()
+    monkeypatch.setattr(said_once, "_said", set())
     absent = pipeline.Pass("dream", lambda gm, context: [], lambda c: c.mode == "full", lambda target: "no dreams here")
     monkeypatch.setattr(pipeline, "PASSES", (absent,))
     with caplog.at_level(logging.WARNING, "vbcompile"):

@@ -9,17 +9,17 @@ import torch
 from torch import fx, nn
 from vendors.trial import pretend
 
-from vbcompile import backend, vendor_compilers
+from vbcompile import backend, said_once, vendor_compilers
 from vbcompile.config import resolve_config
 from vbcompile.device import Target
 from vbcompile.device_catalog import catalog_target
-from vbcompile.passes import activation_partition, pipeline
+from vbcompile.passes import pipeline
 from vbcompile.vendor_compilers import Compiler, choose_compiler, compile_by_vendor
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(vendor_compilers, "_said", set())
+    monkeypatch.setattr(said_once, "_said", set())
     monkeypatch.delenv("PT_HPU_LAZY_MODE", raising=False)
 
 
@@ -124,7 +124,6 @@ def test_memory_mode_under_a_compiler_that_takes_no_plan(fails, monkeypatch, cap
         return gm.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(activation_partition, "_said", set())
     monkeypatch.setattr(backend, "choose_compiler", lambda *_: Compiler("npu"))
     monkeypatch.setattr(vendor_compilers.compat, "registered_backend", lambda name: compile_it)
     layer, x = nn.Linear(4, 4), torch.randn(2, 4)

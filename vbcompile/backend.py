@@ -22,6 +22,7 @@ from vbcompile.passes.pass_context import PassContext
 from vbcompile.report import GraphReport
 from vbcompile.runtime_activation_budget import BudgetWatch
 from vbcompile.runtime_device import AcceleratorDevice
+from vbcompile.said_once import is_first
 from vbcompile.vendor_compilers import choose_compiler, compile_by_vendor, say_once
 from vbcompile.vendor_config import for_target
 from vbcompile.vgpu_plan import PlanError
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 _numbers = itertools.count()
 _listeners: list[Callable[[GraphReport], None]] = []
-_warned: set[str] = set()
 
 
 def vblackwell(
@@ -73,8 +73,7 @@ def vblackwell(
     context = PassContext(config, target, training, elsewhere, list(example_inputs))
     pipeline.run_passes(gm, context, report, original)
     _warn_of_missing_passes(config, report)
-    for sentence in set(config.without_effect()) - _warned:
-        _warned.add(sentence)
+    for sentence in filter(is_first, config.without_effect()):
         log.warning("%s", sentence)
     compiled = _compile(gm, context, report, original, len(example_inputs))
     # only now: where Dynamo captures a graph anew (a float that becomes symbolic), the first attempt counts for nothing
@@ -198,8 +197,7 @@ def _cache_key(config: Config) -> str:
 def _warn_of_missing_passes(config: Config, report: GraphReport) -> None:
     """Once per mode and process: a mode never pretends."""
     key = f"{config.mode} {report.target}"
-    if report.unavailable and key not in _warned:
-        _warned.add(key)
+    if report.unavailable and is_first(key):
         log.warning(
             "mode %s asks for what this version does not have: %s",
             config.mode,

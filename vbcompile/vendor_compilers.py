@@ -13,12 +13,12 @@ from vbcompile import compat
 from vbcompile.config import Config
 from vbcompile.device import Target
 from vbcompile.device_vendors import package_of
+from vbcompile.said_once import is_first
 
 log = logging.getLogger(__name__)
 
 LAZY_MODE = "PT_HPU_LAZY_MODE"
 _OWN_NAMESPACE = "vblackwell"
-_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,5 @@ def compile_by_vendor(
 
 def say_once(compiler: Compiler) -> None:
     """Log why it is not Inductor, once a reason: lazy mode as a warning, as it takes speed from the user."""
-    if compiler.reason and compiler.reason not in _said:
-        _said.add(compiler.reason)
+    if compiler.reason and is_first(compiler.reason):
         log.log(logging.WARNING if compiler.name == "eager" else logging.INFO, "graphs go to %s", compiler)
