@@ -6,13 +6,14 @@ everything else that calls depend on is as it was. Other calls, the first ones a
 """
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from vbcompile.compat_lowering import lower_to_calls
 from vbcompile.kernels import registry, replay
@@ -119,7 +120,7 @@ def place_of_call(
 
     def first(*tensors: Tensor) -> Any:
         remaining = iter(tensors)
-        full, options = _filled(arguments, remaining), {key: _filled(v, remaining) for key, v in named.items()}
+        full, options = _filled((arguments, named), remaining)
         result = called.run(*full, **options)
         recording, given = called.recording_of(*full, **options)
         if recording is None or any(t.data_ptr() & 15 for t in tensors):
@@ -138,9 +139,5 @@ def place_of_call(
     return call_varying if varying else call
 
 
-def _filled(argument: Any, tensors: Any) -> Any:
-    if argument is TENSOR:
-        return next(tensors)
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(_filled(a, tensors) for a in argument)
-    return argument
+def _filled(arguments: Any, tensors: Iterator[Tensor]) -> Any:
+    return pytree.tree_map(lambda a: next(tensors) if a is TENSOR else a, arguments)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from vbcompile.compat import InductorAttentionOff
 
@@ -25,7 +26,6 @@ def lower_to_calls(
     """
     from torch._inductor import lowering
     from torch._library.utils import get_layout_constraint_tag
-    from torch.utils import _pytree as pytree
 
     if overload not in lowering.lowerings:
         tag = get_layout_constraint_tag(overload, with_default=True)
@@ -80,15 +80,16 @@ def _call_class(place: Callable[..., Any], tensor: Any, takes: Callable[[torch.d
             tensors = self._tensors()
             arguments, named = self.unflatten_args(tensors, self.constant_args)
             named = {**self.kwargs, **named}
-            if not tensors or not _is_literal((arguments, named), IRNode):
+            leaves = pytree.tree_leaves((arguments, named))
+            if not tensors or not all(isinstance(a, IRNode) or _is_literal(a) for a in leaves):
                 return None
             if not all(takes(t.get_device()) for t in tensors):
                 return None
             forms = [(*t.get_size(), -1, *t.get_stride()) for t in tensors]
             varying = [n for n, form in enumerate(forms) if not _is_fixed(form)]
             layouts = [(t.get_device(), t.get_dtype(), *form) for t, form in zip(tensors, forms, strict=True)]
-            without = [_without(a, IRNode, tensor) for a in (arguments, named)]
-            return f"{without[0]!r}, {without[1]!r}, {varying}\n{layouts}"
+            arguments, named = pytree.tree_map_only(IRNode, lambda _: tensor, (arguments, named))
+            return f"{arguments!r}, {named!r}, {varying}\n{layouts}"
 
         def _tensors(self) -> list[Any]:
             return list(self.inputs)
@@ -106,20 +107,8 @@ def _is_fixed(numbers: Iterable[Any]) -> bool:
     return all(getattr(n, "is_Integer", isinstance(n, int)) for n in numbers)
 
 
-def _is_literal(argument: Any, tensors: type) -> bool:
-    """Whether an argument can be written down, its tensors aside."""
-    if isinstance(argument, dict):
-        return all(_is_literal(a, tensors) for a in argument.values())
-    if isinstance(argument, (list, tuple)):
-        return all(_is_literal(a, tensors) for a in argument)
+def _is_literal(argument: Any) -> bool:
+    """Whether an argument can be written down."""
     if type(argument) is float:
         return math.isfinite(argument)
-    return argument is None or type(argument) in (bool, int, str) or isinstance(argument, tensors)
-
-
-def _without(argument: Any, tensors: type, instead: Any) -> Any:
-    if isinstance(argument, dict):
-        return {key: _without(a, tensors, instead) for key, a in argument.items()}
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(_without(a, tensors, instead) for a in argument)
-    return instead if isinstance(argument, tensors) else argument
+    return argument is None or type(argument) in (bool, int, str)
